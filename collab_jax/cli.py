@@ -1,0 +1,65 @@
+"""What every command line shares: flags, the process's settings, and errors as one line.
+
+`python -m collab_jax.X --config FILE --workdir DIR [--config.KEY=VALUE ...]`. An unknown key is an error.
+"""
+
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from collab_jax.errors import UserError
+
+# XLA's large temporaries would cost page faults at every step: glibc keeps and reuses them, in huge pages.
+_MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
+def _tune_allocator() -> None:
+    """Starts this process again with the allocator's variables, which are read only at its start."""
+    if sys.platform != "linux" or "MALLOC_MMAP_MAX_" in os.environ or sys.flags.interactive:
+        return
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_MALLOC})
+
+
+def set_cpu_devices(count: int) -> None:
+    """Host devices for a machine without accelerator; must come before the first use of jax."""
+    import jax
+
+    if count < 1:
+        raise UserError(f"config.cpu_devices={count} must be at least 1")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def main(run: Callable[[ConfigDict, pathlib.Path], int]) -> None:
+    """Parses the flags and exits with run(config, workdir)'s status; a UserError is one line and status 1."""
+    config_flag = config_flags.DEFINE_config_file("config", None, "The experiment's file.", lock_config=True)
+    workdir_flag = flags.DEFINE_string("workdir", None, "Where everything of this run is kept; made if absent.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def start(argv):
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE")
+            set_cpu_devices(config_flag.value.cpu_devices)
+            sys.exit(run(config_flag.value, pathlib.Path(workdir_flag.value).expanduser()))
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
+
+    _tune_allocator()
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    app.run(start, flags_parser=parse)

@@ -1,0 +1,139 @@
+"""Evaluation: two greedy passes over held-out prompts, as records (one row a prompt) and a summary.
+
+    python -m collab_jax.evaluate --config configs/countdown_tiny.py --workdir RUN
+
+evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes `eval.parquet` and
+`eval.json`. One pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
+decision at every budget (`sampler.py`).
+
+Columns of the records: id, stratum, prompt; cloud_known, cloud_correct; of the pass with the marker disallowed: text,
+local_correct, formatted, ended, tokens (EOS in), logp (summed), margin (largest), margins (the trace, a list); of the
+natural pass: natural_text, natural_called (the decision token came at a decision state), natural_completed (and free
+decoding finished the marker), natural_correct, natural_ended, natural_tokens (up to the decision token where it called).
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from collab_jax import cli, compare, parallel, rollout
+from collab_jax.cloud import CachedCloud
+from collab_jax.compare import Records
+from collab_jax.errors import UserError
+from collab_jax.models.text import Text
+from collab_jax.tasks import Example, Task
+
+
+def evaluate(
+    sample, params, text: Text, task: Task, cloud: CachedCloud, examples: list[Example], config: ConfigDict, name: str
+) -> Records:
+    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D."""
+    D, size = jax.local_device_count(), config.eval.batch_size
+    rows: list[dict] = []
+    with tqdm(total=len(examples), desc=f"evaluate {name}", unit="prompt", mininterval=1) as bar:
+        for start in range(0, len(examples), size):
+            batch = examples[start : start + size]
+            padded = batch + batch[:1] * (size - len(batch))  # one shape, one compilation
+            prompts = parallel.shard(text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D)
+            passes = {}
+            for key, bias in (("natural", 0.0), ("local", -np.inf)):
+                zero = np.zeros(D, np.int32)
+                samples = sample(params, *prompts, zero, zero, np.full(D, bias, np.float32))
+                one = jax.tree.map(lambda x: x[: len(batch), 0], parallel.gather(samples))
+                passes[key] = one, rollout.judge(task, text, batch, one.tokens, one.mask, one.ended)
+            correct, known, _, _ = rollout.ask_cloud(task, cloud, batch)
+            rows += [_row(task, e, i, correct[i], known[i], passes) for i, e in enumerate(batch)]
+            bar.update(len(batch))
+    return {column: _column([row[column] for row in rows]) for column in rows[0]}
+
+
+def _row(task: Task, example: Example, i: int, cloud_correct, cloud_known, passes) -> dict:
+    local, verdicts = passes["local"]
+    natural, natural_verdicts = passes["natural"]
+    crossing = natural.margins[i] > 0
+    called = bool(crossing.any())
+    return {
+        "id": example.id,
+        "stratum": example.stratum,
+        "prompt": task.prompt(example)[-1]["content"],
+        "cloud_known": bool(cloud_known),
+        "cloud_correct": bool(cloud_correct),
+        "text": verdicts.texts[i],
+        "local_correct": bool(verdicts.correct[i]),
+        "formatted": bool(verdicts.formatted[i]),
+        "ended": bool(local.ended[i]),
+        "tokens": int(local.mask[i].sum()),
+        "logp": float(local.logp[i].sum()),
+        "margin": float(local.margins[i].max()),
+        "margins": local.margins[i][local.mask[i]],
+        "natural_text": natural_verdicts.texts[i],
+        "natural_called": called,
+        "natural_completed": bool(natural_verdicts.called[i]),
+        "natural_correct": bool(natural_verdicts.correct[i]),
+        "natural_ended": bool(natural.ended[i]),
+        "natural_tokens": int(crossing.argmax()) + 1 if called else int(natural.mask[i].sum()),
+    }
+
+
+def _column(values: list) -> np.ndarray:
+    if isinstance(values[0], np.ndarray):
+        column = np.empty(len(values), object)
+        column[:] = values
+        return column
+    return np.array(values)
+
+
+def write(path: pathlib.Path, records: Records) -> None:
+    """Records to a parquet file, complete or not at all."""
+    beside = path.with_suffix(".tmp")
+    pq.write_table(pa.table({name: list(column) for name, column in records.items()}), beside)
+    beside.replace(path)
+
+
+def read(path: pathlib.Path) -> Records:
+    """Records from a parquet file. Raises UserError where it is not one."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"cannot read {path} ({' '.join(str(error).split())[:120]}): delete it to evaluate again") from None
+    return {name: _column([np.array(v) if isinstance(v, list) else v for v in table[name].to_pylist()]) for name in table.column_names}
+
+
+def examples_to_show(records: Records) -> list[tuple[str, int]]:
+    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed; those that occur."""
+    asked, right = records["natural_called"], records["natural_correct"]
+    kinds = {
+        "solved on the device": ~asked & right,
+        "rightly asked the cloud": asked & ~records["local_correct"],
+        "asked, though it would have solved it": asked & records["local_correct"],
+        "stayed, and was wrong": ~asked & ~right,
+    }
+    return [(kind, int(np.flatnonzero(rows)[0])) for kind, rows in kinds.items() if rows.any()]
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """The command line: evaluates the run in `workdir`."""
+    from collab_jax import train
+
+    setup = train.prepare(config, workdir)
+    state = train.restore_or_init(setup)
+    records = train.evaluate_state(setup, parallel.replicate(state).params, workdir.name)
+    write(workdir / "eval.parquet", records)
+    summary = {"step": int(state.step), **compare.summary(records)}
+    (workdir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
+    natural = summary["natural"]
+    print(
+        f"step {summary['step']}, {summary['n']} prompts: local accuracy {summary['local_accuracy']['value']:.1%}, natural calls "
+        f"{natural['call_rate']['value']:.1%}, overall {natural['overall_accuracy']['value']:.1%}; wrote {workdir / 'eval.json'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(run)

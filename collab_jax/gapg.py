@@ -1,0 +1,290 @@
+"""Group Adaptive Policy Gradient: the method of "Collaborative Device-Cloud LLM Inference through Reinforcement
+Learning" (arXiv 2509.24050): reward, prompt filter, advantage, loss and step. Pure functions, no I/O, no tokenizer.
+
+Axis letters, used everywhere: D devices, P prompts a device, Q = D * P prompts of the global batch, G responses of a
+group, B = P * G rows, L prompt columns, T response columns, S = L + T, N query heads, K kv heads, H head, E width,
+V vocabulary.
+
+One step (section 4 of the paper):
+
+    verdicts [Q, G] --reward--> r [Q, G] --advantage--> A [Q, G] \\
+                    --prompt_filter--> keep [Q] -------------------> pack kept prompts over devices -> gradient -> Optax
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from collab_jax.models import decoder
+from collab_jax.models.decoder import DecoderConfig, Params
+
+# ---------------------------------------------------------------------------------------------------- state
+
+
+@flax.struct.dataclass
+class RewardState:
+    """The weights, and how often each outcome occurred: OUTCOMES, in that order."""
+
+    alphas: jax.Array  # f32[3]: alpha_a, alpha_c, alpha_f
+    counts: jax.Array  # i32[5]
+
+
+OUTCOMES = ("correct_formatted", "correct", "called_right", "wrong_formatted", "nothing")
+
+
+@flax.struct.dataclass
+class FilterState:
+    """The budget and what the filter did so far. rho = rho_num / rho_den exactly, so that no rounding adds up."""
+
+    rho_num: jax.Array  # i32[]
+    rho_den: jax.Array  # i32[]
+    carry: jax.Array  # i32[], unused fraction of a prompt, in units of 1 / rho_den
+    prompts: jax.Array  # i32[], totals from here on
+    d1: jax.Array
+    d2: jax.Array
+    kept: jax.Array
+    kept_d2: jax.Array
+    empty_d1_streak: jax.Array  # steps in a row without a D1 prompt
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes between steps; saved whole, and the same on every device."""
+
+    step: jax.Array  # i32[]
+    params: Params
+    opt_state: optax.OptState
+    reward: RewardState
+    filter: FilterState
+    empty_updates: jax.Array  # i32[], steps without a kept prompt, so without an update
+    nonfinite_updates: jax.Array  # i32[], steps whose gradient was not finite, so without an update
+    nonfinite_streak: jax.Array  # i32[], of those, how many in a row
+
+
+@flax.struct.dataclass
+class Rollout:
+    """What a step learns from; `rollout.py` draws the layout."""
+
+    prompts: jax.Array  # i32[Q, L]
+    prompt_mask: jax.Array  # bool[Q, L]
+    tokens: jax.Array  # i32[Q, G, T]
+    logp: jax.Array  # f32[Q, G, T], when sampled
+    mask: jax.Array  # bool[Q, G, T]
+    correct: jax.Array  # bool[Q, G], answered on the device, and right
+    called: jax.Array  # bool[Q, G]
+    formatted: jax.Array  # bool[Q, G]
+    cloud_correct: jax.Array  # bool[Q], the cloud's verdict where it was needed
+    cloud_known: jax.Array  # bool[Q], False only where the verdict was needed and the cloud failed
+
+
+def zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
+def init_reward(alpha_a: float, alpha_c: float, alpha_f: float) -> RewardState:
+    """Needs alpha_a > alpha_c > alpha_f >= 0 (paper, equation of the hierarchical reward)."""
+    return RewardState(alphas=jnp.array([alpha_a, alpha_c, alpha_f], jnp.float32), counts=jnp.zeros(5, jnp.int32))
+
+
+def rho_of(budget: float) -> Fraction:
+    """The ratio cloud : local of a budget in [0, 1), a share of all queries: b / (1 - b)."""
+    share = Fraction(budget).limit_denominator(1000)
+    return share / (1 - share)
+
+
+def init_filter(budget: float) -> FilterState:
+    rho = rho_of(budget)
+    totals = {name: zero() for name in ("carry", "prompts", "d1", "d2", "kept", "kept_d2", "empty_d1_streak")}
+    return FilterState(rho_num=jnp.int32(rho.numerator), rho_den=jnp.int32(rho.denominator), **totals)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, reward: RewardState, filter: FilterState):
+    """The TrainState before the first step."""
+    counters = {name: zero() for name in ("step", "empty_updates", "nonfinite_updates", "nonfinite_streak")}
+    return TrainState(params=params, opt_state=optimizer.init(params), reward=reward, filter=filter, **counters)
+
+
+# --------------------------------------------------------------------------------------------------- reward
+
+
+def reward(
+    state: RewardState, correct: jax.Array, called: jax.Array, formatted: jax.Array, cloud_correct: jax.Array
+) -> tuple[jax.Array, RewardState]:
+    """Hierarchical reward r f32[Q, G] (paper, section 4.1) from bool[Q, G] verdicts and cloud_correct bool[Q].
+
+    local and right: alpha_a (+ alpha_f if well formed); called and the cloud right: alpha_c; local, wrong, well
+    formed: alpha_f; anything else: 0.
+    """
+    a, c, f = state.alphas
+    by_call = jnp.where(cloud_correct[:, None], 2, 4)
+    by_answer = jnp.where(correct, jnp.where(formatted, 0, 1), jnp.where(formatted, 3, 4))
+    outcome = jnp.where(called, by_call, by_answer)
+    r = jnp.stack([a + f, a, c, f, jnp.zeros_like(a)])[outcome]
+    return r, state.replace(counts=state.counts + jnp.bincount(outcome.reshape(-1), length=5).astype(jnp.int32))
+
+
+# --------------------------------------------------------------------------------------------------- filter
+
+
+def classes(correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(D1, D2) bool[Q]: some response is right on the device; none is, and the cloud is known to be right."""
+    solved = correct.any(axis=1)
+    return solved & cloud_known, ~solved & cloud_correct & cloud_known
+
+
+def prompt_filter(
+    state: FilterState, correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array, key: jax.Array
+) -> tuple[jax.Array, FilterState]:
+    """keep bool[Q] (paper, section 4.3): all of D1, and of D2 a random part of n = floor(rho |D1| + carry) prompts.
+
+    So sum |D2 kept| <= rho * sum |D1| over the whole run. The fraction of n that is cut off is carried; a quota that
+    found no D2 prompt is not. Whoever calls this with the same key, on any device, keeps the same prompts.
+    """
+    d1, d2 = classes(correct, cloud_correct, cloud_known)
+    quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
+    draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)
+    rank = jnp.argsort(jnp.argsort(draw))
+    keep = d1 | (d2 & (rank < quota // state.rho_den))
+    return keep, tally(state, d1, d2, keep).replace(carry=(quota % state.rho_den).astype(jnp.int32))
+
+
+def tally(state: FilterState, d1: jax.Array, d2: jax.Array, keep: jax.Array) -> FilterState:
+    """The totals after one more batch."""
+    count = lambda mask: mask.sum().astype(jnp.int32)  # noqa: E731
+    return state.replace(
+        prompts=state.prompts + d1.size,
+        d1=state.d1 + count(d1),
+        d2=state.d2 + count(d2),
+        kept=state.kept + count(keep),
+        kept_d2=state.kept_d2 + count(keep & d2),
+        empty_d1_streak=jnp.where(d1.any(), 0, state.empty_d1_streak + 1),
+    )
+
+
+# ------------------------------------------------------------------------------------------ advantage and loss
+
+
+def advantage(r: jax.Array) -> jax.Array:
+    """Leave-one-out advantage f32[Q, G] of r f32[Q, G]: r_i - mean of the others = G / (G - 1) * (r_i - mean r).
+
+    With the mean over the group in `loss` this is the paper's estimator, 1 / (G - 1) sum_i grad log pi(y_i) (r_i - mean r).
+    """
+    G = r.shape[1]
+    return (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
+
+
+def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array) -> jax.Array:
+    """-(1 / G) sum_i A_i log pi(y_i | x), summed over prompts; log pi is the sum over the response's own tokens.
+
+    logp f32[Q, G, T], mask bool[Q, G, T] (EOS in), advantage f32[Q, G]. Its gradient is the policy gradient.
+    """
+    return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / advantage.shape[1]
+
+
+# ----------------------------------------------------------------------------------------------------- step
+
+
+def make_step(
+    cfg: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    advantage: Callable,
+    prompt_filter: Callable,
+    *,
+    axis: str,
+    micro_prompts: int,
+    temperature: float,
+    chunk: int,
+) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, rollout, key) -> state, metrics: the body of one device under an axis named `axis`.
+
+    The rollout is this device's share [P, ...]; state, key and results are the same on all devices. Every device sees
+    all the verdicts, so that all draw the same subset; the kept prompts that have a gradient are then dealt out evenly,
+    and each device runs as many micro-batches of `micro_prompts` prompts as the fullest one needs: prompts that were
+    dropped, or whose responses all earned the same, cost nothing.
+    """
+
+    def body(state: TrainState, rollout: Rollout, key: jax.Array):
+        D, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+        # Tokens are small beside the work they cause, so everything is gathered and each device takes what it is dealt.
+        batch: Rollout = jax.lax.all_gather(rollout, axis, tiled=True)
+        verdicts = batch.correct, batch.called, batch.formatted
+        r, reward_state = reward(state.reward, *verdicts, batch.cloud_correct)
+        keep, filter_state = prompt_filter(state.filter, batch.correct, batch.cloud_correct, batch.cloud_known, key)
+        A = advantage(r)
+        signal = keep & (A != 0).any(axis=1)
+
+        Q, m = keep.shape[0], micro_prompts
+        P = Q // D
+        dealt = jnp.argsort(~signal, stable=True).reshape(P, D)[:, me]  # kept first, dealt like cards
+        dealt = jnp.pad(dealt, (0, -P % m))
+        mine = (signal.sum() - me + D - 1) // D
+        rounds = ((signal.sum() + D - 1) // D + m - 1) // m
+
+        def micro(i, total):
+            chosen = jax.lax.dynamic_slice(dealt, (i * m,), (m,))
+            part: Rollout = jax.tree.map(lambda x: x[chosen], batch)
+            weight = (i * m + jnp.arange(m) < mine).astype(jnp.float32)
+
+            def objective(params):
+                logp = decoder.group_logprobs(
+                    params, cfg, part.prompts, part.prompt_mask, part.tokens, part.mask, temperature, chunk
+                )
+                drift = jnp.abs(logp - part.logp) * part.mask * weight[:, None, None]
+                return loss(logp, part.mask, A[chosen] * weight[:, None]), (drift.sum(), drift.max())
+
+            (_, (drift, worst)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+            grads, drift = jax.tree.map(jnp.add, total[:2], (grads, drift))
+            return grads, drift, jnp.maximum(total[2], worst)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.float32(0)
+        grads, drift, worst = jax.lax.fori_loop(0, rounds, micro, zeros)
+        # Sums and counts travel apart and are divided once: devices hold different numbers of kept prompts.
+        grads, drift = jax.lax.psum((grads, drift), axis)
+        kept = keep.sum()
+        grads = jax.tree.map(lambda g: g / jnp.maximum(kept, 1), grads)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        applies = finite & (kept > 0)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)  # noqa: E731
+        tokens = jnp.sum(batch.mask * signal[:, None, None])
+        new_state = state.replace(
+            step=state.step + 1,
+            params=either(optax.apply_updates(state.params, updates), state.params),
+            opt_state=either(opt_state, state.opt_state),
+            reward=reward_state,
+            filter=filter_state,
+            empty_updates=state.empty_updates + (kept == 0),
+            nonfinite_updates=state.nonfinite_updates + ~finite,
+            nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
+        )
+        d1, d2 = classes(batch.correct, batch.cloud_correct, batch.cloud_known)
+        metrics = {
+            "reward": r.mean(),
+            "local_accuracy": batch.correct.mean(),  # of all responses, calls included
+            "call_rate": batch.called.mean(),
+            "formatted": batch.formatted.mean(),
+            "d1": d1.sum(),
+            "d2": d2.sum(),
+            "kept": kept,
+            "dropped": Q - kept,
+            "no_signal": (keep & ~signal).sum(),  # kept groups whose responses all earned the same
+            "all_called": (keep & batch.called.all(axis=1)).sum(),  # of those, the ones that spent quota on calls
+            "grad_norm": norm,  # before clipping
+            "entropy": -jnp.sum(batch.logp * batch.mask) / batch.mask.sum(),  # nats a token, estimated by the samples
+            "drift": drift / jnp.maximum(tokens, 1),  # mean |log p recomputed - log p sampled|
+            "drift_max": jax.lax.pmax(worst, axis),
+            "tokens": batch.mask.sum(),
+            "empty_updates": new_state.empty_updates,
+            "nonfinite_updates": new_state.nonfinite_updates,
+            "nonfinite_streak": new_state.nonfinite_streak,
+            "empty_d1_streak": filter_state.empty_d1_streak,
+        }
+        return new_state, metrics
+
+    return body

@@ -1,0 +1,67 @@
+"""Metrics: one JSON line a step, TensorBoard events beside it, and the alarm for a collapsed policy.
+
+After a resume the file is cut to the restored step, so that it always tells of one straight run.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The complete rows of a metrics file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard events in `workdir`, from `step` on."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        path = workdir / "metrics.jsonl"
+        self.rows = [row for row in read(path) if row["step"] <= step]
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        beside.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row of plain numbers with its `step`."""
+        row = {name: value.item() if isinstance(value, np.generic | np.ndarray) else value for name, value in row.items()}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def alarm(rows: list[dict[str, Any]], window: int = 10) -> str | None:
+    """What looks collapsed over the last `window` steps, in a few words, or None."""
+    last = rows[-window:]
+    if len(last) < window:
+        return None
+    mean = {name: float(np.mean([row[name] for row in last])) for name in ("call_rate", "entropy", "cut_off")}
+    if mean["call_rate"] == 0:
+        return "no response calls the cloud any more: nothing is left to learn calling from"
+    if mean["call_rate"] > 0.99:
+        return "nearly every response calls the cloud: the device has stopped solving"
+    if mean["entropy"] < 0.005:
+        return "entropy is gone: all responses of a group are the same"
+    if mean["cut_off"] > 0.5:
+        return "most responses are cut off: raise max_new_tokens, or check that the model knows the format"
+    return None

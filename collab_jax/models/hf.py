@@ -1,0 +1,164 @@
+"""Hugging Face folders: config.json and safetensors in, the same out, by one rename rule.
+
+`load` is strict: a weight that is unknown, missing, doubled or of another shape is an error that names it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from collab_jax.errors import UserError
+from collab_jax.models import decoder
+from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
+
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+class FolderError(UserError):
+    """A model folder that cannot be used; the message says what to do."""
+
+
+def locate(path: str) -> pathlib.Path:
+    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository (`org/name`)."""
+    for folder in (pathlib.Path(path).expanduser(), ASSETS / path):
+        if (folder / "config.json").is_file():
+            return folder
+    if pathlib.Path(path).exists():
+        raise FolderError(f"{path} has no config.json: it is not a Hugging Face model folder")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        known = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
+        raise FolderError(f"no model at {path!r}: give a folder with config.json, a hub name, or one of {known}")
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
+        reason = str(error).strip().splitlines()[0]
+        raise FolderError(f"cannot download {path!r} ({reason}): check the name and access, or give a local folder") from None
+
+
+def config_from_hf(hf: dict, dtype: str = "float32") -> DecoderConfig:
+    """DecoderConfig from the contents of config.json; refuses what the decoder does not compute."""
+    kind = hf.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise FolderError(f"model_type {kind!r} is not supported: use a Llama, Qwen2.5 or Qwen3 checkpoint")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise FolderError(f"hidden_act {hf['hidden_act']!r} is not supported: only 'silu' is")
+    if hf.get("use_sliding_window"):
+        raise FolderError("use_sliding_window is not supported: set it to false in config.json")
+    # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them at the top.
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise FolderError(f"rope type {rope_type!r} is not supported: only 'default' and 'llama3' are")
+    theta = rope.get("rope_theta", hf.get("rope_theta"))
+    if theta is None:
+        raise FolderError("config.json names no rope_theta")
+    scaling = None
+    if rope_type == "llama3":
+        scaling = RopeScaling(**{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)})
+    bias = bool(hf.get("attention_bias", False))  # Qwen2.5 has it on q, k, v always; Llama and Qwen3 on o too, if set
+    heads = hf["num_attention_heads"]
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        rope_theta=float(theta),
+        norm_eps=float(hf["rms_norm_eps"]),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2" or bias,
+        output_bias=kind != "qwen2" and bias,
+        mlp_bias=bool(hf.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        rope_scaling=scaling,
+        initializer_range=float(hf.get("initializer_range", 0.02)),
+        dtype=dtype,
+    )
+
+
+def _to_hf_name(path: tuple[str, ...]) -> str:
+    """('layers_3', 'self_attn', 'q_proj', 'kernel') -> 'model.layers.3.self_attn.q_proj.weight'."""
+    *modules, leaf = path
+    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}[leaf]
+    name = ".".join([*modules, leaf])
+    name = re.sub(r"^layers_(\d+)", r"layers.\1", name)
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """The contents of config.json."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise FolderError(f"cannot read {folder / 'config.json'}: {error}") from None
+
+
+def load(folder: pathlib.Path, dtype: str, param_dtype: str) -> tuple[DecoderConfig, Params]:
+    """(config, params) of a folder; params as `param_dtype` on the host, computation in `dtype`."""
+    cfg = config_from_hf(read_config(folder), dtype)
+    shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
+    wanted = {_to_hf_name(path): (path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FolderError(f"{folder} holds no .safetensors file")
+    found: dict[str, np.ndarray] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="flax") as weights:
+                for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name == "lm_head.weight" and cfg.tied:
+                        continue  # some exporters write the tied head twice
+                    if name not in wanted:
+                        raise FolderError(f"{file}: unknown weight {name!r}")
+                    if name in found:
+                        raise FolderError(f"{file}: weight {name!r} stands in two files")
+                    value = np.asarray(weights.get_tensor(name))
+                    path, shape = wanted[name]
+                    value = value.T if path[-1] == "kernel" else value
+                    if value.shape != shape:
+                        raise FolderError(f"{file}: weight {name!r} has shape {value.shape}, config.json says {shape}")
+                    found[name] = value.astype(param_dtype)
+        except (SafetensorError, OSError) as error:
+            raise FolderError(f"cannot read {file} ({error}): it may be cut short; fetch it again") from None
+    if missing := sorted(set(wanted) - set(found)):
+        raise FolderError(f"{folder}: missing weight {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+    return cfg, traverse_util.unflatten_dict({wanted[name][0]: value for name, value in found.items()})
+
+
+def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path) -> None:
+    """Writes config.json, model.safetensors and the tokenizer files found in the folder `tokenizer`.
+
+    The kernels are transposed to Hugging Face's [out, in]; everything is written beside and moved into place last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = traverse_util.flatten_dict(params)
+    weights = {
+        _to_hf_name(path): jax.numpy.asarray(np.ascontiguousarray(np.asarray(v).T if path[-1] == "kernel" else v), dtype)
+        for path, v in flat.items()
+    }
+    temporary = folder / "model.safetensors.tmp"
+    save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.rename(folder / "model.safetensors")
+    config = {**hf_config, "dtype": dtype}
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in TOKENIZER_FILES:
+        source, target = tokenizer / name, folder / name
+        if source.is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source, target)

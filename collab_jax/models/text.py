@@ -1,0 +1,143 @@
+"""Text <-> tokens: a fast tokenizer, its chat template, and the special tokens, all explicit, none guessed."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from collab_jax.errors import UserError
+
+Messages = list[dict[str, str]]
+
+
+class TextError(UserError):
+    """A tokenizer, token or prompt that cannot be used; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """A tokenizer with the tokens the method needs.
+
+    eos_ids: every token that ends a response; the first is the one written after a demonstration.
+    decision_id: the first token of the marker, the only one whose logit decides a call (design: the decision token).
+    marker: the call as text. marker_ids: as tokens, decision_id first; one token where a reserved token stands for all.
+    answer_open: token sequences that open the answer; from there on no call is possible.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    decision_id: int
+    marker: str
+    marker_ids: tuple[int, ...]
+    answer_open: tuple[tuple[int, ...], ...]
+
+    @property
+    def _marker_written(self) -> str:
+        """The marker as the tokenizer sees it: itself, or the reserved token that stands for it."""
+        decision = self.tokenizer.convert_ids_to_tokens(self.decision_id)
+        return self.marker if self.marker.startswith(decision) else decision
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Tokens of a chat prompt, ending where the response begins."""
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    def prompt_batch(self, prompts: Sequence[Messages], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens i32[Q, L], real bool[Q, L]), padded on the left. Raises TextError where a prompt is longer than L."""
+        tokens = np.full((len(prompts), length), self.pad_id, np.int32)
+        real = np.zeros((len(prompts), length), bool)
+        for i, messages in enumerate(prompts):
+            ids = self.prompt_ids(messages)
+            if len(ids) > length:
+                start = messages[-1]["content"][:60]
+                raise TextError(
+                    f"prompt {start!r} has {len(ids)} tokens, more than prompt_length={length}: raise config.prompt_length"
+                )
+            tokens[i, length - len(ids) :] = ids
+            real[i, length - len(ids) :] = True
+        return tokens, real
+
+    def response_ids(self, response: str) -> list[int]:
+        """Tokens of a whole response as the model should write it, EOS included."""
+        written = response.replace(self.marker, self._marker_written)
+        return [*self.tokenizer.encode(written, add_special_tokens=False), self.eos_ids[0]]
+
+    def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+        """Responses as text, EOS left out, from tokens and mask [R, T]."""
+        known = len(self.tokenizer)  # a model may have more rows than its tokenizer has tokens
+        rows = [
+            [t for t in row[m].tolist() if t not in self.eos_ids and t < known]
+            for row, m in zip(tokens, mask, strict=True)
+        ]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        written = self._marker_written
+        return texts if written == self.marker else [t.replace(written, self.marker) for t in texts]
+
+
+def _answer_open(tokenizer, opening: str) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that open the answer: one token if the vocabulary has it, else each way BPE may split it."""
+    whole = tokenizer.convert_tokens_to_ids(opening)
+    if whole is not None and whole != tokenizer.unk_token_id:
+        return ((whole,),)
+    stem, found = opening[:-1], set()  # without '>', which BPE joins with whatever follows
+    for before in ("", " ", "\n", "\n\n", "</think>", "</think>\n", "</think>\n\n", "."):
+        ids = tokenizer.encode(before + stem, add_special_tokens=False)
+        for n in range(1, len(ids) + 1):
+            if stem in tokenizer.decode(ids[-n:]):
+                found.add(tuple(ids[-n:]))
+                break
+    return tuple(sorted(found))
+
+
+def load(folder: pathlib.Path, config) -> Text:
+    """Text from a model folder and `config.text` (pad, eos, decision_token, marker). Raises TextError by name."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except Exception as error:  # transformers raises many kinds for a damaged or missing tokenizer
+        raise TextError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise TextError(f"the tokenizer in {folder} has no chat template: add chat_template.jinja")
+
+    def token_id(token: str, key: str) -> int:
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+            raise TextError(f"config.text.{key}={token!r} is not one token of the tokenizer in {folder}")
+        return found
+
+    decision_id = token_id(config.decision_token, "decision_token")
+    written = config.marker if config.marker.startswith(config.decision_token) else config.decision_token
+    marker_ids = tuple(tokenizer.encode(written, add_special_tokens=False))
+    if marker_ids[:1] != (decision_id,):
+        raise TextError(f"config.text.marker={config.marker!r} does not begin with the token {config.decision_token!r}")
+    return Text(
+        tokenizer=tokenizer,
+        pad_id=token_id(config.pad, "pad"),
+        eos_ids=tuple(token_id(t, "eos") for t in config.eos),
+        decision_id=decision_id,
+        marker=config.marker,
+        marker_ids=marker_ids,
+        answer_open=_answer_open(tokenizer, "<answer>"),
+    )
+
+
+def word_tokenizer(words: Sequence[str], pad: str, eos: str, unk: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is `words` (longest match first), for models trained from nothing.
+
+    The chat template joins the messages' contents and ends the prompt with a line break.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate([pad, eos, unk, *words])}
+    longest_first = sorted(words, key=len, reverse=True)
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=unk))
+    pattern = Regex("|".join(map(re.escape, longest_first)))
+    inner.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=pad, eos_token=eos, unk_token=unk)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    )
+    return tokenizer

@@ -1,0 +1,44 @@
+"""Devices: the only file that says pmap. A body sees its own device's share and the axis name AXIS; nothing else does.
+
+Arrays that differ by device carry a leading axis D outside the body; state is replicated while a run lasts and is
+always saved without that axis.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import jax_utils
+
+from collab_jax.errors import UserError
+
+AXIS = "devices"
+
+replicate = jax_utils.replicate
+
+
+def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
+    """`body` on every local device at once; every argument and result has a leading axis D."""
+    return jax.pmap(body, axis_name=AXIS, donate_argnums=donate)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy, on the host."""
+    return jax.device_get(jax_utils.unreplicate(tree))
+
+
+def shard(tree: Any, devices: int) -> Any:
+    """[n, ...] -> [D, n / D, ...] for every leaf, in order. Raises UserError where D does not divide n."""
+
+    def one(x):
+        if x.shape[0] % devices:
+            raise UserError(f"a batch of {x.shape[0]} does not divide over {devices} devices: change prompts_per_step or cpu_devices")
+        return x.reshape(devices, -1, *x.shape[1:])
+
+    return jax.tree.map(one, tree)
+
+
+def gather(tree: Any) -> Any:
+    """[D, n / D, ...] -> [n, ...] on the host: the inverse of `shard`."""
+    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), jax.device_get(tree))

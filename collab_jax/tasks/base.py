@@ -1,0 +1,71 @@
+"""What every task shares: the types, and how a response is read (paper section 3, the response format)."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from collab_jax.errors import UserError
+
+Messages = list[dict[str, str]]
+
+
+class TaskError(UserError):
+    """A task or its data cannot be used; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One prompt's problem. id: unique in its split; stratum: its difficulty class; problem: the task's own data."""
+
+    id: str
+    stratum: str
+    problem: Any
+
+
+class Verdict(NamedTuple):
+    """What a response is. `called` and `correct` exclude each other, and so do `called` and `formatted`."""
+
+    correct: bool
+    called: bool
+    formatted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The functions of a task.
+
+    load(split) -> list[Example], split "train" or "test"; prompt(example) -> the device model's chat messages;
+    cloud_prompt(example) -> the cloud's; verify(example, response) -> Verdict of a *finished* response;
+    solve_prompt(messages) -> a right response to a cloud prompt (None: the task has no exact solver);
+    demonstrations(seed) -> endless (example, response) pairs for the warm start (None: the task makes none).
+    """
+
+    name: str
+    load: Callable[[str], list[Example]]
+    prompt: Callable[[Example], Messages]
+    cloud_prompt: Callable[[Example], Messages]
+    verify: Callable[[Example, str], Verdict]
+    solve_prompt: Callable[[Messages], str] | None = None
+    demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None
+
+
+_FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def called(response: str, marker: str) -> bool:
+    """True where the marker is the terminal action: nothing but white space follows it, and no answer was opened."""
+    return response.rstrip().endswith(marker) and "<answer>" not in response
+
+
+def formatted(response: str) -> bool:
+    """True for exactly `<think> ... </think><answer> ... </answer>`, each tag once; white space around blocks is free."""
+    return all(response.count(tag) == 1 for tag in _TAGS) and _FORMAT.fullmatch(response) is not None
+
+
+def answer_of(response: str) -> str | None:
+    """The text of the last closed `<answer>` block, or None."""
+    end = response.rfind("</answer>")
+    start = response.rfind("<answer>", 0, max(end, 0))
+    return response[start + len("<answer>") : end] if end >= 0 and start >= 0 else None

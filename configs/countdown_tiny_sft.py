@@ -1,0 +1,41 @@
+"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from random weights.
+
+    python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir collab_jax/assets/countdown-tiny
+"""
+
+import pathlib
+import runpy
+
+common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+
+_WORDS = [*"0123456789+-*/()=, \n", " ok", " no"]
+_WORDS += ["<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need external assistance ", "</unknown>"]
+
+
+def get_config():
+    config = common["get_config"]()
+    config.sft.steps = 800
+    config.sft.words = tuple(_WORDS)
+    config.sft.architecture = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": len(_WORDS) + 3,  # pad, eos and unk come first
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "initializer_range": 0.05,
+        "hidden_act": "silu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    return config

@@ -1,0 +1,200 @@
+"""The launch scripts, run in copies of the tree with a stand-in for Python: no network, nothing installed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Answers `-m venv`, `-m pip` and the programs the scripts start, and notes each; passes `-c` on to the real Python.
+STAND_IN = f"""#!/bin/bash
+if [ "$1" = -c ]; then
+  shift
+  exec '{sys.executable}' -c "import sys; $BEFORE
+exec(sys.argv.pop(1))" "$@"
+fi
+echo "$PWD: $*" >>"$CALLS"
+case "$2" in
+  venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  pip) if [ "$3" = install ]; then eval "$ON_INSTALL"; fi ;;
+esac
+"""
+
+
+class Tree:
+    """A copy of the scripts in a path with a space, and the stand-in beside it."""
+
+    def __init__(self, tmp_path):
+        self.root = tmp_path / "a tree"
+        shutil.copytree(ROOT / "launch", self.root / "launch")
+        shutil.copytree(ROOT / ".ci", self.root / ".ci")
+        shutil.copy(ROOT / "setup.py", self.root)
+        self.elsewhere = tmp_path / "elsewhere"
+        self.elsewhere.mkdir()
+        self.calls_file = tmp_path / "calls"
+        self.python = self.executable(tmp_path / "bin" / "stand-in", STAND_IN)
+        self.path = f"{self.python.parent}:{os.environ['PATH']}"
+        for name in ("python3.13", "python3.12", "python3.11", "python3", "python"):  # hides the machine's own
+            self.executable(tmp_path / "bin" / name, "#!/bin/bash\necho $0: command not found >&2; exit 127\n")
+
+    def executable(self, path, text):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def run(self, script="launch/test.sh", *args, **env):
+        """Runs a script from another directory. `env` None: unset. Returns the process and the calls it made."""
+        self.calls_file.unlink(missing_ok=True)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+        clean |= {"PYTHON": str(self.python), "PATH": self.path, "CALLS": str(self.calls_file)}
+        clean |= {"BEFORE": "", "ON_INSTALL": ""} | env
+        done = subprocess.run(
+            [self.root / script, *args],
+            cwd=self.elsewhere,
+            env={k: v for k, v in clean.items() if v is not None},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        assert all(call.startswith(f"{self.root}: ") for call in calls)  # whatever the working directory was
+        return done, [call.removeprefix(f"{self.root}: ") for call in calls]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path)
+
+
+def installs(calls):
+    return [call.split()[-1] for call in calls if call.startswith("-m pip install")]
+
+
+def makes_venv(calls):
+    return "-m venv .venv" in calls
+
+
+def assert_fails_with_one_line(done, *words):
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_first_run_makes_a_venv_and_installs_and_the_second_skips_both(tree):
+    done, calls = tree.run("launch/test.sh", "-k", "two words")
+    assert done.returncode == 0 and done.stderr == ""
+    assert makes_venv(calls) and installs(calls) == [".[test]"] and calls[-1] == "-m pytest -k two words"
+
+    done, calls = tree.run()
+    assert done.returncode == 0 and calls == ["-m pytest"]
+
+    _, calls = tree.run("launch/quickstart.sh")  # the install with the extra covers the one without
+    assert installs(calls) == []
+
+
+def test_quickstart_lets_later_arguments_win(tree):
+    done, calls = tree.run("launch/quickstart.sh", "--workdir", "runs/mine")
+    assert done.returncode == 0 and installs(calls) == ["."]
+    assert calls[-1].endswith("--config configs/countdown_tiny.py --workdir runs/quickstart --workdir runs/mine")
+
+    _, calls = tree.run("launch/test.sh")  # adds to the same .venv
+    assert not makes_venv(calls) and installs(calls) == [".[test]"]
+
+
+def test_ci_runs_the_tests(tree):
+    done, calls = tree.run(".ci/run")
+    assert done.returncode == 0 and calls[-1] == "-m pytest"
+
+
+def test_a_changed_setup_or_a_moved_tree_installs_again_into_the_same_venv(tree):
+    tree.run()
+    with open(tree.root / "setup.py", "a") as f:
+        f.write("# changed\n")
+    _, calls = tree.run()
+    assert installs(calls) == [".[test]"] and not makes_venv(calls)
+
+    tree.root = tree.root.rename(tree.root.with_name("moved"))
+    _, calls = tree.run()
+    assert installs(calls) == [".[test]"] and not makes_venv(calls)
+
+
+@pytest.mark.parametrize("when", ["python -m venv", "first install", "update"])
+def test_a_killed_run_is_repaired_by_the_next(tree, when):
+    if when == "python -m venv":
+        (tree.root / ".venv/bin").mkdir(parents=True)
+        (tree.root / ".venv/bin/python").symlink_to("gone")
+    else:
+        if when == "update":
+            tree.run("launch/quickstart.sh")
+        done, _ = tree.run(ON_INSTALL="kill -9 $PPID")
+        assert done.returncode != 0
+    done, calls = tree.run("launch/quickstart.sh")  # not even what was installed before is taken for whole
+    assert done.returncode == 0 and installs(calls) == ["."] and "collab_jax.train" in calls[-1]
+    assert makes_venv(calls) == (when != "update")
+    assert len(tree.run("launch/quickstart.sh")[1]) == 1
+
+
+def test_a_venv_made_by_hand_is_installed_into_not_thrown_away(tree):
+    tree.executable(tree.root / ".venv/bin/python", STAND_IN)
+    done, calls = tree.run(PYTHON=None)
+    assert done.returncode == 0 and installs(calls) == [".[test]"] and not makes_venv(calls)
+
+
+def test_another_python_makes_the_venv_anew(tree):
+    tree.run()
+    other = STAND_IN.replace("import sys; $BEFORE", "import sys; sys.version_info = (3, 99, 0)")
+    _, calls = tree.run(PYTHON=str(tree.executable(tree.python.with_name("other"), other)))
+    assert makes_venv(calls) and installs(calls) == [".[test]"]
+
+
+def test_too_old_python(tree):
+    done, calls = tree.run(BEFORE="sys.version_info = (3, 10, 9, 'final', 0)")
+    assert_fails_with_one_line(done, str(tree.python), "3.11")
+    assert calls == [] and not (tree.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("module", ["venv", "ensurepip"])
+def test_no_venv_module(tree, module):
+    done, calls = tree.run(BEFORE=f"sys.modules['{module}'] = None")
+    assert_fails_with_one_line(done, str(tree.python), "apt install python3-venv")
+    assert calls == []
+
+
+def test_no_index_names_the_log_and_the_next_run_tries_again(tree):
+    done, calls = tree.run(ON_INSTALL="echo ERROR: no index; echo much more >&2; exit 1")
+    log = tree.root / ".venv/collab_jax.log"
+    assert_fails_with_one_line(done, "index", str(log))
+    assert log.read_text() == "ERROR: no index\nmuch more\n" and "-m pytest" not in calls
+
+    done, calls = tree.run()
+    assert done.returncode == 0 and installs(calls) == [".[test]"] and calls[-1] == "-m pytest"
+
+
+def test_a_shim_with_nothing_behind_it_is_passed_over(tree):
+    done, _ = tree.run(PYTHON=None)
+    assert_fails_with_one_line(done, "no working Python >= 3.11", "PYTHON")
+
+    tree.executable(tree.python.with_name("python3.11"), STAND_IN)
+    done, calls = tree.run(PYTHON=None)
+    assert done.returncode == 0 and done.stderr == "" and makes_venv(calls)
+    assert "with python3.11" in done.stdout
+
+
+def test_a_half_made_venv_is_repaired_though_activated(tree):
+    tree.executable(tree.python.with_name("python3.11"), STAND_IN)
+    tree.run(ON_INSTALL="kill -9 $PPID")
+    (tree.root / ".venv/bin/python3.11").symlink_to("python")
+    done, calls = tree.run(PYTHON=None, PATH=f"{tree.root}/.venv/bin:{tree.path}")
+    assert done.returncode == 0 and makes_venv(calls) and calls[-1] == "-m pytest"
+
+
+def test_relative_python_is_meant_from_where_the_user_stands(tree):
+    tree.executable(tree.elsewhere / "bin/stand-in", STAND_IN)
+    done, calls = tree.run(PYTHON="bin/stand-in")
+    assert done.returncode == 0 and makes_venv(calls)
