@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -13,22 +12,6 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from collab_jax.errors import UserError
-
-# XLA's large temporaries would cost page faults at every step: glibc keeps and reuses them, in huge pages.
-_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "1000000000",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-
-
-def _tune_allocator() -> None:
-    """Starts this process again with the allocator's variables, which are read only at its start."""
-    if sys.platform != "linux" or "MALLOC_MMAP_MAX_" in os.environ or sys.flags.interactive:
-        return
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_MALLOC})
-
 
 def set_cpu_devices(count: int) -> None:
     """Host devices for a machine without accelerator; must come before the first use of jax."""
@@ -60,6 +43,5 @@ def main(run: Callable[[ConfigDict, pathlib.Path], int]) -> None:
         except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
 
-    _tune_allocator()
     logging.getLogger("jax").setLevel(logging.ERROR)
     app.run(start, flags_parser=parse)

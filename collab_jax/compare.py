@@ -133,3 +133,15 @@ def frontier(records: Records, name: str, points: int = 101) -> tuple[np.ndarray
     budgets = np.linspace(0, 1, points)
     outcomes = [random_outcomes(records, b) if name == "random" else replay(records, ROUTERS[name](records), b) for b in budgets]
     return budgets, np.array([o.mean() for o in outcomes])
+
+
+def examples_to_show(records: Records) -> list[tuple[str, int]]:
+    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed; those that occur."""
+    asked, right = records["natural_called"], records["natural_correct"]
+    kinds = {
+        "solved on the device": ~asked & right,
+        "rightly asked the cloud": asked & ~records["local_correct"],
+        "asked, though it would have solved it": asked & records["local_correct"],
+        "stayed, and was wrong": ~asked & ~right,
+    }
+    return [(kind, int(np.flatnonzero(rows)[0])) for kind, rows in kinds.items() if rows.any()]

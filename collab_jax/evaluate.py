@@ -23,10 +23,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from collab_jax import cli, compare, parallel, rollout
+from collab_jax import run as runs
 from collab_jax.cloud import CachedCloud
 from collab_jax.compare import Records
 from collab_jax.errors import UserError
+from collab_jax.gapg import TrainState
 from collab_jax.models.text import Text
+from collab_jax.run import Run
 from collab_jax.tasks import Example, Task
 
 
@@ -105,27 +108,25 @@ def read(path: pathlib.Path) -> Records:
     return {name: _column([np.array(v) if isinstance(v, list) else v for v in table[name].to_pylist()]) for name in table.column_names}
 
 
-def examples_to_show(records: Records) -> list[tuple[str, int]]:
-    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed; those that occur."""
-    asked, right = records["natural_called"], records["natural_correct"]
-    kinds = {
-        "solved on the device": ~asked & right,
-        "rightly asked the cloud": asked & ~records["local_correct"],
-        "asked, though it would have solved it": asked & records["local_correct"],
-        "stayed, and was wrong": ~asked & ~right,
-    }
-    return [(kind, int(np.flatnonzero(rows)[0])) for kind, rows in kinds.items() if rows.any()]
+def evaluate_state(run: Run, state: TrainState, name: str) -> Records:
+    """Records of the first `config.eval.prompts` test prompts under `state` (with axis D)."""
+    config = run.config
+    examples = run.task.load("test")[: config.eval.prompts]
+    if len(examples) < config.eval.prompts:
+        raise UserError(f"config.eval.prompts={config.eval.prompts}, but the test split has {len(examples)}")
+    sample = rollout.make_sampler(run.cfg, run.text, config, group=1, temperature=0.0)
+    return evaluate(sample, state.params, run.text, run.task, run.cloud, examples, config, name)
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line: evaluates the run in `workdir`."""
-    from collab_jax import train
-
-    setup = train.prepare(config, workdir)
-    state = train.restore_or_init(setup)
-    records = train.evaluate_state(setup, parallel.replicate(state).params, workdir.name)
+    run = runs.prepare(config, workdir)
+    if config.eval.prompts < 1:
+        raise UserError("config.eval.prompts must be at least 1 to evaluate")
+    state = parallel.replicate(runs.load_state(run))
+    records = evaluate_state(run, state, workdir.name)
     write(workdir / "eval.parquet", records)
-    summary = {"step": int(state.step), **compare.summary(records)}
+    summary = {"step": int(state.step[0]), **compare.summary(records)}
     (workdir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
     natural = summary["natural"]
     print(
@@ -136,4 +137,4 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    cli.main(main)

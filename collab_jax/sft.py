@@ -91,7 +91,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         else:
             tokenizer_folder = hf.locate(config.model.path)
             hf_config = hf.read_config(tokenizer_folder)
-            cfg, params = hf.load(tokenizer_folder, config.model.dtype, config.model.param_dtype)
+            cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
+            params = hf.load(tokenizer_folder, cfg, config.model.param_dtype)
         text = text_lib.load(tokenizer_folder, config.text)
         params = tune(params, cfg, batches(task, text, config), config)
         hf.save(workdir, params, hf_config, config.model.param_dtype, tokenizer_folder)

@@ -49,7 +49,7 @@ def locate(path: str) -> pathlib.Path:
         raise FolderError(f"cannot download {path!r} ({reason}): check the name and access, or give a local folder") from None
 
 
-def config_from_hf(hf: dict, dtype: str = "float32") -> DecoderConfig:
+def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> DecoderConfig:
     """DecoderConfig from the contents of config.json; refuses what the decoder does not compute."""
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
@@ -88,6 +88,7 @@ def config_from_hf(hf: dict, dtype: str = "float32") -> DecoderConfig:
         qk_norm=kind == "qwen3",
         rope_scaling=scaling,
         initializer_range=float(hf.get("initializer_range", 0.02)),
+        remat=remat,
         dtype=dtype,
     )
 
@@ -109,9 +110,8 @@ def read_config(folder: pathlib.Path) -> dict:
         raise FolderError(f"cannot read {folder / 'config.json'}: {error}") from None
 
 
-def load(folder: pathlib.Path, dtype: str, param_dtype: str) -> tuple[DecoderConfig, Params]:
-    """(config, params) of a folder; params as `param_dtype` on the host, computation in `dtype`."""
-    cfg = config_from_hf(read_config(folder), dtype)
+def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
+    """The folder's parameters as `param_dtype`, on the host. Raises FolderError where they are not exactly those of `cfg`."""
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
     wanted = {_to_hf_name(path): (path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items()}
     files = sorted(folder.glob("*.safetensors"))
@@ -138,7 +138,7 @@ def load(folder: pathlib.Path, dtype: str, param_dtype: str) -> tuple[DecoderCon
             raise FolderError(f"cannot read {file} ({error}): it may be cut short; fetch it again") from None
     if missing := sorted(set(wanted) - set(found)):
         raise FolderError(f"{folder}: missing weight {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
-    return cfg, traverse_util.unflatten_dict({wanted[name][0]: value for name, value in found.items()})
+    return traverse_util.unflatten_dict({wanted[name][0]: value for name, value in found.items()})
 
 
 def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path) -> None:

@@ -1,14 +1,17 @@
 """Text <-> tokens: a fast tokenizer, its chat template, and the special tokens, all explicit, none guessed."""
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collab_jax.errors import UserError
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 Messages = list[dict[str, str]]
 

@@ -1,0 +1,134 @@
+"""What a run is made of: its workdir, its parts built from the config, its state. Shared by train, evaluate and export."""
+
+import json
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from collab_jax import algorithms, gapg, optim
+from collab_jax.checkpoint import Checkpoints
+from collab_jax.cloud import CachedCloud, make_cloud
+from collab_jax.errors import UserError
+from collab_jax.gapg import TrainState
+from collab_jax.models import decoder, hf
+from collab_jax.models import text as text_lib
+from collab_jax.models.text import Text
+from collab_jax.tasks import Task, make_task
+
+
+class Run(NamedTuple):
+    """The parts of a run. `folder` is the Hugging Face folder it starts from."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    folder: pathlib.Path
+    cfg: decoder.DecoderConfig
+    text: Text
+    task: Task
+    cloud: CachedCloud
+    optimizer: optax.GradientTransformation
+    checkpoints: Checkpoints
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for values that no run could use, with the fix."""
+    a, c, f = config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f
+    devices = jax.local_device_count()
+    problems = {
+        f"config.budget={config.budget} must lie in [0, 1): it is the share of queries that may go to the cloud": 0
+        <= config.budget
+        < 1,
+        f"config.group={config.group} must be at least 2: a group is compared with itself": config.group >= 2,
+        f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold": a > c > f >= 0 and math.isfinite(a),
+        f"config.temperature={config.temperature} must be above 0: training samples": config.temperature > 0,
+        "config.prompt_length, max_new_tokens and train.steps must be at least 1": min(
+            config.prompt_length, config.max_new_tokens, config.train.steps
+        )
+        >= 1,
+        "config.train.micro_prompts, logprob_chunk and checkpoint_every must be at least 1": min(
+            config.train.micro_prompts, config.train.logprob_chunk, config.train.checkpoint_every
+        )
+        >= 1,
+        f"config.algorithm.advantage={config.algorithm.advantage!r}: use one of {sorted(algorithms.ADVANTAGES)}": (
+            config.algorithm.advantage in algorithms.ADVANTAGES
+        ),
+        f"config.algorithm.filter={config.algorithm.filter!r}: use one of {sorted(algorithms.FILTERS)}": (
+            config.algorithm.filter in algorithms.FILTERS
+        ),
+    }
+    for message, holds in problems.items():
+        if not holds:
+            raise UserError(message)
+    for name, size in (("prompts_per_step", config.prompts_per_step), ("eval.batch_size", config.eval.batch_size)):
+        if size < 1 or size % devices:
+            raise UserError(
+                f"config.{name}={size} must be a positive multiple of the {devices} devices: change it, or config.cpu_devices"
+            )
+
+
+def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes `workdir` and writes config.json there; refuses a workdir begun with another config, naming the difference."""
+    mine = json.loads(config.to_json_best_effort())
+    file = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            beside = file.with_suffix(".tmp")
+            beside.write_text(json.dumps(mine, indent=2) + "\n")
+            beside.replace(file)
+        theirs = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
+    except ValueError:
+        raise UserError(f"{file} is not readable JSON: restore it, or choose another --workdir") from None
+    old, new = _flat(theirs), _flat(mine)
+    differing = [f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run with other settings ({'; '.join(differing[:5])}): use the same settings or another --workdir"
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
+    """Checks the config, claims the workdir and builds the parts. Raises UserError with what to do."""
+    check_config(config)
+    claim(config, workdir)
+    task = make_task(config)
+    folder = hf.locate(config.model.path)
+    cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
+    steps, o = config.train.steps, config.optim
+    schedule = optim.make_schedule(o.learning_rate, o.warmup_steps, decay_steps=steps if o.decay else None)
+    store = pathlib.Path(config.cloud.store).expanduser() if config.cloud.store else workdir / "cloud.sqlite"
+    return Run(
+        config=config,
+        workdir=workdir,
+        folder=folder,
+        cfg=cfg,
+        text=text_lib.load(folder, config.text),
+        task=task,
+        cloud=make_cloud(config, task, store),
+        optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm),
+        checkpoints=Checkpoints(workdir / "checkpoints"),
+    )
+
+
+def load_state(run: Run) -> TrainState:
+    """The state of the last checkpoint, or the one before the first step; on the host."""
+    config = run.config
+    params = hf.load(run.folder, run.cfg, config.model.param_dtype)
+    alphas = config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f
+    state = gapg.init_state(params, run.optimizer, gapg.init_reward(*alphas), gapg.init_filter(config.budget))
+    if run.checkpoints.latest() is None:
+        return jax.device_get(state)
+    return run.checkpoints.restore(like=state)

@@ -1,0 +1,186 @@
+"""Training: GAPG from a warm-started device model.
+
+    python -m collab_jax.train --config configs/countdown_tiny.py --workdir DIR [--config.KEY=VALUE ...]
+
+evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit on a CPU, whatever
+stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json, metrics.jsonl (with TensorBoard events
+beside it), checkpoints/, cloud.sqlite, before.parquet, after.parquet and the report (report.json, report.md, *.png).
+"""
+
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from collab_jax import algorithms, cli, compare, evaluate, gapg, metrics, parallel, report, rollout
+from collab_jax import run as runs
+from collab_jax.cloud import ledger
+from collab_jax.errors import UserError
+from collab_jax.run import Run
+
+NONFINITE_LIMIT = 10  # updates in a row whose gradient is not finite before the run stops
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: exit at once with status 0, or, inside `with stop:`, when the block asks `requested`."""
+
+    def __init__(self):
+        self.requested = self._deferred = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        self.requested = True
+        if not self._deferred:
+            sys.exit(0)
+
+    def __enter__(self):
+        self._deferred = True
+        return self
+
+    def __exit__(self, *_):
+        self._deferred = False
+
+
+def prompt_indices(seed: int, step: int, count: int, total: int) -> np.ndarray:
+    """Which of `total` training prompts step number `step` uses, [count]: a new order each epoch, a function of (seed, step)."""
+    place = np.arange(step * count, (step + 1) * count)
+    orders = {epoch: np.random.default_rng([seed, int(epoch)]).permutation(total) for epoch in np.unique(place // total)}
+    return np.array([orders[p // total][p % total] for p in place])
+
+
+def make_step(run: Run):
+    """The compiled update: step(state, rollout, key) -> state, metrics, all with axis D; the state is donated."""
+    config = run.config
+    body = gapg.make_step(
+        run.cfg,
+        run.optimizer,
+        algorithms.ADVANTAGES[config.algorithm.advantage],
+        algorithms.FILTERS[config.algorithm.filter],
+        axis=parallel.AXIS,
+        micro_prompts=config.train.micro_prompts,
+        temperature=config.temperature,
+        chunk=config.train.logprob_chunk,
+    )
+    return parallel.pmap(body, donate=(0,))
+
+
+def filter_key(seed: int, step: int) -> jax.Array:
+    """The key of a step's filter draw, a function of (seed, step); apart from the samples' keys."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 0x66696C74)
+
+
+def check_health(row: dict, run: Run) -> None:
+    """Raises UserError where going on is pointless; the state is saved by then."""
+    if row["nonfinite_streak"] >= NONFINITE_LIMIT:
+        raise UserError(
+            f"the gradient was not finite {NONFINITE_LIMIT} steps in a row; the state is saved in {run.checkpoints.folder}: "
+            "lower config.optim.learning_rate, and check the model's weights"
+        )
+    if row["empty_d1_streak"] >= run.config.train.empty_d1_limit:
+        raise UserError(
+            f"no prompt was solved on the device {row['empty_d1_streak']} steps in a row, so nothing can be learnt; the state is "
+            f"saved in {run.checkpoints.folder}: warm the model up (python -m collab_jax.sft), or choose easier prompts"
+        )
+
+
+def train(run: Run, stop: Stop) -> gapg.TrainState | None:
+    """Trains to `config.train.steps`; the final state with axis D, or None where it was asked to stop."""
+    # ------------------------------------------------------------------------------------------------ set-up
+    config, Q = run.config, run.config.prompts_per_step
+    host_state = runs.load_state(run)
+    first = int(host_state.step)
+    state = parallel.replicate(host_state)
+    if first >= config.train.steps:
+        return state
+    examples = run.task.load("train")
+    sample = rollout.make_sampler(run.cfg, run.text, config, group=config.group, temperature=config.temperature)
+    step = make_step(run)
+    writer = metrics.MetricsWriter(run.workdir, first)
+    warned: set[str] = set()
+    with stop, tqdm(total=config.train.steps, initial=first, desc="train", unit="step", mininterval=1) as bar:
+        for i in range(first, config.train.steps):
+            # ---------------------------------------------------------------------------------------- rollout
+            started = time.monotonic()
+            batch = [examples[j] for j in prompt_indices(config.seed, i, Q, len(examples))]
+            collected = rollout.collect(sample, state.params, run.text, run.task, run.cloud, batch, config, i)
+            sampled = time.monotonic()
+            # ----------------------------------------------------------------------------------------- update
+            state, out = step(state, collected.rollout, parallel.replicate(filter_key(config.seed, i)))
+            out = parallel.unreplicate(out)
+            # ---------------------------------------------------------------------------------------- metrics
+            row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
+            row |= {"cut_off": collected.cut_off, "cloud_asked": collected.cloud_asked}
+            row |= {"cloud_bought": collected.cloud_bought, "cloud_failed": collected.cloud_failed}
+            row |= {"seconds": time.monotonic() - started, "seconds_rollout": sampled - started}
+            writer.write(row)
+            bar.set_postfix_str(progress(row, config.budget), refresh=False)
+            bar.update()
+            if (message := metrics.alarm(writer.rows)) and message not in warned:
+                warned.add(message)
+                bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
+            # ------------------------------------------------------------------------------------- checkpoint
+            ill = row["nonfinite_streak"] >= NONFINITE_LIMIT or row["empty_d1_streak"] >= config.train.empty_d1_limit
+            last = i + 1 == config.train.steps
+            if ill or last or stop.requested or (i + 1) % config.train.checkpoint_every == 0:
+                run.checkpoints.save(i + 1, parallel.unreplicate(state))
+            check_health(row, run)
+            if stop.requested and not last:
+                writer.close()
+                return None
+    writer.close()
+    return state
+
+
+def progress(row: dict, budget: float) -> str:
+    """The live figures beside the bar."""
+    return (
+        f"reward {row['reward']:.2f}, local {row['local_accuracy']:.0%}, calls {row['call_rate']:.0%} (budget {budget:.0%}), "
+        f"D1/D2/dropped {row['d1']}/{row['d2']}/{row['dropped']}, {row['tokens'] / row['seconds']:.0f} tok/s"
+    )
+
+
+def evaluated(run: Run, state: gapg.TrainState, name: str):
+    """Records of `state`, from NAME.parquet where an earlier start of this run has them already."""
+    path = run.workdir / f"{name}.parquet"
+    if not path.exists():
+        evaluate.write(path, evaluate.evaluate_state(run, state, name))
+        records = evaluate.read(path)
+        for kind, i in compare.examples_to_show(records):
+            print(f"  {kind}: {records['prompt'][i]} -> {records['natural_text'][i]}")
+    return evaluate.read(path)
+
+
+def main(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """The command line."""
+    stop = Stop()
+    run = runs.prepare(config, workdir)
+    print(
+        f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
+        f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"
+    )
+    before = None
+    if config.eval.prompts:
+        if not (workdir / "before.parquet").exists() and run.checkpoints.latest() is not None:
+            raise UserError(f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir")
+        start = None if (workdir / "before.parquet").exists() else parallel.replicate(runs.load_state(run))
+        before = evaluated(run, start, "before")
+    state = train(run, stop)
+    if state is None:
+        print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
+        return 0
+    if before is not None:
+        after = evaluated(run, state, "after")
+        host = parallel.unreplicate(state)
+        rows = metrics.read(workdir / "metrics.jsonl")
+        print(report.write(workdir, config, host.filter, rows, before, after, ledger(run.cloud.store)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(main)
