@@ -53,5 +53,7 @@ class Checkpoints:
             if np.shape(got) != want.shape
         ]
         if wrong:
-            raise UserError(f"checkpoint {place} holds shape {wrong[0][0]} where this model has {wrong[0][1]}: use another --workdir")
+            raise UserError(
+                f"checkpoint {place} holds shape {wrong[0][0]} where this model has {wrong[0][1]}: use another --workdir"
+            )
         return jax.device_get(state)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from collab_jax.errors import UserError
 
+
 def set_cpu_devices(count: int) -> None:
     """Host devices for a machine without accelerator; must come before the first use of jax."""
     import jax

@@ -131,7 +131,9 @@ def gains(before: Records, after: Records) -> dict[str, Rate]:
 def frontier(records: Records, name: str, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
     """(call rates [points], overall accuracies [points]) of a router, or of "random", by replay at every budget."""
     budgets = np.linspace(0, 1, points)
-    outcomes = [random_outcomes(records, b) if name == "random" else replay(records, ROUTERS[name](records), b) for b in budgets]
+    outcomes = [
+        random_outcomes(records, b) if name == "random" else replay(records, ROUTERS[name](records), b) for b in budgets
+    ]
     return budgets, np.array([o.mean() for o in outcomes])
 
 

@@ -48,7 +48,7 @@ def evaluate(
             for key, bias in (("natural", 0.0), ("local", -np.inf)):
                 zero = np.zeros(D, np.int32)
                 samples = sample(params, *prompts, zero, zero, np.full(D, bias, np.float32))
-                one = jax.tree.map(lambda x: x[: len(batch), 0], parallel.gather(samples))
+                one = jax.tree.map(lambda x, n=len(batch): x[:n, 0], parallel.gather(samples))
                 passes[key] = one, rollout.judge(task, text, batch, one.tokens, one.mask, one.ended)
             correct, known, _, _ = rollout.ask_cloud(task, cloud, batch)
             rows += [_row(task, e, i, correct[i], known[i], passes) for i, e in enumerate(batch)]
@@ -104,8 +104,13 @@ def read(path: pathlib.Path) -> Records:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"cannot read {path} ({' '.join(str(error).split())[:120]}): delete it to evaluate again") from None
-    return {name: _column([np.array(v) if isinstance(v, list) else v for v in table[name].to_pylist()]) for name in table.column_names}
+        raise UserError(
+            f"cannot read {path} ({' '.join(str(error).split())[:120]}): delete it to evaluate again"
+        ) from None
+    return {
+        name: _column([np.array(v) if isinstance(v, list) else v for v in table[name].to_pylist()])
+        for name in table.column_names
+    }
 
 
 def evaluate_state(run: Run, state: TrainState, name: str) -> Records:

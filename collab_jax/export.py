@@ -1,6 +1,6 @@
 """Export: the last checkpoint of a run as a Hugging Face folder, for `transformers`, vLLM and the like.
 
-    python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER
+python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER
 """
 
 import pathlib

@@ -246,7 +246,7 @@ def make_step(
         grads, drift = jax.lax.psum((grads, drift), axis)
         kept = keep.sum()
         grads = jax.tree.map(lambda g: g / jnp.maximum(kept, 1), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         applies = finite & (kept > 0)
 

@@ -15,6 +15,7 @@ def make_schedule(learning_rate: float, warmup_steps: int, decay_steps: int | No
 
 def make_optimizer(schedule: optax.Schedule, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
     """Clip to `clip_norm`, then AdamW (no decay on vectors: norms and biases)."""
+
     def matrices(params):
         return jax.tree.map(lambda p: p.ndim > 1, params)
 

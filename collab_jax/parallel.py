@@ -9,13 +9,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import jax_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from collab_jax.errors import UserError
 
 AXIS = "devices"
 
-replicate = jax_utils.replicate
+
+def replicate(tree: Any) -> Any:
+    """Every leaf on every local device: [...] -> [D, ...], with the sharding that a pmap's results have.
+
+    (Another axis name in the sharding, as flax's `replicate` gives, would compile each function a second time.)
+    """
+    devices = jax.local_devices()
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    return jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), sharding)
 
 
 def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
@@ -25,7 +33,7 @@ def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
 
 def unreplicate(tree: Any) -> Any:
     """The first device's copy, on the host."""
-    return jax.device_get(jax_utils.unreplicate(tree))
+    return jax.device_get(jax.tree.map(lambda x: x[0], tree))
 
 
 def shard(tree: Any, devices: int) -> Any:
@@ -33,7 +41,9 @@ def shard(tree: Any, devices: int) -> Any:
 
     def one(x):
         if x.shape[0] % devices:
-            raise UserError(f"a batch of {x.shape[0]} does not divide over {devices} devices: change prompts_per_step or cpu_devices")
+            raise UserError(
+                f"a batch of {x.shape[0]} does not divide over {devices} devices: change prompts_per_step or cpu_devices"
+            )
         return x.reshape(devices, -1, *x.shape[1:])
 
     return jax.tree.map(one, tree)

@@ -15,11 +15,22 @@ from collab_jax.cloud import Ledger  # noqa: E402
 from collab_jax.compare import Records  # noqa: E402
 
 _COLOURS = {"margin": "#c0392b", "logprob": "#2874a6", "random": "#7f8c8d", "oracle": "#1e8449"}
-_LABELS = {"margin": "trained marker (margin)", "logprob": "log-probability gate", "random": "random", "oracle": "perfect router"}
+_LABELS = {
+    "margin": "trained marker (margin)",
+    "logprob": "log-probability gate",
+    "random": "random",
+    "oracle": "perfect router",
+}
 
 
 def write(
-    workdir: pathlib.Path, config: ConfigDict, filter_state, rows: list[dict], before: Records, after: Records, cost: Ledger
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    filter_state,
+    rows: list[dict],
+    before: Records,
+    after: Records,
+    cost: Ledger,
 ) -> str:
     """Writes the report's files into `workdir`; returns the summary for the screen."""
     prompts = int(filter_state.prompts)
@@ -33,7 +44,12 @@ def write(
         "filter_dropped": 1 - int(filter_state.kept) / prompts,
         "filter": {name: int(getattr(filter_state, name)) for name in ("prompts", "d1", "d2", "kept", "kept_d2")},
         "cloud_calls": cost.calls,
-        "cloud": {"usd": cost.usd, "seconds": cost.seconds, "input_tokens": cost.input_tokens, "output_tokens": cost.output_tokens},
+        "cloud": {
+            "usd": cost.usd,
+            "seconds": cost.seconds,
+            "input_tokens": cost.input_tokens,
+            "output_tokens": cost.output_tokens,
+        },
         "config": json.loads(config.to_json_best_effort()),
     }
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -60,7 +76,10 @@ def markdown_table(report: dict) -> str:
     for budget in compare.BUDGETS:
         for name in ("margin", "logprob", "random", "oracle"):
             lines.append(
-                (f"{100 * budget:.0f} % calls: {_LABELS[name]}", lambda m, b=budget, r=name: percent(m["at_budget"][str(b)][r]))
+                (
+                    f"{100 * budget:.0f} % calls: {_LABELS[name]}",
+                    lambda m, b=budget, r=name: percent(m["at_budget"][str(b)][r]),
+                )
             )
     lines.append(("cloud alone (100 % calls)", lambda m: percent(m["cloud_accuracy"])))
     width = max(len(title) for title, _ in lines)
@@ -103,12 +122,18 @@ def plot_frontier(path: pathlib.Path, before: Records, after: Records, report: d
     figure, axes = plt.subplots(figsize=(7, 5))
     for name in ("oracle", "margin", "logprob", "random"):
         x, y = compare.frontier(after, name)
-        axes.plot(100 * x, 100 * y, color=_COLOURS[name], label=f"after: {_LABELS[name]}", lw=2 if name == "margin" else 1.3)
+        axes.plot(
+            100 * x, 100 * y, color=_COLOURS[name], label=f"after: {_LABELS[name]}", lw=2 if name == "margin" else 1.3
+        )
     x, y = compare.frontier(before, "margin")
     axes.plot(100 * x, 100 * y, color=_COLOURS["margin"], ls="--", lw=1.2, label="before: margin")
     natural = report["after"]["natural"]
     axes.plot(
-        100 * natural["call_rate"]["value"], 100 * natural["overall_accuracy"]["value"], "o", color=_COLOURS["margin"], label="after: natural"
+        100 * natural["call_rate"]["value"],
+        100 * natural["overall_accuracy"]["value"],
+        "o",
+        color=_COLOURS["margin"],
+        label="after: natural",
     )
     axes.axhline(100 * report["after"]["cloud_accuracy"]["value"], color="black", ls=":", lw=1, label="cloud alone")
     axes.axvline(100 * report["budget"], color="#aaaaaa", lw=0.8)

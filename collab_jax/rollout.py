@@ -95,14 +95,23 @@ def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
 
 
 def collect(
-    sample: Callable, params, text: Text, task: Task, cloud: CachedCloud, examples: Sequence[Example], config: ConfigDict, step: int
+    sample: Callable,
+    params,
+    text: Text,
+    task: Task,
+    cloud: CachedCloud,
+    examples: Sequence[Example],
+    config: ConfigDict,
+    step: int,
 ) -> Collected:
     """Rollout of `examples` (Q of them) under `params` (with axis D), sampled with the key of (config.seed, step)."""
     D, Q = jax.local_device_count(), len(examples)
     prompts, prompt_mask = text.prompt_batch([task.prompt(e) for e in examples], config.prompt_length)
     prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
     scalar = lambda x, dtype: np.full(D, x, dtype)  # noqa: E731
-    samples = sample(params, prompts, prompt_mask, scalar(config.seed, np.int32), scalar(step, np.int32), scalar(0, np.float32))
+    samples = sample(
+        params, prompts, prompt_mask, scalar(config.seed, np.int32), scalar(step, np.int32), scalar(0, np.float32)
+    )
     host = parallel.gather({"tokens": samples.tokens, "mask": samples.mask, "ended": samples.ended})
     G = host["tokens"].shape[1]
     rows = {name: x.reshape(Q * G, *x.shape[2:]) for name, x in host.items()}

@@ -80,7 +80,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     if task.demonstrations is None:
         raise UserError(f"task {task.name!r} makes no demonstrations")
     if config.sft.steps < 1:
-        raise UserError("config.sft.steps must be at least 1: start from a config such as configs/countdown_tiny_sft.py")
+        raise UserError(
+            "config.sft.steps must be at least 1: start from a config such as configs/countdown_tiny_sft.py"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         if config.sft.architecture:
             tokenizer_folder, hf_config = pathlib.Path(scratch), dict(config.sft.architecture)

@@ -50,12 +50,14 @@ class Stop:
 def prompt_indices(seed: int, step: int, count: int, total: int) -> np.ndarray:
     """Which of `total` training prompts step number `step` uses, [count]: a new order each epoch, a function of (seed, step)."""
     place = np.arange(step * count, (step + 1) * count)
-    orders = {epoch: np.random.default_rng([seed, int(epoch)]).permutation(total) for epoch in np.unique(place // total)}
+    orders = {
+        epoch: np.random.default_rng([seed, int(epoch)]).permutation(total) for epoch in np.unique(place // total)
+    }
     return np.array([orders[p // total][p % total] for p in place])
 
 
 def make_step(run: Run):
-    """The compiled update: step(state, rollout, key) -> state, metrics, all with axis D; the state is donated."""
+    """The compiled update: step(state, rollout) -> state, metrics, all with axis D; the state is donated."""
     config = run.config
     body = gapg.make_step(
         run.cfg,
@@ -67,12 +69,13 @@ def make_step(run: Run):
         temperature=config.temperature,
         chunk=config.train.logprob_chunk,
     )
-    return parallel.pmap(body, donate=(0,))
 
+    def keyed(state, rollout):
+        # The filter's key is a function of (seed, step), apart from the samples' keys, and the same on all devices.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), 0x66696C74)
+        return body(state, rollout, key)
 
-def filter_key(seed: int, step: int) -> jax.Array:
-    """The key of a step's filter draw, a function of (seed, step); apart from the samples' keys."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 0x66696C74)
+    return parallel.pmap(keyed, donate=(0,))
 
 
 def check_health(row: dict, run: Run) -> None:
@@ -111,7 +114,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             collected = rollout.collect(sample, state.params, run.text, run.task, run.cloud, batch, config, i)
             sampled = time.monotonic()
             # ----------------------------------------------------------------------------------------- update
-            state, out = step(state, collected.rollout, parallel.replicate(filter_key(config.seed, i)))
+            state, out = step(state, collected.rollout)
             out = parallel.unreplicate(out)
             # ---------------------------------------------------------------------------------------- metrics
             row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
@@ -167,7 +170,9 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     before = None
     if config.eval.prompts:
         if not (workdir / "before.parquet").exists() and run.checkpoints.latest() is not None:
-            raise UserError(f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir")
+            raise UserError(
+                f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir"
+            )
         start = None if (workdir / "before.parquet").exists() else parallel.replicate(runs.load_state(run))
         before = evaluated(run, start, "before")
     state = train(run, stop)

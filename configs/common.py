@@ -3,14 +3,14 @@
 The other files here start from this one and say only what differs. On the command line: `--config.KEY=VALUE`.
 """
 
-import ml_collections
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0  # of sampling, the prompts' order and the filter's draw (and of the weights, in a warm start)
-    config.budget = 0.3  # share of queries that may go to the cloud, in [0, 1); rho = budget / (1 - budget) is derived
+    config.seed = 0  # of sampling, the prompts' order, the filter's draw; in a warm start, of weights and data
+    config.budget = 0.3  # share of queries that may go to the cloud, in [0, 1); rho = budget / (1 - budget)
     config.group = 8  # G, responses for each prompt, at least 2
     config.prompts_per_step = 32  # Q, prompts in the global batch; a multiple of the number of devices
     config.prompt_length = 16  # L, tokens; a longer prompt is refused
@@ -25,19 +25,19 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()
     config.text.marker = "<unknown> I need external assistance </unknown>"  # the call, as text
-    config.text.decision_token = "<unknown>"  # the one token that decides a call: the marker's first, or a reserved token
-    config.text.pad = "<pad>"
+    config.text.decision_token = "<unknown>"  # the token that decides a call: the marker's first, or a reserved one
+    config.text.pad = "<pad>"  # token that fills rows
     config.text.eos = ("<eos>",)  # every token that ends a response
 
     config.task = ConfigDict()
-    config.task.name = "countdown"
+    config.task.name = "countdown"  # a file of collab_jax/tasks
     config.task.data_dir = "~/tensorflow_datasets"  # where the data set is built on first use
-    config.task.prompt = "{numbers}={target}"  # the device model's prompt; real models want a sentence
+    config.task.prompt = "{numbers}={target}"  # the device model's prompt; a real model wants a sentence
     config.task.share_of_three = 0.5  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest
     config.task.targets = (10, 99)  # lowest, highest
-    config.task.train_examples = 16384
-    config.task.test_examples = 8192
+    config.task.train_examples = 16384  # size of the training split
+    config.task.test_examples = 8192  # size of the held-out split
     config.task.data_seed = 0  # of the data set, not of a run
     config.task.demo_length = 56  # longest demonstration, in tokens of the tiny vocabulary
     config.task.demo_give_up = 0.2  # share of demonstrations that end with the marker
@@ -45,10 +45,10 @@ def get_config() -> ConfigDict:
     config.cloud = ConfigDict()
     config.cloud.kind = "simulated"  # the task's exact solver
     config.cloud.model = "simulated-r1"  # part of each stored answer's key
-    config.cloud.error_rate = 0.062  # share of prompts it gets wrong, fixed by a hash (DeepSeek-R1 had 93.8 % in the paper)
-    config.cloud.seconds = 8.0  # simulated latency of a call, booked, not waited for
-    config.cloud.usd_per_million_input = 0.55
-    config.cloud.usd_per_million_output = 2.19
+    config.cloud.error_rate = 0.062  # share of prompts it gets wrong, by a hash (DeepSeek-R1 had 93.8 % in the paper)
+    config.cloud.seconds = 8.0  # simulated latency of a call; booked, not waited for
+    config.cloud.usd_per_million_input = 0.55  # simulated price
+    config.cloud.usd_per_million_output = 2.19  # simulated price
     config.cloud.store = ""  # SQLite file of all answers; "": cloud.sqlite in the workdir
 
     config.reward = ConfigDict()  # alpha_a > alpha_c > alpha_f >= 0
@@ -61,32 +61,31 @@ def get_config() -> ConfigDict:
     config.algorithm.filter = "d1d2"  # d1d2 | none
 
     config.optim = ConfigDict()
-    config.optim.learning_rate = 5e-5
-    config.optim.warmup_steps = 10  # linear, from 0; then constant
-    config.optim.decay = False  # cosine to 0 at the last step
-    config.optim.weight_decay = 0.0
+    config.optim.learning_rate = 5e-5  # AdamW, after the warm-up
+    config.optim.warmup_steps = 10  # linear, from 0
+    config.optim.decay = False  # cosine to 0 at the last step, or else constant
+    config.optim.weight_decay = 0.0  # of matrices
     config.optim.clip_norm = 1.0  # global gradient norm
 
     config.train = ConfigDict()
-    config.train.steps = 160
-    config.train.micro_prompts = 4  # prompts of one backward pass on one device; bounds the memory, not the result
+    config.train.steps = 160  # updates
+    config.train.micro_prompts = 4  # prompts of one backward pass on one device; bounds memory, not the result
     config.train.logprob_chunk = 64  # columns of logits alive at once
     config.train.remat = False  # recompute each block in the backward pass: less memory, a third more time
     config.train.checkpoint_every = 40  # steps
-    config.train.sample_every = 40  # steps between sample responses on screen and in samples.jsonl
     config.train.empty_d1_limit = 20  # steps in a row without a solved prompt before the run stops
 
     config.eval = ConfigDict()
     config.eval.prompts = 4096  # from the start of the test split, before and after training; 0: no evaluation
-    config.eval.batch_size = 256  # rows, a multiple of the number of devices
+    config.eval.batch_size = 256  # rows; a multiple of the number of devices
 
-    config.sft = ConfigDict()
-    config.sft.steps = 0
-    config.sft.batch_size = 256
-    config.sft.micro_rows = 32  # rows of one backward pass on one device
-    config.sft.learning_rate = 2e-3
-    config.sft.warmup_steps = 100
-    config.sft.weight_decay = 0.01
-    config.sft.architecture = ml_collections.config_dict.placeholder(dict)  # config.json of a model made from nothing
-    config.sft.words = ()  # the vocabulary of a model made from nothing
+    config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
+    config.sft.steps = 0  # updates
+    config.sft.batch_size = 256  # demonstrations of an update
+    config.sft.micro_rows = 32  # demonstrations of one backward pass on one device
+    config.sft.learning_rate = 2e-3  # AdamW, after the warm-up; then cosine to 0
+    config.sft.warmup_steps = 100  # linear, from 0
+    config.sft.weight_decay = 0.01  # of matrices
+    config.sft.architecture = placeholder(dict)  # config.json of a model made from nothing; none: start at model.path
+    config.sft.words = ()  # vocabulary of a model made from nothing
     return config

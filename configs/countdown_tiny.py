@@ -1,6 +1,6 @@
 """Countdown with the embedded 0.79 M parameter model: the quickstart, on two CPU cores, without a key or a network.
 
-    python -m collab_jax.train --config configs/countdown_tiny.py --workdir runs/countdown_tiny
+python -m collab_jax.train --config configs/countdown_tiny.py --workdir runs/countdown_tiny
 """
 
 import pathlib

@@ -1,6 +1,6 @@
 """Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from random weights.
 
-    python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir collab_jax/assets/countdown-tiny
+python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir collab_jax/assets/countdown-tiny
 """
 
 import pathlib

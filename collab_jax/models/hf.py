@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import shutil
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -23,6 +24,9 @@ ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
 )  # fmt: skip
 
 
@@ -45,8 +49,13 @@ def locate(path: str) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except Exception as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FolderError(f"cannot download {path!r} ({reason}): check the name and access, or give a local folder") from None
+
+
+def _require(section: dict, names: Iterable[str]) -> None:
+    if missing := [name for name in names if section.get(name) is None]:
+        raise FolderError(f"config.json lacks {', '.join(missing)}")
 
 
 def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> DecoderConfig:
@@ -58,6 +67,7 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
         raise FolderError(f"hidden_act {hf['hidden_act']!r} is not supported: only 'silu' is")
     if hf.get("use_sliding_window"):
         raise FolderError("use_sliding_window is not supported: set it to false in config.json")
+    _require(hf, REQUIRED)
     # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them at the top.
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -68,7 +78,9 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
         raise FolderError("config.json names no rope_theta")
     scaling = None
     if rope_type == "llama3":
-        scaling = RopeScaling(**{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)})
+        names = [f.name for f in dataclasses.fields(RopeScaling)]
+        _require(rope, names)
+        scaling = RopeScaling(**{name: rope[name] for name in names})
     bias = bool(hf.get("attention_bias", False))  # Qwen2.5 has it on q, k, v always; Llama and Qwen3 on o too, if set
     heads = hf["num_attention_heads"]
     return DecoderConfig(
@@ -154,6 +166,7 @@ def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, toke
     }
     temporary = folder / "model.safetensors.tmp"
     save_file(weights, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # safetensors makes it for the owner alone
     temporary.rename(folder / "model.safetensors")
     config = {**hf_config, "dtype": dtype}
     config.pop("torch_dtype", None)

@@ -56,16 +56,18 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 def called(response: str, marker: str) -> bool:
     """True where the marker is the terminal action: nothing but white space follows it, and no answer was opened."""
-    return response.rstrip().endswith(marker) and "<answer>" not in response
+    return response.rstrip().endswith(marker.rstrip()) and "<answer>" not in response
 
 
 def formatted(response: str) -> bool:
-    """True for exactly `<think> ... </think><answer> ... </answer>`, each tag once; white space around blocks is free."""
+    """True for just `<think> ... </think><answer> ... </answer>`, each tag once; white space around blocks is free."""
     return all(response.count(tag) == 1 for tag in _TAGS) and _FORMAT.fullmatch(response) is not None
 
 
 def answer_of(response: str) -> str | None:
     """The text of the last closed `<answer>` block, or None."""
-    end = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, max(end, 0))
-    return response[start + len("<answer>") : end] if end >= 0 and start >= 0 else None
+    start = response.rfind("<answer>", 0, max(response.rfind("</answer>"), 0))
+    if start < 0:
+        return None
+    start += len("<answer>")
+    return response[start : response.find("</answer>", start)]  # a later, stray closing tag closes nothing

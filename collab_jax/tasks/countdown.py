@@ -75,11 +75,13 @@ def check(numbers: tuple[int, ...], target: int, expression: str) -> bool:
                     reduce_top()
                 pending.append(token)
                 operand = True
+        if operand:  # empty, or an operator is last
+            return False
         while pending and pending[-1] != "(":
             reduce_top()
     except ZeroDivisionError:
         return False
-    return not operand and not pending and values[0] == target
+    return not pending and values[0] == target
 
 
 # ------------------------------------------------------------------------------------- expressions and solver
@@ -158,20 +160,29 @@ def split_of(numbers: tuple[int, ...], target: int) -> str:
     return "test" if int.from_bytes(digest) % 8 == 0 else "train"
 
 
+MAX_TRIES = 300_000  # random expressions in a row that may miss split and targets (some ten seconds)
+
+
 def generate(split: str, seed: int, config) -> Iterator[tuple[tuple[int, ...], int, _Attempt]]:
     """Endless (numbers, target, a solution) of a split.
 
-    config: share_of_three (share of prompts with 3 numbers, the rest have 4), numbers (lowest, highest), targets (same).
+    config: share_of_three (share of prompts with 3 numbers, the rest have 4), numbers (lowest, highest), targets alike.
+    Raises TaskError where the ranges leave (next to) nothing.
     """
     rng = random.Random(f"{split} {seed}")  # a string seed is hashed, so that neighbouring seeds share nothing
     low, high = config.targets
     while True:
         count = 3 if rng.random() < config.share_of_three else 4
-        while True:  # keeps the drawn count, so that the mix is the configured one, whatever the odds to accept
+        for _ in range(MAX_TRIES):  # keeps the drawn count, so that the mix is the configured one, whatever the odds
             numbers = tuple(rng.randint(*config.numbers) for _ in range(count))
             attempt = _attempt(rng, numbers)
             if low <= attempt.value <= high and split_of(numbers, attempt.value) == split:
                 break
+        else:
+            raise TaskError(
+                f"no {split} example with {count} numbers in {config.numbers} and a target in {config.targets} in "
+                f"{MAX_TRIES} tries: widen config.task.numbers or targets"
+            )
         yield numbers, attempt.value, attempt
 
 
@@ -195,11 +206,13 @@ def settings(config) -> Settings:
     if not 0 <= values["share_of_three"] <= 1:
         raise TaskError("config.task.share_of_three must lie in [0, 1]")
     for name in ("numbers", "targets"):
-        if len(values[name]) != 2 or not 1 <= values[name][0] <= values[name][1]:
-            raise TaskError(f"config.task.{name}={values[name]} must be (lowest, highest) with 1 <= lowest <= highest")
+        whole = all(isinstance(v, int) for v in values[name])
+        if len(values[name]) != 2 or not whole or not 1 <= values[name][0] <= values[name][1]:
+            raise TaskError(f"config.task.{name}={values[name]} must be two integers, 1 <= lowest <= highest")
     if min(values["train_examples"], values["test_examples"]) < 1:
         raise TaskError("config.task.train_examples and test_examples must be at least 1")
-    name = "three{share_of_three}-n{numbers[0]}to{numbers[1]}-t{targets[0]}to{targets[1]}-{train_examples}+{test_examples}-seed{data_seed}"
+    name = "three{share_of_three}-n{numbers[0]}to{numbers[1]}-t{targets[0]}to{targets[1]}"
+    name += "-{train_examples}+{test_examples}-seed{data_seed}"
     return Settings(name=name.format(**values), **values)
 
 
@@ -235,18 +248,32 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
                 return
 
 
+def _prepared(config, data_dir: pathlib.Path) -> Countdown:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; nothing is downloaded
+        builder = Countdown(config=settings(config), data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+    return builder
+
+
 def load(split: str, config) -> list[Example]:
-    """All examples of a split in a fixed order; builds the data set on first use (seconds), under `config.task.data_dir`."""
+    """All examples of a split in a fixed order; builds the data set on first use (seconds) in `task.data_dir`."""
     data_dir = pathlib.Path(config.data_dir).expanduser()
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; nothing is downloaded
-            builder = Countdown(config=settings(config), data_dir=data_dir, file_format="array_record")
-            builder.download_and_prepare()
+        try:
+            builder = _prepared(config, data_dir)
+        except OSError:  # perhaps another process was first: its data set is there now
+            builder = _prepared(config, data_dir)
+        rows = [(tuple(map(int, row["numbers"])), int(row["target"])) for row in builder.as_data_source(split)]
+    except TaskError:
+        raise
     except OSError as error:
         raise TaskError(f"cannot write the data set below {data_dir} ({error}): set config.task.data_dir") from None
-    rows = [(tuple(map(int, row["numbers"])), int(row["target"])) for row in builder.as_data_source(split)]
-    return [Example(f"{split}-{i}", f"{len(numbers)} numbers", (numbers, target)) for i, (numbers, target) in enumerate(rows)]
+    except Exception as error:  # damaged files raise many kinds
+        cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        folder = data_dir / "countdown" / settings(config).name
+        raise TaskError(f"cannot read the data set in {folder} ({cause}): delete the folder to rebuild it") from error
+    return [Example(f"{split}-{i}", f"{len(row[0])} numbers", row) for i, row in enumerate(rows)]
 
 
 # ------------------------------------------------------------------------------------------- demonstrations
@@ -282,25 +309,37 @@ def demonstrations(seed: int, config, marker: str) -> Iterator[tuple[Example, st
 # ------------------------------------------------------------------------------------------------- the task
 
 _CLOUD_PROMPT = (
-    "Using the numbers {numbers}, each exactly once, and the operators + - * / and parentheses, write an expression that "
-    "equals {target}. Think first, then give the expression alone as <answer>expression</answer>."
+    "Using the numbers {numbers}, each exactly once, and the operators + - * / and parentheses, write an expression "
+    "that equals {target}. Think first, then give the expression alone as <answer>expression</answer>."
 )
 _CLOUD_PATTERN = re.compile(r"Using the numbers ([0-9 ]+), each .* equals ([0-9]+)\. Think first.*", re.DOTALL)
 
 
 def solve_prompt(messages: Messages) -> str:
-    """The right response to a cloud prompt of this task, by the exact solver. Raises TaskError for any other prompt."""
+    """The right response to a cloud prompt of this task, by the exact solver.
+
+    Raises TaskError for any other prompt, and where no expression reaches the target.
+    """
     found = _CLOUD_PATTERN.fullmatch(messages[-1]["content"])
     if not found:
         raise TaskError("not a Countdown prompt")
     numbers, target = tuple(map(int, found[1].split())), int(found[2])
-    return f"<answer>{solve(numbers, target)}</answer>"
+    expression = solve(numbers, target)
+    if expression is None:
+        raise TaskError(f"no expression of {numbers} equals {target}")
+    return f"<answer>{expression}</answer>"
 
 
 def make_task(config) -> Task:
-    """Countdown by `config.task` (the data, and `prompt`: a format string of numbers and target) and `config.text.marker`."""
+    """Countdown by `config.task` (`prompt` is a format string of numbers and target) and `config.text.marker`."""
     task, marker = config.task, config.text.marker
     settings(task)  # refuses bad settings now rather than at the first load
+    try:
+        task.prompt.format(numbers="1 2 3", target=6)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise TaskError(
+            f"config.task.prompt={task.prompt!r} may hold {{numbers}} and {{target}} only: write other braces twice"
+        ) from None
 
     def messages(template: str, example: Example) -> Messages:
         numbers, target = example.problem

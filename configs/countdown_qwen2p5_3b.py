@@ -1,0 +1,51 @@
+"""The paper's Countdown run (arXiv 2509.24050): Qwen2.5-3B-Instruct, G = 8, 32 prompts a step, 800 steps, lr 5e-6,
+256 prompt and 720 response tokens, rewards 2.0 / 0.5 / 0.2, 5,000 training and 1,000 test prompts, 30 % calls.
+
+    python -m collab_jax.sft   --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen_start
+    python -m collab_jax.train --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen --config.model.path=runs/qwen_start
+
+Not run yet: it needs accelerators (parameters and Adam's moments in float32 alone are 37 GB) and the weights from
+the hub. The call is one token of Qwen2.5's vocabulary that its text models never use, rendered as the marker; the first
+command, a short warm start, brings it and the format within reach of sampling.
+"""
+
+import pathlib
+import runpy
+
+common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+
+
+def get_config():
+    config = common["get_config"]()
+    config.prompt_length = 256
+    config.max_new_tokens = 720
+
+    config.model.path = "Qwen/Qwen2.5-3B-Instruct"
+    config.model.dtype = "bfloat16"
+
+    config.text.decision_token = "<|quad_start|>"
+    config.text.pad = "<|endoftext|>"
+    config.text.eos = ("<|im_end|>", "<|endoftext|>")
+
+    config.task.prompt = (
+        "Using the numbers {numbers}, each exactly once, and the operators + - * / and parentheses, write an expression that "
+        "equals {target}. Reason inside <think> </think>, then give the expression alone inside <answer> </answer>. If you "
+        "cannot find one, end with <unknown> I need external assistance </unknown> instead of an answer."
+    )
+    config.task.train_examples = 5000
+    config.task.test_examples = 1000
+
+    config.optim.learning_rate = 5e-6
+    config.train.steps = 800
+    config.train.micro_prompts = 1
+    config.train.remat = True
+    config.train.checkpoint_every = 50
+    config.eval.prompts = 1000
+    config.eval.batch_size = 128
+
+    config.sft.steps = 100
+    config.sft.batch_size = 32
+    config.sft.micro_rows = 4
+    config.sft.learning_rate = 1e-5
+    config.sft.warmup_steps = 10
+    return config

@@ -1,0 +1,56 @@
+"""Two host devices for every test, and compiled programs kept between the processes of one test session."""
+
+import os
+import pathlib
+import runpy
+import tempfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {
+    "prompts_per_step": 8,
+    "group": 4,
+    "train.steps": 4,
+    "train.checkpoint_every": 2,
+    "eval.prompts": 24,
+    "eval.batch_size": 16,
+    "task.train_examples": 64,
+    "task.test_examples": 32,
+    "sft.batch_size": 8,
+    "sft.steps": 2,
+}
+
+_CACHE = tempfile.mkdtemp(prefix="collab_jax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE  # read by subprocesses too
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_sessionfinish():
+    import shutil
+
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where the tests' small data sets are built once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def small(data_dir):
+    """small(file, **overrides): a config from configs/, shrunk to run in seconds; dots in keys are written __."""
+
+    def make(file="countdown_tiny.py", **overrides):
+        config = runpy.run_path(str(ROOT / "configs" / file))["get_config"]()
+        config.update_from_flattened_dict(SMALL | {"task.data_dir": str(data_dir)})
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
+        return config.lock()
+
+    return make

@@ -1,0 +1,32 @@
+"""Every file in configs/: it loads, is complete, and says how it is run."""
+
+import pathlib
+import runpy
+
+import pytest
+from conftest import ROOT
+
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_config_has_the_common_keys_and_no_others(file: pathlib.Path):
+    common = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
+    config = runpy.run_path(str(file))["get_config"]()
+    keys = lambda c: set(c.to_dict() if not hasattr(c, "keys") else c.keys())  # noqa: E731
+    assert keys(config) == keys(common)
+    for section in ("model", "text", "task", "cloud", "reward", "algorithm", "optim", "train", "eval", "sft"):
+        assert keys(config[section]) == keys(common[section])
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem != "common"], ids=lambda f: f.stem)
+def test_config_is_a_lab_note_with_its_command(file: pathlib.Path):
+    note = runpy.run_path(str(file))["__doc__"]
+    assert f"--config configs/{file.name}" in note
+
+
+def test_common_has_a_comment_for_each_key():
+    lines = (ROOT / "configs" / "common.py").read_text().splitlines()
+    settings = [line for line in lines if line.startswith("    config.") and "ConfigDict()" not in line]
+    assert len(settings) > 40
+    assert [line for line in settings if "#" not in line] == []

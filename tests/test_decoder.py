@@ -1,0 +1,259 @@
+"""The decoder: caching, padding, chunks, recomputation and number formats change how it computes, never what."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from collab_jax.models import decoder
+from collab_jax.models.decoder import DecoderConfig, RopeScaling
+
+PAD = 0
+LLAMA = DecoderConfig(
+    vocab_size=24, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+    rope_theta=100.0, norm_eps=1e-5, tied=True, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
+)  # fmt: skip
+QWEN2 = dataclasses.replace(LLAMA, rope_scaling=None, qkv_bias=True, tied=False, num_kv_heads=1)
+QWEN3 = dataclasses.replace(LLAMA, rope_scaling=None, qk_norm=True, head_dim=6, num_kv_heads=4)
+VARIANTS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+
+
+@functools.cache
+def random_params(cfg):
+    """Every parameter far from its initial value, norms and biases too."""
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
+
+    def one(path, leaf):
+        noise = draw.standard_normal(leaf.shape).astype(np.float32)
+        return {
+            "scale": lambda: 1 + 0.3 * noise,
+            "bias": lambda: 0.3 * noise,
+            "embedding": lambda: noise,
+            "kernel": lambda: 1.5 * noise / leaf.shape[0] ** 0.5,
+        }[path[-1]]()
+
+    flat = traverse_util.flatten_dict(shapes)
+    return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in flat.items()})
+
+
+def random_tokens(*shape, seed=1):
+    return np.random.default_rng(seed).integers(1, LLAMA.vocab_size, shape).astype(np.int32)
+
+
+def padded(length, pads):
+    """real bool[B, length], with pads[b] columns of padding on the left of row b."""
+    return np.arange(length) >= np.array(pads)[:, None]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def logits_at(params, cfg, tokens, positions, mask, cache=None):
+    hidden, cache = decoder.forward(params, cfg, tokens, positions, mask, cache)
+    return decoder.logits(params, cfg, hidden), cache
+
+
+def uncached(params, cfg, tokens, real):
+    return np.asarray(logits_at(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))[0])
+
+
+# ---------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_equals_uncached_under_ragged_left_padding(variant):
+    cfg, L, S = VARIANTS[variant], 6, 9
+    params = random_params(cfg)
+    tokens, real = random_tokens(3, S), padded(S, [0, 2, 5])
+    want = uncached(params, cfg, tokens, real)
+
+    mask, positions = np.asarray(decoder.causal_mask(real)), np.asarray(decoder.positions_of(real))
+    got, cache = logits_at(
+        params, cfg, tokens[:, :L], positions[:, :L], mask[:, :L], decoder.init_cache(cfg, rows=3, columns=S)
+    )
+    steps = [got]
+    for t in range(L, S):
+        got, cache = logits_at(params, cfg, tokens[:, t : t + 1], positions[:, t : t + 1], mask[:, t : t + 1], cache)
+        steps.append(got)
+    assert cache.index == S and cache.k[0].shape == (3, cfg.num_kv_heads, S, cfg.head_dim)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1)[real], want[real], atol=2e-5)
+
+
+def test_padding_never_matters():
+    cfg, S = LLAMA, 9
+    params = random_params(cfg)
+    tokens, real = random_tokens(3, S), padded(S, [0, 2, 5])
+    want = uncached(params, cfg, tokens, real)
+    other = np.where(real, tokens, random_tokens(3, S, seed=2))
+    assert (other != tokens).any()
+    np.testing.assert_array_equal(uncached(params, cfg, other, real)[real], want[real])  # its content
+    alone = uncached(params, cfg, tokens[1:2, 2:], real[1:2, 2:])
+    np.testing.assert_allclose(alone[0], want[1, 2:], atol=2e-5)  # its amount, and the other rows
+
+
+def test_a_token_sees_only_what_came_before():
+    cfg, S = LLAMA, 9
+    params, real = random_params(cfg), padded(S, [0, 0, 0])
+    tokens = random_tokens(3, S)
+    changed = tokens.copy()
+    changed[:, 5] = tokens[:, 5] % 20 + 1
+    before, after = uncached(params, cfg, tokens, real), uncached(params, cfg, changed, real)
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (np.abs(before[:, 5:] - after[:, 5:]).max(-1) > 1e-3).all()
+
+
+def test_positions_are_relative():
+    cfg, S = LLAMA, 9
+    params, tokens = random_params(cfg), random_tokens(3, S)
+    mask, positions = decoder.causal_mask(np.ones((3, S), bool)), np.tile(np.arange(S), (3, 1))
+    want = logits_at(params, cfg, tokens, positions, mask)[0]
+    shifted = logits_at(params, cfg, tokens, positions + 37, mask)[0]
+    np.testing.assert_allclose(shifted, want, atol=1e-4)
+    stretched = logits_at(params, cfg, tokens, positions * 2, mask)[0]
+    assert np.abs(stretched - want).max() > 0.1
+
+
+def test_positions_and_masks_by_hand():
+    real = jnp.array([[False, True, True, False, True]])
+    assert decoder.positions_of(real).tolist() == [[0, 0, 1, 1, 2]]
+    mask = decoder.causal_mask(real)[0].astype(int).tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0],  # padding sees itself, so that no softmax is empty
+        [0, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0],
+        [0, 1, 1, 0, 1],
+    ]
+
+
+def test_llama3_frequencies_by_hand():
+    cfg = dataclasses.replace(LLAMA, head_dim=8, rope_theta=10_000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 1024))
+    # Unscaled 1, .1, .01, .001: wavelengths 6.28, 62.8, 628, 6283. Below 1024 / 4 = 256: kept. Above 1024 / 1: over 8.
+    # Between, at 628.3185: smooth = (1024 / 628.3185 - 1) / (4 - 1) = .2099153; .01 * (smooth + (1 - smooth) / 8)
+    np.testing.assert_allclose(decoder.rope_frequencies(cfg), [1.0, 0.1, 0.003086759, 0.000125], rtol=1e-6)
+    plain = dataclasses.replace(cfg, rope_scaling=None)
+    np.testing.assert_allclose(decoder.rope_frequencies(plain), [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
+
+
+def test_bfloat16_is_close():
+    real = padded(9, [0, 2, 5])
+    tokens = random_tokens(3, 9)
+    want = uncached(random_params(LLAMA), LLAMA, tokens, real)[real]
+    half = dataclasses.replace(LLAMA, dtype="bfloat16")
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(LLAMA))
+    got = uncached(params, half, tokens, real)[real]
+    assert got.dtype == np.float32
+    assert decoder.init_cache(half, 1, 1).k[0].dtype == jnp.bfloat16
+    difference = got - want
+    assert 0 < difference.std() < 0.03 * want.std() and np.abs(difference).max() < 0.15 * want.std()
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+def batch():
+    """Two prompts of 4 columns with three responses of 5 each: ragged on the left and on the right."""
+    prompt_mask = padded(4, [0, 3])
+    mask = np.arange(5) < np.array([[5, 1, 3], [2, 5, 4]])[..., None]
+    return random_tokens(2, 4), prompt_mask, np.where(mask, random_tokens(2, 3, 5, seed=3), PAD), mask
+
+
+def direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature):
+    """One response at a time, no padding, no cache: log-softmax of the logits before each token. NaN off the mask."""
+    want = np.full(tokens.shape, np.nan, np.float32)
+    for p, g in np.ndindex(tokens.shape[:2]):
+        n = mask[p, g].sum()
+        row = np.concatenate([prompts[p, prompt_mask[p]], tokens[p, g, :n]])
+        # The row in a frame of one shape for all: padding on the right is invisible to what stands before it.
+        frame = np.full((1, 9), PAD, np.int32)
+        frame[0, : len(row)] = row
+        logits = uncached(params, cfg, frame, np.ones((1, 9), bool))[0] / temperature
+        logp = np.asarray(jax.nn.log_softmax(logits))
+        start = len(row) - n - 1
+        want[p, g, :n] = logp[np.arange(start, start + n), row[start + 1 :]]
+    return want
+
+
+group_logprobs = jax.jit(decoder.group_logprobs, static_argnums=(1, 7))
+response_logprobs = jax.jit(decoder.response_logprobs, static_argnums=(1, 7))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_group_equals_response_equals_direct_logprobs(temperature):
+    cfg, params = QWEN2, random_params(QWEN2)
+    prompts, prompt_mask, tokens, mask = batch()
+    want = direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature)[mask]
+    assert want.min() < -3
+    grouped = group_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature, 2)
+    np.testing.assert_allclose(grouped[mask], want, atol=2e-5)
+    rows = [np.repeat(x, 3, axis=0) for x in (prompts, prompt_mask)] + [x.reshape(6, 5) for x in (tokens, mask)]
+    by_row = response_logprobs(params, cfg, *rows, temperature, 64)
+    np.testing.assert_allclose(by_row.reshape(mask.shape)[mask], want, atol=2e-5)
+
+
+def test_responses_of_one_token():
+    cfg, params = QWEN2, random_params(QWEN2)
+    prompts, prompt_mask, tokens, mask = batch()
+    tokens, mask = tokens[:, :, :1], mask[:, :, :1]
+    got = group_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, 1.0, 64)
+    np.testing.assert_allclose(got, direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, 1.0), atol=2e-5)
+
+
+def test_chunk_size_changes_neither_value_nor_gradient():
+    cfg = LLAMA  # tied: the head is the embedding
+    params = {"embed_tokens": random_params(cfg)["embed_tokens"]}
+    hidden = np.random.default_rng(4).standard_normal((2, 5, cfg.hidden_size)).astype(np.float32)
+    targets, weight = random_tokens(2, 5), np.random.default_rng(5).standard_normal((2, 5))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def value_and_gradient(params, hidden, chunk):
+        loss = lambda p, h: (decoder.token_logprobs(p, cfg, h, targets, 1.3, chunk) * weight).sum()  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+
+    whole = value_and_gradient(params, hidden, 5)
+    for chunk in (1, 2, 100):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            value_and_gradient(params, hidden, chunk),
+            whole,
+        )
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_remat_changes_no_gradient_and_padding_has_none():
+    prompts, prompt_mask, tokens, mask = batch()
+    tokens, mask = tokens[:, 0], mask[:, 0]
+
+    def gradient(cfg):
+        def loss(params):
+            logp = decoder.response_logprobs(params, cfg, prompts * prompt_mask, prompt_mask, tokens, mask, 1.0, 64)
+            return jnp.where(mask, logp, 0.0).sum()
+
+        return jax.jit(jax.grad(loss))(random_params(QWEN2))
+
+    plain, remat = gradient(QWEN2), gradient(dataclasses.replace(QWEN2, remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+    sizes = jax.tree.map(lambda g: float(np.abs(g).max()), plain)
+    assert all(0 < s < np.inf for s in jax.tree.leaves(sizes))
+    embedding = np.asarray(plain["embed_tokens"]["embedding"])
+    assert (embedding[PAD] == 0).all() and np.abs(embedding[1:]).max() > 0
+
+
+@pytest.mark.parametrize("features", [3, 16], ids=["narrow", "wide"])
+def test_gradient_of_dense_is_that_of_a_matrix_product(features):
+    """Both ways of the hand-written backward pass: the kernel with fewer and with more columns than rows."""
+    layer = decoder.Dense(LLAMA, features, bias=True)
+    draw = np.random.default_rng(6)
+    x, kernel, bias = (draw.standard_normal(s).astype(np.float32) for s in ((2, 5, 8), (8, features), (features,)))
+    ours = lambda x, kernel, bias: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)  # noqa: E731
+    plain = lambda x, kernel, bias: jnp.einsum("bti,io->bto", x, kernel) + bias  # noqa: E731
+    np.testing.assert_allclose(ours(x, kernel, bias), plain(x, kernel, bias), atol=1e-5)
+    gradient = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2))(x, kernel, bias)  # noqa: E731
+    got, want = gradient(ours), gradient(plain)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

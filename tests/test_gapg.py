@@ -1,0 +1,328 @@
+"""The method by hand numbers, symmetries and enumeration."""
+
+import itertools
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from collab_jax import algorithms, gapg
+from collab_jax.models import decoder
+from collab_jax.models.decoder import DecoderConfig
+
+T, F = True, False
+
+# -------------------------------------------------------------------------------------------------- reward
+
+
+def test_reward_table_by_hand():
+    state = gapg.init_reward(2.0, 0.5, 0.2)
+    correct = jnp.array([[T, T, F], [F, F, F], [F, F, F]])
+    called = jnp.array([[F, F, T], [T, F, F], [T, T, F]])
+    formatted = jnp.array([[T, F, F], [F, T, F], [F, F, T]])
+    r, state = gapg.reward(state, correct, called, formatted, cloud_correct=jnp.array([T, T, F]))
+    np.testing.assert_allclose(r, [[2.2, 2.0, 0.5], [0.5, 0.2, 0.0], [0.0, 0.0, 0.2]], rtol=1e-6)
+    assert dict(zip(gapg.OUTCOMES, state.counts.tolist(), strict=True)) == {
+        "correct_formatted": 1, "correct": 1, "called_right": 2, "wrong_formatted": 2, "nothing": 3
+    }  # fmt: skip
+    _, state = gapg.reward(state, correct, called, formatted, jnp.array([T, T, F]))
+    assert state.counts.sum() == 18
+
+
+# -------------------------------------------------------------------------------------------------- filter
+
+
+def filter_batch(state, d1, d2, lost=0, unknown=0, seed=0):
+    """Runs the filter on a batch of d1 solved, d2 cloud-only, `lost` unsolvable, and `unknown` prompts, in that order."""
+    correct = np.zeros((d1 + d2 + lost + unknown, 2), bool)
+    correct[:d1, 1] = True
+    cloud = np.array([F] * d1 + [T] * d2 + [F] * (lost + unknown))
+    known = np.array([T] * (d1 + d2 + lost) + [F] * unknown)
+    return gapg.prompt_filter(state, jnp.array(correct), jnp.array(cloud), jnp.array(known), jax.random.key(seed))
+
+
+def test_budget_is_a_share_and_rho_a_ratio():
+    assert gapg.rho_of(0.3) == Fraction(3, 7)
+    assert gapg.rho_of(0.0) == 0
+    assert gapg.rho_of(1 / 3) == Fraction(1, 2)
+    assert gapg.rho_of(0.999) == 999
+
+
+def test_filter_counts_and_carry_by_hand():
+    state = gapg.init_filter(0.3)  # rho = 3 / 7
+    keep, state = filter_batch(state, d1=4, d2=5, lost=2)  # 12/7: one, 5/7 carried
+    assert keep[:4].all() and keep[4:9].sum() == 1 and not keep[9:].any() and state.carry == 5
+    keep, state = filter_batch(state, d1=3, d2=5)  # 9/7 + 5/7: two, nothing carried
+    assert keep[3:].sum() == 2 and state.carry == 0
+    keep, state = filter_batch(state, d1=8, d2=1)  # 24/7: three, but one D2 prompt: the quota is lost, 3/7 carried
+    assert keep.all() and state.carry == 3
+    keep, state = filter_batch(state, d1=0, d2=4)  # nothing solved: nothing kept, the fraction stays
+    assert not keep.any() and state.carry == 3 and state.empty_d1_streak == 1
+    keep, state = filter_batch(state, d1=2, d2=4, seed=1)  # 6/7 + 3/7: one, 2/7 carried
+    assert keep[2:].sum() == 1 and state.carry == 2 and state.empty_d1_streak == 0
+    assert (state.prompts, state.d1, state.d2, state.kept, state.kept_d2) == (38, 17, 19, 22, 5)
+
+
+def test_unknown_verdicts_and_cloud_errors_are_in_neither_class():
+    state = gapg.init_filter(0.9)
+    keep, state = filter_batch(state, d1=2, d2=0, lost=3, unknown=3)
+    assert keep.tolist() == [T, T] + [F] * 6
+    solved_but_unknown = gapg.prompt_filter(
+        state, jnp.ones((1, 2), bool), jnp.array([F]), jnp.array([F]), jax.random.key(0)
+    )
+    assert not solved_but_unknown[0].any()
+
+
+def test_budget_zero_keeps_no_d2():
+    keep, _ = filter_batch(gapg.init_filter(0.0), d1=6, d2=6)
+    assert keep.sum() == 6
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 1 / 3, 0.7])
+def test_bound_holds_over_any_run(budget):
+    rng, state, rho = np.random.default_rng(0), gapg.init_filter(budget), gapg.rho_of(budget)
+    run = jax.jit(lambda s, c, k: gapg.prompt_filter(s, c, ~c.any(1), jnp.ones(16, bool), k)[1])
+    for i in range(100):
+        correct = rng.random((16, 2)) < rng.random()
+        state = run(state, jnp.array(correct), jax.random.key(i))
+        assert int(state.kept_d2) <= rho * int(state.d1)
+    assert int(state.kept_d2) > 0
+
+
+def test_every_d2_prompt_is_equally_likely():
+    correct = jnp.array([[T]] * 7 + [[F]] * 6)
+    args = gapg.init_filter(0.3), correct, ~correct[:, 0], jnp.ones(13, bool)  # quota 3 of 6
+    keep = jax.vmap(lambda key: gapg.prompt_filter(*args, key)[0])(jax.random.split(jax.random.key(0), 2000))
+    np.testing.assert_allclose(keep[:, 7:].mean(0), 0.5, atol=5 * (0.25 / 2000) ** 0.5)
+
+
+def test_membership_is_by_correctness_not_by_reward():
+    """A group that earned reward by calls and by form alone is D2, and dropped at budget 0."""
+    correct, called = jnp.array([[F, F]]), jnp.array([[T, F]])
+    r, _ = gapg.reward(gapg.init_reward(2.0, 0.5, 0.2), correct, called, ~called, jnp.array([T]))
+    assert (r > 0).all()
+    keep, _ = gapg.prompt_filter(gapg.init_filter(0.0), correct, jnp.array([T]), jnp.array([T]), jax.random.key(0))
+    assert not keep.any()
+
+
+def test_no_filter_keeps_all_known():
+    keep, state = algorithms.no_filter(
+        gapg.init_filter(0.3), jnp.array([[T], [F], [F]]), jnp.array([F, T, F]), jnp.array([T, T, F]), jax.random.key(0)
+    )
+    assert keep.tolist() == [T, T, F] and (state.kept, state.d1, state.d2) == (2, 1, 1)
+
+
+# ------------------------------------------------------------------------------------- advantage and gradient
+
+
+def test_advantage_is_leave_one_out():
+    r = jax.random.normal(jax.random.key(0), (5, 4))
+    others = (r.sum(1, keepdims=True) - r) / 3
+    np.testing.assert_allclose(gapg.advantage(r), r - others, rtol=1e-5, atol=1e-6)
+
+
+def test_advantage_by_hand():
+    np.testing.assert_allclose(gapg.advantage(jnp.array([[2.2, 0.0], [0.5, 0.5]])), [[2.2, -2.2], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        algorithms.grpo_advantage(jnp.array([[2.0, 0.0], [0.5, 0.0]])), [[1, -1], [1, -1]], rtol=1e-4
+    )
+
+
+def group_gradient(theta, group, rewards, r_state=None):
+    """Gradient of `loss` for one group of one-token responses, whose tokens index theta."""
+    group = jnp.array(group)
+
+    def objective(theta):
+        logp = jax.nn.log_softmax(theta)[group][None, :, None]
+        return gapg.loss(logp, jnp.ones((1, len(group), 1), bool), gapg.advantage(rewards[group][None]))
+
+    return jax.grad(objective)(theta)
+
+
+def test_gradient_equals_the_papers_sum():
+    theta, rewards, group = jnp.array([0.3, -0.2, 0.5]), jnp.array([2.2, 0.5, 0.0]), [0, 2, 1, 2]
+    r = rewards[jnp.array(group)]
+    direct = sum(
+        jax.grad(lambda t, y=y: jax.nn.log_softmax(t)[y])(theta) * (r[i] - r.mean()) for i, y in enumerate(group)
+    ) / (len(group) - 1)
+    np.testing.assert_allclose(group_gradient(theta, group, rewards), -direct, rtol=1e-5)
+
+
+def test_gradient_is_unbiased_by_enumeration():
+    theta, rewards, G = jnp.array([0.3, -0.2, 0.5]), jnp.array([2.2, 0.5, 0.1]), 3
+    p = jax.nn.softmax(theta)
+    expected = sum(
+        jnp.prod(p[jnp.array(g)]) * group_gradient(theta, g, rewards) for g in itertools.product(range(3), repeat=G)
+    )
+    exact = jax.grad(lambda t: -jnp.dot(jax.nn.softmax(t), rewards))(theta)
+    np.testing.assert_allclose(expected, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_filter_changes_the_expected_gradient_by_a_hand_value():
+    """Responses: right (r 2), called (r 1/2), wrong (r 0), 1/3 each, G = 2, budget 0. The filter drops the groups
+    without a right response; of these only {called, wrong} has a gradient: 2/9 of all groups, each with
+    -(1/2)(1/2 * 2/3 + 1/2 * 1/3) = -1/4 on the logit of `called`. So the filter takes 2/9 * (-1/4) = -1/18 away."""
+    theta, rewards = jnp.zeros(3), jnp.array([2.0, 0.5, 0.0])
+
+    def expected(filtered):
+        total = jnp.zeros(3)
+        for group in itertools.product(range(3), repeat=2):
+            correct = jnp.array(group)[None] == 0
+            keep, _ = gapg.prompt_filter(
+                gapg.init_filter(0.0), correct, jnp.array([T]), jnp.array([T]), jax.random.key(0)
+            )
+            total += group_gradient(theta, group, rewards) / 9 * (keep[0] if filtered else 1)
+        return total
+
+    np.testing.assert_allclose(expected(False)[1] - expected(True)[1], -1 / 18, rtol=1e-5)
+    np.testing.assert_allclose(expected(True)[0], expected(False)[0], rtol=1e-5)  # what is dropped has no `right` in it
+
+
+def test_off_mask_log_probabilities_do_not_count():
+    logp, mask = jnp.array([[[1.0, 5.0], [2.0, 7.0]]]), jnp.array([[[T, F], [T, T]]])
+    assert gapg.loss(logp, mask, jnp.array([[1.0, -1.0]])) == -(1.0 - 9.0) / 2
+
+
+# ---------------------------------------------------------------------------------------------------- step
+
+CFG = DecoderConfig(
+    vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
+    rope_theta=100.0, norm_eps=1e-5, tied=True, initializer_range=0.5,
+)  # fmt: skip
+Q, G, L, NEW = 8, 3, 3, 4
+SGD = optax.sgd(1.0)
+
+
+def rollout(seed=0):
+    """A batch with D1 and D2 prompts, groups without signal, and one the cloud gets wrong."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, NEW + 1, (Q, G, 1))
+    correct = rng.random((Q, G)) < 0.4
+    correct[:3], correct[3] = F, T
+    called = ~correct & (rng.random((Q, G)) < 0.5)
+    formatted = ~called & (rng.random((Q, G)) < 0.5)
+    formatted[3] = T
+    cloud = np.ones(Q, bool)
+    cloud[2] = F
+    return gapg.Rollout(
+        prompts=rng.integers(0, 11, (Q, L)).astype(np.int32),
+        prompt_mask=np.arange(L) >= rng.integers(0, L, (Q, 1)),
+        tokens=rng.integers(0, 11, (Q, G, NEW)).astype(np.int32),
+        logp=np.zeros((Q, G, NEW), np.float32),
+        mask=np.arange(NEW) < length,
+        correct=correct,
+        called=called,
+        formatted=formatted,
+        cloud_correct=cloud,
+        cloud_known=np.ones(Q, bool),
+    )
+
+
+def start(budget=0.3, params=None):
+    params = decoder.init(CFG, jax.random.key(1)) if params is None else params
+    return jax.device_get(gapg.init_state(params, SGD, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget)))
+
+
+def body(micro_prompts=2):
+    return gapg.make_step(
+        CFG, SGD, gapg.advantage, gapg.prompt_filter, axis="d", micro_prompts=micro_prompts, temperature=1.0, chunk=2
+    )
+
+
+def one_step(batch, devices=2, micro_prompts=2, state=None):
+    """(state, metrics) after one step on that many devices, on the host."""
+    run = jax.pmap(body(micro_prompts), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:devices])
+    shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+    out = run(start() if state is None else state, shards, jax.random.key(5))
+    return jax.device_get(jax.tree.map(lambda x: x[0], out))
+
+
+def assert_close(a, b, **kwargs):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **kwargs), a, b)
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    return one_step(rollout())
+
+
+def test_step_is_the_gradient_of_the_kept_prompts(stepped):
+    """SGD with rate 1 shows the gradient; it equals the loss over the kept prompts divided by their number."""
+    new, metrics = stepped
+    old, batch = start(), rollout()
+    keep, _ = gapg.prompt_filter(old.filter, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5))
+    r, _ = gapg.reward(old.reward, batch.correct, batch.called, batch.formatted, batch.cloud_correct)
+
+    def objective(params):
+        rows = jax.tree.map(lambda x: np.reshape(x, (-1, x.shape[-1])), (batch.tokens, batch.mask))
+        prompts = np.repeat(batch.prompts, G, 0), np.repeat(batch.prompt_mask, G, 0)
+        logp = decoder.response_logprobs(params, CFG, *prompts, *rows, 1.0, NEW).reshape(Q, G, NEW)
+        return gapg.loss(logp, batch.mask, gapg.advantage(r) * keep[:, None]) / keep.sum()
+
+    grads = jax.grad(objective)(old.params)
+    assert_close(jax.tree.map(jnp.subtract, old.params, new.params), grads, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    assert 0 < metrics["kept"] < Q and metrics["kept"] + metrics["dropped"] == Q and metrics["no_signal"] >= 1
+    assert new.step == 1
+
+
+def test_one_device_equals_two(stepped):
+    one, metrics = one_step(rollout(), devices=1)
+    assert_close(one.params, stepped[0].params, rtol=1e-4, atol=1e-6)
+    assert_close(one.filter, stepped[0].filter)
+    assert_close(metrics, stepped[1], rtol=1e-4, atol=1e-5)
+
+
+def test_one_micro_batch_equals_many(stepped):
+    for micro_prompts in (1, 3):
+        other, _ = one_step(rollout(), micro_prompts=micro_prompts)
+        assert_close(other.params, stepped[0].params, rtol=1e-4, atol=1e-6)
+
+
+def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
+    batch, old = rollout(), start()
+    keep, _ = gapg.prompt_filter(old.filter, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5))
+    tokens = np.where(np.asarray(keep)[:, None, None] & batch.mask, batch.tokens, 7)
+    assert (tokens != batch.tokens).any()
+    other, _ = one_step(batch.replace(tokens=tokens))
+    assert_close(other.params, stepped[0].params, rtol=1e-5, atol=1e-7)
+
+
+def test_no_kept_prompt_is_no_update():
+    nothing = rollout().replace(correct=np.zeros((Q, G), bool), cloud_correct=np.zeros(Q, bool))
+    new, metrics = one_step(nothing)
+    assert_close(new.params, start().params, rtol=0)
+    assert new.empty_updates == 1 and metrics["empty_d1_streak"] == 1 and metrics["kept"] == 0
+
+
+def test_non_finite_gradient_is_skipped_and_counted():
+    old = start()
+    old.params["norm"]["scale"] = np.full_like(old.params["norm"]["scale"], np.nan)
+    new, metrics = one_step(rollout(), state=old)
+    new, metrics = one_step(rollout(), state=new)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert new.nonfinite_updates == 2 and new.nonfinite_streak == 2
+    np.testing.assert_array_equal(new.params["embed_tokens"]["embedding"], start().params["embed_tokens"]["embedding"])
+    healed = new.replace(params=start().params)
+    assert one_step(rollout(), state=healed)[0].nonfinite_streak == 0
+
+
+def test_drift_is_measured_against_the_sampled_log_probabilities(stepped):
+    batch = rollout()
+    rows = jax.tree.map(lambda x: np.reshape(x, (-1, x.shape[-1])), (batch.tokens, batch.mask))
+    prompts = np.repeat(batch.prompts, G, 0), np.repeat(batch.prompt_mask, G, 0)
+    exact = decoder.response_logprobs(start().params, CFG, *prompts, *rows, 1.0, NEW).reshape(Q, G, NEW)
+    _, metrics = one_step(batch.replace(logp=np.asarray(exact)))
+    assert metrics["drift_max"] < 1e-5 and stepped[1]["drift"] > 0.1
+
+
+def test_step_lowers_for_tpu_and_gpu():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    d, same = PartitionSpec("d"), PartitionSpec()
+    step = jax.jit(jax.shard_map(body(), mesh=mesh, in_specs=(same, d, same), out_specs=(same, same), check_vma=False))
+    exported = jax.export.export(step, platforms=["tpu", "cuda"])(start(), rollout(), jax.random.key(0))
+    assert set(exported.platforms) == {"tpu", "cuda"}

@@ -1,0 +1,103 @@
+"""The decoder's numbers are transformers': golden files of tiny checkpoints, and live where torch is installed."""
+
+import functools
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from collab_jax import sampler
+from collab_jax.models import decoder, hf
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+KINDS = ("llama", "qwen2", "qwen3")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def all_logits(params, cfg, tokens, real):
+    hidden, _ = decoder.forward(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))
+    return decoder.logits(params, cfg, hidden)
+
+
+def read(folder):
+    cfg = hf.config_from_hf(hf.read_config(folder))
+    return cfg, hf.load(folder, cfg, "float32")
+
+
+def left_padded(golden):
+    """The golden rows, moved to the right edge: tokens and real [R, S]."""
+    S = golden["tokens"].shape[1]
+    tokens = np.stack([np.roll(row, S - n) for row, n in zip(golden["tokens"], golden["lengths"], strict=True)])
+    return tokens, np.arange(S) >= S - golden["lengths"][:, None]
+
+
+def logit_error(params, cfg, golden) -> float:
+    """Largest difference from the golden logits, all rows in one batch with ragged padding on the left."""
+    tokens, real = left_padded(golden)
+    ours = np.asarray(all_logits(params, cfg, tokens, real))
+    error = [np.abs(o[-n:] - g[:n]).max() for o, g, n in zip(ours, golden["logits"], golden["lengths"], strict=True)]
+    return float(max(error))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_logits_and_greedy_continuation(kind):
+    cfg, params = read(FOLDER / kind)
+    golden = np.load(FOLDER / kind / "golden.npz")
+    assert logit_error(params, cfg, golden) <= TOLERANCE
+
+    tokens, real = left_padded(golden)
+    keys = sampler.prompt_keys(0, 0, np.arange(len(tokens)))
+    decode = functools.partial(
+        sampler.sample, group=1, max_new=golden["greedy"].shape[1], temperature=0.0, top_p=1.0,
+        eos_ids=(-1,), pad_id=0, marker=sampler.Marker(0, ((-2,),)),
+    )  # fmt: skip
+    samples = jax.jit(decode, static_argnums=1)(params, cfg, tokens, real, keys)
+    np.testing.assert_array_equal(samples.tokens[:, 0], golden["greedy"])
+
+
+def test_golden_files_have_what_is_odd():
+    """Each switch of the decoder is on in one of them, and none stands at a value that hides it."""
+    llama, qwen2, qwen3 = (hf.config_from_hf(hf.read_config(FOLDER / kind)) for kind in KINDS)
+    assert llama.rope_scaling and llama.tied and not qwen2.tied
+    assert qwen2.qkv_bias and qwen2.num_heads > qwen2.num_kv_heads
+    assert qwen3.qk_norm and qwen3.head_dim * qwen3.num_heads != qwen3.hidden_size
+    assert len({c.norm_eps for c in (llama, qwen2, qwen3)}) == 3
+    assert all(p.stat().st_size < 60_000 for kind in KINDS for p in (FOLDER / kind).iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_live_there_and_back(kind, tmp_path):
+    """A fresh checkpoint read by us, written by us, read by transformers: the same logits all the way."""
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    make = runpy.run_path(str(FOLDER / "make.py"))
+    model = make["random_model"](kind, make["LIVE"][kind], seed=7)
+    model.save_pretrained(tmp_path / "theirs")
+    rows = [np.random.default_rng(i).integers(make["VOCAB"], size=n).tolist() for i, n in enumerate((11, 6, 1))]
+    golden = dict(
+        tokens=np.array([row + [0] * (11 - len(row)) for row in rows]),
+        lengths=np.array([len(row) for row in rows]),
+        logits=[make["logits_of"](model, row) for row in rows],
+    )
+    cfg, params = read(tmp_path / "theirs")
+    error = logit_error(params, cfg, golden)
+
+    hf.save(tmp_path / "ours", params, hf.read_config(tmp_path / "theirs"), "float32", tokenizer=tmp_path / "theirs")
+    back, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    for row, want in zip(rows, golden["logits"], strict=True):
+        np.testing.assert_array_equal(make["logits_of"](back, row), want)  # the way back is bit-exact
+    print(f"{kind}: largest logit error {error:.1e}")
+    assert error <= TOLERANCE

@@ -1,0 +1,143 @@
+"""The command lines as a user runs them: killed, stopped, resumed, on another number of devices, misused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import ROOT, SMALL
+
+from collab_jax import metrics
+from collab_jax.models import hf
+
+
+def command(module, workdir, data_dir, *more, config="configs/countdown_tiny.py", **overrides):
+    settings = SMALL | {"task.data_dir": data_dir, "train.steps": 6} | overrides
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", f"collab_jax.{module}", "--config", config, "--workdir", str(workdir), *flags, *more]
+
+
+def run(*args, **kwargs):
+    return subprocess.run(args[0], cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def wait_for_rows(process, workdir, count):
+    """Returns once metrics.jsonl has `count` rows."""
+    deadline = time.monotonic() + 200
+    while len(metrics.read(workdir / "metrics.jsonl")) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def saved(workdir, step):
+    return ocp.StandardCheckpointer().restore(workdir.absolute() / "checkpoints" / str(step) / "default")
+
+
+def told(workdir):
+    """metrics.jsonl without what may differ between a straight and a resumed run: times, and answers bought twice over."""
+    rows = metrics.read(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("seconds") and k != "cloud_bought"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    done = run(command("train", workdir, data_dir))
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_killed_stopped_and_resumed_equals_straight_bit_for_bit(straight, data_dir, tmp_path):
+    start = command("train", tmp_path, data_dir)
+    first = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_rows(first, tmp_path, 3)
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    first.communicate()
+
+    second = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(second, tmp_path, 4)
+    second.send_signal(signal.SIGTERM)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    if not (tmp_path / "report.json").exists():  # a quick machine may have finished before the signal came
+        assert "the same command goes on from step" in out
+
+    assert run(start).returncode == 0
+    jax.tree.map(np.testing.assert_array_equal, saved(tmp_path, 6), saved(straight, 6))
+    assert told(tmp_path) == told(straight)
+    a, b = (json.loads((w / "report.json").read_text()) for w in (tmp_path, straight))
+    assert a["after"] == b["after"] and a["cloud_calls"] == b["cloud_calls"] and a["filter"] == b["filter"]
+
+
+def test_one_device_equals_two(straight, data_dir, tmp_path):
+    done = run(command("train", tmp_path, data_dir, **{"cpu_devices": 1, "eval.prompts": 0}))
+    assert done.returncode == 0, done.stderr
+    one, two = told(tmp_path)[0], told(straight)[0]
+    exact = (
+        "tokens",
+        "d1",
+        "d2",
+        "kept",
+        "dropped",
+        "no_signal",
+        "cut_off",
+        "cloud_asked",
+        "local_accuracy",
+        "call_rate",
+    )
+    assert {k: one[k] for k in exact} == {k: two[k] for k in exact}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+        saved(tmp_path, 6)["params"],
+        saved(straight, 6)["params"],
+    )
+
+
+def test_export_and_evaluate_what_was_trained(straight, data_dir, tmp_path):
+    done = run(command("export", straight, data_dir, "--out", str(tmp_path / "model")))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "model"
+    cfg = hf.config_from_hf(hf.read_config(folder))
+    params = hf.load(folder, cfg, "float32")
+    jax.tree.map(np.testing.assert_array_equal, params, saved(straight, 6)["params"])
+    assert (folder / "tokenizer.json").exists() and (folder / "chat_template.jinja").exists()
+
+    done = run(command("evaluate", straight, data_dir))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((straight / "report.json").read_text())
+    assert json.loads((straight / "eval.json").read_text())["at_budget"] == report["after"]["at_budget"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config.no_such_key=1"], "no_such_key"),
+        (["--config.budget=much"], "budget"),
+        (["--config.budget=1.5"], "must lie in [0, 1)"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_misuse_is_one_line_and_a_status(tmp_path, data_dir, arguments, says):
+    done = run(command("train", tmp_path / "run", data_dir, *arguments))
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+
+
+def test_missing_flags_are_named(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "collab_jax.train"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+        timeout=100,
+    )
+    assert done.returncode == 1 and "--config" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,275 @@
+"""The training program in one process: what it reads, writes, reports, and refuses."""
+
+import json
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from collab_jax import evaluate, metrics, parallel, rollout, sft, train
+from collab_jax import run as runs
+from collab_jax.cloud import Answers
+from collab_jax.errors import UserError
+from collab_jax.models import hf
+
+
+@pytest.fixture(scope="module")
+def reads():
+    """Every (config, key) read in this module's runs."""
+    seen, original = set(), ConfigDict.__getitem__
+
+    def recording(self, key):
+        seen.add((id(self), key))
+        return original(self, key)
+
+    ConfigDict.__getitem__ = recording
+    yield seen
+    ConfigDict.__getitem__ = original
+
+
+@pytest.fixture(scope="module")
+def finished(small, reads, tmp_path_factory):
+    """(config, workdir, compilations by step) of a whole small run."""
+    workdir = tmp_path_factory.mktemp("run")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    config = small()
+    reads.clear()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    at_step, write = [], metrics.MetricsWriter.write
+
+    def counting(self, row):
+        at_step.append(len(compiled))
+        write(self, row)
+
+    metrics.MetricsWriter.write = counting
+    try:
+        assert train.main(config, workdir) == 0
+    finally:
+        metrics.MetricsWriter.write = write
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return config, workdir, at_step
+
+
+def test_report_has_the_promised_figures(finished):
+    config, workdir, _ = finished
+    report = json.loads((workdir / "report.json").read_text())
+    assert {"before", "after", "budget", "steps", "seconds", "filter_dropped", "cloud_calls", "config"} <= set(report)
+    assert report["steps"] == 4 and report["budget"] == config.budget and report["config"]["group"] == 4
+    for m in (report["before"], report["after"]):
+        assert m["n"] == 24
+        assert {"call_rate", "local_share", "overall_accuracy"} <= set(m["natural"])
+        for b in ("0.1", "0.2", "0.3"):
+            for name in ("margin", "logprob", "random", "oracle"):
+                assert (
+                    0
+                    <= m["at_budget"][b][name]["low"]
+                    <= m["at_budget"][b][name]["value"]
+                    <= m["at_budget"][b][name]["high"]
+                )
+    for name in ("report.md", "frontier.png", "training.png"):
+        assert (workdir / name).stat().st_size > 500
+    records = evaluate.read(workdir / "after.parquet")
+    assert len(records["margins"]) == 24 and len(records["margins"][0]) == records["tokens"][0]
+
+
+def test_metrics_are_complete(finished):
+    _, workdir, _ = finished
+    rows = metrics.read(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    wanted = {
+        "reward",
+        "local_accuracy",
+        "call_rate",
+        "d1",
+        "d2",
+        "dropped",
+        "entropy",
+        "grad_norm",
+        "cut_off",
+        "drift",
+        "no_signal",
+    }
+    assert wanted <= set(rows[0])
+    assert all(row["drift_max"] < 1e-3 and row["tokens"] > 0 for row in rows)
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_nothing_compiles_after_the_second_step(finished):
+    _, _, at_step = finished
+    assert at_step[0] > 0 and at_step[-1] == at_step[1]
+
+
+def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(finished):
+    config, workdir, _ = finished
+    run = runs.prepare(config, workdir)
+    state = runs.load_state(run)
+    start = hf.load(run.folder, run.cfg, "float32")
+    moved = [
+        not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(start), strict=True)
+    ]
+    assert all(moved) and state.step == 4
+    assert state.filter.prompts == 32 and state.reward.counts.sum() == 128
+    again = parallel.unreplicate(train.train(run, train.Stop()))
+    jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+
+
+def test_every_config_key_is_read(finished, reads, small, tmp_path):
+    config, _, _ = finished
+    warm = small("countdown_tiny_sft.py")
+    assert sft.run(warm, tmp_path / "model") == 0
+    unread = []
+
+    def walk(c, other, prefix=""):
+        for key in c.keys():
+            value = dict.get(c._fields, key) if isinstance(c._fields, dict) else None
+            if isinstance(value, ConfigDict):
+                walk(value, other._fields[key], f"{prefix}{key}.")
+            elif (id(c), key) not in reads and (id(other), key) not in reads:
+                unread.append(prefix + key)
+
+    walk(config, warm)
+    assert unread == []
+    model = runs.prepare(small(model__path=str(tmp_path / "model"), task__train_examples=64), tmp_path / "run")
+    assert runs.load_state(model).step == 0  # what sft wrote can be trained
+
+
+def test_prompts_depend_on_seed_and_step_alone_and_cover_an_epoch():
+    steps = [train.prompt_indices(3, i, 4, 10) for i in range(5)]
+    assert sorted(np.concatenate(steps)) == sorted(list(range(10)) * 2)
+    assert train.prompt_indices(3, 2, 4, 10).tolist() == steps[2].tolist()
+    assert train.prompt_indices(4, 2, 4, 10).tolist() != steps[2].tolist()
+
+
+def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, small, tmp_path):
+    run = runs.prepare(small(), tmp_path)
+
+    class Down:
+        def answer(self, prompts):
+            return Answers([None] * len(prompts), 0, len(prompts))
+
+    sample = rollout.make_sampler(run.cfg, run.text, run.config, group=4, temperature=1.0)
+    params = parallel.replicate(runs.load_state(run)).params
+    got = rollout.collect(sample, params, run.text, run.task, Down(), run.task.load("train")[:8], run.config, 0)
+    flat = parallel.gather(got.rollout)
+    needed = flat.called.any(1) | ~flat.correct.any(1)
+    assert got.cloud_asked == got.cloud_failed == needed.sum() > 0
+    assert (flat.cloud_known == ~needed).all() and not flat.cloud_correct.any()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"budget": 1.0}, r"budget=1.0 must lie in \[0, 1\)"),
+        ({"budget": -0.1}, "budget"),
+        ({"budget": float("nan")}, "budget"),
+        ({"group": 1}, "at least 2"),
+        ({"prompts_per_step": 7}, "multiple of the 2 devices"),
+        ({"eval__batch_size": 3}, "multiple of the 2 devices"),
+        ({"reward__alpha_c": 3.0}, "alpha_a=2.0 > alpha_c=3.0"),
+        ({"algorithm__advantage": "ppo"}, r"\['gapg', 'grpo'\]"),
+        ({"algorithm__filter": "d3"}, r"\['d1d2', 'none'\]"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"train__steps": 0}, "at least 1"),
+        ({"model__path": "no-such-model"}, "no model at 'no-such-model'"),
+        ({"text__decision_token": "<call>"}, "decision_token='<call>' is not one token"),
+        ({"task__name": "chess"}, "config.task.name='chess' is unknown"),
+        ({"cloud__kind": "sky"}, "config.cloud.kind='sky' is unknown"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(small, tmp_path, overrides, says):
+    with pytest.raises(UserError, match=says) as caught:
+        runs.prepare(small(**overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_prompt_longer_than_the_limit(small, finished, tmp_path):
+    run = runs.prepare(small(prompt_length=6), tmp_path)
+    with pytest.raises(UserError, match="raise config.prompt_length"):
+        rollout.collect(None, None, run.text, run.task, run.cloud, run.task.load("train")[:8], run.config, 0)
+
+
+def test_workdir_that_cannot_be_made(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --workdir"):
+        runs.prepare(small(), tmp_path / "file" / "run")
+
+
+def test_workdir_of_another_config_is_refused_by_name(small, tmp_path):
+    runs.prepare(small(), tmp_path)
+    with pytest.raises(UserError, match=r"budget=0.3 then, 0.2 now; .*group=4 then, 8 now"):
+        runs.prepare(small(budget=0.2, group=8), tmp_path)
+
+
+def test_broken_store_is_refused_and_kept(small, tmp_path):
+    (tmp_path / "cloud.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(UserError, match="cloud.sqlite"):
+        runs.prepare(small(), tmp_path)
+    assert (tmp_path / "cloud.sqlite").read_bytes() == b"not a database" * 100
+
+
+def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
+    config, workdir, _ = finished
+    run = runs.prepare(config, workdir)
+    other = run._replace(checkpoints=run.checkpoints)
+    smaller = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), jax.device_get(runs.load_state(run)))
+    with pytest.raises(UserError, match="cannot restore|another --workdir"):
+        other.checkpoints.restore(like=smaller)
+
+    import shutil
+
+    shutil.copytree(workdir, tmp_path / "copy")
+    largest = max(
+        (tmp_path / "copy" / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+    )
+    largest.write_bytes(largest.read_bytes()[:100])
+    cut = runs.prepare(config, tmp_path / "copy")
+    with pytest.raises(UserError, match="delete that folder and the run goes on from the one before"):
+        runs.load_state(cut)
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "4")
+    assert runs.load_state(runs.prepare(config, tmp_path / "copy")).step == 2
+
+
+def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "NONFINITE_LIMIT", 2)
+    run = runs.prepare(small(optim__learning_rate=float("nan"), train__steps=9, train__checkpoint_every=9), tmp_path)
+    with pytest.raises(UserError, match="not finite 2 steps in a row; the state is saved"):
+        train.train(run, train.Stop())
+    saved = runs.load_state(run)
+    assert saved.nonfinite_streak == 2 and run.checkpoints.latest() == saved.step
+
+
+def test_nothing_solved_stops_the_run(small, tmp_path):
+    run = runs.prepare(small(task__targets=(90, 99), task__numbers=(1, 2), task__prompt="{numbers} {target}"), tmp_path)
+    del run  # ranges that no expression reaches are the data set's own error
+    with pytest.raises(UserError, match="no prompt was solved on the device"):
+        train.check_health({"nonfinite_streak": 0, "empty_d1_streak": 20}, runs.prepare(small(), tmp_path / "b"))
+
+
+def test_metrics_file_is_cut_to_the_restored_step(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    for i in (1, 2, 3):
+        writer.write({"step": i, "reward": float(i)})
+    writer.close()
+    with pathlib.Path(tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # a kill in the middle of a line
+    writer = metrics.MetricsWriter(tmp_path, 2)
+    writer.write({"step": 3, "reward": 9.0})
+    writer.close()
+    assert [row["reward"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 9.0]
+
+
+def test_alarm_names_the_collapse():
+    row = {"call_rate": 0.2, "entropy": 0.3, "cut_off": 0.0}
+    assert metrics.alarm([row] * 10) is None
+    assert "no response calls" in metrics.alarm([row | {"call_rate": 0.0}] * 10)
+    assert "nearly every response calls" in metrics.alarm([row | {"call_rate": 1.0}] * 10)
+    assert "entropy is gone" in metrics.alarm([row | {"entropy": 0.0}] * 10)
+    assert "cut off" in metrics.alarm([row | {"cut_off": 0.9}] * 10)
+    assert metrics.alarm([row | {"call_rate": 0.0}] * 9) is None
