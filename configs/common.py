@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of sampling, the prompts' order, the filter's draw; in a warm start, of weights and data
-    config.budget = 0.3  # share of queries that may go to the cloud, in [0, 1); rho = budget / (1 - budget)
+    config.budget = 0.2  # share of queries that may go to the cloud, in [0, 1); rho = budget / (1 - budget)
     config.group = 8  # G, responses for each prompt, at least 2
     config.prompts_per_step = 32  # Q, prompts in the global batch; a multiple of the number of devices
     config.prompt_length = 16  # L, tokens; a longer prompt is refused
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.task.test_examples = 8192  # size of the held-out split
     config.task.data_seed = 0  # of the data set, not of a run
     config.task.demo_length = 56  # longest demonstration, in tokens of the tiny vocabulary
-    config.task.demo_give_up = 0.2  # share of demonstrations that end with the marker
+    config.task.demo_give_up = 0.15  # share of demonstrations that end with the marker
 
     config.cloud = ConfigDict()
     config.cloud.kind = "simulated"  # the task's exact solver

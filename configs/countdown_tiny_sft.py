@@ -14,7 +14,7 @@ _WORDS += ["<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need
 
 def get_config():
     config = common["get_config"]()
-    config.sft.steps = 800
+    config.sft.steps = 1200
     config.sft.words = tuple(_WORDS)
     config.sft.architecture = {
         "architectures": ["Qwen3ForCausalLM"],

@@ -100,7 +100,7 @@ def load(folder: pathlib.Path, config) -> Text:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     except Exception as error:  # transformers raises many kinds for a damaged or missing tokenizer
-        raise TextError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
+        raise TextError(f"no usable tokenizer in {folder}: {(str(error) or repr(error)).splitlines()[0]}") from None
     if not tokenizer.chat_template:
         raise TextError(f"the tokenizer in {folder} has no chat template: add chat_template.jinja")
 
@@ -115,6 +115,9 @@ def load(folder: pathlib.Path, config) -> Text:
     marker_ids = tuple(tokenizer.encode(written, add_special_tokens=False))
     if marker_ids[:1] != (decision_id,):
         raise TextError(f"config.text.marker={config.marker!r} does not begin with the token {config.decision_token!r}")
+    answer_open = _answer_open(tokenizer, "<answer>")
+    if not answer_open:
+        raise TextError(f"the tokenizer in {folder} cannot write '<answer>': add it to the vocabulary")
     return Text(
         tokenizer=tokenizer,
         pad_id=token_id(config.pad, "pad"),
@@ -122,7 +125,7 @@ def load(folder: pathlib.Path, config) -> Text:
         decision_id=decision_id,
         marker=config.marker,
         marker_ids=marker_ids,
-        answer_open=_answer_open(tokenizer, "<answer>"),
+        answer_open=answer_open,
     )
 
 

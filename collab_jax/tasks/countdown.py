@@ -103,7 +103,11 @@ def _join(a: _Term, sign: str, b: _Term, value: int | Fraction) -> _Term:
 
 
 def _results(a: _Term, b: _Term, exact: bool) -> Iterator[tuple[str, _Term, _Term, int | Fraction]]:
-    """Every (sign, left, right, value) of two terms. With `exact`, all rationals; else positive integers only."""
+    """Every (sign, left, right, value) of two terms, the larger on the left where order is free: one way to write each.
+
+    With `exact`, all rationals; else positive integers only.
+    """
+    a, b = (a, b) if a.value >= b.value else (b, a)
     yield "+", a, b, a.value + b.value
     yield "*", a, b, a.value * b.value
     for x, y in ((a, b), (b, a)):
@@ -292,7 +296,7 @@ def demonstrations(seed: int, config, marker: str) -> Iterator[tuple[Example, st
         gives_up = rng.random() < config.demo_give_up
         room = config.demo_length - 5 - (0 if gives_up else len(solution.steps) + 2 + len(solution.expression))
         parts = []
-        for _ in range(rng.choice((0, 1, 2, 2) if gives_up else (0, 0, 1, 2))):
+        for _ in range(rng.choice((0, 1, 2, 2) if gives_up else (0, 0, 0, 1))):
             failed = min((_attempt(rng, numbers) for _ in range(3)), key=lambda a: abs(a.value - target))  # a fair try
             room -= len(failed.steps) + 2
             if room < 0:
