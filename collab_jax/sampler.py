@@ -62,7 +62,7 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     order = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(order)  # mass of the strictly better ones
     threshold = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)
+    return jnp.where(logits >= jnp.minimum(threshold, order[:, :1]), logits, -jnp.inf)
 
 
 def sample(
@@ -105,19 +105,20 @@ def sample(
 
     def pick(state: SampleState) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(tokens i32[B], their log-probabilities f32[B], margins f32[B]) at column t."""
-        others = jnp.max(jnp.where(is_decision, -jnp.inf, state.logits), axis=-1)
-        margin = jnp.where(state.opened, -jnp.inf, state.logits[:, marker.decision_id] - others)
-        bias = jnp.where(state.opened, 0.0, marker_bias)[:, None]
-        scaled = jnp.where(is_decision, state.logits + bias, state.logits)
+        others = jnp.where(is_decision, -jnp.inf, state.logits)
+        gap = state.logits[:, marker.decision_id] - others.max(-1)
+        bias = jnp.where(state.opened, 0.0, marker_bias)
+        scaled = jnp.where(is_decision, state.logits + bias[:, None], state.logits)
         if temperature > 0:
             scaled = scaled / temperature
             scaled = nucleus(scaled, top_p) if top_p < 1 else scaled
             now = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.t)
             token = jax.vmap(jax.random.categorical)(now, scaled)
         else:
-            token = jnp.argmax(scaled, axis=-1)
+            # The comparison of `call_at`; argmax of `scaled` differs from it at a tie and where the sum is rounded.
+            token = jnp.where(gap > -bias, marker.decision_id, jnp.argmax(others, axis=-1))
         chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-        return token, chosen - jax.nn.logsumexp(scaled, axis=-1), margin
+        return token, chosen - jax.nn.logsumexp(scaled, axis=-1), jnp.where(state.opened, -jnp.inf, gap)
 
     def body(state: SampleState) -> SampleState:
         token, logp, margin = pick(state)
@@ -173,5 +174,5 @@ def sample(
 
 def call_at(margins, beta: float):
     """First decision state with m_t + beta > 0, i32[...], or -1 where there is none; margins [..., T] of any array type."""
-    crossed = margins + beta > 0
+    crossed = margins > -float(beta)  # a weak scalar: in float32, as on the device
     return jnp.where(crossed.any(-1), crossed.argmax(-1), -1)

@@ -17,6 +17,7 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
 def get_config():
     config = common["get_config"]()
+    config.budget = 0.3
     config.prompt_length = 256
     config.max_new_tokens = 720
 

@@ -203,8 +203,8 @@ def test_workdir_that_cannot_be_made(small, tmp_path):
 
 def test_workdir_of_another_config_is_refused_by_name(small, tmp_path):
     runs.prepare(small(), tmp_path)
-    with pytest.raises(UserError, match=r"budget=0.3 then, 0.2 now; .*group=4 then, 8 now"):
-        runs.prepare(small(budget=0.2, group=8), tmp_path)
+    with pytest.raises(UserError, match=r"budget=0.2 then, 0.3 now; .*group=4 then, 8 now"):
+        runs.prepare(small(budget=0.3, group=8), tmp_path)
 
 
 def test_broken_store_is_refused_and_kept(small, tmp_path):

@@ -1,0 +1,152 @@
+"""The quickstart notebook: kept without outputs, and executed from a clean kernel with small settings."""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import ROOT, SMALL
+
+NOTEBOOK = ROOT / "notebooks" / "01_quickstart_colab.ipynb"
+
+
+def cells():
+    return {cell["id"]: cell for cell in json.loads(NOTEBOOK.read_text())["cells"]}
+
+
+def execute(*ids, **names):
+    """The names that the given code cells leave, executed here, after `names`."""
+    for name in ids:
+        exec(compile("".join(cells()[name]["source"]), name, "exec"), names)
+    return types.SimpleNamespace(**names)
+
+
+def test_is_committed_without_outputs():
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert len(cells()) == len(notebook["cells"])
+
+
+def test_its_settings_are_those_of_the_config():
+    ours = execute("settings")
+    config = runpy.run_path(str(ROOT / "configs" / "countdown_tiny.py"))["get_config"]()
+    assert (ours.STEPS, ours.BUDGET, ours.DATA_DIR) == (config.train.steps, config.budget, config.task.data_dir)
+    assert ours.PROMPTS <= config.task.test_examples
+
+
+@pytest.fixture(scope="module")
+def executed(data_dir, tmp_path_factory):
+    """(outputs by cell as text, workdir) of the whole notebook, in a kernel of this very Python, from notebooks/."""
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install '.[test]'")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[test]'")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install '.[test]'")
+    tmp = tmp_path_factory.mktemp("notebook")
+    spec = tmp / "jupyter" / "kernels" / "this-python" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "this Python", "language": "python"}))
+
+    own = {"train.steps": "STEPS", "eval.prompts": "PROMPTS"}
+    settings = {name: str(SMALL[key]) for key, name in own.items()}
+    settings |= {"WORKDIR": str(tmp / "run"), "DATA_DIR": str(data_dir)}
+    settings["FLAGS"] = " ".join(f"--config.{key}={value}" for key, value in SMALL.items() if key not in own)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(f"COLLAB_JAX_NOTEBOOK_{name}", value)
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setenv("JUPYTER_PATH", str(tmp / "jupyter"))
+        patch.setenv("JUPYTER_RUNTIME_DIR", str(tmp / "runtime"))
+        patch.setenv("IPYTHONDIR", str(tmp / "ipython"))
+        where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+        nbclient.NotebookClient(notebook, timeout=300, kernel_name="this-python", resources=where).execute()
+    texts = {}
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        assert not any(output.output_type == "error" for output in outputs)
+        texts[cell.id] = [output.get("text") or output.get("data", {}) for output in outputs]
+    return texts, tmp / "run"
+
+
+def test_runs_the_checkout_around_it_and_shows_the_command(executed):
+    texts, workdir = executed
+    assert texts["checkout"] == ["code: the checkout around this notebook\n"]
+    assert len(texts["install"]) == 1 and texts["install"][0].startswith("jax ") and " on CPU: " in texts["install"][0]
+    printed = texts["train"][0]
+    assert printed.startswith("$ python -m collab_jax.train --config configs/countdown_tiny.py --workdir ")
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == SMALL["train.steps"]
+
+
+def test_status_and_curves_are_refreshed_in_place(executed):
+    printed, status, plot = executed[0]["train"]
+    assert "report:" in status["text/plain"] and "image/png" in plot
+
+
+def test_examples_show_questions_and_responses_of_each_kind(executed):
+    text = "".join(executed[0]["examples"])
+    counts = [int(n) for n in re.findall(rf"^=== .*: ([0-9]+) of {SMALL['eval.prompts']}$", text, re.MULTILINE)]
+    assert len(counts) == 4 and sum(counts) == SMALL["eval.prompts"]
+    assert text.count("question  ") == text.count("wrote  ") == sum(min(n, 2) for n in counts)
+    assert text.count("unaided  ") == text.count("cloud  ") == sum(min(n, 2) for n in counts[1:3])
+    assert re.search(r"question  [0-9]+( [0-9]+){2,3}=[0-9]+\n", text) and "<think>" in text
+
+
+def test_table_and_frontier_are_those_of_the_report(executed):
+    texts, workdir = executed
+    table = texts["table"][0]["text/markdown"]
+    assert "| accuracy on the device" in table and "perfect router" in table and "![" not in table
+    assert table in (workdir / "report.md").read_text()
+    assert "image/png" in texts["frontier"][0]
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"])
+def test_finds_its_checkout(monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = execute("settings", "checkout")
+    assert found.ROOT == ROOT and not found.CLONED and found.WORKDIR == ROOT / "runs" / "notebook"
+
+
+def test_without_a_checkout_it_asks_for_an_address_and_clones_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(RuntimeError, match="set REPOSITORY"):
+        execute("settings", "checkout")
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command))
+    monkeypatch.setenv("COLLAB_JAX_NOTEBOOK_REPOSITORY", "https://example.org/collab_jax")
+    found = execute("settings", "checkout")
+    assert found.CLONED and found.ROOT == pathlib.Path.cwd() / "collab_jax"
+    assert calls == [["git", "clone", "--depth", "1", "https://example.org/collab_jax", str(found.ROOT)]]
+
+
+@pytest.mark.parametrize("recent", [True, False])
+def test_installs_around_the_jax_that_is_there(monkeypatch, tmp_path, recent, capsys):
+    """pip is a stand-in; `recent`: whether it finds a solution with the jax that came with the machine."""
+    site = {"jax": "0.10.1", "jaxlib": "0.10.1", "jax_cuda12_plugin": "0.10.1", "numpy": "2.0"}
+    packages = [types.SimpleNamespace(metadata={"Name": name}, version=version) for name, version in site.items()]
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: packages)
+    pip = []
+
+    def stand_in(command, **_):
+        code, out = 0, "0.10.1|gpu|1|A card\n"
+        if "pip" in command:
+            held = pathlib.Path(command[-1]).read_text().split() if "--constraint" in command else None
+            pip.append((command[command.index("-e") + 1], held))
+            code = int(held is not None and not recent)
+        return subprocess.CompletedProcess(command, code, out, "")
+
+    monkeypatch.setattr(subprocess, "run", stand_in)
+    names = {"subprocess": subprocess, "sys": sys, "os": os, "pathlib": pathlib, "ROOT": tmp_path, "CLONED": True}
+    execute("install", **names)
+    held = ["jax==0.10.1", "jaxlib==0.10.1", "jax-cuda12-plugin==0.10.1"]
+    assert pip == [(str(tmp_path), held)] + ([] if recent else [(f"{tmp_path}[gpu]", None)])
+    assert capsys.readouterr().out.endswith("jax 0.10.1 on GPU: 1 x A card\n")

@@ -1,0 +1,55 @@
+"""Every command of the README runs, in the README's order, with small settings and its workdirs moved to a scratch folder."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+from conftest import ROOT, SMALL
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    """The commands of the README's bash blocks, continued lines joined, loops reduced to their first round."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = [re.sub(r"\s#.*", "", line).strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_two_commands_come_first():
+    assert commands()[:2] == ["./launch/quickstart.sh", "./launch/test.sh"]
+    for script in commands()[:2]:
+        assert (ROOT / script).stat().st_mode & 0o111  # test_launch.py runs them, with stand-ins for pip and python
+
+
+def test_every_other_command_runs(tmp_path, data_dir):
+    small = " ".join(f"--config.{key}={value}" for key, value in SMALL.items()) + f" --config.task.data_dir={data_dir}"
+    ran = []
+    for line in commands()[2:]:
+        loop = re.fullmatch(r"for (\w+) in (\S+).*; do (.*); done", line)
+        if loop:
+            line = loop[3].replace(f"${loop[1]}", loop[2])
+        assert line.startswith("python -m collab_jax."), f"a README command that no test runs: {line}"
+        words = shlex.split(line.replace("runs/", f"{tmp_path}/"))[1:]
+        done = subprocess.run(
+            [sys.executable, *words, *small.split()], cwd=ROOT, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+        ran.append(words[1])
+    assert {"collab_jax.train", "collab_jax.sft", "collab_jax.evaluate", "collab_jax.export"} <= set(ran)
+
+
+def test_files_and_keys_that_the_readme_names_exist():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+    common = (ROOT / "configs" / "common.py").read_text()
+    for key in re.findall(r"--config\.([\w.]+)=", README):
+        assert f"config.{key} =" in common, key
+
+
+def test_the_glossary_names_every_metric():
+    metrics = re.findall(r'"(\w+)": ', (ROOT / "collab_jax" / "gapg.py").read_text().split("metrics = {")[1].split("}\n")[0])
+    assert len(metrics) > 15
+    for name in metrics:
+        assert f"`{name}`" in README, name
