@@ -48,8 +48,8 @@ def evaluate(
             for key, bias in (("natural", 0.0), ("local", -np.inf)):
                 zero = np.zeros(D, np.int32)
                 samples = sample(params, *prompts, zero, zero, np.full(D, bias, np.float32))
-                one = jax.tree.map(lambda x, n=len(batch): x[:n, 0], parallel.gather(samples))
-                passes[key] = one, rollout.judge(task, text, batch, one.tokens, one.mask, one.ended)
+                one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
+                passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
             correct, known, _, _ = rollout.ask_cloud(task, cloud, batch)
             rows += [_row(task, e, i, correct[i], known[i], passes) for i, e in enumerate(batch)]
             bar.update(len(batch))

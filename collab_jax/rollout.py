@@ -101,16 +101,17 @@ def collect(
     task: Task,
     cloud: CachedCloud,
     examples: Sequence[Example],
-    config: ConfigDict,
+    prompts: np.ndarray,
+    prompt_mask: np.ndarray,
+    seed: int,
     step: int,
 ) -> Collected:
-    """Rollout of `examples` (Q of them) under `params` (with axis D), sampled with the key of (config.seed, step)."""
+    """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled with the key of (seed, step)."""
     D, Q = jax.local_device_count(), len(examples)
-    prompts, prompt_mask = text.prompt_batch([task.prompt(e) for e in examples], config.prompt_length)
     prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
     scalar = lambda x, dtype: np.full(D, x, dtype)  # noqa: E731
     samples = sample(
-        params, prompts, prompt_mask, scalar(config.seed, np.int32), scalar(step, np.int32), scalar(0, np.float32)
+        params, prompts, prompt_mask, scalar(seed, np.int32), scalar(step, np.int32), scalar(0, np.float32)
     )
     host = parallel.gather({"tokens": samples.tokens, "mask": samples.mask, "ended": samples.ended})
     G = host["tokens"].shape[1]

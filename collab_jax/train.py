@@ -102,6 +102,9 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     if first >= config.train.steps:
         return state
     examples = run.task.load("train")
+    prompts = run.text.prompt_batch(
+        [run.task.prompt(e) for e in examples], config.prompt_length
+    )  # a long one stops here
     sample = rollout.make_sampler(run.cfg, run.text, config, group=config.group, temperature=config.temperature)
     step = make_step(run)
     writer = metrics.MetricsWriter(run.workdir, first)
@@ -110,8 +113,9 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
         for i in range(first, config.train.steps):
             # ---------------------------------------------------------------------------------------- rollout
             started = time.monotonic()
-            batch = [examples[j] for j in prompt_indices(config.seed, i, Q, len(examples))]
-            collected = rollout.collect(sample, state.params, run.text, run.task, run.cloud, batch, config, i)
+            chosen = prompt_indices(config.seed, i, Q, len(examples))
+            batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
+            collected = rollout.collect(sample, state.params, run.text, run.task, run.cloud, *batch, config.seed, i)
             sampled = time.monotonic()
             # ----------------------------------------------------------------------------------------- update
             state, out = step(state, collected.rollout)

@@ -100,19 +100,20 @@ def test_one_device_equals_two(straight, data_dir, tmp_path):
     )
 
 
-def test_export_and_evaluate_what_was_trained(straight, data_dir, tmp_path):
-    done = run(command("export", straight, data_dir, "--out", str(tmp_path / "model")))
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "model"
-    cfg = hf.config_from_hf(hf.read_config(folder))
-    params = hf.load(folder, cfg, "float32")
-    jax.tree.map(np.testing.assert_array_equal, params, saved(straight, 6)["params"])
-    assert (folder / "tokenizer.json").exists() and (folder / "chat_template.jinja").exists()
-
+def test_evaluating_a_finished_run_gives_the_reports_figures(straight, data_dir):
     done = run(command("evaluate", straight, data_dir))
     assert done.returncode == 0, done.stderr
     report = json.loads((straight / "report.json").read_text())
     assert json.loads((straight / "eval.json").read_text())["at_budget"] == report["after"]["at_budget"]
+
+
+def test_what_is_exported_is_what_was_trained(straight, data_dir, tmp_path):
+    done = run(command("export", straight, data_dir, "--out", str(tmp_path / "model")))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "model"
+    params = hf.load(folder, hf.config_from_hf(hf.read_config(folder)), "float32")
+    jax.tree.map(np.testing.assert_array_equal, params, saved(straight, 6)["params"])
+    assert (folder / "tokenizer.json").exists() and (folder / "chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize(

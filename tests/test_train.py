@@ -1,7 +1,9 @@
 """The training program in one process: what it reads, writes, reports, and refuses."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -14,6 +16,7 @@ from collab_jax import run as runs
 from collab_jax.cloud import Answers
 from collab_jax.errors import UserError
 from collab_jax.models import hf
+from collab_jax.tasks import Verdict
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +159,9 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
 
     sample = rollout.make_sampler(run.cfg, run.text, run.config, group=4, temperature=1.0)
     params = parallel.replicate(runs.load_state(run)).params
-    got = rollout.collect(sample, params, run.text, run.task, Down(), run.task.load("train")[:8], run.config, 0)
+    examples = run.task.load("train")[:8]
+    prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], 16)
+    got = rollout.collect(sample, params, run.text, run.task, Down(), examples, *prompts, 0, 0)
     flat = parallel.gather(got.rollout)
     needed = flat.called.any(1) | ~flat.correct.any(1)
     assert got.cloud_asked == got.cloud_failed == needed.sum() > 0
@@ -189,10 +194,10 @@ def test_bad_settings_are_one_clear_line(small, tmp_path, overrides, says):
     assert "\n" not in str(caught.value)
 
 
-def test_prompt_longer_than_the_limit(small, finished, tmp_path):
+def test_prompt_longer_than_the_limit_stops_before_anything_is_spent(small, tmp_path):
     run = runs.prepare(small(prompt_length=6), tmp_path)
     with pytest.raises(UserError, match="raise config.prompt_length"):
-        rollout.collect(None, None, run.text, run.task, run.cloud, run.task.load("train")[:8], run.config, 0)
+        train.train(run, train.Stop())
 
 
 def test_workdir_that_cannot_be_made(small, tmp_path):
@@ -217,12 +222,9 @@ def test_broken_store_is_refused_and_kept(small, tmp_path):
 def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
     config, workdir, _ = finished
     run = runs.prepare(config, workdir)
-    other = run._replace(checkpoints=run.checkpoints)
-    smaller = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), jax.device_get(runs.load_state(run)))
+    other_shape = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), jax.device_get(runs.load_state(run)))
     with pytest.raises(UserError, match="cannot restore|another --workdir"):
-        other.checkpoints.restore(like=smaller)
-
-    import shutil
+        run.checkpoints.restore(like=other_shape)
 
     shutil.copytree(workdir, tmp_path / "copy")
     largest = max(
@@ -245,11 +247,13 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
     assert saved.nonfinite_streak == 2 and run.checkpoints.latest() == saved.step
 
 
-def test_nothing_solved_stops_the_run(small, tmp_path):
-    run = runs.prepare(small(task__targets=(90, 99), task__numbers=(1, 2), task__prompt="{numbers} {target}"), tmp_path)
-    del run  # ranges that no expression reaches are the data set's own error
-    with pytest.raises(UserError, match="no prompt was solved on the device"):
-        train.check_health({"nonfinite_streak": 0, "empty_d1_streak": 20}, runs.prepare(small(), tmp_path / "b"))
+def test_nothing_solved_stops_the_run_with_the_state_saved(small, tmp_path):
+    run = runs.prepare(small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path)
+    hopeless = dataclasses.replace(run.task, verify=lambda example, text: Verdict(False, False, True))
+    with pytest.raises(UserError, match="no prompt was solved on the device 2 steps in a row"):
+        train.train(run._replace(task=hopeless), train.Stop())
+    saved = runs.load_state(run)
+    assert saved.step == 2 and saved.empty_updates == 2
 
 
 def test_metrics_file_is_cut_to_the_restored_step(tmp_path):

@@ -324,7 +324,9 @@ def group_logprobs(
     _, G, T = tokens.shape
     pad = ((0, 0), (0, 0), (0, T - 1))
     cache = init_cache(cfg, P, L + T - 1)
-    head, cache = forward(params, cfg, prompts, positions_of(prompt_mask), jnp.pad(causal_mask(prompt_mask), pad), cache)
+    head, cache = forward(
+        params, cfg, prompts, positions_of(prompt_mask), jnp.pad(causal_mask(prompt_mask), pad), cache
+    )
     real = jnp.concatenate([jnp.repeat(prompt_mask, G, axis=0), mask.reshape(P * G, T)[:, :-1]], axis=1)
     body, _ = forward(
         params,

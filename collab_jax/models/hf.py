@@ -47,10 +47,14 @@ def locate(path: str) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
     except Exception as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FolderError(f"cannot download {path!r} ({reason}): check the name and access, or give a local folder") from None
+        raise FolderError(
+            f"cannot download {path!r} ({reason}): check the name and access, or give a local folder"
+        ) from None
 
 
 def _require(section: dict, names: Iterable[str]) -> None:
@@ -149,7 +153,9 @@ def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
         except (SafetensorError, OSError) as error:
             raise FolderError(f"cannot read {file} ({error}): it may be cut short; fetch it again") from None
     if missing := sorted(set(wanted) - set(found)):
-        raise FolderError(f"{folder}: missing weight {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+        raise FolderError(
+            f"{folder}: missing weight {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+        )
     return traverse_util.unflatten_dict({wanted[name][0]: value for name, value in found.items()})
 
 
@@ -161,7 +167,9 @@ def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, toke
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(params)
     weights = {
-        _to_hf_name(path): jax.numpy.asarray(np.ascontiguousarray(np.asarray(v).T if path[-1] == "kernel" else v), dtype)
+        _to_hf_name(path): jax.numpy.asarray(
+            np.ascontiguousarray(np.asarray(v).T if path[-1] == "kernel" else v), dtype
+        )
         for path, v in flat.items()
     }
     temporary = folder / "model.safetensors.tmp"

@@ -46,7 +46,9 @@ class Text:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Tokens of a chat prompt, ending where the response begins."""
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
 
     def prompt_batch(self, prompts: Sequence[Messages], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens i32[Q, L], real bool[Q, L]), padded on the left. Raises TextError where a prompt is longer than L."""
@@ -143,7 +145,5 @@ def word_tokenizer(words: Sequence[str], pad: str, eos: str, unk: str) -> PreTra
     inner.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=pad, eos_token=eos, unk_token=unk)
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
-    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
     return tokenizer
