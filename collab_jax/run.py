@@ -45,6 +45,9 @@ def check_config(config: ConfigDict) -> None:
         f"config.group={config.group} must be at least 2: a group is compared with itself": config.group >= 2,
         f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold": a > c > f >= 0 and math.isfinite(a),
         f"config.temperature={config.temperature} must be above 0: training samples": config.temperature > 0,
+        f"config.optim.learning_rate={config.optim.learning_rate} must be finite and at least 0": 0
+        <= config.optim.learning_rate
+        < math.inf,
         "config.prompt_length, max_new_tokens and train.steps must be at least 1": min(
             config.prompt_length, config.max_new_tokens, config.train.steps
         )

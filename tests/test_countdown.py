@@ -212,10 +212,10 @@ HOSTILE = {
 @pytest.mark.parametrize("expression", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile(expression):
     uses_all = [int(n) for n in re.findall("[0-9]+", expression[: countdown.MAX_EXPRESSION])]
-    start = time.perf_counter()
+    start = time.process_time()
     for numbers in [(1, 2), (9, 9, 9), tuple(uses_all)]:
         assert check(numbers, 77, expression) is False
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 # ---------------------------------------------------------------- check: against an independent reading
@@ -453,10 +453,10 @@ def test_stream_is_fixed_by_split_and_seed():
     assert streams[0] == streams[1]
     rows = [{(numbers, target) for numbers, target, _ in stream} for stream in streams]
     assert all(len(a & b) < 5 for a, b in itertools.combinations(rows[1:], 2))
-    # what the embedded model was trained on, and what a data set on disk holds
-    assert [(numbers, target, found.expression) for numbers, target, found in streams[0][:3]] == [
-        ((50, 48, 37), 39, "50-48+37"), ((37, 35, 16), 14, "35+16-37"), ((32, 21, 24), 13, "21-(32-24)"),
-    ]  # fmt: skip
+    # what data sets on disk hold: a new stream needs a new Countdown.VERSION
+    text = "\n".join(f"{numbers}={target}" for numbers, target, _ in streams[0])
+    assert text.startswith("(50, 48, 37)=39\n(37, 35, 16)=14\n")
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("91e7a8ca0417c480e5573c1a3b746220")
 
 
 def test_sides_are_disjoint_whatever_the_seeds():
@@ -567,9 +567,9 @@ def test_second_load_builds_nothing(built, monkeypatch, capfd):
 
     monkeypatch.setattr(countdown, "generate", never)
     before = {name: path.stat().st_mtime_ns for name, path in files(folder).items()}
-    start = time.perf_counter()
+    start = time.process_time()
     assert load("train", config) == rows["train"]
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert {name: path.stat().st_mtime_ns for name, path in files(folder).items()} == before
     assert capfd.readouterr().out == ""
 
@@ -771,9 +771,9 @@ def test_demonstrations_are_fixed_by_the_seed():
     again = take(200, demonstrations(0, tiny_config().task, MARKER))
     assert again == demonstrated()[:200]
     assert len({response for _, response in again} & {response for _, response in demonstrated(seed=1, n=200)}) < 20
-    # the embedded model is remade from this stream
+    # the embedded model is made from this stream: a new stream needs a new model
     text = "\n".join(f"{example.problem}{response}" for example, response in again)
-    assert hashlib.sha256(text.encode()).hexdigest().startswith("976e93c640782940295439aa2b3382c1")
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("8329093177ff1c5ffc42a7dca8c7181b")
 
 
 # ---------------------------------------------------------------- the cloud's prompt

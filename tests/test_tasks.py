@@ -257,10 +257,10 @@ def test_shuffled_pieces():
     ids=range(9),
 )
 def test_hostile_responses(response):
-    start = time.perf_counter()
+    start = time.process_time()
     verdict = VERIFY(EXAMPLE, response)
     assert not verdict.correct and not verdict.called
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 # ---------------------------------------------------------------- make_task

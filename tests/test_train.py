@@ -181,6 +181,7 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"algorithm__advantage": "ppo"}, r"\['gapg', 'grpo'\]"),
         ({"algorithm__filter": "d3"}, r"\['d1d2', 'none'\]"),
         ({"temperature": 0.0}, "temperature"),
+        ({"optim__learning_rate": float("nan")}, "learning_rate=nan must be finite"),
         ({"train__steps": 0}, "at least 1"),
         ({"model__path": "no-such-model"}, "no model at 'no-such-model'"),
         ({"text__decision_token": "<call>"}, "decision_token='<call>' is not one token"),
@@ -240,7 +241,7 @@ def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
 
 def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "NONFINITE_LIMIT", 2)
-    run = runs.prepare(small(optim__learning_rate=float("nan"), train__steps=9, train__checkpoint_every=9), tmp_path)
+    run = runs.prepare(small(optim__learning_rate=1e38, optim__warmup_steps=1, train__steps=9, train__checkpoint_every=9), tmp_path)
     with pytest.raises(UserError, match="not finite 2 steps in a row; the state is saved"):
         train.train(run, train.Stop())
     saved = runs.load_state(run)
