@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of sampling, the prompts' order, the filter's draw; in a warm start, of weights and data
-    config.budget = 0.2  # share of queries that may go to the cloud, in [0, 1); rho = budget / (1 - budget)
+    config.budget = 0.1  # share of queries that may go to the cloud, in [0, 1); rho = budget / (1 - budget)
     config.group = 8  # G, responses for each prompt, at least 2
     config.prompts_per_step = 32  # Q, prompts in the global batch; a multiple of the number of devices
     config.prompt_length = 16  # L, tokens; a longer prompt is refused
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.task.name = "countdown"  # a file of collab_jax/tasks
     config.task.data_dir = "~/tensorflow_datasets"  # where the data set is built on first use
     config.task.prompt = "{numbers}={target}"  # the device model's prompt; a real model wants a sentence
-    config.task.share_of_three = 0.5  # share of prompts with three numbers; the others have four
+    config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest
     config.task.targets = (10, 99)  # lowest, highest
     config.task.train_examples = 16384  # size of the training split

@@ -14,6 +14,7 @@ _WORDS += ["<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need
 
 def get_config():
     config = common["get_config"]()
+    config.task.share_of_three = 0.5  # more easy ones than training has, to learn arithmetic from
     config.sft.steps = 1200
     config.sft.words = tuple(_WORDS)
     config.sft.architecture = {

@@ -199,7 +199,7 @@ def read(pieces):
     formatted = formatted and solid.index("<answer>") == solid.index("</think>") + 1
     closed = [i for i, piece in enumerate(pieces) if piece == "<answer>" and "</answer>" in pieces[i:]]
     answer = pieces[closed[-1] + 1 : pieces.index("</answer>", closed[-1])] if closed else []
-    correct = "".join(answer).strip(" ") in ("1+2+3", "1*2*3")
+    correct = "".join(answer).strip() in ("1+2+3", "1*2*3")
     return correct, called, formatted
 
 

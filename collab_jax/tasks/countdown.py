@@ -167,11 +167,13 @@ def split_of(numbers: tuple[int, ...], target: int) -> str:
 MAX_TRIES = 300_000  # random expressions in a row that may miss split and targets (some ten seconds)
 
 
-def generate(split: str, seed: int, config) -> Iterator[tuple[tuple[int, ...], int, _Attempt]]:
+def generate(
+    split: str, seed: int | str, config, seen: set | None = None
+) -> Iterator[tuple[tuple[int, ...], int, _Attempt]]:
     """Endless (numbers, target, a solution) of a split.
 
     config: share_of_three (share of prompts with 3 numbers, the rest have 4), numbers (lowest, highest), targets alike.
-    Raises TaskError where the ranges leave (next to) nothing.
+    seen: collects (sorted numbers, target), and none comes twice. Raises TaskError where (next to) nothing is left.
     """
     rng = random.Random(f"{split} {seed}")  # a string seed is hashed, so that neighbouring seeds share nothing
     low, high = config.targets
@@ -180,13 +182,17 @@ def generate(split: str, seed: int, config) -> Iterator[tuple[tuple[int, ...], i
         for _ in range(MAX_TRIES):  # keeps the drawn count, so that the mix is the configured one, whatever the odds
             numbers = tuple(rng.randint(*config.numbers) for _ in range(count))
             attempt = _attempt(rng, numbers)
-            if low <= attempt.value <= high and split_of(numbers, attempt.value) == split:
+            pair = (tuple(sorted(numbers)), attempt.value)
+            if low <= attempt.value <= high and split_of(*pair) == split and (seen is None or pair not in seen):
                 break
         else:
             raise TaskError(
                 f"no {split} example with {count} numbers in {config.numbers} and a target in {config.targets} in "
-                f"{MAX_TRIES} tries: widen config.task.numbers or targets"
+                f"{MAX_TRIES} tries{f' after {len(seen)} different ones' if seen else ''}: ask for fewer "
+                f"config.task.{split}_examples, or widen config.task.numbers or targets"
             )
+        if seen is not None:
+            seen.add(pair)
         yield numbers, attempt.value, attempt
 
 
@@ -236,20 +242,10 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split):
         config = self.builder_config
         wanted = getattr(config, f"{split}_examples")
-        seen, misses = set(), 0
-        for numbers, target, _ in generate(split, config.data_seed, config):
-            pair = (tuple(sorted(numbers)), target)
-            misses = misses + 1 if pair in seen else 0
-            if misses > 10_000:
-                raise TaskError(
-                    f"only {len(seen)} different {split} examples found, config.task.{split}_examples asks {wanted}: "
-                    "ask for fewer, or widen config.task.numbers or targets"
-                )
-            if pair not in seen:
-                yield len(seen), {"numbers": np.array(numbers, np.int32), "target": target}
-                seen.add(pair)
-            if len(seen) == wanted:
-                return
+        # Another stream than the demonstrations', so that no prompt was shown with its solution on purpose.
+        examples = generate(split, f"data {config.data_seed}", config, seen=set())
+        for i, (numbers, target, _) in enumerate(itertools.islice(examples, wanted)):
+            yield i, {"numbers": np.array(numbers, np.int32), "target": target}
 
 
 def _prepared(config, data_dir: pathlib.Path) -> Countdown:
@@ -286,9 +282,9 @@ def load(split: str, config) -> list[Example]:
 def demonstrations(seed: int, config, marker: str) -> Iterator[tuple[Example, str]]:
     """Endless (example, response) of the train side: failed attempts, then a found solution, or the marker.
 
-    How many attempts fail, and whether the demonstrator gives up, is drawn without a look at the problem: *when* to
-    ask is left to reinforcement learning. `config.demo_length` bounds a response's length (in characters, a tag, a
-    verdict or the marker counting one), so that a demonstration fits the model's limit.
+    Whether the demonstrator gives up is drawn without a look at the problem, and so is how many attempts fail, as far as
+    they fit: with four numbers a failure leaves no room for a solution, so there a failure is followed by the marker.
+    `config.demo_length` bounds a response's length (in characters; a tag, a verdict or a part of the marker counts one).
     """
     rng = random.Random(f"demonstrations {seed}")
     for i, (numbers, target, solution) in enumerate(generate("train", seed, config)):
@@ -350,7 +346,8 @@ def make_task(config) -> Task:
         return [{"role": "user", "content": template.format(numbers=" ".join(map(str, numbers)), target=target)}]
 
     def verify(example: Example, response: str) -> Verdict:
-        correct = check(*example.problem, base.answer_of(response))
+        answer = base.answer_of(response)
+        correct = answer is not None and check(*example.problem, answer.strip())
         return Verdict(correct, base.called(response, marker), base.formatted(response))
 
     return Task(
