@@ -67,7 +67,7 @@ def executed(data_dir, tmp_path_factory):
         patch.setenv("JUPYTER_RUNTIME_DIR", str(tmp / "runtime"))
         patch.setenv("IPYTHONDIR", str(tmp / "ipython"))
         where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-        nbclient.NotebookClient(notebook, timeout=300, kernel_name="this-python", resources=where).execute()
+        nbclient.NotebookClient(notebook, timeout=600, kernel_name="this-python", resources=where).execute()
     texts = {}
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
