@@ -8,9 +8,10 @@ from collab_jax.gapg import FilterState
 
 
 def grpo_advantage(r: jax.Array) -> jax.Array:
-    """GRPO's advantage f32[Q, G]: (r_i - mean) / (std + 1e-6) over the group (arXiv 2402.03300, equation 3).
+    """GRPO's advantage f32[Q, G]: (r_i - mean) / (std + 1e-6) over the group (arXiv 2402.03300).
 
-    Only the advantage differs from GAPG here: with one update for each fresh batch GRPO's ratio is 1 and its clip idle.
+    The advantage alone, in GAPG's loss, so that its effect is seen apart: with one update for each fresh batch GRPO's ratio
+    is 1 and its clip idle, but its mean over each response's tokens and its KL term are left out.
     """
     return (r - r.mean(axis=1, keepdims=True)) / (r.std(axis=1, keepdims=True) + 1e-6)
 

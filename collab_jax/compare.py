@@ -17,14 +17,22 @@ BUDGETS = (0.1, 0.2, 0.3)
 _Z = float(stats.norm.ppf(0.975))
 
 
+_FIRST = 1e6  # above every margin and every summed log-probability
+
+
+def no_answer(records: Records) -> np.ndarray:
+    """bool[n]: with the marker disallowed, cut off or not well formed; every router but the perfect one sends these first."""
+    return ~(records["ended"] & records["formatted"])
+
+
 def margin_score(records: Records) -> np.ndarray:
-    """The trained decision: max_t m_t with the marker disallowed. What was cut off or has no answer goes first."""
-    return np.where(records["ended"] & records["formatted"], records["margin"], np.inf)
+    """The trained decision: max_t m_t with the marker disallowed; what has no answer first, by margin too."""
+    return records["margin"] + _FIRST * no_answer(records)
 
 
 def logprob_score(records: Records) -> np.ndarray:
-    """The log-probability gate: minus the response's summed log-probability. What was cut off or has no answer goes first."""
-    return np.where(records["ended"] & records["formatted"], -records["logp"], np.inf)
+    """The log-probability gate: minus the response's summed log-probability; what has no answer first, likewise."""
+    return -records["logp"] + _FIRST * no_answer(records)
 
 
 def oracle_score(records: Records) -> np.ndarray:
@@ -77,15 +85,15 @@ def auc(records: Records, score: np.ndarray) -> float | None:
     return float((ranks[wrong].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def at_budget(records: Records, budget: float) -> dict[str, Rate | float]:
+def at_budget(records: Records, budget: float) -> dict[str, Rate | float | None]:
     """Overall accuracy of every router at one budget, margin's lead over random, and its share of the perfect router's."""
     outcomes = {name: replay(records, score(records), budget) for name, score in ROUTERS.items()}
     random = random_outcomes(records, budget)
-    table: dict[str, Rate | float] = {name: rate(o) for name, o in outcomes.items()}
+    table: dict[str, Rate | float | None] = {name: rate(o) for name, o in outcomes.items()}
     table["random"] = mean(random)
     table["margin_over_random"] = mean(outcomes["margin"] - random)
     gain = outcomes["oracle"].mean() - random.mean()
-    table["oracle_gain_share"] = float((outcomes["margin"].mean() - random.mean()) / gain) if gain > 0 else 1.0
+    table["oracle_gain_share"] = float((outcomes["margin"].mean() - random.mean()) / gain) if gain > 0 else None
     return table
 
 
@@ -93,6 +101,7 @@ def summary(records: Records) -> dict:
     """The figures of one evaluation, as report.json holds them (`before`, `after`)."""
     n = len(records["local_correct"])
     decided = records["natural_called"]
+    answered = {name: column[~no_answer(records)] for name, column in records.items()}
     free = int(records["natural_completed"].sum())
     return {
         "n": n,
@@ -103,14 +112,18 @@ def summary(records: Records) -> dict:
             "local_share": rate(~decided & records["natural_ended"]),  # answered on the device, right or wrong
             "local_correct": rate(~decided & records["natural_correct"]),
             "overall_accuracy": rate(np.where(decided, records["cloud_correct"], records["natural_correct"])),
-            "marker_completed": free / max(int(decided.sum()), 1),  # decided calls that free decoding wrote to the end
+            # of the calls, how many free decoding wrote to the end
+            "marker_completed": free / int(decided.sum()) if decided.any() else None,
         },
         "at_budget": {str(b): at_budget(records, b) for b in BUDGETS},
         "device_tokens": {
             "local": float(records["tokens"].mean()),
             "natural": float(records["natural_tokens"].mean()),  # up to the decision token where it called
         },
+        "no_answer": rate(no_answer(records)),
+        "cloud_unknown": rate(~records["cloud_known"]),  # failed calls; they count as wrong
         "auc": {name: auc(records, ROUTERS[name](records)) for name in ("margin", "logprob")},
+        "auc_answered": {name: auc(answered, ROUTERS[name](answered)) for name in ("margin", "logprob")},
         "local_accuracy_by_stratum": {
             str(s): rate(records["local_correct"][records["stratum"] == s]) for s in np.unique(records["stratum"])
         },
@@ -119,7 +132,7 @@ def summary(records: Records) -> dict:
 
 def gains(before: Records, after: Records) -> dict[str, Rate]:
     """Paired differences, after - before, on the same prompts. Raises ValueError where the prompts differ."""
-    if not np.array_equal(before["id"], after["id"]):
+    if not all(np.array_equal(before[name], after[name]) for name in ("id", "prompt")):
         raise ValueError("the two records are of different prompts")
     table = {"local_accuracy": mean(after["local_correct"].astype(float) - before["local_correct"])}
     for b in BUDGETS:
@@ -142,7 +155,7 @@ def examples_to_show(records: Records) -> list[tuple[str, int]]:
     asked, right = records["natural_called"], records["natural_correct"]
     kinds = {
         "solved on the device": ~asked & right,
-        "rightly asked the cloud": asked & ~records["local_correct"],
+        "rightly asked the cloud": asked & ~records["local_correct"] & records["cloud_correct"],
         "asked, though it would have solved it": asked & records["local_correct"],
         "stayed, and was wrong": ~asked & ~right,
     }

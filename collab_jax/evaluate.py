@@ -108,7 +108,7 @@ def read(path: pathlib.Path) -> Records:
             f"cannot read {path} ({' '.join(str(error).split())[:120]}): delete it to evaluate again"
         ) from None
     return {
-        name: _column([np.array(v) if isinstance(v, list) else v for v in table[name].to_pylist()])
+        name: _column([np.array(v, np.float32) if isinstance(v, list) else v for v in table[name].to_pylist()])
         for name in table.column_names
     }
 

@@ -91,8 +91,8 @@ def init_reward(alpha_a: float, alpha_c: float, alpha_f: float) -> RewardState:
 
 
 def rho_of(budget: float) -> Fraction:
-    """The ratio cloud : local of a budget in [0, 1), a share of all queries: b / (1 - b)."""
-    share = Fraction(budget).limit_denominator(1000)
+    """The ratio cloud : local of a budget in [0, 0.999], a share of all queries: b / (1 - b), with a small denominator."""
+    share = Fraction(budget).limit_denominator(10_000)
     return share / (1 - share)
 
 
@@ -215,7 +215,7 @@ def make_step(
         r, reward_state = reward(state.reward, *verdicts, batch.cloud_correct)
         keep, filter_state = prompt_filter(state.filter, batch.correct, batch.cloud_correct, batch.cloud_known, key)
         A = advantage(r)
-        signal = keep & (A != 0).any(axis=1)
+        signal = keep & (r != r[:, :1]).any(axis=1)  # by reward: a rounded mean leaves equal rewards an advantage
 
         Q, m = keep.shape[0], micro_prompts
         P = Q // D
@@ -261,7 +261,8 @@ def make_step(
             filter=filter_state,
             empty_updates=state.empty_updates + (kept == 0),
             nonfinite_updates=state.nonfinite_updates + ~finite,
-            nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
+            # A step without a gradient says nothing of the weights' health.
+            nonfinite_streak=jnp.where(finite, state.nonfinite_streak * ~signal.any(), state.nonfinite_streak + 1),
         )
         d1, d2 = classes(batch.correct, batch.cloud_correct, batch.cloud_known)
         metrics = {

@@ -70,6 +70,7 @@ def markdown_table(report: dict) -> str:
     before, after = report["before"], report["after"]
     lines = [
         ("accuracy on the device (marker disallowed)", lambda m: percent(m["local_accuracy"])),
+        ("of these responses, without an answer", lambda m: percent(m["no_answer"])),
         ("natural: share of calls", lambda m: percent(m["natural"]["call_rate"])),
         ("natural: overall accuracy", lambda m: percent(m["natural"]["overall_accuracy"])),
     ]
@@ -90,13 +91,20 @@ def markdown_table(report: dict) -> str:
 def closing(report: dict) -> str:
     """What changed, in three lines."""
     gain, at = report["gain"], report["after"]["at_budget"]["0.3"]
+    first = report["after"]["no_answer"]["value"]
+    ties = (
+        f"\nWith the marker disallowed {first:.0%} of the responses have no answer; every router sends these first, so up to that "
+        "share of calls the routers choose alike."
+        if first > compare.BUDGETS[0]
+        else ""
+    )
     points = lambda r: f"{100 * r['value']:+.1f} points ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})"  # noqa: E731
     return (
         f"At 30 % calls by margin: {points(gain['margin_at_0.3'])} over the start; {points(at['margin_over_random'])} over random; "
-        f"{at['oracle_gain_share']:.0%} of the perfect router's gain.\n"
+        f"{'all' if at['oracle_gain_share'] is None else format(at['oracle_gain_share'], '.0%')} of the perfect router's gain.\n"
         f"On the device alone: {points(gain['local_accuracy'])}.\n"
         f"{report['steps']} steps in {report['seconds']:.0f} s; the filter dropped {report['filter_dropped']:.1%} of the prompts; "
-        f"{report['cloud_calls']} cloud answers bought ({report['cloud']['usd']:.2f} USD)."
+        f"{report['cloud_calls']} cloud answers in the store, evaluation included ({report['cloud']['usd']:.2f} USD).{ties}"
     )
 
 

@@ -77,11 +77,15 @@ def make_sampler(cfg: DecoderConfig, text: Text, config: ConfigDict, *, group: i
 
 
 def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, ended) -> Verdicts:
-    """Verdicts of responses [R, T], one example each. One that was cut off is neither well formed nor a call."""
+    """Verdicts of responses [R, T], one example each. One that was cut off is nothing.
+
+    A call needs the decision token: the marker spelt out in other tokens would escape margins and biases.
+    """
     texts = text.decode(tokens, mask)
     found = [task.verify(example, response) for example, response in zip(examples, texts, strict=True)]
     correct, called, formatted = np.array(found, bool).reshape(-1, 3).T
-    return Verdicts(texts, correct, called & ended, formatted & ended)
+    decided = ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
+    return Verdicts(texts, correct & ended, called & ended & decided, formatted & ended)
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):

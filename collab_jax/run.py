@@ -39,9 +39,10 @@ def check_config(config: ConfigDict) -> None:
     a, c, f = config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f
     devices = jax.local_device_count()
     problems = {
-        f"config.budget={config.budget} must lie in [0, 1): it is the share of queries that may go to the cloud": 0
+        f"config.budget={config.budget} must lie in [0, 1), 0.999 at most: the share of queries that may go to the cloud": 0
         <= config.budget
-        < 1,
+        <= 0.999,
+        f"config.seed={config.seed} must lie in [0, 2**31)": 0 <= config.seed < 2**31,
         f"config.group={config.group} must be at least 2: a group is compared with itself": config.group >= 2,
         f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold": a > c > f >= 0 and math.isfinite(a),
         f"config.temperature={config.temperature} must be above 0: training samples": config.temperature > 0,
@@ -52,10 +53,14 @@ def check_config(config: ConfigDict) -> None:
             config.prompt_length, config.max_new_tokens, config.train.steps
         )
         >= 1,
-        "config.train.micro_prompts, logprob_chunk and checkpoint_every must be at least 1": min(
-            config.train.micro_prompts, config.train.logprob_chunk, config.train.checkpoint_every
+        "config.train.micro_prompts, logprob_chunk, checkpoint_every and empty_d1_limit must be at least 1": min(
+            config.train.micro_prompts,
+            config.train.logprob_chunk,
+            config.train.checkpoint_every,
+            config.train.empty_d1_limit,
         )
         >= 1,
+        f"config.eval.prompts={config.eval.prompts} must be at least 0": config.eval.prompts >= 0,
         f"config.algorithm.advantage={config.algorithm.advantage!r}: use one of {sorted(algorithms.ADVANTAGES)}": (
             config.algorithm.advantage in algorithms.ADVANTAGES
         ),

@@ -132,12 +132,13 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
                 warned.add(message)
                 bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
             # ------------------------------------------------------------------------------------- checkpoint
+            asked = stop.requested  # once: a signal may come between the save and the return
             ill = row["nonfinite_streak"] >= NONFINITE_LIMIT or row["empty_d1_streak"] >= config.train.empty_d1_limit
             last = i + 1 == config.train.steps
-            if ill or last or stop.requested or (i + 1) % config.train.checkpoint_every == 0:
+            if ill or last or asked or (i + 1) % config.train.checkpoint_every == 0:
                 run.checkpoints.save(i + 1, parallel.unreplicate(state))
             check_health(row, run)
-            if stop.requested and not last:
+            if asked:
                 writer.close()
                 return None
     writer.close()

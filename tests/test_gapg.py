@@ -311,6 +311,19 @@ def test_non_finite_gradient_is_skipped_and_counted():
     assert one_step(rollout(), state=healed)[0].nonfinite_streak == 0
 
 
+def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
+    """Under GRPO's division a rounded mean of eight times 0.2 gave every response an advantage of -0.015."""
+    same = rollout().replace(
+        correct=np.zeros((Q, G), bool), called=np.zeros((Q, G), bool), formatted=np.ones((Q, G), bool)
+    )
+    grpo = gapg.make_step(
+        CFG, SGD, algorithms.grpo_advantage, algorithms.no_filter, axis="d", micro_prompts=2, temperature=1.0, chunk=2
+    )
+    run = jax.pmap(grpo, axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:1])
+    new, metrics = jax.device_get(run(start(), jax.tree.map(lambda x: x[None], same), jax.random.key(5)))
+    assert metrics["no_signal"][0] == metrics["kept"][0] == Q and metrics["grad_norm"][0] == 0
+
+
 def test_drift_is_measured_against_the_sampled_log_probabilities(stepped):
     batch = rollout()
     rows = jax.tree.map(lambda x: np.reshape(x, (-1, x.shape[-1])), (batch.tokens, batch.mask))

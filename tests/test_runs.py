@@ -93,6 +93,9 @@ def test_one_device_equals_two(straight, data_dir, tmp_path):
         "call_rate",
     )
     assert {k: one[k] for k in exact} == {k: two[k] for k in exact}
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4) and one["reward"] == pytest.approx(
+        two["reward"]
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
         saved(tmp_path, 6)["params"],

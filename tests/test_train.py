@@ -124,10 +124,12 @@ def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(fini
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
 
 
-def test_every_config_key_is_read(finished, reads, small, tmp_path):
+def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, small, tmp_path):
     config, _, _ = finished
     warm = small("countdown_tiny_sft.py")
-    assert sft.run(warm, tmp_path / "model") == 0
+    assert sft.run(warm, tmp_path / "model") == sft.run(warm, tmp_path / "again") == 0
+    made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
+    assert made == again
     unread = []
 
     def walk(c, other, prefix=""):
@@ -174,6 +176,9 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
     [
         ({"budget": 1.0}, r"budget=1.0 must lie in \[0, 1\)"),
         ({"budget": -0.1}, "budget"),
+        ({"budget": 0.99999}, "0.999 at most"),
+        ({"seed": -1}, "seed=-1"),
+        ({"eval__prompts": -5}, "eval.prompts=-5"),
         ({"budget": float("nan")}, "budget"),
         ({"group": 1}, "at least 2"),
         ({"prompts_per_step": 7}, "multiple of the 2 devices"),

@@ -46,9 +46,8 @@ class Text:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Tokens of a chat prompt, ending where the response begins."""
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        written = [{**m, "content": m["content"].replace(self.marker, self._marker_written)} for m in messages]
+        return self.tokenizer.apply_chat_template(written, add_generation_prompt=True, tokenize=True, return_dict=False)
 
     def prompt_batch(self, prompts: Sequence[Messages], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens i32[Q, L], real bool[Q, L]), padded on the left. Raises TextError where a prompt is longer than L."""
