@@ -93,8 +93,8 @@ def closing(report: dict) -> str:
     gain, at = report["gain"], report["after"]["at_budget"]["0.3"]
     first = report["after"]["no_answer"]["value"]
     ties = (
-        f"\nWith the marker disallowed {first:.0%} of the responses have no answer; every router sends these first, so up to that "
-        "share of calls the routers choose alike."
+        f"\nWith the marker disallowed {first:.0%} of the responses have no answer. Every router sends these first, so up to that "
+        "share of calls routers differ only in their order among these."
         if first > compare.BUDGETS[0]
         else ""
     )
