@@ -26,9 +26,11 @@ setup(
         "ml-collections>=1.1",
         "absl-py>=2",
         "array_record>=0.8",
+        "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it
         "safetensors>=0.5",
         "jinja2>=3.1",
         "numpy>=2",
+        "scipy>=1.12",
         "pyarrow>=20",
         "matplotlib>=3.9",
         "tensorboardX>=2.6",
