@@ -1,6 +1,9 @@
 """Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from random weights.
 
-python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir collab_jax/assets/countdown-tiny
+    python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir collab_jax/assets/countdown-tiny
+
+Expected after 1,200 steps (20 to 30 minutes on two cores): last loss 0.149 nats a token; greedy, with the marker
+disallowed, 71 % of prompts with three numbers and 33 % of those with four.
 """
 
 import pathlib
