@@ -113,13 +113,17 @@ def read(path: pathlib.Path) -> Records:
     }
 
 
-def evaluate_state(run: Run, state: TrainState, name: str) -> Records:
-    """Records of the first `config.eval.prompts` test prompts under `state` (with axis D)."""
+def greedy_sampler(run: Run):
+    """The sampler of `evaluate_state`; made once, it is compiled once."""
+    return rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=0.0)
+
+
+def evaluate_state(run: Run, sample, state: TrainState, name: str) -> Records:
+    """Records of the first `config.eval.prompts` test prompts under `state` (with axis D) by a `greedy_sampler`."""
     config = run.config
     examples = run.task.load("test")[: config.eval.prompts]
     if len(examples) < config.eval.prompts:
         raise UserError(f"config.eval.prompts={config.eval.prompts}, but the test split has {len(examples)}")
-    sample = rollout.make_sampler(run.cfg, run.text, config, group=1, temperature=0.0)
     return evaluate(sample, state.params, run.text, run.task, run.cloud, examples, config, name)
 
 
@@ -129,7 +133,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
     state = parallel.replicate(runs.load_state(run))
-    records = evaluate_state(run, state, workdir.name)
+    records = evaluate_state(run, greedy_sampler(run), state, workdir.name)
     write(workdir / "eval.parquet", records)
     summary = {"step": int(state.step[0]), **compare.summary(records)}
     (workdir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -42,7 +42,7 @@ def shard(tree: Any, devices: int) -> Any:
     def one(x):
         if x.shape[0] % devices:
             raise UserError(
-                f"a batch of {x.shape[0]} does not divide over {devices} devices: change prompts_per_step or cpu_devices"
+                f"a batch of {x.shape[0]} does not divide over {devices} devices: change the batch size, or config.cpu_devices"
             )
         return x.reshape(devices, -1, *x.shape[1:])
 

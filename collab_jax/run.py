@@ -37,45 +37,38 @@ class Run(NamedTuple):
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for values that no run could use, with the fix."""
     a, c, f = config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f
+    rate, algorithm, t = config.optim.learning_rate, config.algorithm, config.train
     devices = jax.local_device_count()
-    problems = {
-        f"config.budget={config.budget} must lie in [0, 1), 0.999 at most: the share of queries that may go to the cloud": 0
-        <= config.budget
-        <= 0.999,
-        f"config.seed={config.seed} must lie in [0, 2**31)": 0 <= config.seed < 2**31,
-        f"config.group={config.group} must be at least 2: a group is compared with itself": config.group >= 2,
-        f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold": a > c > f >= 0 and math.isfinite(a),
-        f"config.temperature={config.temperature} must be above 0: training samples": config.temperature > 0,
-        f"config.optim.learning_rate={config.optim.learning_rate} must be finite and at least 0": 0
-        <= config.optim.learning_rate
-        < math.inf,
-        "config.prompt_length, max_new_tokens and train.steps must be at least 1": min(
-            config.prompt_length, config.max_new_tokens, config.train.steps
-        )
-        >= 1,
-        "config.train.micro_prompts, logprob_chunk, checkpoint_every and empty_d1_limit must be at least 1": min(
-            config.train.micro_prompts,
-            config.train.logprob_chunk,
-            config.train.checkpoint_every,
-            config.train.empty_d1_limit,
-        )
-        >= 1,
-        f"config.eval.prompts={config.eval.prompts} must be at least 0": config.eval.prompts >= 0,
-        f"config.algorithm.advantage={config.algorithm.advantage!r}: use one of {sorted(algorithms.ADVANTAGES)}": (
-            config.algorithm.advantage in algorithms.ADVANTAGES
-        ),
-        f"config.algorithm.filter={config.algorithm.filter!r}: use one of {sorted(algorithms.FILTERS)}": (
-            config.algorithm.filter in algorithms.FILTERS
-        ),
-    }
-    for message, holds in problems.items():
+
+    def need(holds: bool, message: str) -> None:
         if not holds:
             raise UserError(message)
+
+    need(
+        0 <= config.budget <= 0.999,
+        f"config.budget={config.budget} must lie in [0, 1), 0.999 at most: the share of queries that may go to the cloud",
+    )
+    need(0 <= config.seed < 2**31, f"config.seed={config.seed} must lie in [0, 2**31)")
+    need(config.group >= 2, f"config.group={config.group} must be at least 2: a group is compared with itself")
+    need(a > c > f >= 0 and math.isfinite(a), f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold")
+    need(config.temperature > 0, f"config.temperature={config.temperature} must be above 0: training samples")
+    need(0 <= rate < math.inf, f"config.optim.learning_rate={rate} must be finite and at least 0")
+    need(
+        min(config.prompt_length, config.max_new_tokens, t.steps) >= 1,
+        "config.prompt_length, max_new_tokens and train.steps must be at least 1",
+    )
+    need(
+        min(t.micro_prompts, t.logprob_chunk, t.checkpoint_every, t.empty_d1_limit) >= 1,
+        "config.train.micro_prompts, logprob_chunk, checkpoint_every and empty_d1_limit must be at least 1",
+    )
+    need(config.eval.prompts >= 0, f"config.eval.prompts={config.eval.prompts} must be at least 0")
+    for key, known in (("advantage", algorithms.ADVANTAGES), ("filter", algorithms.FILTERS)):
+        need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")
     for name, size in (("prompts_per_step", config.prompts_per_step), ("eval.batch_size", config.eval.batch_size)):
-        if size < 1 or size % devices:
-            raise UserError(
-                f"config.{name}={size} must be a positive multiple of the {devices} devices: change it, or config.cpu_devices"
-            )
+        need(
+            size >= 1 and size % devices == 0,
+            f"config.{name}={size} must be a positive multiple of the {devices} devices: change it, or config.cpu_devices",
+        )
 
 
 def claim(config: ConfigDict, workdir: pathlib.Path) -> None:

@@ -153,11 +153,11 @@ def progress(row: dict, budget: float) -> str:
     )
 
 
-def evaluated(run: Run, state: gapg.TrainState, name: str):
+def evaluated(run: Run, sample, state: gapg.TrainState | None, name: str):
     """Records of `state`, from NAME.parquet where an earlier start of this run has them already."""
     path = run.workdir / f"{name}.parquet"
     if not path.exists():
-        evaluate.write(path, evaluate.evaluate_state(run, state, name))
+        evaluate.write(path, evaluate.evaluate_state(run, sample, state, name))
         records = evaluate.read(path)
         for kind, i in compare.examples_to_show(records):
             print(f"  {kind}: {records['prompt'][i]} -> {records['natural_text'][i]}")
@@ -172,20 +172,20 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"
     )
-    before = None
+    before, greedy = None, evaluate.greedy_sampler(run)
     if config.eval.prompts:
         if not (workdir / "before.parquet").exists() and run.checkpoints.latest() is not None:
             raise UserError(
                 f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir"
             )
         start = None if (workdir / "before.parquet").exists() else parallel.replicate(runs.load_state(run))
-        before = evaluated(run, start, "before")
+        before = evaluated(run, greedy, start, "before")
     state = train(run, stop)
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
         return 0
     if before is not None:
-        after = evaluated(run, state, "after")
+        after = evaluated(run, greedy, state, "after")
         host = parallel.unreplicate(state)
         rows = metrics.read(workdir / "metrics.jsonl")
         print(report.write(workdir, config, host.filter, rows, before, after, ledger(run.cloud.store)))
