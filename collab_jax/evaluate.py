@@ -47,7 +47,7 @@ def evaluate(
             passes = {}
             for key, bias in (("natural", 0.0), ("local", -np.inf)):
                 zero = np.zeros(D, np.int32)
-                samples = sample(params, *prompts, zero, zero, np.full(D, bias, np.float32))
+                samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
                 passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
             correct, known, _, _ = rollout.ask_cloud(task, cloud, batch)

@@ -11,6 +11,7 @@ One step (section 4 of the paper):
                     --prompt_filter--> keep [Q] -------------------> pack kept prompts over devices -> gradient -> Optax
 """
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -177,15 +178,100 @@ def advantage(r: jax.Array) -> jax.Array:
     return (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
 
 
-def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array) -> jax.Array:
-    """-(1 / G) sum_i A_i log pi(y_i | x), summed over prompts; log pi is the sum over the response's own tokens.
+def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> jax.Array:
+    """-(1 / G) sum_i A_i log pi(y_i | x) over any responses i of groups of `group` = G, so summed over prompts.
 
-    logp f32[Q, G, T], mask bool[Q, G, T] (EOS in), advantage f32[Q, G]. Its gradient is the policy gradient.
+    logp f32[..., T], mask bool[..., T] (EOS in), advantage f32[...]; log pi is the sum over the response's own tokens.
+    The gradient over whole groups is the policy gradient.
     """
-    return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / advantage.shape[1]
+    return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / group
 
 
 # ----------------------------------------------------------------------------------------------------- step
+
+
+def cut_lengths(max_new: int, count: int) -> tuple[int, ...]:
+    """About `count` lengths that ascend evenly to T = `max_new`, all but the last multiples of 8."""
+    step = -(-max_new // (8 * count)) * 8
+    return (*range(step, max_new, step), max_new)
+
+
+def policy_gradient(
+    params: Params,
+    cfg: DecoderConfig,
+    batch: Rollout,
+    A: jax.Array,
+    prompts: jax.Array,
+    mine: jax.Array,
+    *,
+    micro_rows: int,
+    lengths: tuple[int, ...],
+    temperature: float,
+    chunk: int,
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Gradient of `loss` over the first `mine` of `prompts` i32[P], which index `batch` and A f32[Q, G]; and the sum and
+    the largest of |log p recomputed - log p sampled| of those prompts' tokens.
+
+    Each prompt is computed once, in a pass of its own: the keys and values that it leaves are an input to the responses, so
+    the gradient comes back through them (`dkv`). The responses go longest first, `micro_rows` at a time, and each such
+    micro-batch is cut to the shortest of `lengths` that holds it. A response costs what its length costs; rows without an
+    advantage, or prompts past `mine`, cost nothing.
+    """
+    G, T = batch.tokens.shape[1:]
+    P, m = prompts.shape[0], micro_rows
+    c = min(P, m)  # prompts of one micro-batch
+    prompts = jnp.pad(prompts, (0, -P % c))  # what a micro-batch holds past `mine` is computed and never used
+    prompt_rounds = (mine + c - 1) // c
+
+    def prefill(params, i):
+        at = jax.lax.dynamic_slice(prompts, (i * c,), (c,))
+        return decoder.prefill(params, cfg, batch.prompts[at], batch.prompt_mask[at])
+
+    def store(i, whole):
+        put = lambda w, part: jax.lax.dynamic_update_slice_in_dim(w, part, i * c, axis=0)  # noqa: E731
+        return jax.tree.map(put, whole, prefill(params, i))
+
+    shapes = jax.eval_shape(prefill, params, 0)
+    empty = jax.tree.map(lambda x: jnp.zeros((prompts.shape[0], *x.shape[1:]), x.dtype), shapes)
+    kv = jax.lax.fori_loop(0, prompt_rounds, store, empty)  # (last hidden states, Segment), by place in `prompts`
+
+    place, of = jnp.divmod(jnp.arange(P * G), G)  # a row's place in `prompts` and in its group
+    long = batch.mask[prompts[place], of].sum(1) * (place < mine) * (A[prompts[place], of] != 0)
+    order = jnp.pad(jnp.argsort(-long, stable=True), (0, -(P * G) % m))
+    rounds = ((long > 0).sum() + m - 1) // m
+
+    def rows(i, total):
+        chosen = jax.lax.dynamic_slice(order, (i * m,), (m,))
+        weight = (i * m + jnp.arange(m) < (long > 0).sum()).astype(jnp.float32)
+        at = prompts[place[chosen]], of[chosen]
+
+        def cut(width):
+            tokens, mask, sampled = (x[at][:, :width] for x in (batch.tokens, batch.mask, batch.logp))
+
+            def objective(params, kv):
+                prompt = batch.prompt_mask[at[0]]
+                logp = decoder.continued_logprobs(params, cfg, *kv, prompt, tokens, temperature, chunk)
+                drift = jnp.abs(logp - sampled) * mask * weight[:, None]
+                return loss(logp, mask, A[at] * weight, G), (drift.sum(), drift.max())
+
+            mine_kv = jax.tree.map(lambda x: x[place[chosen]], kv)
+            return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, mine_kv)
+
+        fitting = jnp.searchsorted(jnp.array(lengths), long[chosen[0]])
+        (grads, dkv), (drift, worst) = jax.lax.switch(fitting, [functools.partial(cut, width) for width in lengths])
+        spread = jax.tree.map(lambda w, part: w.at[place[chosen]].add(part), total[1], dkv)
+        return jax.tree.map(jnp.add, total[0], grads), spread, total[2] + drift, jnp.maximum(total[3], worst)
+
+    dkv = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv)  # a sum over rows, like `grads`
+    zeros = jax.tree.map(jnp.zeros_like, params), dkv
+    grads, dkv, drift, worst = jax.lax.fori_loop(0, rounds, rows, (*zeros, jnp.float32(0), jnp.float32(0)))
+
+    def back(i, grads):
+        _, pull = jax.vjp(lambda p: prefill(p, i), params)
+        part = jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * c, c).astype(y.dtype), dkv, kv)
+        return jax.tree.map(jnp.add, grads, pull(part)[0])
+
+    return jax.lax.fori_loop(0, prompt_rounds, back, grads), drift, worst
 
 
 def make_step(
@@ -195,7 +281,8 @@ def make_step(
     prompt_filter: Callable,
     *,
     axis: str,
-    micro_prompts: int,
+    micro_rows: int,
+    lengths: tuple[int, ...],
     temperature: float,
     chunk: int,
 ) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
@@ -203,8 +290,8 @@ def make_step(
 
     The rollout is this device's share [P, ...]; state, key and results are the same on all devices. Every device sees
     all the verdicts, so that all draw the same subset; the kept prompts that have a gradient are then dealt out evenly,
-    and each device runs as many micro-batches of `micro_prompts` prompts as the fullest one needs: prompts that were
-    dropped, or whose responses all earned the same, cost nothing.
+    the longest first. Prompts that were dropped, or whose responses all earned the same, cost nothing. `lengths`, to which
+    responses are cut, ascend to T.
     """
 
     def body(state: TrainState, rollout: Rollout, key: jax.Array):
@@ -217,31 +304,22 @@ def make_step(
         A = advantage(r)
         signal = keep & (r != r[:, :1]).any(axis=1)  # by reward: a rounded mean leaves equal rewards an advantage
 
-        Q, m = keep.shape[0], micro_prompts
-        P = Q // D
-        dealt = jnp.argsort(~signal, stable=True).reshape(P, D)[:, me]  # kept first, dealt like cards
-        dealt = jnp.pad(dealt, (0, -P % m))
+        Q = keep.shape[0]
+        work = signal * batch.mask.sum((1, 2))  # a prompt's tokens
+        dealt = jnp.argsort(-work, stable=True).reshape(Q // D, D)[:, me]  # like cards
         mine = (signal.sum() - me + D - 1) // D
-        rounds = ((signal.sum() + D - 1) // D + m - 1) // m
-
-        def micro(i, total):
-            chosen = jax.lax.dynamic_slice(dealt, (i * m,), (m,))
-            part: Rollout = jax.tree.map(lambda x: x[chosen], batch)
-            weight = (i * m + jnp.arange(m) < mine).astype(jnp.float32)
-
-            def objective(params):
-                logp = decoder.group_logprobs(
-                    params, cfg, part.prompts, part.prompt_mask, part.tokens, part.mask, temperature, chunk
-                )
-                drift = jnp.abs(logp - part.logp) * part.mask * weight[:, None, None]
-                return loss(logp, part.mask, A[chosen] * weight[:, None]), (drift.sum(), drift.max())
-
-            (_, (drift, worst)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-            grads, drift = jax.tree.map(jnp.add, total[:2], (grads, drift))
-            return grads, drift, jnp.maximum(total[2], worst)
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.float32(0)
-        grads, drift, worst = jax.lax.fori_loop(0, rounds, micro, zeros)
+        grads, drift, worst = policy_gradient(
+            state.params,
+            cfg,
+            batch,
+            A,
+            dealt,
+            mine,
+            micro_rows=micro_rows,
+            lengths=lengths,
+            temperature=temperature,
+            chunk=chunk,
+        )
         # Sums and counts travel apart and are divided once: devices hold different numbers of kept prompts.
         grads, drift = jax.lax.psum((grads, drift), axis)
         kept = keep.sum()
@@ -252,7 +330,7 @@ def make_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)  # noqa: E731
-        tokens = jnp.sum(batch.mask * signal[:, None, None])
+        tokens = jnp.sum(batch.mask * (signal[:, None] & (A != 0))[..., None])  # that were computed
         new_state = state.replace(
             step=state.step + 1,
             params=either(optax.apply_updates(state.params, updates), state.params),

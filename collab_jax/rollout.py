@@ -24,7 +24,7 @@ from collab_jax.cloud import CachedCloud
 from collab_jax.gapg import Rollout
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.text import Text
-from collab_jax.sampler import Marker
+from collab_jax.sampler import Marker, Sampler
 from collab_jax.tasks import Example, Task
 
 
@@ -48,32 +48,34 @@ class Collected(NamedTuple):
     cloud_failed: int
 
 
-def make_sampler(cfg: DecoderConfig, text: Text, config: ConfigDict, *, group: int, temperature: float) -> Callable:
-    """sample(params, prompts, prompt_mask, seed, step, marker_bias) -> Samples, every argument and result with axis D.
+def make_sampler(cfg: DecoderConfig, text: Text, config: ConfigDict, *, group: int, temperature: float) -> Sampler:
+    """sample(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples, every argument and result with axis D.
 
     seed, step: i32[D]; a row's key depends on them and on its global index alone.
     """
+    # That one greedy pass holds the decision at every bias, bit for bit, needs both passes to be of the same programs; slots
+    # that went away at other columns would part them.
+    slot_counts = config.decode.slot_counts if temperature > 0 else 1
+    settings = sampler.Settings(
+        group=group,
+        max_new=config.max_new_tokens,
+        temperature=temperature,
+        top_p=1.0,
+        eos_ids=text.eos_ids,
+        pad_id=text.pad_id,
+        marker=Marker(text.decision_id, text.answer_open),
+        segments=config.decode.segments,
+        slot_counts=slot_counts,
+        cache_dtype=config.decode.cache_dtype,
+    )
 
-    def body(params, prompts, prompt_mask, seed, step, marker_bias):
+    def begin(params, prompts, prompt_mask, seed, step, marker_bias):
         P = prompts.shape[0]
         index = jax.lax.axis_index(parallel.AXIS) * P + jnp.arange(P)
-        return sampler.sample(
-            params,
-            cfg,
-            prompts,
-            prompt_mask,
-            sampler.prompt_keys(seed, step, index),
-            marker_bias,
-            group=group,
-            max_new=config.max_new_tokens,
-            temperature=temperature,
-            top_p=1.0,
-            eos_ids=text.eos_ids,
-            pad_id=text.pad_id,
-            marker=Marker(text.decision_id, text.answer_open),
-        )
+        keys = sampler.prompt_keys(seed, step, index)
+        return sampler.start(params, cfg, prompts, prompt_mask, keys, marker_bias, settings)
 
-    return parallel.pmap(body)
+    return Sampler(cfg, settings, begin, parallel.pmap)
 
 
 def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, ended) -> Verdicts:
@@ -99,7 +101,7 @@ def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
 
 
 def collect(
-    sample: Callable,
+    sample: Sampler,
     params,
     text: Text,
     task: Task,
@@ -109,29 +111,65 @@ def collect(
     prompt_mask: np.ndarray,
     seed: int,
     step: int,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Collected:
-    """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled with the key of (seed, step)."""
-    D, Q = jax.local_device_count(), len(examples)
-    prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
-    scalar = lambda x, dtype: np.full(D, x, dtype)  # noqa: E731
-    samples = sample(
-        params, prompts, prompt_mask, scalar(seed, np.int32), scalar(step, np.int32), scalar(0, np.float32)
-    )
-    host = parallel.gather({"tokens": samples.tokens, "mask": samples.mask, "ended": samples.ended})
-    G = host["tokens"].shape[1]
-    rows = {name: x.reshape(Q * G, *x.shape[2:]) for name, x in host.items()}
-    verdicts = judge(task, text, [e for e in examples for _ in range(G)], **rows)
-    by_group = {name: getattr(verdicts, name).reshape(Q, G) for name in ("correct", "called", "formatted")}
+    """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled with the key of (seed, step).
 
-    needed = np.flatnonzero(by_group["called"].any(1) | ~by_group["correct"].any(1))
-    cloud_correct, cloud_known = np.zeros(Q, bool), np.ones(Q, bool)
-    cloud_correct[needed], cloud_known[needed], bought, failed = ask_cloud(task, cloud, [examples[i] for i in needed])
+    Responses are judged, and the cloud is asked on a prompt whose responses have all ended, while the devices sample the
+    rest. `meanwhile` is called once, when they have just begun.
+    """
+    D, Q, G = jax.local_device_count(), len(examples), sample.settings.group
+    prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
+    verdicts = np.zeros((3, Q, G), bool)  # correct, called, formatted
+    texts = np.empty((Q, G), object)
+    cloud_correct, cloud_known, open_rows = np.zeros(Q, bool), np.ones(Q, bool), np.full(Q, G)
+    totals = np.zeros(3, int)  # asked, bought, failed
+    todo = [meanwhile]
+
+    def finished(tokens, mask, ended, now):
+        while todo:
+            todo.pop()()
+        tokens, mask, ended, now = (x.reshape(Q, G, *x.shape[3:]) for x in (tokens, mask, ended, now))
+        if not now.any():
+            return
+        found = judge(task, text, [examples[q] for q in np.nonzero(now)[0]], tokens[now], mask[now], ended[now])
+        verdicts[:, now] = found[1:]
+        texts[now] = found.texts
+        open_rows[:] -= now.sum(1)
+        correct, called, _ = verdicts
+        needed = np.flatnonzero((open_rows == 0) & now.any(1) & (called.any(1) | ~correct.any(1)))
+        if needed.size:
+            answers = ask_cloud(task, cloud, [examples[q] for q in needed])
+            cloud_correct[needed], cloud_known[needed] = answers[:2]
+            totals[:] += len(needed), *answers[2:]
+
+    zeros = np.zeros(D, np.float32)
+    samples = sample(
+        params,
+        prompts,
+        prompt_mask,
+        np.full(D, seed, np.int32),
+        np.full(D, step, np.int32),
+        bias=zeros,
+        finished=finished,
+    )
+    correct, called, formatted = verdicts
     rollout = Rollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
         tokens=samples.tokens,
         logp=samples.logp,
         mask=samples.mask,
-        **parallel.shard({**by_group, "cloud_correct": cloud_correct, "cloud_known": cloud_known}, D),
+        **parallel.shard(
+            {
+                "correct": correct,
+                "called": called,
+                "formatted": formatted,
+                "cloud_correct": cloud_correct,
+                "cloud_known": cloud_known,
+            },
+            D,
+        ),
     )
-    return Collected(rollout, verdicts.texts, 1 - rows["ended"].mean(), len(needed), bought, failed)
+    cut_off = 1 - np.asarray(samples.ended).mean()
+    return Collected(rollout, list(texts.reshape(-1)), cut_off, *(int(n) for n in totals))

@@ -55,7 +55,7 @@ def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformatio
 
     def body(params, opt_state, batch: Batch):
         def loss(params, part: Batch):
-            logp = decoder.response_logprobs(params, cfg, *part, temperature=1.0, chunk=config.train.logprob_chunk)
+            logp = decoder.response_logprobs(params, cfg, *part[:3], temperature=1.0, chunk=config.train.logprob_chunk)
             return -jnp.sum(logp * part.response_mask)
 
         def micro(total, part):

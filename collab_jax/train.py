@@ -7,10 +7,12 @@ stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json, met
 beside it), checkpoints/, cloud.sqlite, before.parquet, after.parquet and the report (report.json, report.md, *.png).
 """
 
+import functools
 import pathlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -65,7 +67,8 @@ def make_step(run: Run):
         algorithms.ADVANTAGES[config.algorithm.advantage],
         algorithms.FILTERS[config.algorithm.filter],
         axis=parallel.AXIS,
-        micro_prompts=config.train.micro_prompts,
+        micro_rows=config.train.micro_rows,
+        lengths=gapg.cut_lengths(config.max_new_tokens, config.train.lengths),
         temperature=config.temperature,
         chunk=config.train.logprob_chunk,
     )
@@ -109,35 +112,46 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     step = make_step(run)
     writer = metrics.MetricsWriter(run.workdir, first)
     warned: set[str] = set()
+    ready = time.monotonic()  # when the devices were done with the last update
     with stop, tqdm(total=config.train.steps, initial=first, desc="train", unit="step", mininterval=1) as bar:
-        for i in range(first, config.train.steps):
-            # ---------------------------------------------------------------------------------------- rollout
-            started = time.monotonic()
-            chosen = prompt_indices(config.seed, i, Q, len(examples))
-            batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
-            collected = rollout.collect(sample, state.params, run.text, run.task, run.cloud, *batch, config.seed, i)
-            sampled = time.monotonic()
-            # ----------------------------------------------------------------------------------------- update
-            state, out = step(state, collected.rollout)
-            out = parallel.unreplicate(out)
-            # ---------------------------------------------------------------------------------------- metrics
+
+        def close(i: int, out: dict, collected: rollout.Collected, sampled: float, last: bool) -> None:
+            """What is left of step `i` when its update runs: its metrics, its checkpoint. Raises where going on is pointless."""
+            nonlocal ready
+            out = parallel.unreplicate(out)  # waits for the update
             row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
             row |= {"cut_off": collected.cut_off, "cloud_asked": collected.cloud_asked}
             row |= {"cloud_bought": collected.cloud_bought, "cloud_failed": collected.cloud_failed}
-            row |= {"seconds": time.monotonic() - started, "seconds_rollout": sampled - started}
+            row |= {"seconds_rollout": sampled - ready, "seconds": (now := time.monotonic()) - ready}
+            ready = now
             writer.write(row)
             bar.set_postfix_str(progress(row, config.budget), refresh=False)
             bar.update()
             if (message := metrics.alarm(writer.rows)) and message not in warned:
                 warned.add(message)
                 bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
-            # ------------------------------------------------------------------------------------- checkpoint
-            asked = stop.requested  # once: a signal may come between the save and the return
             ill = row["nonfinite_streak"] >= NONFINITE_LIMIT or row["empty_d1_streak"] >= config.train.empty_d1_limit
-            last = i + 1 == config.train.steps
-            if ill or last or asked or (i + 1) % config.train.checkpoint_every == 0:
+            if ill or last or (i + 1) % config.train.checkpoint_every == 0:
                 run.checkpoints.save(i + 1, parallel.unreplicate(state))
             check_health(row, run)
+
+        previous: Callable[[], None] = lambda: None  # noqa: E731
+        for i in range(first, config.train.steps):
+            # ---------------------------------------------------------------------------------------- rollout
+            chosen = prompt_indices(config.seed, i, Q, len(examples))
+            batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
+            collected = rollout.collect(
+                sample, state.params, run.text, run.task, run.cloud, *batch, config.seed, i, meanwhile=previous
+            )
+            sampled = time.monotonic()
+            # ----------------------------------------------------------------------------------------- update
+            state, out = step(state, collected.rollout)
+            # -------------------------------------------------------- metrics, checkpoint: during the next rollout
+            asked = stop.requested  # once: a signal may come between the save and the return
+            last = asked or i + 1 == config.train.steps
+            previous = functools.partial(close, i, out, collected, sampled, last)
+            if last:
+                previous()
             if asked:
                 writer.close()
                 return None

@@ -24,6 +24,8 @@ def get_config():
     config.model.path = "Qwen/Qwen2.5-3B-Instruct"
     config.model.dtype = "bfloat16"
 
+    config.decode.cache_dtype = "bfloat16"
+
     config.text.decision_token = "<|quad_start|>"
     config.text.pad = "<|endoftext|>"
     config.text.eos = ("<|im_end|>", "<|endoftext|>")
@@ -38,7 +40,7 @@ def get_config():
 
     config.optim.learning_rate = 5e-6
     config.train.steps = 800
-    config.train.micro_prompts = 1
+    config.train.micro_rows = 8
     config.train.remat = True
     config.train.checkpoint_every = 50
     config.eval.prompts = 1000

@@ -54,9 +54,9 @@ def padded(length, pads):
 
 
 @functools.partial(jit, static_argnums=1)
-def logits_at(params, cfg, tokens, positions, mask, cache=None):
-    hidden, cache = decoder.forward(params, cfg, tokens, positions, mask, cache)
-    return decoder.logits(params, cfg, hidden), cache
+def logits_at(params, cfg, tokens, positions, mask, past=(), open=None, index=0):
+    hidden, segment = decoder.forward(params, cfg, tokens, positions, mask, past, open, index)
+    return decoder.logits(params, cfg, hidden), segment
 
 
 def uncached(params, cfg, tokens, real):
@@ -69,20 +69,45 @@ def uncached(params, cfg, tokens, real):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_equals_uncached_under_ragged_left_padding(variant):
     cfg, L, S = VARIANTS[variant], 6, 9
+    K, H = cfg.num_kv_heads, cfg.head_dim
     params = random_params(cfg)
     tokens, real = random_tokens(3, S), padded(S, [0, 2, 5])
     want = uncached(params, cfg, tokens, real)
 
+    # A segment of what is computed at once, one that is full, one that is being filled and has room to spare.
     mask, positions = np.asarray(decoder.causal_mask(real)), np.asarray(decoder.positions_of(real))
-    got, cache = logits_at(
-        params, cfg, tokens[:, :L], positions[:, :L], mask[:, :L], decoder.init_cache(cfg, rows=3, columns=S)
-    )
-    steps = [got]
+    got, prompt = logits_at(params, cfg, tokens[:, :L], positions[:, :L], mask[:, :L, :L])
+    assert prompt.k[0].shape == (3, K, H, L) and prompt.v[0].shape == (3, K, L, H) and len(prompt.k) == cfg.num_layers
+    steps, past, open = [got], (prompt,), decoder.empty_segment(cfg, 3, 2, "float32")
     for t in range(L, S):
-        got, cache = logits_at(params, cfg, tokens[:, t : t + 1], positions[:, t : t + 1], mask[:, t : t + 1], cache)
+        if t == L + 2:
+            past, open = (prompt, open), open  # its content is stale from here on
+        before = L + 2 * (len(past) - 1)
+        seen = np.concatenate([mask[:, t : t + 1, :before], np.zeros((3, 1, 2), bool)], axis=2)
+        seen[:, :, before : t + 1] = mask[:, t : t + 1, before : t + 1]
+        at = tokens[:, t : t + 1], positions[:, t : t + 1]
+        got, open = logits_at(params, cfg, *at, seen, past, open, t - before)
         steps.append(got)
-    assert cache.index == S and cache.k[0].shape == (3, cfg.num_kv_heads, S, cfg.head_dim)
     np.testing.assert_allclose(np.concatenate(steps, axis=1)[real], want[real], atol=2e-5)
+
+
+def test_rows_that_share_a_segment_equal_rows_with_their_own():
+    cfg, L = QWEN2, 6
+    params = random_params(cfg)
+    tokens, real = random_tokens(2, L), padded(L, [0, 3])
+    prompt_mask, positions = np.asarray(decoder.causal_mask(real)), np.asarray(decoder.positions_of(real))
+    _, prompt = logits_at(params, cfg, tokens, positions, prompt_mask)
+    more = random_tokens(6, 2, seed=7)  # three rows for each prompt, two tokens each
+    seen = np.repeat(real, 3, axis=0)[:, None]
+    mask = np.concatenate([np.repeat(seen, 2, axis=1), np.tile(np.tril(np.ones((2, 2), bool)), (6, 1, 1))], axis=2)
+    at = more, seen[:, 0].sum(1, keepdims=True) + np.arange(2), mask
+    shared = logits_at(params, cfg, *at, (prompt,))[0]
+    index = np.arange(6)
+    own = decoder.take_rows(prompt, index, 6)
+    np.testing.assert_array_equal(own.k[0], np.repeat(prompt.k[0], 3, axis=0))
+    np.testing.assert_allclose(logits_at(params, cfg, *at, (own,))[0], shared, atol=2e-5)
+    some = decoder.take_rows(own, index[[4, 1]], 6)
+    np.testing.assert_array_equal(some.v[1], np.asarray(prompt.v[1])[[1, 0]])
 
 
 def test_padding_never_matters():
@@ -149,7 +174,6 @@ def test_bfloat16_is_close():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(LLAMA))
     got = uncached(params, half, tokens, real)[real]
     assert got.dtype == np.float32
-    assert decoder.init_cache(half, 1, 1).k[0].dtype == jnp.bfloat16
     difference = got - want
     assert 0 < difference.std() < 0.03 * want.std() and np.abs(difference).max() < 0.15 * want.std()
 
@@ -180,20 +204,19 @@ def direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature
     return want
 
 
-group_logprobs = jit(decoder.group_logprobs, static_argnums=(1, 7))
-response_logprobs = jit(decoder.response_logprobs, static_argnums=(1, 7))
+response_logprobs = jit(decoder.response_logprobs, static_argnums=(1, 6))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_group_equals_response_equals_direct_logprobs(temperature):
+def test_a_group_equals_its_rows_equal_direct_logprobs(temperature):
     cfg, params = QWEN2, random_params(QWEN2)
     prompts, prompt_mask, tokens, mask = batch()
     want = direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature)[mask]
     assert want.min() < -3
-    grouped = group_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature, 2)
-    np.testing.assert_allclose(grouped[mask], want, atol=2e-5)
-    rows = [np.repeat(x, 3, axis=0) for x in (prompts, prompt_mask)] + [x.reshape(6, 5) for x in (tokens, mask)]
-    by_row = response_logprobs(params, cfg, *rows, temperature, 64)
+    grouped = response_logprobs(params, cfg, prompts, prompt_mask, tokens.reshape(6, 5), temperature, 2)
+    np.testing.assert_allclose(grouped.reshape(mask.shape)[mask], want, atol=2e-5)
+    rows = [np.repeat(x, 3, axis=0) for x in (prompts, prompt_mask)]
+    by_row = response_logprobs(params, cfg, *rows, tokens.reshape(6, 5), temperature, 64)
     np.testing.assert_allclose(by_row.reshape(mask.shape)[mask], want, atol=2e-5)
 
 
@@ -201,7 +224,7 @@ def test_responses_of_one_token():
     cfg, params = QWEN2, random_params(QWEN2)
     prompts, prompt_mask, tokens, mask = batch()
     tokens, mask = tokens[:, :, :1], mask[:, :, :1]
-    got = group_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, 1.0, 64)
+    got = response_logprobs(params, cfg, prompts, prompt_mask, tokens.reshape(6, 1), 1.0, 64).reshape(2, 3, 1)
     np.testing.assert_allclose(got, direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, 1.0), atol=2e-5)
 
 
@@ -234,7 +257,7 @@ def test_remat_changes_no_gradient_and_padding_has_none():
 
     def gradient(cfg):
         def loss(params):
-            logp = decoder.response_logprobs(params, cfg, prompts * prompt_mask, prompt_mask, tokens, mask, 1.0, 64)
+            logp = decoder.response_logprobs(params, cfg, prompts * prompt_mask, prompt_mask, tokens, 1.0, 64)
             return jnp.where(mask, logp, 0.0).sum()
 
         return jit(jax.grad(loss))(random_params(QWEN2))

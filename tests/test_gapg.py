@@ -2,6 +2,7 @@
 
 import itertools
 from fractions import Fraction
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def group_gradient(theta, group, rewards, r_state=None):
 
     def objective(theta):
         logp = jax.nn.log_softmax(theta)[group][None, :, None]
-        return gapg.loss(logp, jnp.ones((1, len(group), 1), bool), gapg.advantage(rewards[group][None]))
+        return gapg.loss(logp, jnp.ones((1, len(group), 1), bool), gapg.advantage(rewards[group][None]), len(group))
 
     return jax.grad(objective)(theta)
 
@@ -184,7 +185,7 @@ def test_filter_changes_the_expected_gradient_by_a_hand_value():
 
 def test_off_mask_log_probabilities_do_not_count():
     logp, mask = jnp.array([[[1.0, 5.0], [2.0, 7.0]]]), jnp.array([[[T, F], [T, T]]])
-    assert gapg.loss(logp, mask, jnp.array([[1.0, -1.0]])) == -(1.0 - 9.0) / 2
+    assert gapg.loss(logp, mask, jnp.array([[1.0, -1.0]]), 2) == -(1.0 - 9.0) / 2
 
 
 # ---------------------------------------------------------------------------------------------------- step
@@ -227,15 +228,22 @@ def start(budget=0.3, params=None):
     return jax.device_get(gapg.init_state(params, SGD, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget)))
 
 
-def body(micro_prompts=2):
+def logprobs(params, batch):
+    """f32[Q, G, T], every row with a prompt of its own."""
+    prompts = np.repeat(batch.prompts, G, 0), np.repeat(batch.prompt_mask, G, 0)
+    rows = batch.tokens.reshape(-1, NEW)
+    return decoder.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
+
+
+def body(micro_rows=4, lengths=(2, NEW), advantage=gapg.advantage, prompt_filter=gapg.prompt_filter):
     return gapg.make_step(
-        CFG, SGD, gapg.advantage, gapg.prompt_filter, axis="d", micro_prompts=micro_prompts, temperature=1.0, chunk=2
+        CFG, SGD, advantage, prompt_filter, axis="d", micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2
     )
 
 
-def one_step(batch, devices=2, micro_prompts=2, state=None):
+def one_step(batch, devices=2, state=None, **settings):
     """(state, metrics) after one step on that many devices, on the host."""
-    run = jax.pmap(body(micro_prompts), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:devices])
+    run = jax.pmap(body(**settings), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:devices])
     shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
     out = run(start() if state is None else state, shards, jax.random.key(5))
     return jax.device_get(jax.tree.map(lambda x: x[0], out))
@@ -258,10 +266,8 @@ def test_step_is_the_gradient_of_the_kept_prompts(stepped):
     r, _ = gapg.reward(old.reward, batch.correct, batch.called, batch.formatted, batch.cloud_correct)
 
     def objective(params):
-        rows = jax.tree.map(lambda x: np.reshape(x, (-1, x.shape[-1])), (batch.tokens, batch.mask))
-        prompts = np.repeat(batch.prompts, G, 0), np.repeat(batch.prompt_mask, G, 0)
-        logp = decoder.response_logprobs(params, CFG, *prompts, *rows, 1.0, NEW).reshape(Q, G, NEW)
-        return gapg.loss(logp, batch.mask, gapg.advantage(r) * keep[:, None]) / keep.sum()
+        logp = logprobs(params, batch)
+        return gapg.loss(logp, batch.mask, gapg.advantage(r) * keep[:, None], G) / keep.sum()
 
     grads = jax.grad(objective)(old.params)
     assert_close(jax.tree.map(jnp.subtract, old.params, new.params), grads, rtol=1e-3, atol=1e-5)
@@ -277,10 +283,42 @@ def test_one_device_equals_two(stepped):
     assert_close(metrics, stepped[1], rtol=1e-4, atol=1e-5)
 
 
-def test_one_micro_batch_equals_many(stepped):
-    for micro_prompts in (1, 3):
-        other, _ = one_step(rollout(), micro_prompts=micro_prompts)
-        assert_close(other.params, stepped[0].params, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(
+    "settings", [dict(micro_rows=1), dict(micro_rows=5, lengths=(NEW,)), dict(lengths=(1, 2, 3, NEW))]
+)
+def test_micro_batches_and_lengths_change_nothing(stepped, settings):
+    other, metrics = one_step(rollout(), **settings)
+    assert_close(other.params, stepped[0].params, rtol=1e-4, atol=1e-6)
+    assert_close(metrics, stepped[1], rtol=1e-4, atol=1e-5)
+
+
+def test_cut_lengths_by_hand():
+    assert gapg.cut_lengths(56, 4) == (16, 32, 48, 56)
+    assert gapg.cut_lengths(56, 1) == (56,)
+    assert gapg.cut_lengths(1024, 4) == (256, 512, 768, 1024)
+    assert gapg.cut_lengths(5, 4) == (5,)
+
+
+def test_work_is_that_of_the_responses_that_have_a_gradient():
+    """Counted in micro-batches by what a spy on the decoder is given, at run time."""
+    seen = []
+    real = decoder.continued_logprobs
+
+    def spy(params, cfg, last, prompt, prompt_mask, responses, *rest):
+        jax.debug.callback(lambda _: seen.append(responses.shape), responses[0, 0])
+        return real(params, cfg, last, prompt, prompt_mask, responses, *rest)
+
+    batch = rollout()
+    length = np.full((Q, G), 1)
+    length[4, 0], length[5, 1] = NEW, 2
+    batch = batch.replace(mask=np.arange(NEW) < length[..., None])
+    batch.correct[:], batch.called[:], batch.formatted[:] = F, F, T
+    batch.correct[4, 0] = batch.correct[5] = T  # only prompt 4 has both kinds; all of 5 are right
+    with mock.patch.object(decoder, "continued_logprobs", spy):
+        _, metrics = one_step(batch, devices=1, micro_rows=2, lengths=(2, NEW))
+    jax.effects_barrier()
+    assert metrics["kept"] - metrics["no_signal"] == 1
+    assert sorted(seen) == [(2, 2), (2, NEW)]  # its three rows, two at a time, the longest first
 
 
 def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
@@ -316,9 +354,7 @@ def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
     same = rollout().replace(
         correct=np.zeros((Q, G), bool), called=np.zeros((Q, G), bool), formatted=np.ones((Q, G), bool)
     )
-    grpo = gapg.make_step(
-        CFG, SGD, algorithms.grpo_advantage, algorithms.no_filter, axis="d", micro_prompts=2, temperature=1.0, chunk=2
-    )
+    grpo = body(advantage=algorithms.grpo_advantage, prompt_filter=algorithms.no_filter)
     run = jax.pmap(grpo, axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:1])
     new, metrics = jax.device_get(run(start(), jax.tree.map(lambda x: x[None], same), jax.random.key(5)))
     assert metrics["no_signal"][0] == metrics["kept"][0] == Q and metrics["grad_norm"][0] == 0
@@ -326,9 +362,7 @@ def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
 
 def test_drift_is_measured_against_the_sampled_log_probabilities(stepped):
     batch = rollout()
-    rows = jax.tree.map(lambda x: np.reshape(x, (-1, x.shape[-1])), (batch.tokens, batch.mask))
-    prompts = np.repeat(batch.prompts, G, 0), np.repeat(batch.prompt_mask, G, 0)
-    exact = decoder.response_logprobs(start().params, CFG, *prompts, *rows, 1.0, NEW).reshape(Q, G, NEW)
+    exact = logprobs(start().params, batch)
     _, metrics = one_step(batch.replace(logp=np.asarray(exact)))
     assert metrics["drift_max"] < 1e-5 and stepped[1]["drift"] > 0.1
 

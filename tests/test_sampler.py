@@ -1,7 +1,7 @@
 """The sampler: what it draws and reports equals what the decoder says; one disallowed pass holds every budget's decision."""
 
 import functools
-from unittest import mock
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,15 @@ from flax import traverse_util
 from collab_jax import sampler
 from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.sampler import Marker
+from collab_jax.sampler import Marker, Settings
 
 # Compiling is most of the time here; this halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def wrap(body, donate=()):
+    return jit(body, donate_argnums=donate)
+
 
 PAD, EOS, OTHER_EOS, DECISION, ANSWER, _, A, B = range(8)
 V, L, T, G = 20, 5, 12, 3
@@ -25,10 +30,14 @@ CFG = DecoderConfig(
     rope_theta=100.0, norm_eps=1e-5, tied=False,
 )  # fmt: skip
 GREEDY = dict(
-    group=1, max_new=T, temperature=0.0, top_p=1.0, eos_ids=(EOS, OTHER_EOS), pad_id=PAD, marker=Marker(DECISION, ((ANSWER,),))
+    group=1, max_new=T, temperature=0.0, top_p=1.0, eos_ids=(EOS, OTHER_EOS), pad_id=PAD, marker=Marker(DECISION, ((ANSWER,),)),
+    segments=2, slot_counts=2, cache_dtype="float32",
 )  # fmt: skip
 SAMPLED = {**GREEDY, "group": G, "temperature": 0.8}
-run = jit(sampler.sample, static_argnums=1, static_argnames=tuple(GREEDY))
+
+
+def run(params, cfg, prompts, real, keys, beta=0.0, **settings):
+    return sampler.sample(params, cfg, prompts, real, keys, beta, settings=Settings(**settings), wrap=wrap)
 
 
 def random_params(cfg, seed):
@@ -108,27 +117,14 @@ def chain_params(table):
     return params
 
 
-@jit
-def _chain(params, tokens, beta):
-    """Samples of a chain, and the columns that the loop ran through."""
-    ends, loop = [], jax.lax.while_loop
-
-    def spy(*args):
-        ends.append(loop(*args))
-        return ends[-1]
-
-    settings = {**GREEDY, "eos_ids": (EOS, PAD), "marker": Marker(DECISION, ((A, B), (ANSWER,)))}
-    with mock.patch.object(jax.lax, "while_loop", spy):
-        samples = sampler.sample(params, CHAIN, tokens, tokens >= 0, keys(len(tokens)), beta, **settings)
-    [end] = [e for e in ends if isinstance(e, sampler.SampleState)]
-    return samples, end.t
+CHAIN_SETTINGS = {**GREEDY, "eos_ids": (EOS, PAD), "marker": Marker(DECISION, ((A, B), (ANSWER,)))}
 
 
 def chain_run(table, starts, beta=0.0):
-    """Greedy responses to prompts of one token each, on the host, [P, T]; and the columns that the loop ran through."""
+    """Greedy responses to prompts of one token each, on the host, [P, T]."""
     tokens = np.array([*starts, *starts * 5][:5], np.int32)[:, None]  # one shape for all
-    samples, columns = _chain(chain_params(table), tokens, np.float32(beta))
-    return jax.tree.map(lambda x: np.asarray(x)[: len(starts), 0], samples), int(columns)
+    samples = run(chain_params(table), CHAIN, tokens, tokens >= 0, keys(5), beta, **CHAIN_SETTINGS)
+    return jax.tree.map(lambda x: np.asarray(x)[: len(starts), 0], samples)
 
 
 def walk(**steps):
@@ -155,10 +151,11 @@ def test_sampled_logp_is_that_of_the_sampling_distribution(beta):
 
 def test_sampled_logp_is_the_teacher_forced_one():
     samples = sampled()
-    forced = jit(decoder.group_logprobs, static_argnums=(1, 6, 7))(
-        PARAMS, CFG, *prompts(), samples.tokens, samples.mask, SAMPLED["temperature"], 5
+    forced = jit(decoder.response_logprobs, static_argnums=(1, 5, 6))(
+        PARAMS, CFG, *prompts(), samples.tokens.reshape(-1, T), SAMPLED["temperature"], 5
     )
-    np.testing.assert_allclose(samples.logp[samples.mask], forced[samples.mask], atol=5e-5)
+    mask = samples.mask.reshape(-1, T)
+    np.testing.assert_allclose(samples.logp.reshape(-1, T)[mask], forced[mask], atol=5e-5)
 
 
 def test_eos_is_inside_the_mask_and_nothing_after_it():
@@ -270,17 +267,80 @@ def test_nucleus_with_disallowed_tokens_and_large_logits():
 # ---------------------------------------------------------------- when it ends
 
 
-def test_the_loop_ends_with_the_last_row():
-    samples, columns = chain_run(walk(_5=6, _6=8, _8=9, _9=EOS), [5, 8, 9])
-    assert samples.mask.sum(-1).tolist() == [4, 2, 1] and samples.ended.all()
-    assert columns == 4
-    samples, columns = chain_run(walk(_5=5, _9=EOS), [5, 9])
-    assert samples.mask.sum(-1).tolist() == [T, 1] and samples.ended.tolist() == [False, True]
-    assert columns == T
+def recording(ran):
+    """A `wrap` whose `advance` appends (slots, columns so far) to `ran`."""
+
+    def recorder(body, donate=()):
+        program = wrap(body, donate)
+
+        def lower(*shapes):
+            lowered = program.lower(*shapes)
+            compiled = lowered.compile()
+
+            def noted(*args):
+                out = compiled(*args)
+                if donate:
+                    ran.append((len(out.token), int(out.t)))
+                return out
+
+            return types.SimpleNamespace(compile=lambda: noted, out_info=lowered.out_info)
+
+        call = lambda *args: program(*args)  # noqa: E731
+        call.lower = lower
+        return call
+
+    return recorder
+
+
+CLOCK = dict(_8=9, _9=10, _10=EOS)  # from 8: over after three tokens
+
+
+@pytest.mark.parametrize(
+    "long, last", [(dict(_5=5), T), (dict(_5=6, _6=7, _7=11, _11=12, _12=13, _13=EOS), 7)], ids=["cut off", "over"]
+)
+def test_columns_end_with_the_last_row_and_slots_with_most_rows(long, last):
+    """Of 32 rows, 28 are over after three tokens, so a quarter of the slots holds the other four."""
+    tokens = np.array([8] * 13 + [5] * 4 + [8] * 15, np.int32)[:, None]
+    settings = Settings(**{**CHAIN_SETTINGS, "slot_counts": 3})
+    ran, reported = [], []
+    one = sampler.Sampler(CHAIN, settings, lambda p, *a: sampler.start(p, CHAIN, *a, settings), recording(ran))
+    samples = one(
+        chain_params(walk(**CLOCK, **long)), tokens, tokens >= 0, keys(32), bias=np.float32(0),
+        finished=lambda tokens, mask, ended, now: reported.append((now[:, 0], mask[:, 0].sum(-1), ended[:, 0])),
+    )  # fmt: skip
+    length = np.where(tokens[:, 0] == 5, 6 if last == 7 else T, 3)
+    np.testing.assert_array_equal(np.asarray(samples.mask[:, 0]).sum(-1), length)
+    np.testing.assert_array_equal(samples.ended[:, 0], length < T)
+    assert ran == [(32, 3), (8, 5), (8, 7)] if last == 7 else [(32, 3)] + [(8, t) for t in (5, 7, 9, 11, 12)]
+    # Each row is handed over once, when it is whole.
+    times = np.sum([now for now, _, _ in reported], axis=0)
+    assert (times == 1).all()
+    for now, lengths, ended in reported:
+        np.testing.assert_array_equal(lengths[now], length[now])
+        np.testing.assert_array_equal(ended[now], length[now] < T)
+
+
+def test_slots_and_segments_change_no_sample():
+    """Rows that end are overtaken by others in their slots, keys and values in other segments."""
+    whole = sampled()
+    for change in (dict(slot_counts=1), dict(slot_counts=3, segments=1), dict(slot_counts=1, segments=1)):
+        other = run(PARAMS, CFG, *prompts(), keys(), **{**SAMPLED, **change})
+        for name in ("tokens", "mask", "ended"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(whole, name))
+        np.testing.assert_allclose(other.logp, whole.logp, atol=5e-5)
+        np.testing.assert_allclose(other.margins, whole.margins, atol=5e-5)
+
+
+def test_half_precision_cache_is_close():
+    whole, half = sampled(), run(PARAMS, CFG, *prompts(), keys(), **{**SAMPLED, "cache_dtype": "bfloat16"})
+    np.testing.assert_array_equal(half.tokens[:, :, 0], whole.tokens[:, :, 0])
+    difference = np.abs(np.asarray(half.logp) - whole.logp)[:, :, 1]
+    same = np.asarray(half.tokens[:, :, 1] == whole.tokens[:, :, 1])
+    assert same.mean() > 0.8 and 0 < difference[same].max() < 0.3
 
 
 def test_pad_that_is_also_an_eos():
-    samples, _ = chain_run(walk(_5=6, _6=PAD, _7=EOS), [5, 7])
+    samples = chain_run(walk(_5=6, _6=PAD, _7=EOS), [5, 7])
     assert samples.tokens[:, :3].tolist() == [[6, PAD, PAD], [EOS, PAD, PAD]] and not samples.tokens[:, 3:].any()
     assert samples.mask.sum(-1).tolist() == [2, 1] and samples.ended.all()
 
@@ -313,7 +373,7 @@ def test_margins_are_those_of_the_uncached_logits(which):
 def test_answer_of_several_tokens_opens_at_its_last():
     table = walk(_5=A, _6=B, _7=9, _9=9, _10=B, _11=ANSWER, _4=9, _12=13, _13=A)
     # From 5: A B opens. From A, in the prompt: B opens nothing. From 10: B alone neither. Then the other opening; A B, late.
-    samples, _ = chain_run(table, [5, A, 10, 11, 12])
+    samples = chain_run(table, [5, A, 10, 11, 12])
     assert samples.tokens[:, :4].tolist() == [
         [A, B, 9, 9],
         [B, 9, 9, 9],
@@ -328,10 +388,10 @@ def test_answer_of_several_tokens_opens_at_its_last():
 
 def test_after_the_answer_opened_the_bias_is_off_and_the_marker_is_a_word():
     for beta in (-np.inf, -50.0, 0.0, 8.0):
-        samples, _ = chain_run(walk(_5=ANSWER, _4=DECISION, _3=EOS), [5], beta)
+        samples = chain_run(walk(_5=ANSWER, _4=DECISION, _3=EOS), [5], beta)
         assert samples.tokens[0, :3].tolist() == [ANSWER, DECISION, EOS]
         assert np.isfinite(samples.margins).sum() == 1
-    assert chain_run(walk(_5=ANSWER), [5], 10.0)[0].tokens[0, 0] == DECISION
+    assert chain_run(walk(_5=ANSWER), [5], 10.0).tokens[0, 0] == DECISION
 
 
 def test_call_at():
@@ -391,10 +451,10 @@ def test_a_tie_does_not_call_whichever_token_comes_first():
     """The decision token's number is below the rival's: the first of two equal logits would be a call."""
     table = np.zeros((16, 16))
     table[:, 9] = 8.0
-    base, _ = chain_run(table, [5], DISALLOWED)
+    base = chain_run(table, [5], DISALLOWED)
     beta = -base.margins[0, 0]
     assert sampler.call_at(base.margins, beta).tolist() == [-1]
-    assert (chain_run(table, [5], beta)[0].tokens == 9).all()
+    assert (chain_run(table, [5], beta).tokens == 9).all()
 
 
 def test_call_at_holds_the_bias_as_the_device_does():
@@ -408,10 +468,14 @@ def test_call_at_holds_the_bias_as_the_device_does():
 
 @pytest.mark.parametrize("settings", [GREEDY, {**SAMPLED, "top_p": 0.9}], ids=["greedy", "sampled"])
 def test_lowers_for_tpu_and_cuda(settings):
+    s = Settings(**settings)
+
     def program(params, tokens, real, step, beta):
-        return sampler.sample(
-            params, CFG, tokens, real, sampler.prompt_keys(0, step, jnp.arange(8)), beta, **settings
-        ).tokens
+        keys = sampler.prompt_keys(0, step, jnp.arange(8))
+        context, state = sampler.start(params, CFG, tokens, real, keys, beta, s)
+        context = context.replace(past=(state.open,))
+        context, state = sampler.compact(context, state, 8)
+        return sampler.advance(params, CFG, context, state, jnp.int32(T), beta, s).samples.tokens
 
     exported = jax.export.export(jax.jit(program), platforms=["tpu", "cuda"])(
         PARAMS, *prompts(), np.int32(0), np.float32(0)

@@ -1,4 +1,4 @@
-"""The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward` with an explicit KV cache.
+"""The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward` with an explicit KV cache, in segments.
 
 Linen declares names and shapes only; callers see functions of (params, cfg, ...). Submodule names mirror Hugging Face's
 (`layers_3/self_attn/q_proj/kernel`), so that import and export are one rename rule (`hf.py`). The three families differ
@@ -10,6 +10,7 @@ K kv heads, H head, E width, V vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -55,28 +56,31 @@ class DecoderConfig:
 
 
 @flax.struct.dataclass
-class Cache:
-    """Keys and values by layer, head-major so that attention is a plain batched matrix product.
+class Segment:
+    """Keys and values of some columns, one pair a layer. Keys lie with their columns last: both products of one query with
+    a cache then run along memory (three times as fast on a CPU).
 
-    k, v: one [B, K, S, H] a layer; index: i32[], the next column to be written (the same for every row).
+    k: [R, K, H, S]; v: [R, K, S, H]. R divides the rows B of whatever attends to it: row r serves the B / R rows from
+    r * B / R on, so that a group holds its prompt once.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
-    index: jax.Array
 
 
-def init_cache(cfg: DecoderConfig, rows: int, columns: int) -> Cache:
-    """An empty cache of `columns` = S positions for `rows` = B rows."""
-    shape = (rows, cfg.num_kv_heads, columns, cfg.head_dim)
-    zeros = tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers))
-    return Cache(k=zeros, v=tuple(jnp.zeros_like(z) for z in zeros), index=jnp.zeros((), jnp.int32))
+def empty_segment(cfg: DecoderConfig, rows: int, columns: int, dtype: str) -> Segment:
+    """Zeros for `rows` = R and `columns` = S."""
+    R, K, H = rows, cfg.num_kv_heads, cfg.head_dim
+    return Segment(
+        k=tuple(jnp.zeros((R, K, H, columns), dtype) for _ in range(cfg.num_layers)),
+        v=tuple(jnp.zeros((R, K, columns, H), dtype) for _ in range(cfg.num_layers)),
+    )
 
 
-def repeat_cache(cache: Cache, times: int) -> Cache:
-    """Each row `times` times, neighbours together: [P, ...] -> [P * times, ...]."""
-    rows = functools.partial(jnp.repeat, repeats=times, axis=0)
-    return cache.replace(k=tuple(map(rows, cache.k)), v=tuple(map(rows, cache.v)))
+def take_rows(segment: Segment, index: jax.Array, rows: int) -> Segment:
+    """The rows that serve rows `index` i32[n] of B = `rows`: [R, ...] -> [n, ...]."""
+    shared = rows // segment.k[0].shape[0]
+    return jax.tree.map(lambda x: x[index // shared], segment)
 
 
 def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
@@ -92,10 +96,8 @@ def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
     return freq * (smooth + (1 - smooth) / scaling.factor)
 
 
-def _rope(x: jax.Array, positions: jax.Array, freq: jax.Array) -> jax.Array:
-    """Rotates x [B, t, heads, H] by positions [B, t]; the two halves of H are the pairs (Hugging Face's layout)."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * freq  # [B, t, 1, H/2]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates x [B, t, heads, H] by sin, cos f32[B, t, 1, H/2]; the two halves of H are the pairs (Hugging Face's layout)."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -147,12 +149,49 @@ class Dense(nn.Module):
         return y
 
 
+def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+    """Softmax attention of q [B, t, K, n, H], n query heads to each kv head, over all columns of `pieces` -> [B, t, K, n, H].
+
+    A piece is (k [R, K, H, S], v [R, K, S, H], mask bool[B, t, S]), of one segment. Query heads that share a kv head, and
+    rows that share a segment's row, become rows of one product: nothing is copied for them.
+    """
+    B, t, K, n, H = q.shape
+
+    def scores(k, mask):
+        """f32[R, K, g, n, t, S], for the g = B / R rows of each row of the segment."""
+        R, _, _, S = k.shape
+        rows = q.reshape(R, B // R, t, K, n, H).transpose(0, 3, 1, 4, 2, 5).reshape(R, K, -1, H)
+        s = jnp.einsum("rkqh,rkhs->rkqs", rows, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        s = s.reshape(R, K, B // R, n, t, S) * H**-0.5
+        mask = mask.reshape(R, 1, B // R, 1, t, S) if mask.shape[0] == B else mask[:, None, None, None]
+        return jnp.where(mask, s, jnp.finfo(jnp.float32).min)
+
+    def by_row(x):
+        """[R, K, g, n, t, ...] -> [B, K, n, t, ...]."""
+        R, _, g = x.shape[:3]
+        return jnp.moveaxis(x, 2, 1).reshape(R * g, K, n, *x.shape[4:])
+
+    all_scores = [scores(k, mask) for k, _, mask in pieces]
+    best = functools.reduce(jnp.maximum, (by_row(s.max(-1)) for s in all_scores))  # [B, K, n, t]
+    best = jax.lax.stop_gradient(best)
+    total, y = 0.0, 0.0
+    for s, (_, v, _) in zip(all_scores, pieces, strict=True):
+        R, _, g = s.shape[:3]
+        w = jnp.exp(s - jnp.moveaxis(best.reshape(R, g, K, n, t), 1, 2)[..., None])
+        total += by_row(w.sum(-1))
+        part = jnp.einsum("rkqs,rksh->rkqh", w.astype(q.dtype).reshape(R, K, g * n * t, -1), v.astype(q.dtype))
+        y += by_row(part.reshape(R, K, g, n, t, H))
+    y = y / total[..., None].astype(q.dtype)
+    return y.transpose(0, 3, 1, 2, 4)
+
+
 class Attention(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, cached):
-        """x [B, t, E], mask bool[B, t, S], cached (k, v, index) or None -> [B, t, E], (k, v) [B, K, S, H]."""
+    def __call__(self, x, rope, mask, past, open, index):
+        """x [B, t, E], rope (sin, cos), mask bool[B, t, S]; past: a (k, v) of this layer for each segment; open: one more,
+        in which t columns are written at `index`, or None -> [B, t, E], (k, v): `open` after that, or the t columns."""
         cfg = self.cfg
         B, t, _ = x.shape
         N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -162,22 +201,16 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q = RMSNorm(cfg.norm_eps, cfg.dtype, name="q_norm")(q)
             k = RMSNorm(cfg.norm_eps, cfg.dtype, name="k_norm")(k)
-        freq = rope_frequencies(cfg)
-        q, k = _rope(q, positions, freq), _rope(k, positions, freq)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, t, H]
-        if cached is not None:
-            keys, values, index = cached
-            k = jax.lax.dynamic_update_slice(keys, k, (0, 0, index, 0))
-            v = jax.lax.dynamic_update_slice(values, v, (0, 0, index, 0))
-        S = k.shape[2]
-        # Query heads that share a kv head become rows of one product: no copy of the cache for grouped queries.
-        q = q.reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, (N // K) * t, H)
-        scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * (H**-0.5)
-        scores = scores.reshape(B, K, N // K, t, S)
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(cfg.dtype).reshape(B, K, (N // K) * t, S)
-        y = jnp.einsum("bkqs,bksh->bkqh", weights, v)
-        y = y.reshape(B, K, N // K, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N * H)
+        q, k = _rope(q, *rope), _rope(k, *rope)
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, t], [B, K, t, H]
+        if open is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(open[0], k.astype(open[0].dtype), index, axis=3)
+            v = jax.lax.dynamic_update_slice_in_dim(open[1], v.astype(open[1].dtype), index, axis=2)
+        pieces, start = [], 0
+        for keys, values in (*past, (k, v)):
+            pieces.append((keys, values, mask[:, :, start : start + keys.shape[3]]))
+            start += keys.shape[3]
+        y = _attend(q.reshape(B, t, K, N // K, H), pieces).reshape(B, t, N * H)
         return Dense(cfg, cfg.hidden_size, cfg.output_bias, name="o_proj")(y), (k, v)
 
 
@@ -196,41 +229,42 @@ class Block(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, cached):
+    def __call__(self, x, *context):
         norm = functools.partial(RMSNorm, self.cfg.norm_eps, self.cfg.dtype)
-        y, cached = Attention(self.cfg, name="self_attn")(norm(name="input_layernorm")(x), positions, mask, cached)
+        y, kv = Attention(self.cfg, name="self_attn")(norm(name="input_layernorm")(x), *context)
         x = x + y
         x = x + MLP(self.cfg, name="mlp")(norm(name="post_attention_layernorm")(x))
-        return x, cached
+        return x, kv
 
 
 class Decoder(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, cache):
+    def __call__(self, tokens, positions, mask, past, open, index):
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
         x = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=cfg.dtype, embedding_init=init, name="embed_tokens")(tokens)
+        angle = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(cfg)  # [B, t, 1, H/2]
+        rope = jnp.sin(angle), jnp.cos(angle)
         block = nn.remat(Block) if cfg.remat else Block
         kv = []
         for i in range(cfg.num_layers):
-            cached = None if cache is None else (cache.k[i], cache.v[i], cache.index)
-            x, layer_kv = block(cfg, name=f"layers_{i}")(x, positions, mask, cached)
+            layer = [(segment.k[i], segment.v[i]) for segment in past]
+            mine = None if open is None else (open.k[i], open.v[i])
+            x, layer_kv = block(cfg, name=f"layers_{i}")(x, rope, mask, layer, mine, index)
             kv.append(layer_kv)
         x = RMSNorm(cfg.norm_eps, cfg.dtype, name="norm")(x)
         if self.is_initializing() and not cfg.tied:
             self.param("lm_head", lambda key: {"kernel": init(key, (cfg.hidden_size, cfg.vocab_size))})
-        if cache is not None:
-            k, v = zip(*kv, strict=True)
-            cache = Cache(k=k, v=v, index=cache.index + tokens.shape[1])
-        return x, cache
+        k, v = zip(*kv, strict=True)
+        return x, Segment(k=k, v=v)
 
 
 def init(cfg: DecoderConfig, key: jax.Array) -> Params:
     """Random f32 parameters, normal with standard deviation `cfg.initializer_range`."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, one, one, jnp.ones((1, 1, 1), bool), None)["params"]
+    return Decoder(cfg).init(key, one, one, jnp.ones((1, 1, 1), bool), (), None, 0)["params"]
 
 
 def forward(
@@ -239,14 +273,17 @@ def forward(
     tokens: jax.Array,
     positions: jax.Array,
     mask: jax.Array,
-    cache: Cache | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """Final hidden states of `tokens`, and the cache with their keys and values.
+    past: tuple[Segment, ...] = (),
+    open: Segment | None = None,
+    index: int | jax.Array = 0,
+) -> tuple[jax.Array, Segment]:
+    """Final hidden states of `tokens`, and the segment with their keys and values.
 
-    tokens, positions: i32[B, t]. mask: bool[B, t, S], which columns each token sees; S = t without a cache, else the
-    cache's width, where this call writes columns index .. index + t - 1. Returns hidden [B, t, E] after the last norm.
+    tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]), which columns each token sees: those of `past`, in
+    order, then those of `open`, where this call writes columns index .. index + t - 1, or else these t themselves.
+    Returns hidden [B, t, E] after the last norm, and `open` so written, or a segment of the t columns.
     """
-    return Decoder(cfg).apply({"params": params}, tokens, positions, mask, cache)
+    return Decoder(cfg).apply({"params": params}, tokens, positions, mask, past, open, index)
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
@@ -285,56 +322,52 @@ def positions_of(real: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
 
 
+def prefill(
+    params: Params, cfg: DecoderConfig, prompts: jax.Array, prompt_mask: jax.Array
+) -> tuple[jax.Array, Segment]:
+    """(hidden state of each prompt's last token [P, E], its segment) of prompts i32[P, L] padded on the left."""
+    hidden, segment = forward(params, cfg, prompts, positions_of(prompt_mask), causal_mask(prompt_mask))
+    return hidden[:, -1], segment
+
+
+def continued_logprobs(
+    params: Params,
+    cfg: DecoderConfig,
+    last: jax.Array,
+    prompt: Segment,
+    prompt_mask: jax.Array,
+    responses: jax.Array,
+    temperature: float,
+    chunk: int,
+) -> jax.Array:
+    """log pi(token | what came before) f32[B, T] of responses i32[B, T] to prompts that `prefill` has computed.
+
+    last [P, E], prompt and prompt_mask bool[P, L] are of P prompts, each with B / P responses that lie together. Padding
+    after a response changes nothing before it, so no mask is needed; there, the result is anything.
+    """
+    B, T = responses.shape
+    repeat = functools.partial(jnp.repeat, repeats=B // prompt_mask.shape[0], axis=0)
+    seen, hidden = repeat(prompt_mask), repeat(last)[:, None]
+    if T > 1:
+        t = T - 1
+        sees_prompt = jnp.broadcast_to(seen[:, None], (B, t, seen.shape[1]))
+        sees_response = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (B, t, t))
+        positions = seen.sum(1, keepdims=True) + jnp.arange(t)
+        mask = jnp.concatenate([sees_prompt, sees_response], axis=2)
+        body, _ = forward(params, cfg, responses[:, :-1], positions, mask, (prompt,))
+        hidden = jnp.concatenate([hidden, body], axis=1)
+    return token_logprobs(params, cfg, hidden, responses, temperature, chunk)
+
+
 def response_logprobs(
     params: Params,
     cfg: DecoderConfig,
     prompts: jax.Array,
     prompt_mask: jax.Array,
     responses: jax.Array,
-    response_mask: jax.Array,
     temperature: float,
     chunk: int,
 ) -> jax.Array:
-    """log pi(token | what came before) f32[B, T] of each response token by teacher forcing; off the mask, anything.
-
-    prompts i32[B, L] padded on the left, prompt_mask bool[B, L]; responses i32[B, T], response_mask bool[B, T].
-    """
-    L = prompts.shape[1]
-    tokens = jnp.concatenate([prompts, responses[:, :-1]], axis=1)
-    real = jnp.concatenate([prompt_mask, response_mask[:, :-1]], axis=1)
-    hidden, _ = forward(params, cfg, tokens, positions_of(real), causal_mask(real))
-    return token_logprobs(params, cfg, hidden[:, L - 1 :], responses, temperature, chunk)
-
-
-def group_logprobs(
-    params: Params,
-    cfg: DecoderConfig,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array,
-    temperature: float,
-    chunk: int,
-) -> jax.Array:
-    """`response_logprobs` of groups, f32[P, G, T]: a prompt is computed once and its keys and values shared by its group.
-
-    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]; tokens i32[P, G, T], mask bool[P, G, T]. Off the mask, anything.
-    """
-    P, L = prompts.shape
-    _, G, T = tokens.shape
-    pad = ((0, 0), (0, 0), (0, T - 1))
-    cache = init_cache(cfg, P, L + T - 1)
-    head, cache = forward(
-        params, cfg, prompts, positions_of(prompt_mask), jnp.pad(causal_mask(prompt_mask), pad), cache
-    )
-    real = jnp.concatenate([jnp.repeat(prompt_mask, G, axis=0), mask.reshape(P * G, T)[:, :-1]], axis=1)
-    body, _ = forward(
-        params,
-        cfg,
-        tokens.reshape(P * G, T)[:, :-1],
-        positions_of(real)[:, L:],
-        causal_mask(real)[:, L:],
-        repeat_cache(cache, G),
-    )
-    hidden = jnp.concatenate([jnp.repeat(head[:, -1:], G, axis=0), body], axis=1)
-    return token_logprobs(params, cfg, hidden, tokens.reshape(P * G, T), temperature, chunk).reshape(P, G, T)
+    """`continued_logprobs`, f32[B, T], from prompts i32[P, L] padded on the left and their mask bool[P, L]."""
+    last, prompt = prefill(params, cfg, prompts, prompt_mask)
+    return continued_logprobs(params, cfg, last, prompt, prompt_mask, responses, temperature, chunk)
