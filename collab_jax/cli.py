@@ -1,4 +1,4 @@
-"""What every command line shares: flags, the process's settings, and errors as one line.
+"""What every command line shares: flags, and errors as one line.
 
 `python -m collab_jax.X --config FILE --workdir DIR [--config.KEY=VALUE ...]`. An unknown key is an error.
 """
@@ -11,16 +11,8 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from collab_jax import process
 from collab_jax.errors import UserError
-
-
-def set_cpu_devices(count: int) -> None:
-    """Host devices for a machine without accelerator; must come before the first use of jax."""
-    import jax
-
-    if count < 1:
-        raise UserError(f"config.cpu_devices={count} must be at least 1")
-    jax.config.update("jax_num_cpu_devices", count)
 
 
 def main(run: Callable[[ConfigDict, pathlib.Path], int]) -> None:
@@ -33,7 +25,7 @@ def main(run: Callable[[ConfigDict, pathlib.Path], int]) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE")
-            set_cpu_devices(config_flag.value.cpu_devices)
+            process.set_up(config_flag.value.cpu_devices)
             sys.exit(run(config_flag.value, pathlib.Path(workdir_flag.value).expanduser()))
         except UserError as error:
             sys.exit(f"error: {error}")

@@ -97,9 +97,11 @@ def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
 
 
 def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotates x [B, t, heads, H] by sin, cos f32[B, t, 1, H/2]; the two halves of H are the pairs (Hugging Face's layout)."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotates x [B, t, heads, H] by sin, cos f32[B, t, 1, 1, H/2]; the two halves of H are the pairs (Hugging Face's layout)."""
+    halves = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)
+    signed = jnp.concatenate([-sin, sin], axis=-2)
+    # A reversal, unlike a concatenation of the rotated halves, becomes one loop along memory with what surrounds it.
+    return (halves * cos + jnp.flip(halves, axis=-2) * signed).reshape(x.shape).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -245,7 +247,7 @@ class Decoder(nn.Module):
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
         x = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=cfg.dtype, embedding_init=init, name="embed_tokens")(tokens)
-        angle = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(cfg)  # [B, t, 1, H/2]
+        angle = positions[:, :, None, None, None].astype(jnp.float32) * rope_frequencies(cfg)  # [B, t, 1, 1, H/2]
         rope = jnp.sin(angle), jnp.cos(angle)
         block = nn.remat(Block) if cfg.remat else Block
         kv = []

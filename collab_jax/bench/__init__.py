@@ -1,0 +1,1 @@
+"""Speed: `python -m collab_jax.bench`. Nothing here is used elsewhere."""

@@ -1,0 +1,174 @@
+"""How a bench measures: interleaved timed runs, the machine's ceilings, the useful work of a model, and tables."""
+
+import math
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from collab_jax import parallel
+from collab_jax.models.decoder import DecoderConfig
+
+PAUSE = 0.3  # seconds between runs: threads of one that spin after its end must not slow the next
+
+
+class Timing(NamedTuple):
+    """Of one function. first: seconds of the first call, compilation in; seconds, work: of each run after it."""
+
+    first: float
+    seconds: list[float]
+    work: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Work a second, over all runs."""
+        return sum(self.work) / sum(self.seconds)
+
+    def summary(self) -> dict:
+        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+        return {
+            "median_s": self.median,
+            "quartiles_s": [low, high],
+            "min_s": min(self.seconds),
+            "first_call_s": self.first,
+            "seconds": self.seconds,
+        }
+
+
+def interleaved(runs: dict[str, Callable[[], float]], repeats: int, say: Callable[[str], None] = print) -> dict:
+    """Timing of each function by name: one call each, two to settle, then `repeats` rounds of one call each in turn, so
+    that all share whatever the machine's speed does. A function returns its work once that is done."""
+    firsts = {}
+    for name, run in runs.items():
+        started = time.perf_counter()
+        run()
+        firsts[name] = time.perf_counter() - started
+        run()
+        say(f"  {name}: first call {firsts[name]:.1f} s")
+    seconds, work = {name: [] for name in runs}, {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            time.sleep(PAUSE)
+            started = time.perf_counter()
+            work[name].append(float(run()))
+            seconds[name].append(time.perf_counter() - started)
+    return {name: Timing(firsts[name], seconds[name], work[name]) for name in runs}
+
+
+def ratio(a: Timing, b: Timing) -> dict:
+    """How many times the work a second of `b` does `a` do: median and quartiles of the ratios round by round."""
+    ratios = [(wa / sa) / (wb / sb) for wa, sa, wb, sb in zip(a.work, a.seconds, b.work, b.seconds, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"median": statistics.median(ratios), "quartiles": [low, high]}
+
+
+# ------------------------------------------------------------------------------------------------- ceilings
+
+
+def matmul_ceiling(dtype: str, size: int = 0, repeats: int = 8) -> float:
+    """FLOP/s of one large matrix product on every device at once, the best of `repeats`."""
+    n = size or (8192 if jax.default_backend() != "cpu" else 1536)
+    product = parallel.pmap(lambda x: x @ x)
+    x = parallel.replicate(np.ones((n, n), jnp.dtype(dtype)))
+    return jax.local_device_count() * 2 * n**3 / _best(lambda: product(x), repeats)
+
+
+def copy_ceiling(megabytes: int = 0, repeats: int = 8) -> float:
+    """Bytes/s read and written by one large copy on every device at once, the best of `repeats`."""
+    n = (megabytes or (1024 if jax.default_backend() != "cpu" else 128)) * 2**20 // 4
+    copy = parallel.pmap(lambda x: x + 1)
+    x = parallel.replicate(np.ones(n, np.float32))
+    return jax.local_device_count() * 8 * n / _best(lambda: copy(x), repeats)
+
+
+def _best(run: Callable, repeats: int) -> float:
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+# ----------------------------------------------------------------------------------------------- useful work
+
+
+def forward_flop(cfg: DecoderConfig, start: np.ndarray, count: np.ndarray, logits: bool) -> float:
+    """FLOP of a forward pass over rows of `count` tokens after `start` others each; logits: the head's product in."""
+    E, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    token = 2 * cfg.num_layers * (E * H * (2 * N + 2 * K) + 3 * E * cfg.intermediate_size)
+    token += 2 * E * cfg.vocab_size if logits else 0
+    seen = count * start + count * (count + 1) / 2  # each token sees those before it and itself
+    return float(np.sum(count) * token + np.sum(seen) * 4 * cfg.num_layers * N * H)
+
+
+def parameters(cfg: DecoderConfig) -> int:
+    """Parameters that a decoded token reads: all but an untied embedding."""
+    E, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    return cfg.num_layers * (E * H * (2 * N + 2 * K) + 3 * E * cfg.intermediate_size) + E * cfg.vocab_size
+
+
+def decode_bytes(cfg: DecoderConfig, prompts: int, length: int, lengths: np.ndarray, cache_bytes: int, itemsize: int):
+    """Bytes that decoding must read: the parameters once a column, and the keys and values once for each useful token.
+
+    lengths: i[B] tokens of each response of `prompts` groups, whose prompt of `length` tokens is read once a column.
+    """
+    kv = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cache_bytes
+    columns = int(lengths.max())
+    own = np.sum(lengths * (lengths + 1) / 2) * kv
+    return columns * parameters(cfg) * itemsize + own + columns * prompts * length * kv
+
+
+def peak_memory() -> float:
+    """Bytes: the process's largest resident set, or the first accelerator's largest use."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def machine() -> dict:
+    """What a figure needs beside it."""
+    device = jax.local_devices()[0]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "devices": f"{jax.local_device_count()} x {device.device_kind}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def number(x: float) -> str:
+    """Three significant digits, with a k, M, G or T."""
+    if not x:
+        return "0"
+    power = min(int(math.log10(abs(x)) // 3), 4) if abs(x) >= 1000 else 0
+    return f"{x / 1000**power:.3g}{['', 'k', 'M', 'G', 'T'][power]}"

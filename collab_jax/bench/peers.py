@@ -1,0 +1,305 @@
+"""The same work through PyTorch on the CPU, so that a bench can print ratios.
+
+`generate` is transformers' sampling, `update` a policy-gradient update as torch programs write it, `trl_step` one step
+of TRL's GRPOTrainer: each sets up outside the clock and returns a function that does the work once. PyTorch is no
+dependency: without it this module still imports, and `versions` says what is there.
+
+Axis letters as in gapg.py: P prompts, G responses of a group, B = P * G rows, L prompt columns, T response columns.
+"""
+
+import importlib.metadata
+import pathlib
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from collab_jax import rollout
+from collab_jax.models.text import Text
+from collab_jax.tasks import Example, Task
+
+PACKAGES = ("torch", "transformers", "trl")
+
+
+def versions() -> dict[str, str]:
+    """Version by name of those of PACKAGES that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _load(folder: pathlib.Path, dtype: str):
+    """The folder's model as a torch module with weights of `dtype`, in eval mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def generate(
+    folder: pathlib.Path,
+    prompts: np.ndarray,
+    prompt_mask: np.ndarray,
+    *,
+    group: int,
+    max_new: int,
+    dtype: str,
+    eos_ids: Sequence[int],
+    seed: int = 0,
+) -> Callable[[], int]:
+    """run() samples `group` responses to each prompt at temperature 1, all B rows at once, with a KV cache.
+
+    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]. eos_ids: what ends a row; (): every row takes `max_new`
+    tokens. run() returns the tokens sampled, up to and including the first EOS of each row.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    model = _load(folder, dtype)
+    pad_id = model.config.pad_token_id
+    # Put on the model, since `generate` takes what a config leaves out (here: no EOS) from the model's own.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=max_new,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=0 if pad_id is None else pad_id,
+    )
+    ids = torch.tensor(prompts, dtype=torch.long).repeat_interleave(group, 0)
+    real = torch.tensor(prompt_mask, dtype=torch.long).repeat_interleave(group, 0)
+    ends = torch.tensor(eos_ids, dtype=torch.long)
+    torch.manual_seed(seed)
+
+    def run() -> int:
+        with torch.inference_mode():
+            new = model.generate(input_ids=ids, attention_mask=real)[:, ids.shape[1] :]
+            ended = torch.isin(new, ends).int()
+            return int((ended.cumsum(1) - ended == 0).sum())  # no EOS before it
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------- update
+
+
+def update(
+    folder: pathlib.Path,
+    prompts: np.ndarray,
+    prompt_mask: np.ndarray,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    advantages: np.ndarray,
+    *,
+    micro_rows: int,
+    learning_rate: float,
+    dtype: str,
+) -> Callable[[], float]:
+    """run() does one update on all B responses, `micro_rows` in a backward pass, and returns its loss.
+
+    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]; tokens i32[P, G, T] padded on the right, mask
+    bool[P, G, T] (EOS in); advantages f32[P, G]. Loss: gapg.loss divided by P. Gradients clipped to norm 1, AdamW.
+    """
+    import torch
+
+    P, G, T = tokens.shape
+    model = _load(folder, dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    rows = lambda x, *shape: torch.tensor(x).reshape(P * G, *shape)  # noqa: E731
+    targets, weight, A = rows(tokens, T).long(), rows(mask, T), rows(advantages)
+    each = lambda x: torch.tensor(x).repeat_interleave(G, 0)  # noqa: E731
+    ids = torch.cat([each(prompts).long(), targets[:, :-1]], 1)  # the last token is only predicted
+    real = torch.cat([each(prompt_mask), weight[:, :-1]], 1).long()
+
+    def loss_of(part: slice):
+        logits = model(input_ids=ids[part], attention_mask=real[part], use_cache=False, logits_to_keep=T).logits
+        logp = logits.float().log_softmax(-1).gather(-1, targets[part, :, None])[..., 0]
+        return -(A[part] * (logp * weight[part]).sum(1)).sum() / (P * G)
+
+    def run() -> float:
+        total = 0.0
+        for start in range(0, P * G, micro_rows):
+            loss = loss_of(slice(start, start + micro_rows))
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------ TRL
+
+
+class HeldTrainer:
+    """A trainer in a thread of its own, held before each step: a call lets one step pass and returns `tokens`.
+
+    tokens: completion tokens of the latest step, written by whoever sees them. `hold` and `passed` are called by the
+    trainer's thread, where a step begins and ends. What the trainer raises, the call raises.
+    """
+
+    def __init__(self):
+        self.tokens = 0
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._closed, self._error, self._thread = False, None, None
+
+    def start(self, train: Callable[[], object]) -> None:
+        """Starts `train`, which runs up to its first step."""
+        self._thread = threading.Thread(target=self._run, args=(train,), daemon=True)
+        self._thread.start()
+
+    def _run(self, train: Callable[[], object]) -> None:
+        try:
+            train()
+            self._error = RuntimeError("the trainer came to its end: give it more examples than a step takes")
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def hold(self) -> None:
+        self._go.acquire()
+        if self._closed:
+            raise RuntimeError("the trainer is closed")
+
+    def passed(self) -> None:
+        self._done.release()
+
+    def __call__(self) -> int:
+        if self._error is None:
+            self._go.release()
+            self._done.acquire()
+        if self._error is not None:
+            raise self._error
+        return self.tokens
+
+    def close(self) -> None:
+        """Ends the trainer without another step."""
+        self._closed = True
+        self._go.release()
+        self._thread.join()
+
+
+def _prompt_string(tokenizer, ids: list[int]) -> str:
+    """A string that `tokenizer(string)` turns into just `ids`; raises ValueError where decoding gives none."""
+    for first in (0, 1):  # 1: the tokenizer itself puts the first token, its BOS, before a string
+        written = tokenizer.decode(ids[first:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if tokenizer(written)["input_ids"] == ids:
+            return written
+    raise ValueError(f"no string has the tokens of the prompt {tokenizer.decode(ids)!r}")
+
+
+def rewards(task: Task, text: Text, alphas, examples: Sequence[Example], completions: Sequence[Sequence[int]]):
+    """Hierarchical reward f32[B] of completions (tokens, EOS in where it was written), the cloud taken to be right.
+
+    alphas: `config.reward`.
+    """
+    lengths = np.array([len(ids) for ids in completions])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.full(mask.shape, text.pad_id, np.int32)
+    tokens[mask] = np.concatenate(completions)
+    ended = np.array([ids[-1] in text.eos_ids for ids in completions])
+    _, correct, called, formatted = rollout.judge(task, text, examples, tokens, mask, ended)
+    local = alphas.alpha_a * correct + alphas.alpha_f * formatted
+    return np.where(called, alphas.alpha_c, local).astype(np.float32)
+
+
+def trl_step(
+    folder: pathlib.Path,
+    examples: Sequence[Example],
+    *,
+    text: Text,
+    task: Task,
+    config: ConfigDict,
+    prompts_per_step: int,
+    group: int,
+    max_new: int,
+    micro_rows: int | None = None,
+) -> HeldTrainer:
+    """run() does one full step of TRL's GRPOTrainer on some of `examples`: sample, judge, update. `run.close()` ends it.
+
+    Of `config`, the weights of the reward and of AdamW's settings all but the warm-up. In float32. micro_rows:
+    completions of one backward pass, all by default; sampling is one batch whatever it is. run() returns the completions' tokens.
+    """
+    import datasets
+    import huggingface_hub.constants
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of how TRL calls it
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report the trainer's set-up
+    B = prompts_per_step * group
+    # Two cores, the tiny model, 32 prompts x 8, 56 tokens, seconds a step: 256 rows 1.8 to 2.0 (fastest 1.74), 128 rows
+    # 1.8 to 1.9 (1.74), 64 rows 1.8 to 2.0 (1.77), 32 rows 1.9 (1.84). So all at once, unless memory says otherwise.
+    micro_rows = micro_rows or B
+    held = HeldTrainer()
+
+    class Hold(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            held.hold()
+
+        def on_step_end(self, args, state, control, **_):
+            held.passed()
+
+    def reward(completion_ids, index, **_):
+        held.tokens = sum(map(len, completion_ids))
+        return rewards(task, text, config.reward, [examples[i] for i in index], completion_ids).tolist()
+
+    model = _load(folder, "float32")
+    model.generation_config.eos_token_id = list(text.eos_ids)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_id)
+    # Strings rather than messages: TRL would render the chat template again for every row of every step.
+    prompts = [_prompt_string(tokenizer, text.prompt_ids(task.prompt(example))) for example in examples]
+    data = datasets.Dataset.from_dict({"prompt": prompts, "index": range(len(examples))})
+    with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder, and nothing is saved
+        settings = GRPOConfig(
+            output_dir=scratch,
+            seed=config.seed,
+            max_steps=1_000_000,
+            num_generations=group,
+            max_completion_length=max_new,
+            generation_batch_size=B,
+            per_device_train_batch_size=micro_rows,
+            gradient_accumulation_steps=B // micro_rows,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            beta=0.0,
+            num_iterations=1,
+            loss_type="dr_grpo",  # with scale_rewards "none" the objective is GAPG's without its filter, but for a factor
+            scale_rewards="none",
+            learning_rate=config.optim.learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=config.optim.weight_decay,
+            max_grad_norm=config.optim.clip_norm,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            dataloader_num_workers=0,
+            dataloader_pin_memory=False,
+            eval_strategy="no",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            model, reward, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[Hold()]
+        )
+    held.start(trainer.train)
+    return held

@@ -1,0 +1,69 @@
+"""The process: settings that every command line needs before jax is first used. In one place, and nowhere else.
+
+Allocator. XLA's large temporaries cost page faults at each step: glibc is told to keep and reuse them, in huge pages. It
+reads its variables when a process starts, so the command line starts itself once more. Off beside an accelerator, where
+the host allocates little, and where MALLOC_MMAP_MAX_ is set already.
+
+Host devices. Two devices of one core each keep both busy between the matrix products, which alone are spread over threads.
+
+Compiled programs are kept on disk, so that only the first start on a machine compiles.
+
+`python -m collab_jax.bench settings` measures the first two.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import sys
+
+from collab_jax.errors import UserError
+
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+
+
+def restart_with_allocator() -> None:
+    """Starts this command line anew with ALLOCATOR; at once, before it has loaded anything else."""
+    wanted = sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ
+    if wanted and _is_command_line() and not any(map(os.path.exists, ACCELERATORS)):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+
+
+def _is_command_line() -> bool:
+    """True in a process started as `python -m collab_jax.X`; never in a notebook, a test or a program that imports us."""
+    options = sys.orig_argv[1:]
+    return any(o == "-m" and module.startswith("collab_jax.") for o, module in zip(options, options[1:], strict=False))
+
+
+def set_up(cpu_devices: int) -> None:
+    """Host devices for a machine without accelerator, and the folder of compiled programs. Before the first use of jax.
+
+    JAX_COMPILATION_CACHE_DIR chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
+    """
+    import jax
+
+    if cpu_devices < 1:
+        raise UserError(f"config.cpu_devices={cpu_devices} must be at least 1")
+    jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def compiled_folder() -> pathlib.Path:
+    """Where compiled programs are kept: apart for each kind of processor, since a home may be shared by several."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        kind = "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        kind = platform.processor()
+    digest = hashlib.sha256(f"{platform.machine()} {kind}".encode()).hexdigest()[:12]
+    return (
+        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "collab_jax" / f"compiled-{digest}"
+    )
