@@ -8,6 +8,7 @@ Axis letters as in gapg.py: P prompts, G responses of a group, B = P * G rows, L
 """
 
 import importlib.metadata
+import math
 import pathlib
 import tempfile
 import threading
@@ -233,7 +234,7 @@ def trl_step(
     """run() does one full step of TRL's GRPOTrainer on some of `examples`: sample, judge, update. `run.close()` ends it.
 
     Of `config`, the weights of the reward and of AdamW's settings all but the warm-up. In float32. micro_rows:
-    completions of one backward pass, all by default; sampling is one batch whatever it is. run() returns the completions' tokens.
+    completions of one backward pass; sampling is one batch whatever it is. run() returns the completions' tokens.
     """
     import datasets
     import huggingface_hub.constants
@@ -243,9 +244,9 @@ def trl_step(
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of how TRL calls it
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report the trainer's set-up
     B = prompts_per_step * group
-    # Two cores, the tiny model, 32 prompts x 8, 56 tokens, seconds a step: 256 rows 1.8 to 2.0 (fastest 1.74), 128 rows
-    # 1.8 to 1.9 (1.74), 64 rows 1.8 to 2.0 (1.77), 32 rows 1.9 (1.84). So all at once, unless memory says otherwise.
-    micro_rows = micro_rows or B
+    # Seconds a step of the tiny model on two cores (32 prompts x 8, 56 tokens), medians of runs: 128 rows 1.8 to 1.9, the
+    # fastest by a little; 256 rows 1.8 to 2.0; 64 rows 1.8 to 2.0; 32 rows 1.9.
+    micro_rows = micro_rows or math.gcd(B, 128)
     held = HeldTrainer()
 
     class Hold(TrainerCallback):
