@@ -58,8 +58,12 @@ def check_config(config: ConfigDict) -> None:
         "config.prompt_length, max_new_tokens and train.steps must be at least 1",
     )
     need(
-        min(t.micro_rows, t.logprob_chunk, t.checkpoint_every, t.empty_d1_limit) >= 1,
-        "config.train.micro_rows, logprob_chunk, checkpoint_every and empty_d1_limit must be at least 1",
+        min(t.micro_rows, t.lengths, t.logprob_chunk, t.checkpoint_every, t.empty_d1_limit) >= 1,
+        "config.train.micro_rows, lengths, logprob_chunk, checkpoint_every and empty_d1_limit must be at least 1",
+    )
+    need(
+        min(config.decode.segments, config.decode.slot_counts) >= 1,
+        "config.decode.segments and slot_counts must be at least 1",
     )
     need(config.eval.prompts >= 0, f"config.eval.prompts={config.eval.prompts} must be at least 0")
     for key, known in (("advantage", algorithms.ADVANTAGES), ("filter", algorithms.FILTERS)):

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import algorithms, cli, compare, evaluate, gapg, metrics, parallel, report, rollout
+from collab_jax import algorithms, cli, compare, evaluate, gapg, memory, metrics, parallel, report, rollout
 from collab_jax import run as runs
 from collab_jax.cloud import ledger
 from collab_jax.errors import UserError
@@ -182,6 +182,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line."""
     stop = Stop()
     run = runs.prepare(config, workdir)
+    memory.check(run.cfg, config)
     print(
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"

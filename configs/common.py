@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
     config.cpu_devices = 2  # host devices where there is no accelerator; the global batch is split over them
 
     config.decode = ConfigDict()
-    config.decode.segments = 4  # pieces of a response's KV cache; attention reads those that are filled
-    config.decode.slot_counts = 3  # programs of all rows, half, a quarter ...: a long tail runs in a small one
+    config.decode.segments = 2  # pieces of a response's KV cache, of which the filled are read; more: more to compile
+    config.decode.slot_counts = 3  # programs for all rows, for half, a quarter ...: a long tail runs in a small one
     config.decode.cache_dtype = "float32"  # of the KV cache
 
     config.model = ConfigDict()
@@ -74,10 +74,8 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 160  # updates
-    config.train.micro_rows = 16  # responses of one backward pass on one device; bounds memory, not the result
-    config.train.lengths = (
-        4  # lengths that such responses are cut to: T / 4, T / 2 ...; more: less padding, more to compile
-    )
+    config.train.micro_rows = 8  # responses of one backward pass on one device; bounds memory, not the result
+    config.train.lengths = 4  # lengths they are cut to, about T / 4, T / 2 ...; more: less padding, more to compile
     config.train.logprob_chunk = 64  # columns of logits alive at once
     config.train.remat = False  # recompute each block in the backward pass: less memory, a third more time
     config.train.checkpoint_every = 40  # steps

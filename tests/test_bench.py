@@ -1,0 +1,124 @@
+"""The bench: what it counts, by hand; that its models do what it says; its command line."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from collab_jax import parallel
+from collab_jax.bench import measure, work
+from collab_jax.models import decoder, hf
+from collab_jax.models.decoder import DecoderConfig
+
+LOAD = work.Load("tiny", "long_tail", 8, 4, 3, 16, "float32", 4)
+
+
+def test_flop_by_hand():
+    cfg = DecoderConfig(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=3,
+        rope_theta=1.0, norm_eps=1e-5, tied=True,
+    )  # fmt: skip
+    # A block: q 4x6, k and v 4x3, o 6x4, three of 4x6: 24 + 12 + 12 + 24 + 72 = 144 products, two FLOP each, two blocks.
+    token, head, seen = 576, 80, 4 * 2 * 6
+    one = measure.forward_flop(cfg, np.array([0]), np.array([1]), logits=False)
+    assert one == token + seen
+    two = measure.forward_flop(cfg, np.array([5, 0]), np.array([2, 1]), logits=True)
+    assert two == 3 * (token + head) + (6 + 7 + 1) * seen
+    assert measure.parameters(cfg) == 2 * 144 + 40
+    kv = 2 * 2 * 3 * 4  # a token's keys and values, two layers, four bytes
+    lengths = np.array([1, 3])
+    assert measure.decode_bytes(cfg, 1, 5, lengths, 4, 4) == 3 * 328 * 4 + (1 + 1 + 2 + 3) * kv + 3 * 5 * kv
+
+
+def test_parameters_are_those_of_the_model():
+    load = LOAD._replace(lengths="fixed")
+    cfg, params = work.make_model(load)
+    matrices = sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1)
+    assert measure.parameters(cfg) == matrices
+
+
+def test_the_clock_ends_nine_rows_in_ten_at_a_quarter_and_the_peers_read_the_same(tmp_path):
+    cfg, params = work.make_model(LOAD)
+    case = work.decode(LOAD._replace(prompts=64), cfg, parallel.replicate(params), segments=2, slot_counts=2)
+    rows = 64 * 4
+    useful = case.run()
+    short = (rows * 16 - useful) / 12  # a short row has 4 tokens, a long one 16
+    assert short == int(short) and abs(short / rows - 0.9) < 0.1
+    assert case.flop() > 0 and case.bytes() > 0
+    work.save(LOAD, params, tmp_path)
+    again = hf.load(tmp_path, hf.config_from_hf(hf.read_config(tmp_path)), "float32")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_the_fixed_mix_runs_every_row_to_the_limit_and_the_update_learns_from_all():
+    load = LOAD._replace(lengths="fixed")
+    cfg, params = work.make_model(load)
+    assert work.decode(load, cfg, parallel.replicate(params), 1, 1).run() == 8 * 4 * 16
+    case = work.update(load, cfg, params, lengths=1)
+    assert case.run() == 8 * 4 * 16
+    batch = work.update_batch(load)
+    assert batch.mask.all() and (batch.correct.any(1) & ~batch.correct.all(1)).all()
+    assert work.response_lengths(LOAD).min() == 4 and case.flop() == work.update_flop(cfg, 3, np.full((8, 4), 16))
+
+
+def test_interleaved_runs_take_turns_and_ratios_are_of_one_round():
+    order = []
+    runs = {name: lambda name=name: order.append(name) or 2.0 for name in "ab"}
+    measure.PAUSE, before = 0.0, measure.PAUSE
+    try:
+        timings = measure.interleaved(runs, repeats=3, say=lambda _: None)
+    finally:
+        measure.PAUSE = before
+    assert "".join(order) == "aabb" + "ab" * 3
+    assert len(timings["a"].seconds) == 3 and timings["a"].rate > 0
+    a = measure.Timing(0.0, [1.0, 2.0, 4.0], [6.0, 6.0, 6.0])
+    b = measure.Timing(0.0, [1.0, 4.0, 4.0], [2.0, 2.0, 2.0])
+    assert measure.ratio(a, b)["median"] == 3.0 and a.median == 2.0 and a.rate == 18 / 7
+
+
+def test_number():
+    assert [measure.number(x) for x in (0, 12.345, 12345.0, 2.5e11)] == ["0", "12.3", "12.3k", "250G"]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "collab_jax.bench", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_command_line_writes_a_table_and_json(tmp_path):
+    sizes = ["--prompts", "2", "--group", "2", "--max_new", "8", "--prompt_length", "4", "--repeats", "2"]
+    out = command("decode", *sizes, "--json", str(tmp_path / "figures.json"))
+    assert out.returncode == 0, out.stderr
+    assert "decode tiny long_tail: ours is" in out.stdout and "ceilings: matmul" in out.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    case = figures["figures"]["decode tiny fixed: ours"]
+    assert len(case["seconds"]) == 2 and case["tokens_per_s"] > 0 and 0 < case["matmul_share"] < 1
+    assert figures["machine"]["devices"].startswith("2 x")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["decode", "--shape", "huge"], "--shape=huge: use one of"),
+        (["update", "--prompts", "3"], "--prompts=3 must be a multiple of the 2 devices"),
+        (["step", "--cpu_devices", "0"], "must be at least 1"),
+        (["nothing"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(arguments, says):
+    out = command(*arguments)
+    assert out.returncode != 0 and says in out.stderr and "Traceback" not in out.stderr
+
+
+def test_random_models_have_the_shapes_of_their_names():
+    counts = {}
+    for shape in work.SHAPES:
+        cfg = hf.config_from_hf(work.hf_config(LOAD._replace(shape=shape, lengths="fixed")))
+        shapes = jax.eval_shape(lambda cfg=cfg: decoder.init(cfg, jax.random.key(0)))
+        counts[shape] = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
+    assert counts["tiny"] == pytest.approx(0.79, abs=0.01) and counts["25m"] == pytest.approx(25, abs=1)
+    assert counts["qwen2.5-0.5b"] == pytest.approx(494, abs=1) and counts["qwen2.5-1.5b"] == pytest.approx(1544, abs=1)
