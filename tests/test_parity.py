@@ -58,11 +58,11 @@ def test_golden_logits_and_greedy_continuation(kind):
 
     tokens, real = left_padded(golden)
     keys = sampler.prompt_keys(0, 0, np.arange(len(tokens)))
-    decode = functools.partial(
-        sampler.sample, group=1, max_new=golden["greedy"].shape[1], temperature=0.0, top_p=1.0,
-        eos_ids=(-1,), pad_id=0, marker=sampler.Marker(0, ((-2,),)),
+    settings = sampler.Settings(
+        group=1, max_new=golden["greedy"].shape[1], temperature=0.0, top_p=1.0, eos_ids=(-1,), pad_id=0,
+        marker=sampler.Marker(0, ((-2,),)), segments=1, slot_counts=1, cache_dtype="float32",
     )  # fmt: skip
-    samples = jit(decode, static_argnums=1)(params, cfg, tokens, real, keys)
+    samples = sampler.sample(params, cfg, tokens, real, keys, settings=settings)
     np.testing.assert_array_equal(samples.tokens[:, 0], golden["greedy"])
 
 
