@@ -3,7 +3,7 @@
     python -m collab_jax.train --config configs/countdown_tiny.py --workdir runs/countdown_tiny
 
 No row of the paper: its method at a size for a laptop. Expected after 160 steps (some 4 minutes, seeds 0 to 2 on
-4,096 held-out prompts): accuracy on the device 43.5 -> 55 to 56 %, at 30 % calls by margin 71.8 -> 83 to 84 %, the filter
+4,096 held-out prompts): accuracy on the device 43.5 -> 54 to 56 %, at 30 % calls by margin 71.8 -> 82 to 84 %, the filter
 drops 19 % of the prompts. Three prompts in ten have three numbers and the budget is 10 %, so that D2 exceeds its quota.
 """
 
