@@ -250,7 +250,8 @@ def main(argv: list[str]) -> int:
     process.set_up(args.cpu_devices)
     import jax
 
-    jax.config.update("jax_enable_compilation_cache", False)  # a first call is to show what compiling costs
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_enable_compilation_cache", False)  # a first call is to show what compiling costs
     if args.prompts % jax.local_device_count():
         raise UserError(f"--prompts={args.prompts} must be a multiple of the {jax.local_device_count()} devices")
     bench = Bench(args)
