@@ -217,7 +217,7 @@ def policy_gradient(
     micro-batch is cut to the shortest of `lengths` that holds it. A response costs what its length costs; rows without an
     advantage, or prompts past `mine`, cost nothing.
     """
-    G, T = batch.tokens.shape[1:]
+    G = batch.tokens.shape[1]
     P, m = prompts.shape[0], micro_rows
     c = min(P, m)  # prompts of one micro-batch
     prompts = jnp.pad(prompts, (0, -P % c))  # what a micro-batch holds past `mine` is computed and never used
