@@ -21,13 +21,15 @@ from collections.abc import Callable
 from collab_jax import process
 from collab_jax.errors import UserError
 
+SERVE = "serve-steps"  # what `settings` starts
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m collab_jax.bench", description="Speed on this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("decode", "update", "step", "peers", "settings"):
+    shown = ("decode", "update", "step", "peers", "settings")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(shown)}}}")
+    for name in (*shown, SERVE):
         p = commands.add_parser(name)
         p.add_argument("--repeats", type=int, default=7, help="timed rounds")
         p.add_argument("--cpu_devices", type=int, default=2, help="host devices where there is no accelerator")
@@ -134,12 +136,8 @@ class Bench:
             )
 
     def step(self) -> None:
-        training = self.training({})
+        training = make_training(self.args)
         self.time({"ours": training.case}, "step countdown_tiny")
-
-    def training(self, overrides: dict):
-        sizes = {"prompts_per_step": self.args.prompts, "group": self.args.group, "cpu_devices": self.args.cpu_devices}
-        return self.work.training(str(CONFIG), sizes | overrides)
 
     def peers(self) -> None:
         from collab_jax import parallel
@@ -181,7 +179,7 @@ class Bench:
             self._against_trl(peers)
 
     def _against_trl(self, peers) -> None:
-        ours, same = self.training({}), self.training({"algorithm.filter": "none"})
+        ours, same = make_training(self.args), make_training(self.args, {"algorithm.filter": "none"})
         c, run = ours.config, ours.run
         trl = peers.trl_step(
             run.folder, run.task.load("train")[:2048], text=run.text, task=run.task, config=c,
@@ -204,11 +202,11 @@ class Bench:
             "1 host device, allocator": (plain | process.ALLOCATOR, 1),
             "1 host device": (off, 1),
         }
-        command = [sys.executable, "-m", "collab_jax.bench", "step", "--prompts", str(self.args.prompts)]
+        command = [sys.executable, "-m", "collab_jax.bench", SERVE, "--prompts", str(self.args.prompts)]
         children = {
             name: subprocess.Popen(
                 [*command, "--group", str(self.args.group), "--cpu_devices", str(devices)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env | {"COLLAB_JAX_BENCH_STEPS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
             )
             for name, (env, devices) in variants.items()
         }  # fmt: skip
@@ -237,11 +235,20 @@ def _remote(child: subprocess.Popen) -> Callable[[], float]:
     return run
 
 
-def serve_steps(bench: Bench) -> None:
+def make_training(args: argparse.Namespace, overrides: dict | None = None):
+    """work.Training of CONFIG in the command line's sizes."""
+    from collab_jax.bench import work
+
+    sizes = {"prompts_per_step": args.prompts, "group": args.group, "cpu_devices": args.cpu_devices}
+    return work.training(str(CONFIG), sizes | (overrides or {}))
+
+
+def serve_steps(args: argparse.Namespace) -> int:
     """One step for each line that comes in, its tokens a line that goes out."""
-    training = bench.training({})
+    training = make_training(args)
     for _ in sys.stdin:
         print(training.case.run(), flush=True)
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -254,10 +261,9 @@ def main(argv: list[str]) -> int:
         jax.config.update("jax_enable_compilation_cache", False)  # a first call is to show what compiling costs
     if args.prompts % jax.local_device_count():
         raise UserError(f"--prompts={args.prompts} must be a multiple of the {jax.local_device_count()} devices")
+    if args.command == SERVE:
+        return serve_steps(args)
     bench = Bench(args)
-    if os.environ.get("COLLAB_JAX_BENCH_STEPS"):
-        serve_steps(bench)
-        return 0
     getattr(bench, args.command)()
     m, c = bench.measure, bench.ceilings
     machine = m.machine()
