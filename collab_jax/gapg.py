@@ -9,11 +9,14 @@ One step (section 4 of the paper):
 
     verdicts [Q, G] --reward--> r [Q, G] --advantage--> A [Q, G] \\
                     --prompt_filter--> keep [Q] -------------------> pack kept prompts over devices -> gradient -> Optax
+
+The parts are an `Algorithm`, of which GAPG is the paper's; `algorithms.py` has the others.
 """
 
 import functools
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -39,8 +42,10 @@ OUTCOMES = ("correct_formatted", "correct", "called_right", "wrong_formatted", "
 
 @flax.struct.dataclass
 class FilterState:
-    """The budget and what the filter did so far. rho = rho_num / rho_den exactly, so that no rounding adds up."""
+    """The budget and what was done about it so far. rho = rho_num / rho_den exactly, so that no rounding adds up."""
 
+    budget: jax.Array  # f32[], share of queries
+    price: jax.Array  # f32[], of a call in units of reward (a Lagrange multiplier); 0 but under control "lagrangian"
     rho_num: jax.Array  # i32[]
     rho_den: jax.Array  # i32[]
     carry: jax.Array  # i32[], unused fraction of a prompt, in units of 1 / rho_den
@@ -100,7 +105,13 @@ def rho_of(budget: float) -> Fraction:
 def init_filter(budget: float) -> FilterState:
     rho = rho_of(budget)
     totals = {name: zero() for name in ("carry", "prompts", "d1", "d2", "kept", "kept_d2", "empty_d1_streak")}
-    return FilterState(rho_num=jnp.int32(rho.numerator), rho_den=jnp.int32(rho.denominator), **totals)
+    return FilterState(
+        budget=jnp.float32(budget),
+        price=jnp.float32(0),
+        rho_num=jnp.int32(rho.numerator),
+        rho_den=jnp.int32(rho.denominator),
+        **totals,
+    )
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, reward: RewardState, filter: FilterState):
@@ -138,13 +149,19 @@ def classes(correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array
 
 
 def prompt_filter(
-    state: FilterState, correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array, key: jax.Array
+    state: FilterState,
+    r: jax.Array,
+    correct: jax.Array,
+    cloud_correct: jax.Array,
+    cloud_known: jax.Array,
+    key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
     """keep bool[Q] (paper, section 4.3): all of D1, and of D2 a random part of n = floor(rho |D1| + carry) prompts.
 
-    So sum |D2 kept| <= rho * sum |D1| over the whole run. The fraction of n that is cut off is carried; a quota that
+    Membership is by correctness, never by the reward r f32[Q, G]. So sum |D2 kept| <= rho * sum |D1| over the whole run. The fraction of n that is cut off is carried; a quota that
     found no D2 prompt is not. Whoever calls this with the same key, on any device, keeps the same prompts.
     """
+    del r
     d1, d2 = classes(correct, cloud_correct, cloud_known)
     quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
     draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)
@@ -169,11 +186,12 @@ def tally(state: FilterState, d1: jax.Array, d2: jax.Array, keep: jax.Array) -> 
 # ------------------------------------------------------------------------------------------ advantage and loss
 
 
-def advantage(r: jax.Array) -> jax.Array:
+def advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
     """Leave-one-out advantage f32[Q, G] of r f32[Q, G]: r_i - mean of the others = G / (G - 1) * (r_i - mean r).
 
-    With the mean over the group in `loss` this is the paper's estimator, 1 / (G - 1) sum_i grad log pi(y_i) (r_i - mean r).
+    It weighs the sum of a response's log-probabilities, so the responses' mask bool[Q, G, T] does not matter here. With the mean over the group in `loss` this is the paper's estimator, 1 / (G - 1) sum_i grad log pi(y_i) (r_i - mean r).
     """
+    del mask
     G = r.shape[1]
     return (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
 
@@ -186,6 +204,29 @@ def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> 
     """
     return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / group
 
+
+# ------------------------------------------------------------------------------------------------ algorithm
+
+
+def no_control(reward: RewardState, filter: FilterState, call_rate: jax.Array) -> tuple[RewardState, FilterState]:
+    """The weights stay what they are: GAPG holds calls down by its filter alone."""
+    del call_rate
+    return reward, filter
+
+
+class Algorithm(NamedTuple):
+    """The parts of a step, all pure.
+
+    control: after each step, from that step's share of calls f32[] over all responses.
+    """
+
+    reward: Callable  # (RewardState, correct, called, formatted, cloud_correct) -> r f32[Q, G], RewardState
+    advantage: Callable  # (r f32[Q, G], mask bool[Q, G, T]) -> f32[Q, G], weight of each response's summed log-prob
+    prompt_filter: Callable  # (FilterState, r, correct, cloud_correct, cloud_known, key) -> keep bool[Q], FilterState
+    control: Callable  # (RewardState, FilterState, call_rate) -> RewardState, FilterState
+
+
+GAPG = Algorithm(reward, advantage, prompt_filter, no_control)
 
 # ----------------------------------------------------------------------------------------------------- step
 
@@ -277,8 +318,7 @@ def policy_gradient(
 def make_step(
     cfg: DecoderConfig,
     optimizer: optax.GradientTransformation,
-    advantage: Callable,
-    prompt_filter: Callable,
+    algorithm: Algorithm,
     *,
     axis: str,
     micro_rows: int,
@@ -299,10 +339,16 @@ def make_step(
         # Tokens are small beside the work they cause, so everything is gathered and each device takes what it is dealt.
         batch: Rollout = jax.lax.all_gather(rollout, axis, tiled=True)
         verdicts = batch.correct, batch.called, batch.formatted
-        r, reward_state = reward(state.reward, *verdicts, batch.cloud_correct)
-        keep, filter_state = prompt_filter(state.filter, batch.correct, batch.cloud_correct, batch.cloud_known, key)
-        A = advantage(r)
-        signal = keep & (r != r[:, :1]).any(axis=1)  # by reward: a rounded mean leaves equal rewards an advantage
+        r, reward_state = algorithm.reward(state.reward, *verdicts, batch.cloud_correct)
+        verdicts = batch.correct, batch.cloud_correct, batch.cloud_known
+        keep, filter_state = algorithm.prompt_filter(state.filter, r, *verdicts, key)
+        cost, price = batch.called.astype(jnp.float32), state.filter.price
+        A = algorithm.advantage(r, batch.mask) - price * algorithm.advantage(cost, batch.mask)
+        # By what they earned: a rounded mean leaves equal rewards an advantage.
+        differ = lambda x: (x != x[:, :1]).any(axis=1)  # noqa: E731
+        signal = keep & (differ(r) | (price != 0) & differ(cost))
+        call_rate = cost.mean()
+        reward_state, filter_state = algorithm.control(reward_state, filter_state, call_rate)
 
         Q = keep.shape[0]
         work = signal * batch.mask.sum((1, 2))  # a prompt's tokens
@@ -346,7 +392,9 @@ def make_step(
         metrics = {
             "reward": r.mean(),
             "local_accuracy": batch.correct.mean(),  # of all responses, calls included
-            "call_rate": batch.called.mean(),
+            "call_rate": call_rate,
+            "alpha_c": state.reward.alphas[1],  # what a right call earned
+            "price": price,  # what a call was charged
             "formatted": batch.formatted.mean(),
             "d1": d1.sum(),
             "d2": d2.sum(),

@@ -105,7 +105,7 @@ def collect(
     params,
     text: Text,
     task: Task,
-    cloud: CachedCloud,
+    cloud: CachedCloud | None,
     examples: Sequence[Example],
     prompts: np.ndarray,
     prompt_mask: np.ndarray,
@@ -116,7 +116,7 @@ def collect(
     """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled with the key of (seed, step).
 
     Responses are judged, and the cloud is asked on a prompt whose responses have all ended, while the devices sample the
-    rest. `meanwhile` is called once, when they have just begun.
+    rest; without a cloud none is asked, and none is right. `meanwhile` is called once, when they have just begun.
     """
     D, Q, G = jax.local_device_count(), len(examples), sample.settings.group
     prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
@@ -138,7 +138,7 @@ def collect(
         open_rows[:] -= now.sum(1)
         correct, called, _ = verdicts
         needed = np.flatnonzero((open_rows == 0) & now.any(1) & (called.any(1) | ~correct.any(1)))
-        if needed.size:
+        if needed.size and cloud:
             answers = ask_cloud(task, cloud, [examples[q] for q in needed])
             cloud_correct[needed], cloud_known[needed] = answers[:2]
             totals[:] += len(needed), *answers[2:]

@@ -66,7 +66,8 @@ def check_config(config: ConfigDict) -> None:
         "config.decode.segments and slot_counts must be at least 1",
     )
     need(config.eval.prompts >= 0, f"config.eval.prompts={config.eval.prompts} must be at least 0")
-    for key, known in (("advantage", algorithms.ADVANTAGES), ("filter", algorithms.FILTERS)):
+    need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")
+    for key, known in algorithms.PARTS.items():
         need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")
     for name, size in (("prompts_per_step", config.prompts_per_step), ("eval.batch_size", config.eval.batch_size)):
         need(

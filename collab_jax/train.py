@@ -64,8 +64,7 @@ def make_step(run: Run):
     body = gapg.make_step(
         run.cfg,
         run.optimizer,
-        algorithms.ADVANTAGES[config.algorithm.advantage],
-        algorithms.FILTERS[config.algorithm.filter],
+        algorithms.make_algorithm(config),
         axis=parallel.AXIS,
         micro_rows=config.train.micro_rows,
         lengths=gapg.cut_lengths(config.max_new_tokens, config.train.lengths),
@@ -110,6 +109,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     )  # a long one stops here
     sample = rollout.make_sampler(run.cfg, run.text, config, group=config.group, temperature=config.temperature)
     step = make_step(run)
+    cloud = run.cloud if algorithms.needs_cloud(config) else None
     writer = metrics.MetricsWriter(run.workdir, first)
     warned: set[str] = set()
     ready = time.monotonic()  # when the devices were done with the last update
@@ -141,7 +141,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             chosen = prompt_indices(config.seed, i, Q, len(examples))
             batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
             collected = rollout.collect(
-                sample, state.params, run.text, run.task, run.cloud, *batch, config.seed, i, meanwhile=previous
+                sample, state.params, run.text, run.task, cloud, *batch, config.seed, i, meanwhile=previous
             )
             sampled = time.monotonic()
             # ----------------------------------------------------------------------------------------- update

@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     config.task.data_seed = 0  # of the data set, not of a run
     config.task.demo_length = 56  # longest demonstration, in tokens of the tiny vocabulary
     config.task.demo_give_up = 0.15  # share of demonstrations that end with the marker
+    config.task.demo_guess = 0.2  # share that answer with an attempt that failed, and claim it where it came near
 
     config.cloud = ConfigDict()
     config.cloud.kind = "simulated"  # the task's exact solver
@@ -62,8 +63,11 @@ def get_config() -> ConfigDict:
     config.reward.alpha_f = 0.2  # well formed and local
 
     config.algorithm = ConfigDict()
-    config.algorithm.advantage = "gapg"  # gapg | grpo
-    config.algorithm.filter = "d1d2"  # d1d2 | none
+    config.algorithm.reward = "hierarchical"  # hierarchical | task: as if the cloud were never right
+    config.algorithm.advantage = "gapg"  # gapg (leave-one-out, RLOO) | grpo | dr_grpo
+    config.algorithm.filter = "d1d2"  # d1d2 | zero_variance | none
+    config.algorithm.control = "none"  # of the share of calls: lagrangian (DA-GRPO) | dual_alpha_c | none
+    config.algorithm.control_rate = 0.02  # how far a step moves the control's variable, in reward per share of calls
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 5e-5  # AdamW, after the warm-up

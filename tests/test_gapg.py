@@ -16,6 +16,7 @@ from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig
 
 T, F = True, False
+NO_REWARD, NO_MASK = jnp.nan, None  # where the paper's own parts do not look
 
 # -------------------------------------------------------------------------------------------------- reward
 
@@ -43,7 +44,9 @@ def filter_batch(state, d1, d2, lost=0, unknown=0, seed=0):
     correct[:d1, 1] = True
     cloud = np.array([F] * d1 + [T] * d2 + [F] * (lost + unknown))
     known = np.array([T] * (d1 + d2 + lost) + [F] * unknown)
-    return gapg.prompt_filter(state, jnp.array(correct), jnp.array(cloud), jnp.array(known), jax.random.key(seed))
+    return gapg.prompt_filter(
+        state, NO_REWARD, jnp.array(correct), jnp.array(cloud), jnp.array(known), jax.random.key(seed)
+    )
 
 
 def test_budget_is_a_share_and_rho_a_ratio():
@@ -73,7 +76,7 @@ def test_unknown_verdicts_and_cloud_errors_are_in_neither_class():
     keep, state = filter_batch(state, d1=2, d2=0, lost=3, unknown=3)
     assert keep.tolist() == [T, T] + [F] * 6
     solved_but_unknown = gapg.prompt_filter(
-        state, jnp.ones((1, 2), bool), jnp.array([F]), jnp.array([F]), jax.random.key(0)
+        state, NO_REWARD, jnp.ones((1, 2), bool), jnp.array([F]), jnp.array([F]), jax.random.key(0)
     )
     assert not solved_but_unknown[0].any()
 
@@ -86,7 +89,7 @@ def test_budget_zero_keeps_no_d2():
 @pytest.mark.parametrize("budget", [0.1, 0.3, 1 / 3, 0.7])
 def test_bound_holds_over_any_run(budget):
     rng, state, rho = np.random.default_rng(0), gapg.init_filter(budget), gapg.rho_of(budget)
-    run = jax.jit(lambda s, c, k: gapg.prompt_filter(s, c, ~c.any(1), jnp.ones(16, bool), k)[1])
+    run = jax.jit(lambda s, c, k: gapg.prompt_filter(s, NO_REWARD, c, ~c.any(1), jnp.ones(16, bool), k)[1])
     for i in range(100):
         correct = rng.random((16, 2)) < rng.random()
         state = run(state, jnp.array(correct), jax.random.key(i))
@@ -96,7 +99,7 @@ def test_bound_holds_over_any_run(budget):
 
 def test_every_d2_prompt_is_equally_likely():
     correct = jnp.array([[T]] * 7 + [[F]] * 6)
-    args = gapg.init_filter(0.3), correct, ~correct[:, 0], jnp.ones(13, bool)  # quota 3 of 6
+    args = gapg.init_filter(0.3), NO_REWARD, correct, ~correct[:, 0], jnp.ones(13, bool)  # quota 3 of 6
     keep = jax.vmap(lambda key: gapg.prompt_filter(*args, key)[0])(jax.random.split(jax.random.key(0), 2000))
     np.testing.assert_allclose(keep[:, 7:].mean(0), 0.5, atol=5 * (0.25 / 2000) ** 0.5)
 
@@ -106,15 +109,8 @@ def test_membership_is_by_correctness_not_by_reward():
     correct, called = jnp.array([[F, F]]), jnp.array([[T, F]])
     r, _ = gapg.reward(gapg.init_reward(2.0, 0.5, 0.2), correct, called, ~called, jnp.array([T]))
     assert (r > 0).all()
-    keep, _ = gapg.prompt_filter(gapg.init_filter(0.0), correct, jnp.array([T]), jnp.array([T]), jax.random.key(0))
+    keep, _ = gapg.prompt_filter(gapg.init_filter(0.0), r, correct, jnp.array([T]), jnp.array([T]), jax.random.key(0))
     assert not keep.any()
-
-
-def test_no_filter_keeps_all_known():
-    keep, state = algorithms.no_filter(
-        gapg.init_filter(0.3), jnp.array([[T], [F], [F]]), jnp.array([F, T, F]), jnp.array([T, T, F]), jax.random.key(0)
-    )
-    assert keep.tolist() == [T, T, F] and (state.kept, state.d1, state.d2) == (2, 1, 1)
 
 
 # ------------------------------------------------------------------------------------- advantage and gradient
@@ -123,13 +119,12 @@ def test_no_filter_keeps_all_known():
 def test_advantage_is_leave_one_out():
     r = jax.random.normal(jax.random.key(0), (5, 4))
     others = (r.sum(1, keepdims=True) - r) / 3
-    np.testing.assert_allclose(gapg.advantage(r), r - others, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gapg.advantage(r, NO_MASK), r - others, rtol=1e-5, atol=1e-6)
 
 
 def test_advantage_by_hand():
-    np.testing.assert_allclose(gapg.advantage(jnp.array([[2.2, 0.0], [0.5, 0.5]])), [[2.2, -2.2], [0, 0]], rtol=1e-6)
     np.testing.assert_allclose(
-        algorithms.grpo_advantage(jnp.array([[2.0, 0.0], [0.5, 0.0]])), [[1, -1], [1, -1]], rtol=1e-4
+        gapg.advantage(jnp.array([[2.2, 0.0], [0.5, 0.5]]), NO_MASK), [[2.2, -2.2], [0, 0]], rtol=1e-6
     )
 
 
@@ -139,7 +134,9 @@ def group_gradient(theta, group, rewards, r_state=None):
 
     def objective(theta):
         logp = jax.nn.log_softmax(theta)[group][None, :, None]
-        return gapg.loss(logp, jnp.ones((1, len(group), 1), bool), gapg.advantage(rewards[group][None]), len(group))
+        return gapg.loss(
+            logp, jnp.ones((1, len(group), 1), bool), gapg.advantage(rewards[group][None], NO_MASK), len(group)
+        )
 
     return jax.grad(objective)(theta)
 
@@ -174,7 +171,7 @@ def test_filter_changes_the_expected_gradient_by_a_hand_value():
         for group in itertools.product(range(3), repeat=2):
             correct = jnp.array(group)[None] == 0
             keep, _ = gapg.prompt_filter(
-                gapg.init_filter(0.0), correct, jnp.array([T]), jnp.array([T]), jax.random.key(0)
+                gapg.init_filter(0.0), NO_REWARD, correct, jnp.array([T]), jnp.array([T]), jax.random.key(0)
             )
             total += group_gradient(theta, group, rewards) / 9 * (keep[0] if filtered else 1)
         return total
@@ -235,9 +232,9 @@ def logprobs(params, batch):
     return decoder.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
 
 
-def body(micro_rows=4, lengths=(2, NEW), advantage=gapg.advantage, prompt_filter=gapg.prompt_filter):
+def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG):
     return gapg.make_step(
-        CFG, SGD, advantage, prompt_filter, axis="d", micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2
+        CFG, SGD, algorithm, axis="d", micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2
     )
 
 
@@ -262,12 +259,14 @@ def test_step_is_the_gradient_of_the_kept_prompts(stepped):
     """SGD with rate 1 shows the gradient; it equals the loss over the kept prompts divided by their number."""
     new, metrics = stepped
     old, batch = start(), rollout()
-    keep, _ = gapg.prompt_filter(old.filter, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5))
+    keep, _ = gapg.prompt_filter(
+        old.filter, NO_REWARD, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5)
+    )
     r, _ = gapg.reward(old.reward, batch.correct, batch.called, batch.formatted, batch.cloud_correct)
 
     def objective(params):
         logp = logprobs(params, batch)
-        return gapg.loss(logp, batch.mask, gapg.advantage(r) * keep[:, None], G) / keep.sum()
+        return gapg.loss(logp, batch.mask, gapg.advantage(r, NO_MASK) * keep[:, None], G) / keep.sum()
 
     grads = jax.grad(objective)(old.params)
     assert_close(jax.tree.map(jnp.subtract, old.params, new.params), grads, rtol=1e-3, atol=1e-5)
@@ -323,7 +322,9 @@ def test_work_is_that_of_the_responses_that_have_a_gradient():
 
 def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
     batch, old = rollout(), start()
-    keep, _ = gapg.prompt_filter(old.filter, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5))
+    keep, _ = gapg.prompt_filter(
+        old.filter, NO_REWARD, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5)
+    )
     tokens = np.where(np.asarray(keep)[:, None, None] & batch.mask, batch.tokens, 7)
     assert (tokens != batch.tokens).any()
     other, _ = one_step(batch.replace(tokens=tokens))
@@ -354,8 +355,8 @@ def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
     same = rollout().replace(
         correct=np.zeros((Q, G), bool), called=np.zeros((Q, G), bool), formatted=np.ones((Q, G), bool)
     )
-    grpo = body(advantage=algorithms.grpo_advantage, prompt_filter=algorithms.no_filter)
-    run = jax.pmap(grpo, axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:1])
+    grpo = gapg.GAPG._replace(advantage=algorithms.grpo_advantage, prompt_filter=algorithms.no_filter)
+    run = jax.pmap(body(algorithm=grpo), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:1])
     new, metrics = jax.device_get(run(start(), jax.tree.map(lambda x: x[None], same), jax.random.key(5)))
     assert metrics["no_signal"][0] == metrics["kept"][0] == Q and metrics["grad_norm"][0] == 0
 

@@ -17,7 +17,7 @@ def test_plan_is_near_what_the_compiler_reserves(small, changes):
     cfg = hf.config_from_hf(work.hf_config(load))
     optimizer = optim.make_optimizer(lambda _: 0.0, 0.0, 1.0)
     body = gapg.make_step(
-        cfg, optimizer, gapg.advantage, algorithms.no_filter, axis=parallel.AXIS, micro_rows=load.micro_rows,
+        cfg, optimizer, gapg.GAPG._replace(prompt_filter=algorithms.no_filter), axis=parallel.AXIS, micro_rows=load.micro_rows,
         lengths=(load.max_new,), temperature=1.0, chunk=config.train.logprob_chunk,
     )  # fmt: skip
     step = parallel.pmap(lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,))

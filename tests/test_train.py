@@ -184,7 +184,7 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"prompts_per_step": 7}, "multiple of the 2 devices"),
         ({"eval__batch_size": 3}, "multiple of the 2 devices"),
         ({"reward__alpha_c": 3.0}, "alpha_a=2.0 > alpha_c=3.0"),
-        ({"algorithm__advantage": "ppo"}, r"\['gapg', 'grpo'\]"),
+        ({"algorithm__advantage": "ppo"}, r"\['dr_grpo', 'gapg', 'grpo'\]"),
         ({"algorithm__filter": "d3"}, r"\['d1d2', 'none'\]"),
         ({"temperature": 0.0}, "temperature"),
         ({"optim__learning_rate": float("nan")}, "learning_rate=nan must be finite"),

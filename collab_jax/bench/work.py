@@ -209,8 +209,7 @@ def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case
     body = gapg.make_step(
         cfg,
         optimizer,
-        gapg.advantage,
-        algorithms.no_filter,
+        gapg.GAPG._replace(prompt_filter=algorithms.no_filter),
         axis=parallel.AXIS,
         micro_rows=load.micro_rows,
         lengths=gapg.cut_lengths(load.max_new, lengths),

@@ -279,31 +279,45 @@ def load(split: str, config) -> list[Example]:
 # ------------------------------------------------------------------------------------------- demonstrations
 
 
-def demonstrations(seed: int, config, marker: str) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response) of the train side: failed attempts, then a found solution, or the marker.
+NEAR = 10  # how far from the target a demonstrator that guesses still takes its result for right
 
-    Whether the demonstrator gives up is drawn without a look at the problem, and so is how many attempts fail, as far as
-    they fit: with four numbers a failure leaves no room for a solution, so there a failure is followed by the marker.
-    `config.demo_length` bounds a response's length (in characters; a tag, a verdict or a part of the marker counts one).
+
+def demonstrations(seed: int, config, marker: str) -> Iterator[tuple[Example, str]]:
+    """Endless (example, response) of the train side: failed attempts, then a found solution, the marker, or a guess.
+
+    A demonstrator gives up or guesses (`config.demo_give_up`, `demo_guess`: shares of demonstrations) without a look at the
+    problem, and how many attempts fail before is drawn so too, as far as they fit: with four numbers a failure leaves no room
+    for a solution. A guess answers with an attempt that failed, and claims that it is right where it came within NEAR of the
+    target: so a model that imitates is wrong at times without a word of doubt, as real ones are. `config.demo_length` bounds
+    a response's length (in characters; a tag, a verdict or a part of the marker counts one).
     """
     rng = random.Random(f"demonstrations {seed}")
+
+    def fail(numbers: tuple[int, ...], target: int) -> _Attempt | None:
+        found = min((_attempt(rng, numbers) for _ in range(3)), key=lambda a: abs(a.value - target))  # a fair try
+        return found if found.value != target else None
+
     for i, (numbers, target, solution) in enumerate(generate("train", seed, config)):
         example = Example(f"demonstration-{i}", f"{len(numbers)} numbers", (numbers, target))
-        gives_up = rng.random() < config.demo_give_up
-        room = config.demo_length - 5 - (0 if gives_up else len(solution.steps) + 2 + len(solution.expression))
+        draw = rng.random()
+        gives_up, guesses = draw < config.demo_give_up, 0 <= draw - config.demo_give_up < config.demo_guess
+        last = (fail(numbers, target) or solution) if guesses else solution  # a guess may hit
+        claims = abs(last.value - target) <= NEAR
+        ending = 0 if gives_up else len(last.steps) + 2 + len(last.expression) + (not claims)
+        room = config.demo_length - 5 - ending
         parts = []
         for _ in range(rng.choice((0, 1, 2, 2) if gives_up else (0, 0, 0, 1))):
-            failed = min((_attempt(rng, numbers) for _ in range(3)), key=lambda a: abs(a.value - target))  # a fair try
-            room -= len(failed.steps) + 2
+            failed = fail(numbers, target)
+            room -= len(failed.steps) + 2 if failed else 0
             if room < 0:
                 break
-            if failed.value != target:
+            if failed:
                 parts.append(f"{failed.steps} no")
         if gives_up:
             yield example, "<think>" + "\n".join([*parts, ""]) + marker
         else:
-            steps = "\n".join([*parts, f"{solution.steps} ok"])
-            yield example, f"<think>{steps}</think><answer>{solution.expression}</answer>"
+            steps = "\n".join([*parts, last.steps + (" ok" if claims else " no\n")])
+            yield example, f"<think>{steps}</think><answer>{last.expression}</answer>"
 
 
 # ------------------------------------------------------------------------------------------------- the task
