@@ -31,6 +31,7 @@ setup(
         "jinja2>=3.1",
         "numpy>=2",
         "scipy>=1.12",
+        "scikit-learn>=1.5",
         "pyarrow>=20",
         "matplotlib>=3.9",
         "tensorboardX>=2.6",

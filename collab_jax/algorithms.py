@@ -35,8 +35,30 @@ def grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
 
     r f32[Q, G], mask bool[Q, G, T].
     """
+    return standard_advantage(r, mask) / jnp.maximum(mask.sum(axis=2), 1)
+
+
+def standard_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
+    """(r_i - mean) / (std + 1e-6) over the group, f32[Q, G]: GRPO's without its mean over tokens.
+
+    r f32[Q, G]; the mask does not matter. A group that earned the same all over has none, whatever rounding makes of its mean.
+    """
+    del mask
     A = (r - r.mean(axis=1, keepdims=True)) / (r.std(axis=1, keepdims=True) + 1e-6)
-    return A / jnp.maximum(mask.sum(axis=2), 1)
+    return jnp.where((r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A)
+
+
+def by_kind(advantage: Callable, solo: int) -> Callable:
+    """`advantage` among the responses that may call, GAPG's among the first `solo` of each group, which may not.
+
+    So the ones learn when to call and the others to solve, as task tuning does; neither is measured against the other.
+    """
+
+    def both(r: jax.Array, mask: jax.Array) -> jax.Array:
+        own = gapg.advantage(r[:, :solo], mask[:, :solo])
+        return jnp.concatenate([own, advantage(r[:, solo:], mask[:, solo:])], axis=1)
+
+    return both if solo else advantage
 
 
 def dr_grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
@@ -111,7 +133,12 @@ def dual_alpha_c(rate: float) -> Callable:
 
 PARTS: dict[str, dict[str, Callable]] = {
     "reward": {"hierarchical": gapg.reward, "task": task_reward},
-    "advantage": {"gapg": gapg.advantage, "grpo": grpo_advantage, "dr_grpo": dr_grpo_advantage},
+    "advantage": {
+        "gapg": gapg.advantage,
+        "grpo": grpo_advantage,
+        "dr_grpo": dr_grpo_advantage,
+        "standard": standard_advantage,
+    },
     "filter": {"d1d2": gapg.prompt_filter, "zero_variance": zero_variance_filter, "none": no_filter},
     "control": {"none": lambda rate: gapg.no_control, "lagrangian": lagrangian, "dual_alpha_c": dual_alpha_c},
 }
@@ -121,7 +148,7 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
     """The Algorithm that `config.algorithm` names."""
     part = {name: functions[config.algorithm[name]] for name, functions in PARTS.items()}
     control = part["control"](config.algorithm.control_rate)
-    return Algorithm(part["reward"], part["advantage"], part["filter"], control)
+    return Algorithm(part["reward"], by_kind(part["advantage"], config.algorithm.solo), part["filter"], control)
 
 
 def needs_cloud(config: ConfigDict) -> bool:

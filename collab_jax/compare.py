@@ -1,162 +1,220 @@
-"""What routing is worth, from records alone (no jax): frontiers by replay, with 95 % intervals.
+"""What routing is worth, from records alone (no jax, no model): ours, or anybody's recorded answers.
 
-A router is one score for each prompt, higher meaning "send it to the cloud". Replaying a score at a budget sends the
-highest-ranked share of prompts and reads the outcome from the records: the cloud's verdict for those, the device's own
-for the rest. Every rate's denominator is all prompts.
+    python -m collab_jax.compare --records A.parquet B.parquet --out DIR
+
+compares every router that the records have the columns for (`routers/`), by replay on the same prompts, and writes
+compare.json, compare.md and frontier.png. A table may have a name, and a file for each of its seeds:
+
+    --records gapg=runs/gapg-0/after.parquet,runs/gapg-1/after.parquet --fit gapg=runs/gapg-0/fit.parquet,runs/gapg-1/fit.parquet
+
+`--fit` gives learned routers the records of other prompts to be fitted on. Intervals are of 95 %, from a bootstrap over
+seeds and prompts; those of a difference are paired.
 """
 
-from collections.abc import Callable
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-Records = dict[str, np.ndarray]  # a column each, [n]; evaluate.py documents them
-Rate = dict[str, float]  # value, low, high
+from collab_jax import measures, records, report, routers
+from collab_jax.errors import UserError
+from collab_jax.measures import estimate
+from collab_jax.records import Records
+from collab_jax.summary import BUDGETS
 
-BUDGETS = (0.1, 0.2, 0.3)
-_Z = float(stats.norm.ppf(0.975))
-
-
-_FIRST = 1e6  # above every margin and every summed log-probability
+# ---------------------------------------------------------------------------------------- models and routers
 
 
-def no_answer(records: Records) -> np.ndarray:
-    """bool[n]: with the marker disallowed, cut off or not well formed; every router but the perfect one sends these first."""
-    return ~(records["ended"] & records["formatted"])
+class Model(NamedTuple):
+    """A model's records, a table for each seed, and what its learned routers are fitted on: a table each, or None."""
+
+    seeds: list[Records]
+    fit_on: list[Records | None]
 
 
-def margin_score(records: Records) -> np.ndarray:
-    """The trained decision: max_t m_t with the marker disallowed; what has no answer first, by margin too."""
-    return records["margin"] + _FIRST * no_answer(records)
+def score_all(models: Mapping[str, Model]) -> dict[str, list[tuple[Records, np.ndarray]]]:
+    """ "MODEL: ROUTER" -> (records, score) of each seed, for every router that all of a model's seeds have columns for."""
+    first = next(iter(models.values())).seeds[0]
+    methods = {}
+    for name, model in models.items():
+        tables = [
+            records.align(first, table, "the first table", f"{name}, seed {i}") for i, table in enumerate(model.seeds)
+        ]
+        pairs = list(zip(tables, model.fit_on, strict=True))
+        shared = [
+            router for router in routers.possible(*pairs[0]) if all(router in routers.possible(*p) for p in pairs)
+        ]
+        for router in shared:
+            methods[f"{name}: {router}"] = [(table, routers.score(router, table, fit)) for table, fit in pairs]
+    return methods
 
 
-def logprob_score(records: Records) -> np.ndarray:
-    """The log-probability gate: minus the response's summed log-probability; what has no answer first, likewise."""
-    return -records["logp"] + _FIRST * no_answer(records)
-
-
-def oracle_score(records: Records) -> np.ndarray:
-    """The perfect router: first what only the cloud gets right, last what only the device does."""
-    return records["cloud_correct"].astype(float) - records["local_correct"]
-
-
-ROUTERS: dict[str, Callable[[Records], np.ndarray]] = {
-    "margin": margin_score,
-    "logprob": logprob_score,
-    "oracle": oracle_score,
-}
-
-
-def rate(outcomes: np.ndarray) -> Rate:
-    """Share of True of bool[n], with Wilson's interval."""
-    k, n = int(outcomes.sum()), len(outcomes)
-    interval = stats.binomtest(k, n).proportion_ci(method="wilson")
-    return {"value": k / n, "low": float(interval.low), "high": float(interval.high)}
-
-
-def mean(values: np.ndarray) -> Rate:
-    """Mean of f[n] with the normal interval; of paired differences, a paired interval."""
-    half = _Z * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"value": float(values.mean()), "low": float(values.mean()) - half, "high": float(values.mean()) + half}
-
-
-def replay(records: Records, score: np.ndarray, budget: float) -> np.ndarray:
-    """Outcomes bool[n] when the floor(budget * n) highest scores go to the cloud; equal scores in the records' order."""
-    n = len(score)
-    sent = np.zeros(n, bool)
-    sent[np.argsort(-score, kind="stable")[: int(budget * n + 1e-9)]] = True
-    return np.where(sent, records["cloud_correct"], records["local_correct"])
-
-
-def random_outcomes(records: Records, budget: float) -> np.ndarray:
-    """Expected outcomes f[n] of sending floor(budget * n) prompts at random: closed form, no draw."""
-    n = len(records["local_correct"])
-    share = int(budget * n + 1e-9) / n
-    return (1 - share) * records["local_correct"] + share * records["cloud_correct"]
-
-
-def auc(records: Records, score: np.ndarray) -> float | None:
-    """Probability that a prompt the device gets wrong outranks one it gets right; None where there is only one kind."""
-    wrong = ~records["local_correct"]
-    positives, negatives = int(wrong.sum()), int((~wrong).sum())
-    if not positives or not negatives:
-        return None
-    ranks = stats.rankdata(score)
-    return float((ranks[wrong].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def at_budget(records: Records, budget: float) -> dict[str, Rate | float | None]:
-    """Overall accuracy of every router at one budget, margin's lead over random, and its share of the perfect router's."""
-    outcomes = {name: replay(records, score(records), budget) for name, score in ROUTERS.items()}
-    random = random_outcomes(records, budget)
-    table: dict[str, Rate | float | None] = {name: rate(o) for name, o in outcomes.items()}
-    table["random"] = mean(random)
-    table["margin_over_random"] = mean(outcomes["margin"] - random)
-    gain = outcomes["oracle"].mean() - random.mean()
-    table["oracle_gain_share"] = float((outcomes["margin"].mean() - random.mean()) / gain) if gain > 0 else None
-    return table
-
-
-def summary(records: Records) -> dict:
-    """The figures of one evaluation, as report.json holds them (`before`, `after`)."""
-    n = len(records["local_correct"])
-    decided = records["natural_called"]
-    answered = {name: column[~no_answer(records)] for name, column in records.items()}
-    free = int(records["natural_completed"].sum())
+def compare(
+    models: Mapping[str, Model], budgets: Sequence[float] = BUDGETS, resamples: int = 1000, reference: str = ""
+) -> dict:
+    """The figures of compare.json: of every "MODEL: ROUTER" its accuracy at each budget with the paired difference of the
+    reference to it (reference - method), APGR, CPT, AUC, counts; the reference is the first model's margin, or its first router.
+    """
+    methods = score_all(models)
+    default = f"{next(iter(models))}: margin"
+    reference = reference or (default if default in methods else next(iter(methods)))
+    if reference not in methods:
+        raise UserError(f"no method {reference!r} to compare with: use one of {sorted(methods)}")
+    f = measures.frontiers(methods, sorted({*measures.GRID, *budgets}), resamples)
+    table = {}
+    for name, runs in methods.items():
+        perfect = f.accuracy.get(f"{name.rsplit(': ', 1)[0]}: perfect")
+        at = {}
+        for b in budgets:
+            counts = [measures.sent_counts(t, s, b) for t, s in runs]
+            at[str(b)] = {
+                "accuracy": estimate(f.at(name, b)),
+                "reference_minus_this": estimate(f.at(reference, b) - f.at(name, b)),
+                "perfect_share": estimate(measures.perfect_share(f.rates, f.accuracy[name], perfect)[:, f.column(b)]),
+                **{key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
+            }
+        curve = f.accuracy[name]
+        table[name] = {
+            "at_budget": at,
+            "area": estimate(measures.area(f.rates, curve)),
+            "apgr": estimate(measures.apgr(f.rates, curve)),
+            "cpt_50": estimate(measures.cpt(f.rates, curve, 0.5)),
+            "cpt_80": estimate(measures.cpt(f.rates, curve, 0.8)),
+            "auc": _mean([_auc_of(t, s) for t, s in runs]),
+            "auc_by_stratum": _mean_by_key([measures.auc_by_stratum(t, s) for t, s in runs]),
+            "frontier": [float(x) for x in curve[0]],
+        }
     return {
-        "n": n,
-        "local_accuracy": rate(records["local_correct"]),
-        "cloud_accuracy": rate(records["cloud_correct"]),
-        "natural": {
-            "call_rate": rate(decided),
-            "local_share": rate(~decided & records["natural_ended"]),  # answered on the device, right or wrong
-            "local_correct": rate(~decided & records["natural_correct"]),
-            "overall_accuracy": rate(np.where(decided, records["cloud_correct"], records["natural_correct"])),
-            # of the calls, how many free decoding wrote to the end
-            "marker_completed": free / int(decided.sum()) if decided.any() else None,
+        "prompts": len(next(iter(models.values())).seeds[0]["id"]),
+        "seeds": {name: len(model.seeds) for name, model in models.items()},
+        "resamples": resamples,
+        "budgets": list(budgets),
+        "call_rates": [float(x) for x in f.rates],
+        "reference": reference,
+        "local_accuracy": {
+            m: float(np.mean([t["local_correct"].mean() for t in model.seeds])) for m, model in models.items()
         },
-        "at_budget": {str(b): at_budget(records, b) for b in BUDGETS},
-        "device_tokens": {
-            "local": float(records["tokens"].mean()),
-            "natural": float(records["natural_tokens"].mean()),  # up to the decision token where it called
-        },
-        "no_answer": rate(no_answer(records)),
-        "cloud_unknown": rate(~records["cloud_known"]),  # failed calls; they count as wrong
-        "auc": {name: auc(records, ROUTERS[name](records)) for name in ("margin", "logprob")},
-        "auc_answered": {name: auc(answered, ROUTERS[name](answered)) for name in ("margin", "logprob")},
-        "local_accuracy_by_stratum": {
-            str(s): rate(records["local_correct"][records["stratum"] == s]) for s in np.unique(records["stratum"])
-        },
+        "cloud_accuracy": float(next(iter(models.values())).seeds[0]["cloud_correct"].mean()),
+        "methods": table,
     }
 
 
-def gains(before: Records, after: Records) -> dict[str, Rate]:
-    """Paired differences, after - before, on the same prompts. Raises ValueError where the prompts differ."""
-    if not all(np.array_equal(before[name], after[name]) for name in ("id", "prompt")):
-        raise ValueError("the two records are of different prompts")
-    table = {"local_accuracy": mean(after["local_correct"].astype(float) - before["local_correct"])}
-    for b in BUDGETS:
-        a, z = (replay(r, margin_score(r), b).astype(float) for r in (after, before))
-        table[f"margin_at_{b}"] = mean(a - z)
-    return table
+def _auc_of(table: Records, score: np.ndarray) -> float | None:
+    right = table["local_correct"]
+    return measures.auc(table, score) if right.any() and not right.all() else None
 
 
-def frontier(records: Records, name: str, points: int = 101) -> tuple[np.ndarray, np.ndarray]:
-    """(call rates [points], overall accuracies [points]) of a router, or of "random", by replay at every budget."""
-    budgets = np.linspace(0, 1, points)
-    outcomes = [
-        random_outcomes(records, b) if name == "random" else replay(records, ROUTERS[name](records), b) for b in budgets
-    ]
-    return budgets, np.array([o.mean() for o in outcomes])
+def _mean(values: list[float | None]) -> float | None:
+    return None if any(v is None for v in values) else float(np.mean(values))
 
 
-def examples_to_show(records: Records) -> list[tuple[str, int]]:
-    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed; those that occur."""
-    asked, right = records["natural_called"], records["natural_correct"]
-    kinds = {
-        "solved on the device": ~asked & right,
-        "rightly asked the cloud": asked & ~records["local_correct"] & records["cloud_correct"],
-        "asked, though it would have solved it": asked & records["local_correct"],
-        "stayed, and was wrong": ~asked & ~right,
+def _mean_by_key(tables: list[dict[str, float | None]]) -> dict[str, float | None]:
+    return {key: _mean([table[key] for table in tables]) for key in tables[0]}
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def markdown(result: dict) -> str:
+    """compare.md: accuracy of every method at each budget, its figures, and by how much the reference is ahead."""
+    head = ["method", *(f"{100 * b:g} % calls" for b in result["budgets"]), "APGR", "CPT 50 / 80 %", "AUC"]
+    number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
+    lines, ahead = [], []
+    for name, method in result["methods"].items():
+        at = method["at_budget"].values()
+        cpt = " / ".join(number(_times(method[key]["value"])) for key in ("cpt_50", "cpt_80"))
+        apgr = number(method["apgr"]["value"], 3)
+        lines.append([name, *(report.percent(a["accuracy"]) for a in at), apgr, cpt, number(method["auc"], 3)])
+        ahead.append([name, *(_points(a["reference_minus_this"]) for a in at)])
+    seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
+    return (
+        f"# Routers compared\n\n{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with 95 % "
+        f"intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: RouteLLM's; AUC: of \"the device is "
+        f'wrong".\n\n{report.table(head, lines)}\n\n## {result["reference"]} against the others, points\n\n'
+        f"{report.table(head[: 1 + len(result['budgets'])], ahead)}\n\n![accuracy against call rate](frontier.png)\n"
+    )
+
+
+def _times(x: float | None) -> float | None:
+    return None if x is None else 100 * x
+
+
+def _points(rate: dict) -> str:
+    return f"{100 * rate['value']:+.1f} ({100 * rate['low']:+.1f} to {100 * rate['high']:+.1f})"
+
+
+def write(out: pathlib.Path, result: dict) -> str:
+    """Writes compare.json, compare.md and frontier.png to the folder `out`; returns what to show on the screen."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(result)
+    (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "compare.md").write_text(text)
+    curves = {name: method["frontier"] for name, method in result["methods"].items()}
+    report.plot_curves(out / "frontier.png", result["call_rates"], curves)
+    return text.split("![")[0] + f"wrote {out}: compare.md, compare.json, frontier.png"
+
+
+def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
+    """ "NAME=FILE,FILE" or "FILE" -> files by name; a file without a name is called after itself, and its folder if need be."""
+    found: dict[str, list[pathlib.Path]] = {}
+    alone = [pathlib.Path(word).stem for word in words if "=" not in word]
+    for word in words:
+        name, _, files = word.rpartition("=")
+        paths = [pathlib.Path(file) for file in files.split(",")]
+        if not name:
+            name = paths[0].stem if alone.count(paths[0].stem) == 1 else f"{paths[0].parent.name}/{paths[0].stem}"
+        if name in found:
+            raise UserError(f"two tables are called {name!r}: give them names, as --records first={paths[0]}")
+        found[name] = paths
+    return found
+
+
+def load(words: Sequence[str], fit_words: Sequence[str]) -> dict[str, Model]:
+    """The models of the command line. Raises UserError where a --fit does not go with a --records."""
+    tables, fits = parse_tables(words), parse_tables(fit_words)
+    for name, files in fits.items():
+        if len(files) != len(tables.get(name, ())):
+            raise UserError(
+                f"--fit {name} has {len(files)} files, --records {name} {len(tables.get(name, ()))}: one for each seed"
+            )
+    read = lambda files: [records.read(file) for file in files]  # noqa: E731
+    return {
+        name: Model(read(files), read(fits[name]) if name in fits else [None] * len(files))
+        for name, files in tables.items()
     }
-    return [(kind, int(np.flatnonzero(rows)[0])) for kind, rows in kinds.items() if rows.any()]
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_jax.compare", description="Routers compared, from records alone."
+    )
+    parser.add_argument(
+        "--records", nargs="+", required=True, metavar="[NAME=]FILE[,FILE]", help="a table, one file a seed"
+    )
+    parser.add_argument(
+        "--fit", nargs="+", default=[], metavar="NAME=FILE[,FILE]", help="what learned routers are fitted on"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="folder for compare.json, compare.md, frontier.png"
+    )
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=BUDGETS, help="shares of prompts that go to the cloud"
+    )
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--reference", default="", metavar="NAME: ROUTER", help="what the others are compared with")
+    args = parser.parse_args(argv)
+    result = compare(load(args.records, args.fit), args.budgets, args.resamples, args.reference)
+    print(write(args.out, result))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -5,11 +5,7 @@
 evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes `eval.parquet` and
 `eval.json`. One pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
 decision at every budget (`sampler.py`).
-
-Columns of the records: id, stratum, prompt; cloud_known, cloud_correct; of the pass with the marker disallowed: text,
-local_correct, formatted, ended, tokens (EOS in), logp (summed), margin (largest), margins (the trace, a list); of the
-natural pass: natural_text, natural_called (the decision token came at a decision state), natural_completed (and free
-decoding finished the marker), natural_correct, natural_ended, natural_tokens (up to the decision token where it called).
+`records.py` documents the columns.
 """
 
 import json
@@ -17,18 +13,16 @@ import pathlib
 
 import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import cli, compare, parallel, rollout
+from collab_jax import cli, parallel, records, rollout, summary
 from collab_jax import run as runs
-from collab_jax.cloud import CachedCloud
-from collab_jax.compare import Records
+from collab_jax.cloud import CachedCloud, Reply
 from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
 from collab_jax.models.text import Text
+from collab_jax.records import Records
 from collab_jax.run import Run
 from collab_jax.tasks import Example, Task
 
@@ -50,23 +44,33 @@ def evaluate(
                 samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
                 passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
-            correct, known, _, _ = rollout.ask_cloud(task, cloud, batch)
-            rows += [_row(task, e, i, correct[i], known[i], passes) for i, e in enumerate(batch)]
+            correct, known, answers = rollout.ask_cloud(task, cloud, batch)
+            rows += [
+                _row(task, e, i, passes)
+                | {"cloud_correct": correct[i], "cloud_known": known[i]}
+                | _cost(answers.replies[i])
+                for i, e in enumerate(batch)
+            ]
             bar.update(len(batch))
-    return {column: _column([row[column] for row in rows]) for column in rows[0]}
+    return records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
 
 
-def _row(task: Task, example: Example, i: int, cloud_correct, cloud_known, passes) -> dict:
+def _cost(reply: Reply | None) -> dict:
+    if reply is None:
+        return {"cloud_tokens": 0, "cloud_usd": 0.0}
+    return {"cloud_tokens": reply.input_tokens + reply.output_tokens, "cloud_usd": reply.usd}
+
+
+def _row(task: Task, example: Example, i: int, passes) -> dict:
     local, verdicts = passes["local"]
     natural, natural_verdicts = passes["natural"]
     crossing = natural.margins[i] > 0
     called = bool(crossing.any())
     return {
         "id": example.id,
+        "task": task.name,
         "stratum": example.stratum,
         "prompt": task.prompt(example)[-1]["content"],
-        "cloud_known": bool(cloud_known),
-        "cloud_correct": bool(cloud_correct),
         "text": verdicts.texts[i],
         "local_correct": bool(verdicts.correct[i]),
         "formatted": bool(verdicts.formatted[i]),
@@ -81,35 +85,6 @@ def _row(task: Task, example: Example, i: int, cloud_correct, cloud_known, passe
         "natural_correct": bool(natural_verdicts.correct[i]),
         "natural_ended": bool(natural.ended[i]),
         "natural_tokens": int(crossing.argmax()) + 1 if called else int(natural.mask[i].sum()),
-    }
-
-
-def _column(values: list) -> np.ndarray:
-    if isinstance(values[0], np.ndarray):
-        column = np.empty(len(values), object)
-        column[:] = values
-        return column
-    return np.array(values)
-
-
-def write(path: pathlib.Path, records: Records) -> None:
-    """Records to a parquet file, complete or not at all."""
-    beside = path.with_suffix(".tmp")
-    pq.write_table(pa.table({name: list(column) for name, column in records.items()}), beside)
-    beside.replace(path)
-
-
-def read(path: pathlib.Path) -> Records:
-    """Records from a parquet file. Raises UserError where it is not one."""
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"cannot read {path} ({' '.join(str(error).split())[:120]}): delete it to evaluate again"
-        ) from None
-    return {
-        name: _column([np.array(v, np.float32) if isinstance(v, list) else v for v in table[name].to_pylist()])
-        for name in table.column_names
     }
 
 
@@ -133,13 +108,13 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
     state = parallel.replicate(runs.load_state(run))
-    records = evaluate_state(run, greedy_sampler(run), state, workdir.name)
-    write(workdir / "eval.parquet", records)
-    summary = {"step": int(state.step[0]), **compare.summary(records)}
-    (workdir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
-    natural = summary["natural"]
+    table = evaluate_state(run, greedy_sampler(run), state, workdir.name)
+    records.write(workdir / "eval.parquet", table)
+    figures = {"step": int(state.step[0]), **summary.summary(table)}
+    (workdir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")
+    natural = figures["natural"]
     print(
-        f"step {summary['step']}, {summary['n']} prompts: local accuracy {summary['local_accuracy']['value']:.1%}, natural calls "
+        f"step {figures['step']}, {figures['n']} prompts: local accuracy {figures['local_accuracy']['value']:.1%}, natural calls "
         f"{natural['call_rate']['value']:.1%}, overall {natural['overall_accuracy']['value']:.1%}; wrote {workdir / 'eval.json'}"
     )
     return 0

@@ -85,6 +85,7 @@ class Rollout:
     formatted: jax.Array  # bool[Q, G]
     cloud_correct: jax.Array  # bool[Q], the cloud's verdict where it was needed
     cloud_known: jax.Array  # bool[Q], False only where the verdict was needed and the cloud failed
+    barred: jax.Array | None = None  # i32[Q, G, T], the token that was disallowed there, or -1; None: none was
 
 
 def zero() -> jax.Array:
@@ -287,11 +288,12 @@ def policy_gradient(
         at = prompts[place[chosen]], of[chosen]
 
         def cut(width):
-            tokens, mask, sampled = (x[at][:, :width] for x in (batch.tokens, batch.mask, batch.logp))
+            rows = batch.tokens, batch.mask, batch.logp, batch.barred
+            tokens, mask, sampled, barred = jax.tree.map(lambda x: x[at][:, :width], rows)
 
             def objective(params, kv):
                 prompt = batch.prompt_mask[at[0]]
-                logp = decoder.continued_logprobs(params, cfg, *kv, prompt, tokens, temperature, chunk)
+                logp = decoder.continued_logprobs(params, cfg, *kv, prompt, tokens, temperature, chunk, barred)
                 drift = jnp.abs(logp - sampled) * mask * weight[:, None]
                 return loss(logp, mask, A[at] * weight, G), (drift.sum(), drift.max())
 

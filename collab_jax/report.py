@@ -10,17 +10,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from collab_jax import compare  # noqa: E402
+from collab_jax import measures, summary  # noqa: E402
 from collab_jax.cloud import Ledger  # noqa: E402
-from collab_jax.compare import Records  # noqa: E402
+from collab_jax.records import Records  # noqa: E402
+from collab_jax.routers import ROUTERS, score  # noqa: E402
 
-_COLOURS = {"margin": "#c0392b", "logprob": "#2874a6", "random": "#7f8c8d", "oracle": "#1e8449"}
-_LABELS = {
-    "margin": "trained marker (margin)",
-    "logprob": "log-probability gate",
-    "random": "random",
-    "oracle": "perfect router",
-}
+_COLOURS = {"margin": "#c0392b", "logprob": "#2874a6", "random": "#7f8c8d", "perfect": "#1e8449"}
 
 
 def write(
@@ -35,9 +30,9 @@ def write(
     """Writes the report's files into `workdir`; returns the summary for the screen."""
     prompts = int(filter_state.prompts)
     report = {
-        "before": compare.summary(before),
-        "after": compare.summary(after),
-        "gain": compare.gains(before, after),
+        "before": summary.summary(before),
+        "after": summary.summary(after),
+        "gain": summary.gains(before, after),
         "budget": config.budget,
         "steps": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
@@ -65,6 +60,13 @@ def percent(rate: dict) -> str:
     return f"{100 * rate['value']:.1f} ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
+    return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
 def markdown_table(report: dict) -> str:
     """Before against after, in percent of all prompts, with 95 % intervals."""
     before, after = report["before"], report["after"]
@@ -74,18 +76,17 @@ def markdown_table(report: dict) -> str:
         ("natural: share of calls", lambda m: percent(m["natural"]["call_rate"])),
         ("natural: overall accuracy", lambda m: percent(m["natural"]["overall_accuracy"])),
     ]
-    for budget in compare.BUDGETS:
-        for name in ("margin", "logprob", "random", "oracle"):
+    for budget in summary.BUDGETS:
+        for name in summary.SUMMARY_ROUTERS:
             lines.append(
                 (
-                    f"{100 * budget:.0f} % calls: {_LABELS[name]}",
+                    f"{100 * budget:.0f} % calls: {ROUTERS[name].title}",
                     lambda m, b=budget, r=name: percent(m["at_budget"][str(b)][r]),
                 )
             )
     lines.append(("cloud alone (100 % calls)", lambda m: percent(m["cloud_accuracy"])))
-    width = max(len(title) for title, _ in lines)
-    head = f"| {'% of prompts (95 % interval)':{width}} | {'before':21} | {'after':21} |\n|{'-' * (width + 2)}|{'-' * 23}|{'-' * 23}|"
-    return "\n".join([head, *(f"| {title:{width}} | {get(before):21} | {get(after):21} |" for title, get in lines)])
+    rows = [[title, get(before), get(after)] for title, get in lines]
+    return table(["% of prompts (95 % interval)", "before", "after"], rows)
 
 
 def closing(report: dict) -> str:
@@ -95,13 +96,13 @@ def closing(report: dict) -> str:
     ties = (
         f"\nWith the marker disallowed {first:.0%} of the responses have no answer. Every router sends these first, so up to that "
         "share of calls routers differ only in their order among these."
-        if first > compare.BUDGETS[0]
+        if first > summary.BUDGETS[0]
         else ""
     )
     points = lambda r: f"{100 * r['value']:+.1f} points ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})"  # noqa: E731
     return (
         f"At 30 % calls by margin: {points(gain['margin_at_0.3'])} over the start; {points(at['margin_over_random'])} over random; "
-        f"{'all' if at['oracle_gain_share'] is None else format(at['oracle_gain_share'], '.0%')} of the perfect router's gain.\n"
+        f"{'all' if at['perfect_gain_share'] is None else format(at['perfect_gain_share'], '.0%')} of the perfect router's gain.\n"
         f"On the device alone: {points(gain['local_accuracy'])}.\n"
         f"{report['steps']} steps in {report['seconds']:.0f} s; the filter dropped {report['filter_dropped']:.1%} of the prompts; "
         f"{report['cloud_calls']} cloud answers in the store, evaluation included ({report['cloud']['usd']:.2f} USD).{ties}"
@@ -114,7 +115,7 @@ def markdown(report: dict, table: str, after: Records) -> str:
     algorithm = f"advantage `{config['algorithm']['advantage']}`, filter `{config['algorithm']['filter']}`"
     examples = "\n".join(
         f"- **{kind}**: `{after['prompt'][i]}` -> `{after['natural_text'][i]}`".replace("\n", " ⏎ ")
-        for kind, i in compare.examples_to_show(after)
+        for kind, i in summary.examples_to_show(after)
     )
     return (
         f"# {config['task']['name']}, {config['model']['path']}, budget {report['budget']:g}, seed {config['seed']}\n\n"
@@ -128,13 +129,15 @@ def markdown(report: dict, table: str, after: Records) -> str:
 def plot_frontier(path: pathlib.Path, before: Records, after: Records, report: dict) -> None:
     """Overall accuracy against call rate, every router; the start's margin frontier dashed."""
     figure, axes = plt.subplots(figsize=(7, 5))
-    for name in ("oracle", "margin", "logprob", "random"):
-        x, y = compare.frontier(after, name)
-        axes.plot(
-            100 * x, 100 * y, color=_COLOURS[name], label=f"after: {_LABELS[name]}", lw=2 if name == "margin" else 1.3
-        )
-    x, y = compare.frontier(before, "margin")
-    axes.plot(100 * x, 100 * y, color=_COLOURS["margin"], ls="--", lw=1.2, label="before: margin")
+
+    def line(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+        f = measures.frontiers({name: [(records, score(name, records))]}, resamples=1)
+        return 100 * f.rates, 100 * f.accuracy[name][0]
+
+    for name in ("perfect", "margin", "logprob", "random"):
+        width = 2 if name == "margin" else 1.3
+        axes.plot(*line(after, name), color=_COLOURS[name], label=f"after: {ROUTERS[name].title}", lw=width)
+    axes.plot(*line(before, "margin"), color=_COLOURS["margin"], ls="--", lw=1.2, label="before: margin")
     natural = report["after"]["natural"]
     axes.plot(
         100 * natural["call_rate"]["value"],
@@ -148,6 +151,20 @@ def plot_frontier(path: pathlib.Path, before: Records, after: Records, report: d
     axes.set(xlabel="queries sent to the cloud (%)", ylabel="overall accuracy (%)", title="Accuracy against call rate")
     axes.set_xlim(0, 100)
     axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_curves(path: pathlib.Path, rates: list[float], curves: dict[str, list[float]]) -> None:
+    """Overall accuracy against call rate, a line for each method."""
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    for name, accuracy in curves.items():
+        axes.plot(100 * np.array(rates), 100 * np.array(accuracy), lw=1.3, label=name)
+    axes.set(xlabel="queries sent to the cloud (%)", ylabel="overall accuracy (%)", title="Accuracy against call rate")
+    axes.set_xlim(0, 100)
+    axes.legend(fontsize=7, loc="lower right")
     axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

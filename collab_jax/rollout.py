@@ -48,7 +48,9 @@ class Collected(NamedTuple):
     cloud_failed: int
 
 
-def make_sampler(cfg: DecoderConfig, text: Text, config: ConfigDict, *, group: int, temperature: float) -> Sampler:
+def make_sampler(
+    cfg: DecoderConfig, text: Text, config: ConfigDict, *, group: int, temperature: float, solo: int = 0
+) -> Sampler:
     """sample(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples, every argument and result with axis D.
 
     seed, step: i32[D]; a row's key depends on them and on its global index alone.
@@ -67,6 +69,7 @@ def make_sampler(cfg: DecoderConfig, text: Text, config: ConfigDict, *, group: i
         segments=config.decode.segments,
         slot_counts=slot_counts,
         cache_dtype=config.decode.cache_dtype,
+        solo=solo,
     )
 
     def begin(params, prompts, prompt_mask, seed, step, marker_bias):
@@ -91,13 +94,13 @@ def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, end
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
-    """(correct bool[n], known bool[n], bought, failed): the cloud's verdicts on `examples`, through the store."""
+    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the store."""
     answers = cloud.answer([task.cloud_prompt(example) for example in examples])
     known = np.array([reply is not None for reply in answers.replies], bool)
     correct = np.array(
         [r is not None and task.verify(e, r.text).correct for e, r in zip(examples, answers.replies, strict=True)], bool
     )
-    return correct, known, answers.bought, answers.failed
+    return correct, known, answers
 
 
 def collect(
@@ -139,9 +142,8 @@ def collect(
         correct, called, _ = verdicts
         needed = np.flatnonzero((open_rows == 0) & now.any(1) & (called.any(1) | ~correct.any(1)))
         if needed.size and cloud:
-            answers = ask_cloud(task, cloud, [examples[q] for q in needed])
-            cloud_correct[needed], cloud_known[needed] = answers[:2]
-            totals[:] += len(needed), *answers[2:]
+            cloud_correct[needed], cloud_known[needed], answers = ask_cloud(task, cloud, [examples[q] for q in needed])
+            totals[:] += len(needed), answers.bought, answers.failed
 
     zeros = np.zeros(D, np.float32)
     samples = sample(
@@ -153,6 +155,11 @@ def collect(
         bias=zeros,
         finished=finished,
     )
+    s = sample.settings
+    barred = None
+    if s.solo:
+        disallowed = (jnp.arange(G)[:, None] < s.solo) & (samples.margins > -jnp.inf)
+        barred = jnp.where(disallowed, s.marker.decision_id, -1)
     correct, called, formatted = verdicts
     rollout = Rollout(
         prompts=prompts,
@@ -160,6 +167,7 @@ def collect(
         tokens=samples.tokens,
         logp=samples.logp,
         mask=samples.mask,
+        barred=barred,
         **parallel.shard(
             {
                 "correct": correct,

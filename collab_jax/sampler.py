@@ -53,6 +53,7 @@ class Settings(NamedTuple):
     segments: int  # pieces in which a response's keys and values lie, about; more: less is read, more is compiled
     slot_counts: int  # B slots, half of it, a quarter, ...: so many programs a segment, down to MIN_SLOTS
     cache_dtype: str  # of keys and values
+    solo: int = 0  # the first so many responses of each group may not call: the marker is disallowed
 
     @property
     def columns(self) -> int:
@@ -125,7 +126,8 @@ def _pick(state: SampleState, context: Context, logits: jax.Array, marker_bias: 
     is_decision = jnp.arange(logits.shape[1]) == s.marker.decision_id
     others = jnp.where(is_decision, -jnp.inf, logits)
     gap = logits[:, s.marker.decision_id] - others.max(-1)
-    bias = jnp.where(state.opened, 0.0, marker_bias)
+    bias = jnp.where(context.row % s.group < s.solo, -jnp.inf, marker_bias)
+    bias = jnp.where(state.opened, 0.0, bias)
     scaled = jnp.where(is_decision, logits + bias[:, None], logits)
     if s.temperature > 0:
         scaled = scaled / s.temperature

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import algorithms, cli, compare, evaluate, gapg, memory, metrics, parallel, report, rollout
+from collab_jax import algorithms, cli, evaluate, gapg, memory, metrics, parallel, records, report, rollout, summary
 from collab_jax import run as runs
 from collab_jax.cloud import ledger
 from collab_jax.errors import UserError
@@ -107,7 +107,8 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     prompts = run.text.prompt_batch(
         [run.task.prompt(e) for e in examples], config.prompt_length
     )  # a long one stops here
-    sample = rollout.make_sampler(run.cfg, run.text, config, group=config.group, temperature=config.temperature)
+    kinds = {"group": config.group, "solo": config.algorithm.solo}
+    sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
     step = make_step(run)
     cloud = run.cloud if algorithms.needs_cloud(config) else None
     writer = metrics.MetricsWriter(run.workdir, first)
@@ -171,11 +172,11 @@ def evaluated(run: Run, sample, state: gapg.TrainState | None, name: str):
     """Records of `state`, from NAME.parquet where an earlier start of this run has them already."""
     path = run.workdir / f"{name}.parquet"
     if not path.exists():
-        evaluate.write(path, evaluate.evaluate_state(run, sample, state, name))
-        records = evaluate.read(path)
-        for kind, i in compare.examples_to_show(records):
-            print(f"  {kind}: {records['prompt'][i]} -> {records['natural_text'][i]}")
-    return evaluate.read(path)
+        table = evaluate.evaluate_state(run, sample, state, name)
+        records.write(path, table)
+        for kind, i in summary.examples_to_show(table):
+            print(f"  {kind}: {table['prompt'][i]} -> {table['natural_text'][i]}")
+    return records.read(path)
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:

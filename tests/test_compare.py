@@ -1,133 +1,83 @@
-"""Every measure by hand numbers on five prompts, and its symmetries on random ones."""
+"""The comparison from files alone: figures by hand, the reference, seeds, names, refusals."""
 
-import numpy as np
+import json
+import subprocess
+import sys
+
 import pytest
+from tables import make
 
-from collab_jax import compare
-
-T, F = True, False
-
-
-def records(n=None, seed=0, **columns):
-    """Records with the columns the measures read; five hand-made prompts, or n random ones."""
-    if n is None:
-        base = dict(
-            local_correct=[T, F, F, T, F],
-            cloud_correct=[T, T, F, F, T],
-            margin=[-3.0, 2.0, 1.0, -1.0, -2.0],
-            logp=[-0.1, -5.0, -0.2, -0.3, -4.0],
-            ended=[T, T, T, T, F],
-        )
-    else:
-        rng = np.random.default_rng(seed)
-        base = dict(
-            local_correct=rng.random(n) < 0.5,
-            cloud_correct=rng.random(n) < 0.9,
-            margin=rng.normal(size=n),
-            logp=-rng.exponential(size=n),
-            ended=rng.random(n) < 0.95,
-        )
-    size = len(base["margin"])
-    base |= dict(
-        id=[f"p{i}" for i in range(size)], prompt=[f"q{i}" for i in range(size)], cloud_known=[T] * size, stratum=["a"] * size, formatted=base["ended"], tokens=[10] * size, natural_tokens=[5] * size,
-        natural_called=[T] * 2 + [F] * (size - 2), natural_completed=[T] + [F] * (size - 1),
-        natural_correct=base["local_correct"], natural_ended=base["ended"],
-    )  # fmt: skip
-    return {name: np.array(column) for name, column in (base | columns).items()}
+from collab_jax import compare, records
+from collab_jax.compare import Model
+from collab_jax.errors import UserError
 
 
-def test_replay_by_hand():
-    r = records()
-    margin = compare.margin_score(r)
-    assert margin.argmax() == 4  # cut off: first for the cloud
-    assert compare.replay(r, margin, 0.0).tolist() == [T, F, F, T, F]
-    assert compare.replay(r, margin, 0.2).tolist() == [T, F, F, T, T]
-    assert compare.replay(r, margin, 0.4).tolist() == [T, T, F, T, T]
-    assert compare.replay(r, margin, 0.8).tolist() == [T, T, F, F, T]
-    assert compare.replay(r, margin, 1.0).tolist() == r["cloud_correct"].tolist()
-    assert compare.replay(r, margin, 0.39).sum() == compare.replay(r, margin, 0.2).sum()  # never above the budget
+def test_compare_by_hand():
+    result = compare.compare({"m": Model([make()], [None])}, budgets=(0.2, 0.4), resamples=20)
+    assert result["reference"] == "m: margin" and result["prompts"] == 5 and result["local_accuracy"] == {"m": 0.4}
+    at = {name: method["at_budget"] for name, method in result["methods"].items()}
+    assert at["m: margin"]["0.2"]["accuracy"]["value"] == pytest.approx(0.6)
+    assert at["m: margin"]["0.4"]["accuracy"]["value"] == pytest.approx(0.8)  # 4, then 1: both right in the cloud alone
+    assert at["m: margin"]["0.4"]["rescued"] == 2 and at["m: margin"]["0.4"]["harmed"] == 0
+    assert at["m: random"]["0.4"]["accuracy"]["value"] == pytest.approx(0.6 * 0.4 + 0.4 * 0.6)
+    assert at["m: random"]["0.4"]["reference_minus_this"]["value"] == pytest.approx(0.8 - 0.48)
+    assert at["m: margin"]["0.4"]["reference_minus_this"] == {"value": 0, "low": 0, "high": 0}
+    assert at["m: perfect"]["0.4"]["perfect_share"]["value"] == at["m: margin"]["0.4"]["perfect_share"]["value"] == 1
+    assert result["methods"]["m: margin"]["auc"] == 1.0 and result["methods"]["m: random"]["auc"] == 0.5
 
 
-def test_perfect_router_by_hand():
-    r = records()
-    assert [compare.replay(r, compare.oracle_score(r), b).sum() for b in (0, 0.2, 0.4, 0.8, 1.0)] == [2, 3, 4, 4, 3]
+def test_a_difference_is_paired_and_a_model_with_itself_has_none():
+    twice = {"a": Model([make(200), make(200, local_correct=[True] * 200)], [None] * 2)}
+    both = compare.compare({**twice, "b": twice["a"]}, resamples=50)
+    assert both["seeds"] == {"a": 2, "b": 2}
+    for at in both["methods"]["b: margin"]["at_budget"].values():
+        assert at["reference_minus_this"] == {"value": 0, "low": 0, "high": 0}
+        assert at["accuracy"]["low"] < at["accuracy"]["value"] < at["accuracy"]["high"]
 
 
-def test_no_router_beats_the_perfect_one():
-    r = records(n=500)
-    for b in (0.1, 0.3, 0.7):
-        at = compare.at_budget(r, b)
-        assert at["oracle"]["value"] >= max(at[name]["value"] for name in ("margin", "logprob", "random"))
+def test_rows_in_another_order_are_the_same_prompts():
+    table = make(100)
+    backwards = {name: column[::-1] for name, column in table.items()}
+    result = compare.compare({"a": Model([table], [None]), "b": Model([backwards], [None])}, resamples=10)
+    a, b = (result["methods"][f"{m}: logprob"]["at_budget"] for m in "ab")
+    assert {k: v["accuracy"] for k, v in a.items()} == {k: v["accuracy"] for k, v in b.items()}
+    with pytest.raises(UserError, match="other prompts"):
+        compare.compare({"a": Model([table], [None]), "b": Model([make(99)], [None])})
 
 
-def test_random_is_the_mean_over_all_draws():
-    r = records(n=60)
-    rng = np.random.default_rng(0)
-    drawn = np.mean([compare.replay(r, rng.random(60), 0.3).mean() for _ in range(4000)])
-    assert abs(compare.random_outcomes(r, 0.3).mean() - drawn) < 0.005
+def test_names_of_tables():
+    names = lambda *words: list(compare.parse_tables(words))  # noqa: E731
+    assert names("x=a/b.csv,a/c.csv", "d/e.parquet") == ["x", "e"]
+    assert names("a/after.parquet", "b/after.parquet") == ["a/after", "b/after"]
+    with pytest.raises(UserError, match="two tables are called 'x'"):
+        names("x=a.csv", "x=b.csv")
 
 
-def test_rate_is_wilsons_interval():
-    got = compare.rate(np.array([T] * 8 + [F] * 2))
-    assert got["value"] == 0.8
-    assert got["low"] == pytest.approx(0.4902, abs=1e-4) and got["high"] == pytest.approx(0.9433, abs=1e-4)
-    assert compare.rate(np.zeros(10, bool))["low"] == 0
+def test_command_line_without_jax_from_anybodys_csv(tmp_path):
+    """jax and transformers cannot even be imported there."""
+    theirs = tmp_path / "theirs.csv"
+    theirs.write_text(
+        "id,local_correct,cloud_correct,score_ours\n" + "".join(f"q{i},{i % 2},1,{-i}\n" for i in range(20))
+    )
+    block = "import sys; sys.modules.update(jax=None, transformers=None, flax=None); from collab_jax import compare; "
+    words = ["--records", f"theirs={theirs}", "--out", str(tmp_path / "out"), "--resamples", "30"]
+    done = subprocess.run(
+        [sys.executable, "-c", block + f"sys.exit(compare.main({words!r}))"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert list(result["methods"]) == ["theirs: random", "theirs: perfect", "theirs: ours"]
+    assert "theirs: ours" in (tmp_path / "out" / "compare.md").read_text() and "theirs: ours" in done.stdout
+    assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
 
 
-def test_paired_interval_by_hand():
-    got = compare.mean(np.array([1.0, 0.0, 0.0, 1.0]))  # sd 0.57735, half width 1.96 * 0.57735 / 2
-    assert got["value"] == 0.5 and got["high"] - 0.5 == pytest.approx(0.56579, abs=1e-4)
-
-
-def test_auc_by_hand_and_by_symmetry():
-    r = records()
-    assert compare.auc(r, r["margin"]) == pytest.approx(5 / 6)  # wrong: 2, 1, -2; right: -3, -1: five of six pairs
-    assert compare.auc(r, -r["margin"]) == pytest.approx(1 / 6)
-    assert compare.auc(r, np.zeros(5)) == 0.5
-    assert compare.auc(records(local_correct=[T] * 5), np.zeros(5)) is None
-
-
-def test_summary_by_hand():
-    s = compare.summary(records())
-    assert s["n"] == 5 and s["local_accuracy"]["value"] == 0.4 and s["cloud_accuracy"]["value"] == 0.6
-    natural = s["natural"]  # prompts 0 and 1 called (both right in the cloud), 4 was cut off
-    assert natural["call_rate"]["value"] == 0.4 and natural["local_share"]["value"] == 0.4
-    assert natural["overall_accuracy"]["value"] == 0.6 and natural["local_correct"]["value"] == 0.2
-    assert natural["marker_completed"] == 0.5
-    assert set(s["at_budget"]) == {"0.1", "0.2", "0.3"} and s["device_tokens"] == {"local": 10.0, "natural": 5.0}
-
-
-def test_gains_are_paired_and_refuse_other_prompts():
-    before, after = records(), records(local_correct=[T, T, F, T, F])
-    assert compare.gains(before, after)["local_accuracy"]["value"] == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="different prompts"):
-        compare.gains(before, records(n=5) | {"id": np.array(list("abcde"))})
-
-
-def test_frontier_ends_at_the_device_and_at_the_cloud():
-    r = records(n=200)
-    for name in ("margin", "logprob", "random", "oracle"):
-        x, y = compare.frontier(r, name)
-        assert (x[0], x[-1]) == (0, 1)
-        assert y[0] == r["local_correct"].mean() and y[-1] == r["cloud_correct"].mean()
-
-
-def test_examples_to_show_are_what_they_say():
-    r = records()
-    shown = dict(compare.examples_to_show(r))
-    assert shown["asked, though it would have solved it"] == 0 and shown["rightly asked the cloud"] == 1
-    assert shown["solved on the device"] == 3 and shown["stayed, and was wrong"] == 2
-
-
-def test_routers_order_what_has_no_answer_among_themselves():
-    r = records(n=300)
-    first = compare.no_answer(r)
-    assert 0 < first.sum() < 300
-    for score in (compare.margin_score(r), compare.logprob_score(r)):
-        assert score[first].min() > score[~first].max() and len(np.unique(score[first])) == first.sum()
-
-
-def test_random_lies_between_the_device_and_the_cloud():
-    r = records(n=500)
-    ends = sorted([r["local_correct"].mean(), r["cloud_correct"].mean()])
-    assert ends[0] < compare.at_budget(r, 0.3)["random"]["value"] < ends[1]
+def test_fit_tables_go_with_records(tmp_path):
+    for name, table in {"a": make(60), "fit": make(60, 1, id=[f"f{i}" for i in range(60)])}.items():
+        records.write(tmp_path / f"{name}.parquet", table)
+    a, fit = str(tmp_path / "a.parquet"), str(tmp_path / "fit.parquet")
+    models = compare.load([f"m={a}"], [f"m={fit}"])
+    assert "m: features_trees" in compare.score_all(models)
+    with pytest.raises(UserError, match="one for each seed"):
+        compare.load([f"m={a}"], [f"m={fit},{fit}"])
+    with pytest.raises(UserError, match="no method 'x: y'"):
+        compare.compare(models, resamples=5, reference="x: y")

@@ -56,6 +56,10 @@ def test_the_cloud_is_asked_where_its_verdict_matters(parts):
             return Answers([reply, None], bought=1, failed=1)
 
     other = Example("y", "3 numbers", ((1, 2, 3), 6))
-    correct, known, bought, failed = rollout.ask_cloud(task, Sometimes(), [EXAMPLE, other])
-    assert correct.tolist() == [True, False] and known.tolist() == [True, False] and (bought, failed) == (1, 1)
+    correct, known, answers = rollout.ask_cloud(task, Sometimes(), [EXAMPLE, other])
+    assert (
+        correct.tolist() == [True, False]
+        and known.tolist() == [True, False]
+        and (answers.bought, answers.failed) == (1, 1)
+    )
     assert "3 4 5" in asked[0][-1]["content"] and "12" in asked[0][-1]["content"]

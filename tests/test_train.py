@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from collab_jax import evaluate, metrics, parallel, rollout, sft, train
+from collab_jax import metrics, parallel, records, rollout, sft, train
 from collab_jax import run as runs
 from collab_jax.cloud import Answers
 from collab_jax.errors import UserError
@@ -70,7 +70,7 @@ def test_report_has_the_promised_figures(finished):
         assert m["n"] == 24
         assert {"call_rate", "local_share", "overall_accuracy"} <= set(m["natural"])
         for b in ("0.1", "0.2", "0.3"):
-            for name in ("margin", "logprob", "random", "oracle"):
+            for name in ("margin", "logprob", "random", "perfect"):
                 assert (
                     0
                     <= m["at_budget"][b][name]["low"]
@@ -79,8 +79,9 @@ def test_report_has_the_promised_figures(finished):
                 )
     for name in ("report.md", "frontier.png", "training.png"):
         assert (workdir / name).stat().st_size > 500
-    records = evaluate.read(workdir / "after.parquet")
-    assert len(records["margins"]) == 24 and len(records["margins"][0]) == records["tokens"][0]
+    after = records.read(workdir / "after.parquet")
+    assert len(after["margins"]) == 24 and len(after["margins"][0]) == after["tokens"][0]
+    assert (after["cloud_tokens"] > 0).all() and (after["cloud_usd"] > 0).all()
 
 
 def test_metrics_are_complete(finished):

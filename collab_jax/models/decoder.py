@@ -295,23 +295,34 @@ def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
 
 
 def token_logprobs(
-    params: Params, cfg: DecoderConfig, hidden: jax.Array, targets: jax.Array, temperature: float, chunk: int
+    params: Params,
+    cfg: DecoderConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    temperature: float,
+    chunk: int,
+    barred: jax.Array | None = None,
 ) -> jax.Array:
     """log p(target) f32[B, T] from hidden [B, T, E], `chunk` columns at a time.
+
+    barred: i32[B, T], a token that was disallowed there, or -1; None: none was.
 
     Where there are several chunks they are rematerialised in the backward pass, so that at most [B, chunk, V] logits exist.
     """
 
-    def one(hidden, targets):
+    def one(hidden, targets, barred):
         rows = hidden.reshape(-1, hidden.shape[-1])  # XLA's CPU compiler takes half as long again for [B, chunk, V]
         scaled = logits(params, cfg, rows) / temperature
+        if barred is not None:
+            scaled = jnp.where(jnp.arange(scaled.shape[1]) == barred.reshape(-1, 1), -jnp.inf, scaled)
         chosen = jnp.take_along_axis(scaled, targets.reshape(-1, 1), axis=-1)[:, 0]
         return (chosen - jax.nn.logsumexp(scaled, axis=-1)).reshape(targets.shape)
 
     T = targets.shape[1]
     if T > chunk:
         one = jax.checkpoint(one)
-    parts = [one(hidden[:, i : i + chunk], targets[:, i : i + chunk]) for i in range(0, T, chunk)]
+    cut = lambda x, i: None if x is None else x[:, i : i + chunk]  # noqa: E731
+    parts = [one(cut(hidden, i), cut(targets, i), cut(barred, i)) for i in range(0, T, chunk)]
     return jnp.concatenate(parts, axis=1)
 
 
@@ -343,11 +354,13 @@ def continued_logprobs(
     responses: jax.Array,
     temperature: float,
     chunk: int,
+    barred: jax.Array | None = None,
 ) -> jax.Array:
     """log pi(token | what came before) f32[B, T] of responses i32[B, T] to prompts that `prefill` has computed.
 
     last [P, E], prompt and prompt_mask bool[P, L] are of P prompts, each with B / P responses that lie together. Padding
-    after a response changes nothing before it, so no mask is needed; there, the result is anything.
+    after a response changes nothing before it, so no mask is needed; there, the result is anything. barred: as in
+    `token_logprobs`.
     """
     B, T = responses.shape
     repeat = functools.partial(jnp.repeat, repeats=B // prompt_mask.shape[0], axis=0)
@@ -360,7 +373,7 @@ def continued_logprobs(
         mask = jnp.concatenate([sees_prompt, sees_response], axis=2)
         body, _ = forward(params, cfg, responses[:, :-1], positions, mask, (prompt,))
         hidden = jnp.concatenate([hidden, body], axis=1)
-    return token_logprobs(params, cfg, hidden, responses, temperature, chunk)
+    return token_logprobs(params, cfg, hidden, responses, temperature, chunk, barred)
 
 
 def response_logprobs(

@@ -1,0 +1,446 @@
+"""What a router is worth, from records alone: rates, frontiers with intervals, RouteLLM's figures, ranking, cost. No jax.
+
+A router is a score f64[n], higher meaning "send it to the cloud"; only its order counts. At a budget b the floor(b * n)
+highest go; the cloud's verdict counts for these, the device's own for the others, and every rate's denominator is n.
+Where the budget cuts through equal scores, each of them goes with the same probability, and every figure is the exact
+expectation over that draw. So nothing depends on the order of rows, nothing is drawn, and the two routers everybody needs
+have closed forms as scores: random is a constant score, the perfect router is `perfect_score`.
+
+Sources: Wilson 1927 (interval of a rate); RouteLLM, arXiv 2406.18665, section 3.2 and its evaluation code (PGR, APGR, CPT);
+Efron & Tibshirani 1993 (percentile bootstrap); Owen 2007, "The pigeonhole bootstrap" (seeds and prompts crossed);
+McCarthy & Snowden 1985 (S - 1 draws from few units); Hanley & McNeil 1982 (AUC as a probability).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from collab_jax.errors import UserError
+from collab_jax.records import Records, require
+
+Rate = dict[str, float | None]  # value, low, high: a figure with its 95 % interval; None where it is not defined
+Reads = Literal["prompt", "response", "trace"]  # what a router has read when it decides; see `device_tokens`
+
+GRID = np.arange(101) / 100  # the budgets of a frontier
+_Z = float(stats.norm.ppf(0.975))
+_TAIL = 0.025
+
+
+# ---- rates
+
+
+def rate(outcomes: np.ndarray) -> Rate:
+    """Share of True of bool[n], with Wilson's interval."""
+    k, n = int(outcomes.sum()), len(outcomes)
+    interval = stats.binomtest(k, n).proportion_ci(method="wilson")
+    return {"value": k / n, "low": float(interval.low), "high": float(interval.high)}
+
+
+def mean(values: np.ndarray) -> Rate:
+    """Mean of f[n] with the normal interval; of paired differences, a paired interval."""
+    value = float(values.mean())
+    half = _Z * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+# ---- one score at one budget
+
+
+class Ranking(NamedTuple):
+    """A score's order: what the budget is spent on, first to last."""
+
+    order: np.ndarray  # i64[n], rows from the highest score
+    ends: np.ndarray  # i64[g], where each group of equal scores ends in `order` (exclusive)
+
+
+def rank(score: np.ndarray, name: str = "the score") -> Ranking:
+    """The order of a score f[n]. Raises UserError where it holds NaN; infinities rank like any number."""
+    score = _numbers(score, name)
+    order = np.argsort(-score, kind="stable")
+    ranked = score[order]
+    return Ranking(order, np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, len(score)))
+
+
+def _numbers(score: np.ndarray, name: str) -> np.ndarray:
+    score = np.asarray(score, float)
+    if (rows := np.flatnonzero(np.isnan(score))).size:
+        raise UserError(
+            f"{name} is NaN in {rows.size} of {len(score)} rows (first: row {rows[0] + 1}): a router must rank every prompt"
+        )
+    return score
+
+
+def calls(budget, n: int):
+    """floor(budget * n), i64[...]: the prompts of n that a budget (share of prompts, in [0, 1]) pays for."""
+    budget = np.asarray(budget, float)
+    if not ((budget >= 0) & (budget <= 1)).all():
+        raise UserError(f"a budget is a share of all prompts, from 0 to 1: got {budget}")
+    return np.floor(budget * n + 1e-9).astype(np.int64)  # 0.29 * 100 is 28.999999999999996
+
+
+def sent(score: np.ndarray, budget: float) -> np.ndarray:
+    """Probability f64[n] that each prompt goes to the cloud at a budget: 1, 0, or between where equal scores are cut."""
+    return _sent(rank(score), calls(budget, len(score)))
+
+
+def _sent(ranking: Ranking, count: int) -> np.ndarray:
+    sizes = np.diff(ranking.ends, prepend=0)
+    p = np.empty(len(ranking.order))
+    p[ranking.order] = np.repeat(np.clip((count - (ranking.ends - sizes)) / sizes, 0, 1), sizes)
+    return p
+
+
+def replay(records: Records, score: np.ndarray, budget: float) -> np.ndarray:
+    """Expected outcomes f64[n] at a budget: the probability that each prompt ends up answered correctly."""
+    p = sent(score, budget)
+    return p * records["cloud_correct"] + (1 - p) * records["local_correct"]
+
+
+def perfect_score(records: Records) -> np.ndarray:
+    """The perfect router: first what only the cloud gets right, last what only the device does. No score does better."""
+    return records["cloud_correct"].astype(float) - records["local_correct"]
+
+
+def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str, float]:
+    """Expected numbers of prompts at a budget: sent; rescued (sent, only the cloud is right); harmed (sent, only the
+    device is right); missed (kept, only the cloud is right). accuracy * n = local correct + rescued - harmed.
+    """
+    p, local, cloud = sent(score, budget), records["local_correct"], records["cloud_correct"]
+    return {
+        "sent": float(p.sum()),
+        "rescued": float(p[~local & cloud].sum()),
+        "harmed": float(p[local & ~cloud].sum()),
+        "missed": float((1 - p)[~local & cloud].sum()),
+    }
+
+
+# ---- ranking
+
+
+def auc(records: Records, score: np.ndarray) -> float:
+    """Probability that a prompt the device gets wrong outranks one it gets right, ties as half (the area under the ROC).
+
+    Raises UserError where the device is right on every prompt, or on none.
+    """
+    value = _auc(~records["local_correct"], score)
+    if value is None:
+        one = "right" if records["local_correct"].all() else "wrong"
+        raise UserError(
+            f"the AUC of 'local is wrong' needs both classes: local_correct says {one} on all {len(score)} prompts"
+        )
+    return value
+
+
+def auc_by_stratum(records: Records, score: np.ndarray) -> dict[str, float | None]:
+    """The AUC within each stratum, None where one holds a single class. A router that only tells strata apart has 0.5."""
+    wrong, stratum = ~records["local_correct"], records["stratum"]
+    return {str(s): _auc(wrong[stratum == s], score[stratum == s]) for s in np.unique(stratum)}
+
+
+def _auc(wrong: np.ndarray, score: np.ndarray) -> float | None:
+    score = _numbers(score, "the score")
+    positives, negatives = int(wrong.sum()), int((~wrong).sum())
+    if not positives or not negatives:
+        return None
+    ranks = stats.rankdata(score)
+    return float((ranks[wrong].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+# ---- frontiers with a bootstrap
+
+
+class Frontiers(NamedTuple):
+    """Accuracy of methods over budgets: row 0 the figures, rows 1..R the same from the R resamples.
+
+    Methods of one call share the resamples, so a difference of two is paired:
+    `estimate(f.at("a", 0.3) - f.at("b", 0.3))`, `estimate(apgr(f.rates, f.accuracy["a"]))`.
+    """
+
+    budgets: np.ndarray  # f64[K], rising from 0 to 1
+    rates: np.ndarray  # f64[K], share of calls: floor(budget * n) / n
+    accuracy: dict[str, np.ndarray]  # method -> f64[1 + R, K]
+
+    def at(self, method: str, budget: float) -> np.ndarray:
+        """f64[1 + R] at one of `budgets`."""
+        return self.accuracy[method][:, self.column(budget)]
+
+    def column(self, budget: float) -> int:
+        """Where `budget` is in K. Raises UserError where it is not."""
+        near = np.flatnonzero(np.isclose(self.budgets, budget, rtol=0, atol=1e-9))
+        if not near.size:
+            raise UserError(f"the frontiers were not computed at a budget of {budget:g}: ask for it in `budgets`")
+        return int(near[0])
+
+
+Runs = Sequence[tuple[Records, np.ndarray]]  # a method: (records, score f64[n]) of each of its seeds
+
+
+def frontiers(
+    methods: Mapping[str, Runs], budgets: Sequence[float] = GRID, resamples: int = 1000, seed: int = 0
+) -> Frontiers:
+    """Accuracy of every method at every budget (0 and 1 are added), with a two-level bootstrap: seeds, then prompts.
+
+    All tables hold the same prompts in the same order (`records.align`). A method's frontier is the mean of its seeds'.
+    One resample draws n of the n prompts, with replacement, and seeds of each method. As the prompts are the same in
+    every seed, one draw of them serves all seeds and methods: S seeds do not make S * n prompts. Of S seeds S - 1 are
+    drawn, which makes the variance of their mean unbiased (S draws would give (S - 1) / S of it: half, for two seeds).
+    With one seed nothing is known of the spread over seeds: the interval is over prompts only, for this very model.
+    Methods with equally many seeds draw the same ones, so seed s of one is paired with seed s of the other.
+    The draws depend on n, S and `seed` only: another method in the table changes no interval.
+
+    Raises UserError where the prompts differ, a score holds NaN or has not one number a prompt, or nothing is given.
+    """
+    n = _same_prompts(methods)
+    if resamples < 1:
+        raise UserError(f"resamples={resamples}: an interval needs some, 1000 for two digits")
+    budgets = np.unique([0.0, 1.0, *budgets])
+    counts = calls(budgets, n)
+    runs = {name: [_run(name, *run) for run in table] for name, table in methods.items()}
+    rng = np.random.default_rng([seed, 0])
+    seed_rng = {size: np.random.default_rng([seed, size]) for size in sorted({len(table) for table in runs.values()})}
+    accuracy = {name: np.empty((1 + resamples, len(budgets))) for name in runs}
+    for r in range(1 + resamples):
+        times = (np.bincount(rng.integers(n, size=n), minlength=n) if r else np.ones(n)).astype(np.int32)
+        drawn = {s: g.multinomial(max(s - 1, 1), np.full(s, 1 / s)) if r else np.ones(s) for s, g in seed_rng.items()}
+        for name, table in runs.items():
+            weights = drawn[len(table)]
+            curves = [w * _accuracy(run, times, counts) for w, run in zip(weights, table, strict=True) if w]
+            accuracy[name][r] = sum(curves) / weights.sum()
+    return Frontiers(budgets, counts / n, accuracy)
+
+
+class _Run(NamedTuple):
+    """One seed of a method; 32 bits hold every count and halve the memory that a resample walks through."""
+
+    ranking: Ranking
+    local: np.ndarray  # i32[n]
+    gain: np.ndarray  # i32[n], cloud - local, in the ranking's order
+
+
+def _run(name: str, records: Records, score: np.ndarray) -> _Run:
+    local, cloud = (records[column].astype(np.int32) for column in ("local_correct", "cloud_correct"))
+    if np.shape(score) != local.shape:
+        raise UserError(
+            f"the score of {name} has shape {np.shape(score)}: it must be one number for each of {len(local)} prompts"
+        )
+    ranking = rank(score, f"the score of {name}")
+    return _Run(ranking, local, (cloud - local)[ranking.order])
+
+
+def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Accuracy f64[K] with the counts[K] highest sent, of a resample that holds row i times[i] times, i32[n].
+
+    Repeated rows are equal scores, and within equal scores the expected gain is linear in how many of them are sent.
+    """
+    order, ends = run.ranking
+    ordered = times[order]
+    total = np.zeros(len(order) + 1, np.int32)  # sent with the first i of `order`
+    gained = np.zeros(len(order) + 1, np.int32)
+    np.cumsum(ordered, out=total[1:])
+    np.cumsum(ordered * run.gain, out=gained[1:])
+    group = np.searchsorted(ends, np.searchsorted(total[1:], counts), side="right")  # in which each count is reached
+    start, end = np.where(group > 0, ends[group - 1], 0), ends[group]
+    share = (counts - total[start]) / np.maximum(total[end] - total[start], 1)
+    gain = gained[start] + share * (gained[end] - gained[start])
+    return (times @ run.local + gain) / times.sum()
+
+
+def _same_prompts(methods: Mapping[str, Runs]) -> int:
+    """Number of prompts; raises UserError unless every table of every method has the same ids in the same order."""
+    if not methods or not all(methods.values()):
+        raise UserError("nothing to compare: every method needs the records and the score of at least one seed")
+    first_name, first_runs = next(iter(methods.items()))
+    first = first_runs[0][0]["id"]
+    for name, table in methods.items():
+        for i, (records, _) in enumerate(table):
+            if not np.array_equal(records["id"], first):
+                differ = len(set(records["id"]) ^ set(first))
+                raise UserError(
+                    f"{name} (seed {i + 1} of {len(table)}) is not of the prompts of {first_name}, or not in their order: "
+                    f"{len(records['id'])} and {len(first)} prompts, {differ} ids in one of the two only; align the records"
+                )
+    return len(first)
+
+
+def estimate(values: np.ndarray) -> Rate:
+    """A figure f64[1 + R] with its 95 % interval: percentiles of the resamples.
+
+    Where a resample leaves the figure undefined (NaN) it counts against both ends, and an end that gets there is None.
+    """
+    value, draws = float(values[0]), values[1:]
+    low = np.quantile(np.where(np.isnan(draws), -np.inf, draws), _TAIL, method="inverted_cdf")
+    high = np.quantile(np.where(np.isnan(draws), np.inf, draws), 1 - _TAIL, method="inverted_cdf")
+    return {"value": _known(value), "low": _known(low), "high": _known(high)}
+
+
+def _known(x: float) -> float | None:
+    return float(x) if np.isfinite(x) else None
+
+
+# ---- figures of a frontier; accuracy f64[..., K] at call rates f64[K] that rise from 0 to 1
+
+
+def random_frontier(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
+    """f64[..., K] of sending as many prompts at random: the line from the device's accuracy to the cloud's."""
+    return (1 - rates) * accuracy[..., :1] + rates * accuracy[..., -1:]
+
+
+def area(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
+    """Area under the frontier f64[...]: accuracy, averaged over all call rates."""
+    return np.trapezoid(accuracy, rates, axis=-1)
+
+
+def pgr(accuracy: np.ndarray) -> np.ndarray:
+    """Performance gap recovered f64[..., K]: (accuracy - device's) / (cloud's - device's), RouteLLM section 3.2.
+
+    NaN where the cloud is no better than the device: there is no gap. May pass 1, and fall below 0.
+    """
+    device, cloud = accuracy[..., :1], accuracy[..., -1:]
+    gap = np.where(cloud - device > 1e-12, cloud - device, np.nan)
+    return (accuracy - device) / gap
+
+
+def hull(accuracy: np.ndarray) -> np.ndarray:
+    """The monotone hull f64[..., K]: the best at this call rate or a smaller one (a running maximum), since nobody who
+    may spend a budget has to. It is not the concave hull. The ends, device alone and cloud alone, are in it.
+    """
+    return np.maximum.accumulate(accuracy, axis=-1)
+
+
+def apgr(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
+    """RouteLLM's average PGR f64[...]: the mean over all call rates of the hull's PGR, 0.5 for random.
+
+    RouteLLM defines the integral and approximates it by ten call rates; here it is the curve's own area. The hull is
+    ours (without it: `area(rates, pgr(accuracy))`); on few prompts its running maximum adds a little that is noise.
+    """
+    return area(rates, hull(pgr(accuracy)))
+
+
+def cpt(rates: np.ndarray, accuracy: np.ndarray, share: float) -> np.ndarray:
+    """RouteLLM's call-performance threshold f64[...]: the smallest call rate at which the hull's PGR is `share`.
+
+    Linear between call rates, as in RouteLLM's code; `share` in (0, 1], so random's is `share`. NaN where PGR is.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"CPT is of a share of the gap, above 0 and up to 1: got {share}")
+    curve = hull(pgr(accuracy))
+    after = np.argmax(curve >= share - 1e-12, axis=-1)[..., None]  # at least 1: the curve starts at 0
+    before = np.maximum(after - 1, 0)
+    y0, y1 = np.take_along_axis(curve, before, -1), np.take_along_axis(curve, after, -1)
+    with np.errstate(invalid="ignore"):
+        threshold = rates[before] + (share - y0) / (y1 - y0) * (rates[after] - rates[before])
+    return threshold[..., 0]
+
+
+def perfect_share(rates: np.ndarray, accuracy: np.ndarray, perfect: np.ndarray) -> np.ndarray:
+    """Share f64[..., K] of the perfect router's gain over random; `perfect` f64[..., K] is its frontier on these records.
+
+    NaN where the perfect router gains nothing.
+    """
+    random = random_frontier(rates, accuracy)
+    gain = np.where(perfect - random > 1e-12, perfect - random, np.nan)
+    return (accuracy - random) / gain
+
+
+# ---- cost and latency
+
+
+def device_tokens(records: Records, score: np.ndarray, budget: float, reads: Reads) -> np.ndarray:
+    """Expected device tokens f64[n] at a budget, without what the router itself spends (`tokens_<router>`).
+
+    A router that reads the "prompt" spends none on what it sends. One that reads the "response" spends all of `tokens`
+    on everything. One that reads the "trace" (the trained marker) stops at the first token whose margin reaches the
+    lowest score that is still sent, that token included, else at the end: its score must be max_t m_t, in the units of
+    `margins`. What has no answer may rank above all margins; it runs to the end unless its trace crosses.
+    """
+    return _device_tokens(records, score, reads)(sent(score, budget))
+
+
+def _device_tokens(records: Records, score: np.ndarray, reads: Reads) -> Callable[[np.ndarray], np.ndarray]:
+    """Device tokens f64[n] as a function of the probabilities f64[n] of being sent."""
+    require(records, ["tokens"] + ["margins"] * (reads == "trace"), "device tokens")
+    tokens = records["tokens"].astype(float)
+    if reads == "prompt":
+        return lambda p: (1 - p) * tokens
+    if reads == "response":
+        return lambda p: tokens
+    lengths = np.array([len(trace) for trace in records["margins"]])
+    starts = np.cumsum(lengths) - lengths
+    margins = np.concatenate(records["margins"]).astype(float)  # one flat array: [sum of lengths]
+
+    def spent(p: np.ndarray) -> np.ndarray:
+        if not p.any():
+            return tokens
+        crossings = np.append(np.flatnonzero(margins >= score[p > 0].min()), len(margins))
+        first = crossings[np.searchsorted(crossings, starts)] - starts  # may lie in a later row
+        return np.where(first < lengths, p * (first + 1) + (1 - p) * tokens, tokens)
+
+    return spent
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What calls and device tokens cost. None: as recorded, in `cloud_usd` (of each call) and `ms` (of each response).
+
+    A call costs usd_per_call + usd_per_million_tokens * cloud_tokens / 1e6; giving either replaces `cloud_usd`.
+    """
+
+    cloud_seconds: float  # latency of a call, on top of the device's time before it
+    usd_per_call: float | None = None
+    usd_per_million_tokens: float | None = None  # input and output alike
+    device_ms_per_token: float | None = None
+
+    def call_usd(self, records: Records) -> np.ndarray:
+        """Price f64[n] of sending each prompt."""
+        if self.usd_per_call is None and self.usd_per_million_tokens is None:
+            require(records, ["cloud_usd"], "cost without usd_per_call or usd_per_million_tokens")
+            return records["cloud_usd"]
+        usd = np.full(len(records["id"]), self.usd_per_call or 0.0)
+        if self.usd_per_million_tokens is None:
+            return usd
+        require(records, ["cloud_tokens"], "cost by usd_per_million_tokens")
+        return usd + self.usd_per_million_tokens * records["cloud_tokens"] / 1e6
+
+    def token_ms(self, records: Records) -> np.ndarray:
+        """Device milliseconds f64[n] for each token of a prompt's response."""
+        if self.device_ms_per_token is not None:
+            return np.full(len(records["id"]), float(self.device_ms_per_token))
+        require(records, ["ms", "tokens"], "latency without device_ms_per_token")
+        return records["ms"] / np.maximum(records["tokens"], 1)
+
+
+class CostFrontier(NamedTuple):
+    """Means over all prompts at each of K budgets: plot accuracy against usd or seconds."""
+
+    budgets: np.ndarray  # f64[K]
+    accuracy: np.ndarray  # f64[K]
+    usd: np.ndarray  # f64[K], a prompt
+    seconds: np.ndarray  # f64[K], a prompt: the device's time, then the call's
+    device_tokens: np.ndarray  # f64[K], a prompt, the router's own included
+
+
+def cost_frontier(
+    records: Records,
+    score: np.ndarray,
+    prices: Prices,
+    reads: Reads,
+    own_tokens: np.ndarray | float = 0.0,
+    budgets: Sequence[float] = GRID,
+) -> CostFrontier:
+    """What each budget costs with a router that `reads` so much (`device_tokens`), and what it brings.
+
+    own_tokens f64[n]: device tokens the router itself spends on every prompt (column `tokens_<router>`), which take as
+    long as those of the response. Raises UserError where a column is absent that `prices` or `reads` needs.
+    """
+    ranking, spent = rank(score), _device_tokens(records, score, reads)
+    usd, seconds_a_token = prices.call_usd(records), prices.token_ms(records) / 1e3
+    rows = []
+    for budget in budgets:
+        p = _sent(ranking, calls(budget, len(score)))
+        tokens = spent(p) + own_tokens
+        right = p * records["cloud_correct"] + (1 - p) * records["local_correct"]
+        rows.append((right, p * usd, tokens * seconds_a_token + p * prices.cloud_seconds, tokens))
+    return CostFrontier(np.asarray(budgets, float), *np.array([[x.mean() for x in row] for row in rows]).T)

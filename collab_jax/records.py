@@ -1,0 +1,358 @@
+"""Records: what the device and the cloud answered to each prompt, one row a prompt, from our evaluation or anybody's.
+
+    column             type       unit     meaning
+    -----------------  ---------  -------  ------------------------------------------------------------------------
+    id                 str                 required: the prompt's name, once in a table
+    local_correct      bool                required: the device's own answer is right (marker disallowed)
+    cloud_correct      bool                required: the cloud's answer is right; False where it is not known
+    task               str                 name of the task; default ""
+    stratum            str                 difficulty class, within which the AUC is reported too; default ""
+    prompt             str                 what was asked
+    text               str                 the device's response
+    ended              bool                the response was not cut off; default True
+    formatted          bool                it is well formed; default True
+    cloud_known        bool                the call did not fail; default True
+    tokens             int        tokens   of the device's response, EOS in
+    ms                 float      ms       the device took for it
+    cloud_tokens       int        tokens   of the cloud's call, input + output
+    cloud_usd          float      USD      price of the cloud's call
+    logp               float      nats     summed log-probability of the response
+    margin             float      logits   max_t m_t, the trained decision (`sampler.py`)
+    margins            f32 list   logits   the trace m_t, one a token, -inf off decision states
+    natural_text       str                 of the pass with the marker allowed: the response
+    natural_called     bool                the decision token came at a decision state
+    natural_completed  bool                and free decoding finished the marker
+    natural_correct    bool                the answer is right
+    natural_ended      bool                the response was not cut off
+    natural_tokens     int        tokens   up to the decision token where it called, else all
+    score_<router>     float               a router: higher means "send it to the cloud"; infinities are allowed
+    tokens_<router>    float      tokens   device tokens the router itself spent (more samples, a check of its own)
+
+Columns without a default may be absent; what needs them says so. A router that is more than arithmetic on these columns
+(agreement of samples, self-verification, learned on text or hidden state) comes as its `score_` column. Any other column
+is kept as it was read.
+
+Files: parquet, JSONL (one object a line), CSV (with a header). In the latter two a trace is a JSON list, with null for
+-inf, and an infinite score is `Infinity` or `inf`; in CSV a bool is true/false or 1/0. With the three required columns
+and one score any table can be compared.
+"""
+
+import csv
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from collab_jax.errors import UserError
+
+Records = dict[str, np.ndarray]  # a column each, [n]; str and lists as objects
+
+REQUIRED = ("id", "local_correct", "cloud_correct")
+DEFAULTS = {"task": "", "stratum": "", "ended": True, "formatted": True, "cloud_known": True}
+TYPES = {
+    "id": "str",
+    "local_correct": "bool",
+    "cloud_correct": "bool",
+    "task": "str",
+    "stratum": "str",
+    "prompt": "str",
+    "text": "str",
+    "ended": "bool",
+    "formatted": "bool",
+    "cloud_known": "bool",
+    "tokens": "int",
+    "ms": "float",
+    "cloud_tokens": "int",
+    "cloud_usd": "float",
+    "logp": "float",
+    "margin": "float",
+    "margins": "f32 list",
+    "natural_text": "str",
+    "natural_called": "bool",
+    "natural_completed": "bool",
+    "natural_correct": "bool",
+    "natural_ended": "bool",
+    "natural_tokens": "int",
+}
+_PREFIXES = {"score_": "float", "tokens_": "float"}
+
+
+def type_of(column: str) -> str | None:
+    """The type of a column in the table above; None for a column it does not know."""
+    return TYPES.get(column) or next((kind for prefix, kind in _PREFIXES.items() if column.startswith(prefix)), None)
+
+
+def scores(records: Records) -> dict[str, np.ndarray]:
+    """The recorded routers: name -> f64[n], of the columns `score_<name>`."""
+    return {name.removeprefix("score_"): c for name, c in records.items() if name.startswith("score_")}
+
+
+def require(records: Records, columns: Sequence[str], purpose: str) -> None:
+    """Raises UserError where an optional column that `purpose` reads is absent."""
+    if missing := [name for name in columns if name not in records]:
+        raise UserError(
+            f"{purpose}: the records have no column {' and no '.join(missing)}; record it, or leave this out"
+        )
+
+
+def check(records: dict[str, Sequence], name: str) -> Records:
+    """The columns (lists or arrays, [n]) in their types, with the defaults filled in.
+
+    Raises UserError, naming `name` (the file), columns and rows (from 1, without a header), for a missing column, columns
+    of unequal length, no rows, an id that is empty or occurs twice, and a value that is not of its column's type (NaN).
+    """
+    if missing := [column for column in REQUIRED if column not in records]:
+        raise UserError(
+            f"{name} has no column {' and no '.join(missing)} (it has {', '.join(records) or 'none'}): "
+            f"records need {', '.join(REQUIRED)}, see collab_jax/records.py"
+        )
+    n = len(records["id"])
+    if odd := [f"{column} {len(values)}" for column, values in records.items() if len(values) != n]:
+        raise UserError(f"{name} has columns of unequal length: id {n}, {', '.join(odd)}")
+    if n == 0:
+        raise UserError(f"{name} holds no rows: nothing can be measured")
+    ids = _strings(records["id"])[0]
+    _refuse(name, "id", records["id"], ids == "", "empty", ids)
+    _refuse_duplicates(name, ids)
+    table = {column: _typed(name, column, values, ids) for column, values in records.items()}
+    absent = {column: value for column, value in DEFAULTS.items() if column not in table}
+    return table | {c: np.full(n, value, bool if isinstance(value, bool) else object) for c, value in absent.items()}
+
+
+def align(a: Records, b: Records, a_name: str = "the first table", b_name: str = "the second table") -> Records:
+    """`b` with its rows in the order of `a`. Raises UserError, with counts and examples, where the prompts differ."""
+    row = {key: i for i, key in enumerate(b["id"])}
+    only_a, only_b = [] and [key for key in a["id"] if key not in row], sorted(row.keys() - set(a["id"]))
+    if only_a or only_b:
+        parts = [
+            f"{len(only)} only in {name} (as {', '.join(map(repr, only[:3]))})"
+            for name, only in ((a_name, only_a), (b_name, only_b))
+            if only
+        ]
+        shared = len(a["id"]) - len(only_a)
+        raise UserError(
+            f"{a_name} and {b_name} are of other prompts: {shared} ids in both, {', '.join(parts)}; "
+            "evaluate both on the same prompts, or keep the rows they share"
+        )
+    order = np.array([row[key] for key in a["id"]])
+    same = {column: values[order] for column, values in b.items()}
+    if "prompt" in a and "prompt" in b and (differ := np.flatnonzero(a["prompt"] != same["prompt"])).size:
+        raise UserError(
+            f"{a_name} and {b_name} have {differ.size} ids with other prompts (as {a['id'][differ[0]]!r}): "
+            "the same id must name the same prompt"
+        )
+    return same
+
+
+def read(path: pathlib.Path) -> Records:
+    """The checked records of a .parquet, .jsonl or .csv file. Raises UserError where it is not one (see `check`)."""
+    path = pathlib.Path(path)
+    reader, _ = _format(path)
+    try:
+        columns = reader(path)
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:  # ValueError: JSON and Unicode as well
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"cannot read {path} ({reason}): is it there, and complete? Else write it again") from None
+    return check(columns, str(path))
+
+
+def write(path: pathlib.Path, records: Records) -> None:
+    """Records to a .parquet, .jsonl or .csv file, complete or not at all."""
+    path = pathlib.Path(path)
+    _, writer = _format(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        writer(beside, records)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# ---- types: each returns (column [n], good bool[n])
+
+
+def _typed(name: str, column: str, values: Sequence, ids: np.ndarray) -> np.ndarray:
+    kind = type_of(column)
+    if kind is None:
+        return values if isinstance(values, np.ndarray) else _objects(values)
+    parse, expected = _PARSERS[kind]
+    parsed, good = parse(values)
+    _refuse(name, column, values, ~good, f"not {expected}", ids)
+    return parsed
+
+
+def _strings(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    return _objects(["" if v is None else str(v) for v in values]), np.ones(len(values), bool)
+
+
+def _bools(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(values, np.ndarray) and values.dtype == bool:
+        return values, np.ones(len(values), bool)
+    words = np.array([str(v).strip().lower() for v in values])
+    true = np.isin(words, ("true", "1", "1.0"))
+    return true, true | np.isin(words, ("false", "0", "0.0"))
+
+
+def _floats(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        parsed = np.asarray(values, np.float64)  # None becomes NaN
+    except (TypeError, ValueError):
+        parsed = None
+    if parsed is None or parsed.ndim != 1:
+        parsed = np.array([_float(v) for v in values])
+    return parsed, ~np.isnan(parsed)
+
+
+def _float(value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return np.nan
+
+
+def _ints(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    parsed, _ = _floats(values)
+    good = np.isfinite(parsed) & (parsed == np.floor(parsed)) & (parsed >= 0)
+    return np.where(good, parsed, 0).astype(np.int64), good
+
+
+def _traces(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    parsed = [_trace(v) for v in values]
+    return _objects(parsed), np.array([p is not None for p in parsed], bool)
+
+
+def _trace(value) -> np.ndarray | None:
+    try:
+        trace = np.asarray(json.loads(value) if isinstance(value, str) else value, np.float32)  # null becomes NaN
+    except (TypeError, ValueError):
+        return None
+    return np.where(np.isnan(trace), np.float32(-np.inf), trace) if trace.ndim == 1 else None
+
+
+_PARSERS: dict[str, tuple[Callable[[Sequence], tuple[np.ndarray, np.ndarray]], str]] = {
+    "str": (_strings, "text"),
+    "bool": (_bools, "true or false (or 1 or 0)"),
+    "int": (_ints, "a whole number from 0"),
+    "float": (_floats, "a number"),
+    "f32 list": (_traces, "a list of numbers"),
+}
+
+
+def _objects(values: Sequence) -> np.ndarray:
+    """object[n]; numpy would make lists of equal length a matrix, and pad every text to the longest."""
+    column = np.empty(len(values), object)
+    column[:] = values
+    return column
+
+
+def _refuse(name: str, column: str, values: Sequence, bad: np.ndarray, what: str, ids: np.ndarray) -> None:
+    if (rows := np.flatnonzero(bad)).size:
+        i = int(rows[0])
+        raise UserError(
+            f"{name}: {column} is {what} in {rows.size} of {len(ids)} rows (row {i + 1}, id {ids[i]!r}: "
+            f"{str(values[i])[:40]!r}); mend or remove these rows{'' if column in REQUIRED else ', or the column'}"
+        )
+
+
+def _refuse_duplicates(name: str, ids: np.ndarray) -> None:
+    if len(unique := set(ids)) < len(ids):
+        first: dict[str, int] = {}
+        i = next(i for i, key in enumerate(ids) if first.setdefault(key, i) != i)
+        raise UserError(
+            f"{name}: {len(ids) - len(unique)} of {len(ids)} rows repeat an id (rows {first[ids[i]] + 1} and {i + 1}: "
+            f"{ids[i]!r}); keep one row a prompt, and each seed or method in a file of its own"
+        )
+
+
+# ---- files
+
+
+def _format(path: pathlib.Path) -> tuple[Callable, Callable]:
+    if path.suffix not in _FORMATS:
+        raise UserError(f"{path} is not a table of records: the name must end in {', '.join(_FORMATS)}")
+    return _FORMATS[path.suffix]
+
+
+def _read_parquet(path: pathlib.Path) -> dict[str, Sequence]:
+    table = pq.read_table(path)
+    return {column: _from_arrow(table[column].combine_chunks()) for column in table.column_names}
+
+
+def _from_arrow(column: pa.Array) -> Sequence:
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        return np.split(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1]) if len(column) else []
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return column.to_numpy(zero_copy_only=False)
+    return column.to_pylist()
+
+
+def _write_parquet(path: pathlib.Path, records: Records) -> None:
+    pq.write_table(pa.table({name: list(c) if c.dtype == object else c for name, c in records.items()}), path)
+
+
+def _read_jsonl(path: pathlib.Path) -> dict[str, Sequence]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                rows.append(_json_object(path, number, line))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _json_object(path: pathlib.Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}: line {number} is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: line {number} is not a JSON object: write one object a prompt")
+    return row
+
+
+def _write_jsonl(path: pathlib.Path, records: Records) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in zip(*map(_plain, records.values()), strict=True):
+            file.write(json.dumps(dict(zip(records, row, strict=True)), ensure_ascii=False) + "\n")
+
+
+def _read_csv(path: pathlib.Path) -> dict[str, Sequence]:
+    csv.field_size_limit(2**31 - 1)  # a long trace is one cell
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise UserError(f"{path}: the header has {', '.join(sorted(twice))} twice")
+    for i, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise UserError(f"{path}: row {i} has {len(row)} cells, the header has {len(header)}")
+    return {name: [row[j] for row in rows] for j, name in enumerate(header)}
+
+
+def _write_csv(path: pathlib.Path, records: Records) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(records)
+        for row in zip(*map(_plain, records.values()), strict=True):
+            writer.writerow([json.dumps(v) if isinstance(v, list | dict) else v for v in row])
+
+
+def _plain(column: np.ndarray) -> list:
+    """The column as Python values; a trace as a list with None for -inf, which JSON cannot write."""
+    if column.dtype != object:
+        return column.tolist()
+    return [[x if np.isfinite(x) else None for x in v.tolist()] if isinstance(v, np.ndarray) else v for v in column]
+
+
+_FORMATS = {
+    ".parquet": (_read_parquet, _write_parquet),
+    ".jsonl": (_read_jsonl, _write_jsonl),
+    ".csv": (_read_csv, _write_csv),
+}

@@ -1,0 +1,89 @@
+"""One evaluation in figures: what report.json and eval.json hold. No jax."""
+
+import numpy as np
+
+from collab_jax import measures, records, routers
+from collab_jax.measures import Rate, mean, rate
+from collab_jax.records import Records
+from collab_jax.routers.response import no_answer
+
+BUDGETS = (0.1, 0.2, 0.3)
+SUMMARY_ROUTERS = ("margin", "logprob", "random", "perfect")
+
+
+def outcomes(table: Records, router: str, budget: float) -> np.ndarray:
+    """Expected outcomes f64[n] of a router at a budget."""
+    return measures.replay(table, routers.score(router, table), budget)
+
+
+def at_budget(table: Records, budget: float) -> dict[str, Rate | float | None]:
+    """Overall accuracy of SUMMARY_ROUTERS at one budget, margin's lead over random, and its share of the perfect gain."""
+    found = {name: outcomes(table, name, budget) for name in SUMMARY_ROUTERS}
+    gain = found["perfect"].mean() - found["random"].mean()
+    lead = found["margin"] - found["random"]
+    return {
+        **{name: mean(values) for name, values in found.items()},
+        "margin_over_random": mean(lead),
+        "perfect_gain_share": float(lead.mean() / gain) if gain > 0 else None,
+    }
+
+
+def summary(table: Records) -> dict:
+    """The figures of one evaluation, as report.json holds them (`before`, `after`)."""
+    n = len(table["id"])
+    decided = table["natural_called"]
+    answered = {name: column[~no_answer(table)] for name, column in table.items()}
+    free = int(table["natural_completed"].sum())
+    aucs = lambda t: {name: _auc(t, name) for name in ("margin", "logprob")}  # noqa: E731
+    return {
+        "n": n,
+        "local_accuracy": rate(table["local_correct"]),
+        "cloud_accuracy": rate(table["cloud_correct"]),
+        "natural": {
+            "call_rate": rate(decided),
+            "local_share": rate(~decided & table["natural_ended"]),  # answered on the device, right or wrong
+            "local_correct": rate(~decided & table["natural_correct"]),
+            "overall_accuracy": rate(np.where(decided, table["cloud_correct"], table["natural_correct"])),
+            # of the calls, how many free decoding wrote to the end
+            "marker_completed": free / int(decided.sum()) if decided.any() else None,
+        },
+        "at_budget": {str(b): at_budget(table, b) for b in BUDGETS},
+        "device_tokens": {
+            "local": float(table["tokens"].mean()),
+            "natural": float(table["natural_tokens"].mean()),  # up to the decision token where it called
+        },
+        "no_answer": rate(no_answer(table)),
+        "cloud_unknown": rate(~table["cloud_known"]),  # failed calls; they count as wrong
+        "auc": aucs(table),
+        "auc_answered": aucs(answered),
+        "local_accuracy_by_stratum": {
+            str(s): rate(table["local_correct"][table["stratum"] == s]) for s in np.unique(table["stratum"])
+        },
+    }
+
+
+def _auc(table: Records, router: str) -> float | None:
+    """AUC of "local is wrong", or None where the device is always right, or always wrong."""
+    right = table["local_correct"]
+    return measures.auc(table, routers.score(router, table)) if right.any() and not right.all() else None
+
+
+def gains(before: Records, after: Records) -> dict[str, Rate]:
+    """Paired differences, after - before, on the same prompts. Raises UserError where the prompts differ."""
+    before = records.align(after, before, "after", "before")
+    table = {"local_accuracy": mean(after["local_correct"].astype(float) - before["local_correct"])}
+    for b in BUDGETS:
+        table[f"margin_at_{b}"] = mean(outcomes(after, "margin", b) - outcomes(before, "margin", b))
+    return table
+
+
+def examples_to_show(table: Records) -> list[tuple[str, int]]:
+    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed; those that occur."""
+    asked, right = table["natural_called"], table["natural_correct"]
+    kinds = {
+        "solved on the device": ~asked & right,
+        "rightly asked the cloud": asked & ~table["local_correct"] & table["cloud_correct"],
+        "asked, though it would have solved it": asked & table["local_correct"],
+        "stayed, and was wrong": ~asked & ~right,
+    }
+    return [(kind, int(np.flatnonzero(rows)[0])) for kind, rows in kinds.items() if rows.any()]

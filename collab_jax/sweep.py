@@ -1,0 +1,174 @@
+"""Sweeps: many training runs from one file, one after the other; a finished run is kept and never repeated.
+
+    python -m collab_jax.sweep --config configs/sweeps/paper_table.py --out runs/paper_table
+
+Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second, so that a sweep that is
+stopped has a table of what there is. The same command goes on, also in the middle of a run. A run that fails is told at the
+end, and the others go on. Then OUT has the comparison of all cells: compare.md, compare.json, frontier.png.
+"""
+
+import argparse
+import pathlib
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from collab_jax import compare, records
+from collab_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+# First parts of the keys that the evaluation before training depends on: runs that agree in these share before.parquet.
+START = {"model", "text", "task", "cloud", "eval", "decode", "prompt_length", "max_new_tokens", "cpu_devices"}
+
+
+class Cell(NamedTuple):
+    """One row of a sweep's table: what differs from the sweep's config, by key, and with which seeds it runs."""
+
+    overrides: Mapping[str, Any]
+    seeds: Sequence[int]
+
+
+class Sweep(NamedTuple):
+    """What `get_sweep()` of a sweep's file returns. config: an experiment's file, relative to the repository's root."""
+
+    config: str
+    overrides: Mapping[str, Any]  # of every cell
+    cells: Mapping[str, Cell]  # the first is what the others are compared with
+
+
+class Job(NamedTuple):
+    """One training run."""
+
+    cell: str
+    folder: pathlib.Path
+    changes: dict[str, Any]  # by key of the config
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "report.json").exists()
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return {key: value for key, value in self.changes.items() if key.split(".")[0] in START}
+
+
+def load(path: pathlib.Path) -> Sweep:
+    """The sweep of a file. Raises UserError where it holds none, or one that cannot run."""
+    try:
+        sweep = runpy.run_path(str(path))["get_sweep"]()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    except KeyError:
+        raise UserError(f"{path} has no get_sweep(): see configs/sweeps") from None
+    if not (ROOT / sweep.config).exists():
+        raise UserError(f"{path}: there is no file {sweep.config} in {ROOT}")
+    for name, cell in sweep.cells.items():
+        if not cell.seeds or len(set(cell.seeds)) < len(cell.seeds):
+            raise UserError(f"{path}: cell {name!r} needs seeds, each once")
+        if pathlib.Path(name).name != name:
+            raise UserError(f"{path}: cell {name!r} must be usable as a folder's name")
+    return sweep
+
+
+def jobs(sweep: Sweep, out: pathlib.Path) -> list[Job]:
+    """The runs in their order."""
+    found = []
+    for i in range(max(len(cell.seeds) for cell in sweep.cells.values())):
+        for name, cell in sweep.cells.items():
+            if i < len(cell.seeds):
+                changes = {**sweep.overrides, **cell.overrides, "seed": cell.seeds[i]}
+                found.append(Job(name, out / name / f"seed-{cell.seeds[i]}", changes))
+    return found
+
+
+def command(sweep: Sweep, job: Job) -> list[str]:
+    """The command line of a run."""
+    flags = [f"--config.{key}={value}" for key, value in job.changes.items()]
+    config = str(ROOT / sweep.config)
+    return [sys.executable, "-m", "collab_jax.train", "--config", config, "--workdir", str(job.folder), *flags]
+
+
+def share_start(job: Job, others: Sequence[Job]) -> None:
+    """Spares a run the evaluation of its start where a finished one had the same."""
+    mine = job.folder / "before.parquet"
+    same = [other.folder / "before.parquet" for other in others if other.done and other.start == job.start]
+    if same and not mine.exists():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(same[0], mine.with_suffix(".tmp"))
+        mine.with_suffix(".tmp").replace(mine)
+
+
+class Stop(Exception):
+    """SIGTERM or Ctrl-C."""
+
+
+def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
+    """Runs what is not done; returns what failed. Raises Stop once the run that was going on has saved itself."""
+    todo, failed = jobs(sweep, out), []
+    for number, job in enumerate(todo, 1):
+        if job.done:
+            continue
+        share_start(job, todo)
+        log, started = job.folder.with_suffix(".log"), time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{number} of {len(todo)}: {job.folder} ", end="", flush=True)
+        with log.open("a") as file:
+            child = subprocess.Popen(command(sweep, job), stdout=file, stderr=file, start_new_session=True)
+            try:
+                status = child.wait()
+            except Stop:
+                child.terminate()  # it saves, and the same command goes on from there
+                child.wait()
+                raise
+        if status or not job.done:
+            failed.append(job)
+            print(f"failed with status {status}, see {log}", flush=True)
+        else:
+            print(f"{time.monotonic() - started:.0f} s", flush=True)
+    return failed
+
+
+def models(sweep: Sweep, out: pathlib.Path) -> dict[str, compare.Model]:
+    """The finished runs' records by cell, the start's first."""
+    done = [job for job in jobs(sweep, out) if job.done]
+    found = {"start": compare.Model([records.read(done[0].folder / "before.parquet")], [None])} if done else {}
+    for name in sweep.cells:
+        if tables := [records.read(job.folder / "after.parquet") for job in done if job.cell == name]:
+            found[name] = compare.Model(tables, [None] * len(tables))
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m collab_jax.sweep", description="Many training runs from one file.")
+    parser.add_argument("--config", type=pathlib.Path, required=True, help="a file of configs/sweeps")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of all runs")
+    args = parser.parse_args(argv)
+
+    def stop(number, frame):
+        raise Stop
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    sweep = load(args.config)
+    try:
+        failed = run(sweep, args.out)
+    except Stop:
+        print("stopped and saved; the same command goes on")
+        return 0
+    if finished := models(sweep, args.out):
+        first = next(name for name in finished if name != "start")
+        print(compare.write(args.out, compare.compare(finished, reference=f"{first}: margin")))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,365 @@
+"""Every measure by hand numbers on a few prompts, its symmetries, and the bootstrap against a slow one."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from collab_jax import measures
+from collab_jax import records as tables
+from collab_jax.errors import UserError
+
+T, F = True, False
+LOCAL, CLOUD = [T, F, F, T, F], [T, T, F, F, T]  # kept, rescued, lost, harmed, rescued where sent
+SCORE = np.array([-3.0, 2.0, 1.0, -1.0, 5.0])  # order: rows 4, 1, 2, 3, 0
+
+
+def records(local=LOCAL, cloud=CLOUD, **columns):
+    base = dict(id=[f"p{i}" for i in range(len(local))], local_correct=local, cloud_correct=cloud)
+    return tables.check(base | columns, "here")
+
+
+def random_records(n, seed=0, device=0.5, cloud=0.9):
+    """n prompts and a noisy score of 'the device is wrong' with some equal values."""
+    rng = np.random.default_rng(seed)
+    r = records(rng.random(n) < device, rng.random(n) < cloud)
+    return r, np.round(rng.normal(size=n) - r["local_correct"], 1)
+
+
+def curve(r, score, **kwargs):
+    f = measures.frontiers({"x": [(r, score)]}, resamples=1, **kwargs)
+    return f.rates, f.accuracy["x"][0]
+
+
+# ---- rates
+
+
+def test_rate_is_wilsons_interval():
+    got = measures.rate(np.array([T] * 8 + [F] * 2))
+    assert got == pytest.approx({"value": 0.8, "low": 0.4902, "high": 0.9433}, abs=1e-4)
+    assert measures.rate(np.zeros(10, bool))["low"] == 0
+
+
+def test_mean_of_paired_differences_by_hand():
+    got = measures.mean(np.array([1.0, 0.0, 0.0, 1.0]))  # sd 0.57735, half width 1.96 * 0.57735 / 2
+    assert got == pytest.approx({"value": 0.5, "low": -0.06579, "high": 1.06579}, abs=1e-4)
+
+
+# ---- one budget
+
+
+@pytest.mark.parametrize("budget, right", [(0, 2), (0.2, 3), (0.39, 3), (0.4, 4), (0.6, 4), (0.8, 3), (1, 3)])
+def test_replay_by_hand(budget, right):
+    assert measures.replay(records(), SCORE, budget).sum() == right
+
+
+def test_a_budget_is_never_passed():
+    assert measures.calls([0.29, 0.299, 1], 100).tolist() == [29, 29, 100]  # 0.29 * 100 is below 29 in floating point
+    assert measures.calls(0.3, 9) == 2
+
+
+def test_equal_scores_are_sent_as_in_the_mean_over_all_orders():
+    score = np.array([1.0, 2.0, 1.0, 0.0, 1.0])
+    for budget in (0.2, 0.4, 0.6, 0.8):
+        hard = np.zeros(5)
+        for order in map(list, itertools.permutations(range(5))):
+            hard[np.array(order)[np.argsort(-score[order], kind="stable")[: measures.calls(budget, 5)]]] += 1 / 120
+        assert measures.sent(score, budget) == pytest.approx(hard)
+
+
+def test_a_constant_score_is_random_in_closed_form():
+    r, _ = random_records(70)
+    rates, y = curve(r, np.zeros(70))
+    assert y == pytest.approx((1 - rates) * r["local_correct"].mean() + rates * r["cloud_correct"].mean(), abs=1e-12)
+    assert y == pytest.approx(measures.random_frontier(rates, y), abs=1e-12)
+
+
+def test_the_perfect_router_in_closed_form_and_never_beaten():
+    r, score = random_records(300)
+    rates, best = curve(r, measures.perfect_score(r))
+    local, cloud = r["local_correct"], r["cloud_correct"]
+    gain, loss = (~local & cloud).sum(), (local & ~cloud).sum()
+    sent = np.round(rates * 300)
+    closed = local.sum() + np.minimum(sent, gain) - np.maximum(0, sent - (300 - loss))
+    assert best * 300 == pytest.approx(closed)
+    for other in (score, -score, np.zeros(300)):
+        assert (best >= curve(r, other)[1] - 1e-12).all()
+
+
+def test_sent_counts_by_hand_and_their_balance():
+    r = records()
+    assert measures.sent_counts(r, SCORE, 0.8) == {"sent": 4, "rescued": 2, "harmed": 1, "missed": 0}
+    assert measures.sent_counts(r, np.zeros(5), 0.2) == pytest.approx({"sent": 1, "rescued": 0.4, "harmed": 0.2, "missed": 1.6})  # fmt: skip
+    r, score = random_records(200)
+    c = measures.sent_counts(r, score, 0.3)
+    assert measures.replay(r, score, 0.3).sum() == pytest.approx(r["local_correct"].sum() + c["rescued"] - c["harmed"])
+
+
+# ---- AUC
+
+
+def test_auc_by_hand_and_by_symmetry():
+    r = records()
+    score = np.array([-3.0, 2.0, 1.0, -1.0, -2.0])  # wrong: 2, 1, -2; right: -3, -1: five of six pairs
+    assert measures.auc(r, score) == pytest.approx(5 / 6)
+    assert measures.auc(r, -score) == pytest.approx(1 / 6)
+    assert measures.auc(r, np.zeros(5)) == 0.5
+
+
+def test_auc_within_strata_sees_through_a_router_that_reads_the_stratum():
+    r = records([T, T, F, T, F, F, F, F], [T] * 8, stratum=["easy"] * 3 + ["hard"] * 3 + ["none"] * 2)
+    surface = (r["stratum"] != "easy").astype(float)
+    assert measures.auc(r, surface) > 0.5
+    assert measures.auc_by_stratum(r, surface) == {"easy": 0.5, "hard": 0.5, "none": None}
+    assert measures.auc_by_stratum(r, np.arange(8)) == {"easy": 1.0, "hard": 1.0, "none": None}
+
+
+# ---- figures of a frontier
+
+
+def test_routellm_figures_by_hand():
+    r = records([F, F, F, F, T], [T] * 5)
+    rates, y = curve(r, np.array([5.0, 4, 3, 2, 1]))  # 0.2, 0.4, 0.6, 0.8, 1, 1 at 0, 0.2, ..., 1 calls
+    assert measures.pgr(y)[[0, 20, 40, 60, 80, 100]] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    assert measures.apgr(rates, y) == pytest.approx(0.2 * (0.25 + 0.5 + 0.75 + 1 + 0.5))
+    assert measures.area(rates, y) == pytest.approx(0.2 * (0.1 + 0.4 + 0.6 + 0.8 + 1 + 0.5))
+    assert [measures.cpt(rates, y, x) for x in (0.5, 0.8, 1)] == pytest.approx([0.4, 0.6 + 0.2 * 0.05 / 0.25, 0.8])
+
+
+def test_random_has_its_textbook_figures():
+    rates, y = curve(random_records(1000)[0], np.zeros(1000))
+    figures = [measures.apgr(rates, y), measures.cpt(rates, y, 0.5), measures.cpt(rates, y, 0.8)]
+    assert figures == pytest.approx([0.5, 0.5, 0.8])
+
+
+def test_the_hull_is_a_running_maximum():
+    r = records([T, F, F, T], [F, T, T, T])  # 0.5, 0.25, 0.5, 0.75, 0.75: the first call harms
+    rates, y = curve(r, np.array([4.0, 3, 2, 1]))
+    at = [0, 25, 50, 75, 100]
+    assert measures.pgr(y)[at].tolist() == [0, -1, 0, 1, 1]
+    assert measures.hull(measures.pgr(y))[at].tolist() == [0, 0, 0, 1, 1]
+    assert measures.apgr(rates, y) == pytest.approx(0.25 * (1 + 0.5))
+    assert measures.cpt(rates, y, 0.5) == pytest.approx(0.5 + 0.25 * 0.5)
+
+
+def test_figures_work_over_leading_axes():
+    frontiers = [curve(*random_records(100, seed)) for seed in range(4)]
+    rates, y = frontiers[0][0], np.array([y for _, y in frontiers]).reshape(2, 2, -1)
+    for figure in (measures.apgr, measures.area, lambda x, a: measures.cpt(x, a, 0.5)):
+        assert figure(rates, y).ravel() == pytest.approx([float(figure(rates, y)) for _, y in frontiers])
+
+
+def test_without_a_gap_there_is_nothing_to_recover():
+    r = records([T, T, F, F], [T, F, F, T])
+    rates, y = curve(r, np.arange(4.0))
+    assert np.isnan(measures.pgr(y)).all() and np.isnan(measures.cpt(rates, y, 0.5))
+    assert np.isnan(measures.apgr(rates, y)) and not np.isnan(measures.area(rates, y))
+    assert measures.estimate(np.full(11, np.nan)) == {"value": None, "low": None, "high": None}
+
+
+def test_perfect_share_by_hand():
+    r = records()
+    rates, y = curve(r, SCORE)
+    share = measures.perfect_share(rates, y, curve(r, measures.perfect_score(r))[1])
+    assert share[[20, 40]] == pytest.approx([1, 1])
+    bad = measures.perfect_share(rates, curve(r, -SCORE)[1], curve(r, measures.perfect_score(r))[1])
+    assert bad[40] == pytest.approx((0.2 - 0.48) / (0.8 - 0.48))  # sends rows 0 and 3
+    assert np.isnan(share[0]) and np.isnan(share[100])
+
+
+# ---- symmetries
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda s: 3 * s - 7, np.exp, np.arctan, lambda s: np.where(s == s.max(), np.inf, s)]
+)
+def test_only_the_order_of_a_score_counts(transform):
+    r, score = random_records(150)
+    a, b = (measures.frontiers({"x": [(r, s)]}, resamples=20) for s in (score, transform(score)))
+    assert np.array_equal(a.accuracy["x"], b.accuracy["x"])
+    assert measures.auc(r, score) == measures.auc(r, transform(score))
+
+
+def test_the_order_of_rows_changes_no_figure():
+    r, score = random_records(150)
+    order = np.random.default_rng(1).permutation(150)
+    shuffled = {name: column[order] for name, column in r.items()}
+    assert curve(shuffled, score[order])[1] == pytest.approx(curve(r, score)[1], abs=1e-12)
+
+
+def test_every_row_twice_changes_no_figure():
+    r, score = random_records(100)
+    two = {name: np.concatenate([column, column]) for name, column in r.items()}
+    twice = np.concatenate([score, score])
+    (x, y), (xx, yy) = curve(r, score), curve(two, twice)
+    assert yy == pytest.approx(y, abs=1e-12) and np.array_equal(x, xx)
+    assert measures.auc(two, twice) == pytest.approx(measures.auc(r, score))
+    assert measures.sent_counts(two, twice, 0.3) == pytest.approx({k: 2 * v for k, v in measures.sent_counts(r, score, 0.3).items()})  # fmt: skip
+
+
+def test_the_ends_are_the_device_and_the_cloud_and_the_middle_is_replay():
+    r, score = random_records(130)
+    f = measures.frontiers({"x": [(r, score)]}, budgets=[0.123, 0.5], resamples=1)
+    assert f.budgets.tolist() == [0, 0.123, 0.5, 1] and f.rates.tolist() == [0, 15 / 130, 0.5, 1]
+    expected = [measures.replay(r, score, b).mean() for b in f.budgets]
+    assert f.accuracy["x"][0] == pytest.approx(expected)
+    assert expected[0] == r["local_correct"].mean() and expected[-1] == r["cloud_correct"].mean()
+
+
+# ---- bootstrap
+
+
+def test_the_bootstrap_equals_a_naive_one_on_the_same_draws():
+    one, two = random_records(30, 0), random_records(30, 1)
+    methods = {"a": [one, two], "b": [one], "c": [two, (one[0], -one[1])]}
+    f = measures.frontiers(methods, budgets=[0.1, 0.3, 0.77], resamples=25, seed=3)
+    prompts, pairs = np.random.default_rng([3, 0]), np.random.default_rng([3, 2])
+    for r in range(1, 26):
+        rows, weights = prompts.integers(30, size=30), pairs.multinomial(1, [0.5, 0.5])
+        for name, runs in methods.items():
+            means = [
+                [measures.replay({k: c[rows] for k, c in table.items()}, score[rows], b).mean() for b in f.budgets]
+                for table, score in runs
+            ]
+            expected = means[0] if len(runs) == 1 else weights @ np.array(means)
+            assert f.accuracy[name][r] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_interval_of_an_accuracy_is_the_binomial_one():
+    r, score = random_records(400, device=0.3)
+    got = measures.estimate(measures.frontiers({"x": [(r, score)]}, resamples=2000).at("x", 0))
+    p = r["local_correct"].mean()
+    assert got["value"] == p
+    assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * (p * (1 - p) / 400) ** 0.5, rel=0.08)
+
+
+@pytest.mark.parametrize("rights", [(T, F), (T, F, F), (T, T, F, F, F)])
+def test_the_seeds_level_has_the_variance_of_a_mean_of_seeds(rights):
+    runs = [(records([right] * 5, [T] * 5), np.zeros(5)) for right in rights]  # all the variance is between seeds
+    draws = measures.frontiers({"x": runs}, resamples=4000).at("x", 0)
+    assert draws[0] == np.mean(rights)
+    assert draws[1:].var() == pytest.approx(np.var(rights, ddof=1) / len(rights), rel=0.1)
+
+
+def test_differences_are_paired():
+    r, score = random_records(200)
+    worse = score + np.random.default_rng(2).normal(size=200)
+    f = measures.frontiers({"a": [(r, score)], "b": [(r, worse)], "c": [(r, score.copy())]}, resamples=300)
+    assert measures.estimate(f.at("a", 0.3) - f.at("c", 0.3)) == {"value": 0, "low": 0, "high": 0}
+    width = lambda values: measures.estimate(values)["high"] - measures.estimate(values)["low"]  # noqa: E731
+    assert width(f.at("a", 0.3) - f.at("b", 0.3)) < 0.9 * np.hypot(width(f.at("a", 0.3)), width(f.at("b", 0.3)))
+
+
+def test_another_method_changes_no_interval_and_a_seed_repeats_them():
+    a, b = random_records(60), random_records(60, 1)
+    alone = measures.frontiers({"a": [a]}, resamples=30)
+    together = measures.frontiers({"b": [b, b], "a": [a]}, resamples=30)
+    assert np.array_equal(alone.accuracy["a"], together.accuracy["a"])
+    other = measures.frontiers({"a": [a]}, resamples=30, seed=1).accuracy["a"]
+    assert not np.array_equal(alone.accuracy["a"], other) and np.array_equal(alone.accuracy["a"][0], other[0])
+
+
+def test_estimate_by_hand_and_with_undefined_resamples():
+    draws = np.arange(1.0, 1001)
+    assert measures.estimate(np.append(7.0, draws)) == {"value": 7, "low": 25, "high": 975}
+    draws[:20] = np.nan  # they count as below the lowest and as above the highest
+    assert measures.estimate(np.append(7.0, draws)) == {"value": 7, "low": 25, "high": 995}
+    draws[:30] = np.nan
+    assert measures.estimate(np.append(7.0, draws)) == {"value": 7, "low": None, "high": None}
+
+
+# ---- tokens, cost, latency
+
+
+def trace_records():
+    """Largest margins 2, 1, -1, 4 (no answer, ranked first by 100 more)."""
+    traces = [[-np.inf, 0.5, 2.0, 0.0], [1.0, -2.0], [-1.0, -1.0, -3.0], [-5.0, 1.5, 4.0, 0.0, 0.0]]
+    return records(
+        [T, F, T, F], [T, T, F, T], margins=traces, tokens=[4, 2, 3, 5], ms=[8.0, 2.0, 9.0, 5.0],
+        cloud_usd=[0.1, 0.2, 0.3, 0.4], cloud_tokens=[10, 20, 30, 40],
+    )  # fmt: skip
+
+
+TRACE_SCORE = np.array([2.0, 1.0, -1.0, 104.0])
+
+
+@pytest.mark.parametrize(
+    "budget, tokens",
+    [
+        (0, [4, 2, 3, 5]),
+        (0.25, [4, 2, 3, 5]),  # what has no answer only: it runs to its end
+        (0.5, [3, 2, 3, 3]),  # threshold 2: row 0 calls at its third token, row 3 at 4.0
+        (0.75, [3, 1, 3, 2]),  # threshold 1
+        (1, [2, 1, 1, 2]),  # threshold -1
+    ],
+)
+def test_device_tokens_before_a_call_by_hand(budget, tokens):
+    assert measures.device_tokens(trace_records(), TRACE_SCORE, budget, "trace").tolist() == tokens
+
+
+def test_device_tokens_where_the_budget_cuts_equal_margins():
+    r = records([T, F], [T, T], margins=[[0.0, 1.0, 0.0, 0.0], [1.0, 0.0]], tokens=[4, 2])
+    assert measures.device_tokens(r, np.ones(2), 0.5, "trace").tolist() == [3.0, 1.5]  # half of 2 or 4, of 1 or 2
+
+
+def test_device_tokens_of_routers_that_read_the_prompt_or_the_response():
+    r = trace_records()
+    assert measures.device_tokens(r, TRACE_SCORE, 0.5, "prompt").tolist() == [0, 2, 3, 0]
+    assert measures.device_tokens(r, TRACE_SCORE, 0.5, "response").tolist() == [4, 2, 3, 5]
+    assert measures.device_tokens(r, np.zeros(4), 0.5, "prompt").tolist() == [2, 1, 1.5, 2.5]
+
+
+def test_cost_frontier_by_hand():
+    r = trace_records()
+    got = measures.cost_frontier(r, TRACE_SCORE, measures.Prices(cloud_seconds=2.0), "trace", budgets=[0, 0.5, 1])
+    assert got.accuracy == pytest.approx([0.5, 0.75, 0.75])
+    assert got.usd == pytest.approx([0, (0.1 + 0.4) / 4, 0.25])  # rows 0 and 3 at a half
+    assert got.device_tokens == pytest.approx([14 / 4, 11 / 4, 6 / 4])
+    assert got.seconds == pytest.approx([24e-3 / 4, (6 + 2 + 9 + 3) * 1e-3 / 4 + 1, (4 + 1 + 3 + 2) * 1e-3 / 4 + 2])
+    prices = measures.Prices(2.0, usd_per_call=0.5, usd_per_million_tokens=1e4, device_ms_per_token=10)
+    got = measures.cost_frontier(r, TRACE_SCORE, prices, "response", own_tokens=np.array([4, 0, 0, 4]), budgets=[0.5])
+    assert got.usd[0] == pytest.approx((2 * 0.5 + (10 + 40) * 0.01) / 4)
+    assert got.seconds[0] == pytest.approx((14 + 8) * 0.01 / 4 + 1)
+    assert measures.cost_frontier(r, TRACE_SCORE, prices, "prompt").accuracy == pytest.approx(curve(r, TRACE_SCORE)[1])
+
+
+# ---- bad input
+
+
+def refused(message, call, *args, **kwargs):
+    with pytest.raises(UserError, match=message):
+        call(*args, **kwargs)
+
+
+def test_bad_input_is_refused_with_the_reason():
+    r, holed = records(), np.array([1.0, np.nan, 2.0, np.nan, 0.0])
+    refused(r"needs both classes: local_correct says right on all 5 prompts", measures.auc, records([T] * 5), SCORE)
+    refused(r"says wrong on all 5 prompts", measures.auc, records([F] * 5), SCORE)
+    refused(r"NaN in 2 of 5 rows \(first: row 2\)", measures.auc, r, holed)
+    refused(r"NaN in 2 of 5 rows", measures.replay, r, holed, 0.2)
+    refused(r"the score of mine is NaN in 2 of 5 rows", measures.frontiers, {"mine": [(r, holed)]})
+    refused(r"the score of mine has shape \(4,\): .* each of 5 prompts", measures.frontiers, {"mine": [(r, SCORE[:4])]})
+    refused(r"from 0 to 1: got 30", measures.replay, r, SCORE, 30)
+    refused(r"from 0 to 1", measures.frontiers, {"x": [(r, SCORE)]}, budgets=[-0.1])
+    refused(r"resamples=0", measures.frontiers, {"x": [(r, SCORE)]}, resamples=0)
+    refused(r"nothing to compare", measures.frontiers, {})
+    refused(r"nothing to compare", measures.frontiers, {"x": []})
+    refused(r"above 0 and up to 1: got 80", measures.cpt, *curve(r, SCORE), 80)
+    refused(r"not computed at a budget of 0.355", measures.frontiers({"x": [(r, SCORE)]}, resamples=1).at, "x", 0.355)
+
+
+def test_other_prompts_are_refused():
+    r = records()
+    other = records(id=["p0", "p1", "p2", "p3", "q"])
+    turned = {name: column[::-1] for name, column in r.items()}
+    refused(r"b \(seed 1 of 1\) is not of the prompts of a, .* 2 ids in one of the two only; align", measures.frontiers, {"a": [(r, SCORE)], "b": [(other, SCORE)]})  # fmt: skip
+    refused(r"a \(seed 2 of 2\) is not .* or not in their order: 5 and 5 prompts, 0 ids", measures.frontiers, {"a": [(r, SCORE), (turned, SCORE)]})  # fmt: skip
+
+
+def test_absent_columns_are_named():
+    r = records()
+    refused("device tokens: the records have no column tokens and no margins", measures.device_tokens, r, SCORE, 0.2, "trace")  # fmt: skip
+    r = records(tokens=[1] * 5)
+    refused("no column cloud_usd", measures.cost_frontier, r, SCORE, measures.Prices(1.0), "response")
+    refused("no column cloud_tokens", measures.cost_frontier, r, SCORE, measures.Prices(1.0, usd_per_million_tokens=1.0), "response")  # fmt: skip
+    refused("no column ms", measures.cost_frontier, r, SCORE, measures.Prices(1.0, usd_per_call=1.0), "response")

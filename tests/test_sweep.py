@@ -1,0 +1,152 @@
+"""Sweeps, with a stand-in for training: order, what is kept, failures, a stop, the table; and that the shipped ones can run."""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from tables import make
+
+from collab_jax import records, sweep
+from collab_jax.errors import UserError
+from collab_jax.sweep import Cell, Sweep
+
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+TWO = Sweep(
+    "configs/countdown_tiny.py",
+    {"train.steps": 3},
+    {"b": Cell({}, (0, 1)), "a": Cell({"algorithm.filter": "none"}, (5,))},
+)
+
+
+def test_order_and_command_line(tmp_path):
+    found = sweep.jobs(TWO, tmp_path)
+    assert [str(job.folder.relative_to(tmp_path)) for job in found] == ["b/seed-0", "a/seed-5", "b/seed-1"]
+    words = sweep.command(TWO, found[1])
+    assert words[1:4] == ["-m", "collab_jax.train", "--config"] and words[5:] == [
+        "--workdir", str(found[1].folder), "--config.train.steps=3", "--config.algorithm.filter=none", "--config.seed=5"
+    ]  # fmt: skip
+
+
+TRAIN = """
+import pathlib, shutil, sys, time
+folder, table, kind = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder.mkdir(parents=True, exist_ok=True)
+if kind == "fail":
+    sys.exit(3)
+if kind == "slow":
+    import signal
+    signal.signal(signal.SIGTERM, lambda *_: (folder.joinpath("saved").touch(), sys.exit(0)))
+    folder.joinpath("started").touch()
+    time.sleep(60)
+if not (folder / "before.parquet").exists():
+    shutil.copy(table, folder / "before.parquet")
+    (folder / "evaluated").touch()
+shutil.copy(table, folder / "after.parquet")
+(folder / "report.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Replaces training: stand_in[cell] is "fail" or "slow"."""
+    records.write(tmp_path / "table.parquet", make(40))
+    kinds = {}
+
+    def command(_, job):
+        return [
+            sys.executable,
+            "-c",
+            TRAIN,
+            str(job.folder),
+            str(tmp_path / "table.parquet"),
+            kinds.get(job.cell, "ok"),
+        ]
+
+    monkeypatch.setattr(sweep, "command", command)
+    return kinds
+
+
+def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys):
+    stand_in["a"] = "fail"
+    out = tmp_path / "out"
+    assert [job.cell for job in sweep.run(TWO, out)] == ["a"]
+    assert "failed with status 3" in capsys.readouterr().out
+    first = (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns
+    stand_in.clear()
+    assert sweep.run(TWO, out) == []
+    assert (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns == first
+    assert list(sweep.models(TWO, out)) == ["start", "b", "a"] and len(sweep.models(TWO, out)["b"].seeds) == 2
+
+
+def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
+    other = Sweep(TWO.config, {}, {"b": Cell({}, (0, 1)), "c": Cell({"eval.prompts": 7}, (0,))})
+    sweep.run(other, tmp_path / "out")
+    evaluated = {path.parent.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("evaluated")}
+    assert evaluated == {"b/seed-0", "c/seed-0"}
+
+
+def test_the_table_is_of_all_cells_against_the_first(tmp_path, stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "load", lambda path: TWO)
+    assert sweep.main(["--config", "x.py", "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert result["seeds"] == {"start": 1, "b": 2, "a": 1} and result["reference"] == "b: margin"
+    assert "a: logprob" in capsys.readouterr().out
+
+
+def test_a_stop_lets_the_run_save(tmp_path, stand_in):
+    script = (
+        "import sys; sys.path.insert(0, 'tests'); import test_sweep as t; from collab_jax import sweep\n"
+        f"sweep.load = lambda path: t.TWO\n"
+        f"sweep.command = lambda _, job: [sys.executable, '-c', t.TRAIN, str(job.folder), 'none', 'slow']\n"
+        f"sys.exit(sweep.main(['--config', 'x', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    folder = tmp_path / "out" / "b" / "seed-0"
+    for _ in range(600):
+        if (folder / "started").exists():
+            break
+        time.sleep(0.1)
+    os.kill(child.pid, signal.SIGTERM)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 0 and "stopped and saved" in out and (folder / "saved").exists()
+
+
+def test_refusals(tmp_path):
+    def load(text):
+        path = tmp_path / "sweep.py"
+        path.write_text("from collab_jax.sweep import Cell, Sweep\n" + text)
+        return sweep.load(path)
+
+    with pytest.raises(UserError, match="cannot read"):
+        sweep.load(tmp_path / "none.py")
+    with pytest.raises(UserError, match=r"no get_sweep\(\)"):
+        load("")
+    make_one = "def get_sweep():\n    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds})}})"
+    good = dict(config=TWO.config, name="a", seeds=(0,))
+    assert load(make_one.format(**good)).cells["a"].seeds == (0,)
+    for change, message in (
+        ({"config": "configs/none.py"}, "no file configs/none.py"),
+        ({"seeds": (1, 1)}, "seeds, each once"),
+        ({"seeds": ()}, "seeds, each once"),
+        ({"name": "a/b"}, "folder's name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(make_one.format(**good | change))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_shipped_sweeps_have_known_keys_and_names(path):
+    from collab_jax import run
+
+    found = sweep.load(path)
+    for job in sweep.jobs(found, pathlib.Path("out")):
+        config = runpy.run_path(str(ROOT / found.config))["get_config"]().lock()
+        config.update_from_flattened_dict(job.changes)
+        run.check_config(config)
