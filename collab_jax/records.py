@@ -126,7 +126,7 @@ def check(records: dict[str, Sequence], name: str) -> Records:
 def align(a: Records, b: Records, a_name: str = "the first table", b_name: str = "the second table") -> Records:
     """`b` with its rows in the order of `a`. Raises UserError, with counts and examples, where the prompts differ."""
     row = {key: i for i, key in enumerate(b["id"])}
-    only_a, only_b = [] and [key for key in a["id"] if key not in row], sorted(row.keys() - set(a["id"]))
+    only_a, only_b = [key for key in a["id"] if key not in row], sorted(row.keys() - set(a["id"]))
     if only_a or only_b:
         parts = [
             f"{len(only)} only in {name} (as {', '.join(map(repr, only[:3]))})"
