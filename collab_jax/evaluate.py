@@ -28,9 +28,20 @@ from collab_jax.tasks import Example, Task
 
 
 def evaluate(
-    sample, params, text: Text, task: Task, cloud: CachedCloud, examples: list[Example], config: ConfigDict, name: str
+    sample,
+    params,
+    text: Text,
+    task: Task,
+    cloud: CachedCloud,
+    examples: list[Example],
+    config: ConfigDict,
+    name: str,
+    natural: bool = True,
 ) -> Records:
-    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D."""
+    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D.
+
+    natural: with the natural pass too, and its columns.
+    """
     D, size = jax.local_device_count(), config.eval.batch_size
     rows: list[dict] = []
     with tqdm(total=len(examples), desc=f"evaluate {name}", unit="prompt", mininterval=1) as bar:
@@ -39,7 +50,7 @@ def evaluate(
             padded = batch + batch[:1] * (size - len(batch))  # one shape, one compilation
             prompts = parallel.shard(text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D)
             passes = {}
-            for key, bias in (("natural", 0.0), ("local", -np.inf)):
+            for key, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
                 zero = np.zeros(D, np.int32)
                 samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
@@ -63,10 +74,7 @@ def _cost(reply: Reply | None) -> dict:
 
 def _row(task: Task, example: Example, i: int, passes) -> dict:
     local, verdicts = passes["local"]
-    natural, natural_verdicts = passes["natural"]
-    crossing = natural.margins[i] > 0
-    called = bool(crossing.any())
-    return {
+    row = {
         "id": example.id,
         "task": task.name,
         "stratum": example.stratum,
@@ -79,6 +87,13 @@ def _row(task: Task, example: Example, i: int, passes) -> dict:
         "logp": float(local.logp[i].sum()),
         "margin": float(local.margins[i].max()),
         "margins": local.margins[i][local.mask[i]],
+    }
+    if "natural" not in passes:
+        return row
+    natural, natural_verdicts = passes["natural"]
+    crossing = natural.margins[i] > 0
+    called = bool(crossing.any())
+    return row | {
         "natural_text": natural_verdicts.texts[i],
         "natural_called": called,
         "natural_completed": bool(natural_verdicts.called[i]),
@@ -93,13 +108,19 @@ def greedy_sampler(run: Run):
     return rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=0.0)
 
 
-def evaluate_state(run: Run, sample, state: TrainState, name: str) -> Records:
-    """Records of the first `config.eval.prompts` test prompts under `state` (with axis D) by a `greedy_sampler`."""
-    config = run.config
-    examples = run.task.load("test")[: config.eval.prompts]
-    if len(examples) < config.eval.prompts:
-        raise UserError(f"config.eval.prompts={config.eval.prompts}, but the test split has {len(examples)}")
-    return evaluate(sample, state.params, run.text, run.task, run.cloud, examples, config, name)
+def held_out(run: Run) -> list[Example]:
+    """The first `config.eval.prompts` test prompts."""
+    examples = run.task.load("test")[: run.config.eval.prompts]
+    if len(examples) < run.config.eval.prompts:
+        raise UserError(f"config.eval.prompts={run.config.eval.prompts}, but the test split has {len(examples)}")
+    return examples
+
+
+def evaluate_state(
+    run: Run, sample, state: TrainState, examples: list[Example], name: str, natural: bool = True
+) -> Records:
+    """Records of `examples` under `state` (with axis D) by a `greedy_sampler`."""
+    return evaluate(sample, state.params, run.text, run.task, run.cloud, examples, run.config, name, natural)
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
@@ -108,7 +129,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
     state = parallel.replicate(runs.load_state(run))
-    table = evaluate_state(run, greedy_sampler(run), state, workdir.name)
+    table = evaluate_state(run, greedy_sampler(run), state, held_out(run), workdir.name)
     records.write(workdir / "eval.parquet", table)
     figures = {"step": int(state.step[0]), **summary.summary(table)}
     (workdir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -65,7 +65,9 @@ def check_config(config: ConfigDict) -> None:
         min(config.decode.segments, config.decode.slot_counts) >= 1,
         "config.decode.segments and slot_counts must be at least 1",
     )
-    need(config.eval.prompts >= 0, f"config.eval.prompts={config.eval.prompts} must be at least 0")
+    need(
+        min(config.eval.prompts, config.eval.fit_prompts) >= 0, "config.eval.prompts and fit_prompts must be at least 0"
+    )
     pair = algorithm.solo == 0 or 2 <= algorithm.solo <= config.group - 2
     need(pair, f"config.algorithm.solo={algorithm.solo} must be 0, or leave at least two responses of each kind")
     need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")

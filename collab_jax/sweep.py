@@ -138,8 +138,12 @@ def models(sweep: Sweep, out: pathlib.Path) -> dict[str, compare.Model]:
     done = [job for job in jobs(sweep, out) if job.done]
     found = {"start": compare.Model([records.read(done[0].folder / "before.parquet")], [None])} if done else {}
     for name in sweep.cells:
-        if tables := [records.read(job.folder / "after.parquet") for job in done if job.cell == name]:
-            found[name] = compare.Model(tables, [None] * len(tables))
+        if folders := [job.folder for job in done if job.cell == name]:
+            fits = [folder / "fit.parquet" for folder in folders]
+            found[name] = compare.Model(
+                [records.read(folder / "after.parquet") for folder in folders],
+                [records.read(fit) if fit.exists() else None for fit in fits],
+            )
     return found
 
 

@@ -4,7 +4,7 @@
 
 evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit on a CPU, whatever
 stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json, metrics.jsonl (with TensorBoard events
-beside it), checkpoints/, cloud.sqlite, before.parquet, after.parquet and the report (report.json, report.md, *.png).
+beside it), checkpoints/, cloud.sqlite, before.parquet, after.parquet (and fit.parquet) and the report (report.json, report.md, *.png).
 """
 
 import functools
@@ -24,6 +24,7 @@ from collab_jax import run as runs
 from collab_jax.cloud import ledger
 from collab_jax.errors import UserError
 from collab_jax.run import Run
+from collab_jax.tasks import Example
 
 NONFINITE_LIMIT = 10  # updates in a row whose gradient is not finite before the run stops
 
@@ -56,6 +57,22 @@ def prompt_indices(seed: int, step: int, count: int, total: int) -> np.ndarray:
         epoch: np.random.default_rng([seed, int(epoch)]).permutation(total) for epoch in np.unique(place // total)
     }
     return np.array([orders[p // total][p % total] for p in place])
+
+
+def fit_examples(run: Run) -> list[Example]:
+    """`config.eval.fit_prompts` training prompts that no step of this run uses, for routers that are learned."""
+    config = run.config
+    if not config.eval.fit_prompts:
+        return []
+    examples = run.task.load("train")
+    used = prompt_indices(config.seed, 0, config.prompts_per_step * config.train.steps, len(examples))
+    unused = np.setdiff1d(np.arange(len(examples)), used)
+    if len(unused) < config.eval.fit_prompts:
+        raise UserError(
+            f"config.eval.fit_prompts={config.eval.fit_prompts}, but training leaves {len(unused)} of {len(examples)} training "
+            "prompts unused: lower it, or raise config.task.train_examples"
+        )
+    return [examples[i] for i in unused[: config.eval.fit_prompts]]
 
 
 def make_step(run: Run):
@@ -169,10 +186,10 @@ def progress(row: dict, budget: float) -> str:
 
 
 def evaluated(run: Run, sample, state: gapg.TrainState | None, name: str):
-    """Records of `state`, from NAME.parquet where an earlier start of this run has them already."""
+    """Records of `state` on the test prompts, from NAME.parquet where an earlier start of this run has them already."""
     path = run.workdir / f"{name}.parquet"
     if not path.exists():
-        table = evaluate.evaluate_state(run, sample, state, name)
+        table = evaluate.evaluate_state(run, sample, state, evaluate.held_out(run), name)
         records.write(path, table)
         for kind, i in summary.examples_to_show(table):
             print(f"  {kind}: {table['prompt'][i]} -> {table['natural_text'][i]}")
@@ -188,7 +205,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"
     )
-    before, greedy = None, evaluate.greedy_sampler(run)
+    before, greedy, fit = None, evaluate.greedy_sampler(run), fit_examples(run)
     if config.eval.prompts:
         if not (workdir / "before.parquet").exists() and run.checkpoints.latest() is not None:
             raise UserError(
@@ -201,6 +218,10 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
         return 0
     if before is not None:
+        if fit and not (workdir / "fit.parquet").exists():
+            records.write(
+                workdir / "fit.parquet", evaluate.evaluate_state(run, greedy, state, fit, "fit", natural=False)
+            )
         after = evaluated(run, greedy, state, "after")
         host = parallel.unreplicate(state)
         rows = metrics.read(workdir / "metrics.jsonl")

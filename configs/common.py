@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.prompts = 4096  # from the start of the test split, before and after training; 0: no evaluation
+    config.eval.fit_prompts = 0  # unused training prompts, after training, to fit learned routers on (fit.parquet)
     config.eval.batch_size = 256  # rows; a multiple of the number of devices
 
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft

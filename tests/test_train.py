@@ -179,14 +179,16 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"budget": -0.1}, "budget"),
         ({"budget": 0.99999}, "0.999 at most"),
         ({"seed": -1}, "seed=-1"),
-        ({"eval__prompts": -5}, "eval.prompts=-5"),
+        ({"eval__prompts": -5}, "eval.prompts and fit_prompts must"),
         ({"budget": float("nan")}, "budget"),
         ({"group": 1}, "at least 2"),
         ({"prompts_per_step": 7}, "multiple of the 2 devices"),
         ({"eval__batch_size": 3}, "multiple of the 2 devices"),
         ({"reward__alpha_c": 3.0}, "alpha_a=2.0 > alpha_c=3.0"),
-        ({"algorithm__advantage": "ppo"}, r"\['dr_grpo', 'gapg', 'grpo'\]"),
-        ({"algorithm__filter": "d3"}, r"\['d1d2', 'none'\]"),
+        ({"algorithm__advantage": "ppo"}, r"\['dr_grpo', 'gapg', 'grpo', 'standard'\]"),
+        ({"algorithm__filter": "d3"}, r"\['d1d2', 'none', 'zero_variance'\]"),
+        ({"algorithm__control_rate": -1.0}, "control_rate"),
+        ({"algorithm__solo": 3}, "algorithm.solo=3 must be 0, or leave"),
         ({"temperature": 0.0}, "temperature"),
         ({"optim__learning_rate": float("nan")}, "learning_rate=nan must be finite"),
         ({"train__steps": 0}, "at least 1"),
@@ -200,6 +202,15 @@ def test_bad_settings_are_one_clear_line(small, tmp_path, overrides, says):
     with pytest.raises(UserError, match=says) as caught:
         runs.prepare(small(**overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_to_fit_routers_on_are_never_trained_on_or_there_are_too_few(small, tmp_path):
+    run = runs.prepare(small(eval__fit_prompts=30), tmp_path)  # 4 steps of 8 of 64 prompts
+    fit = {example.id for example in train.fit_examples(run)}
+    examples, chosen = run.task.load("train"), train.prompt_indices(run.config.seed, 0, 32, 64)
+    assert len(fit) == 30 and not fit & {examples[i].id for i in chosen}
+    with pytest.raises(UserError, match="leaves 32 of 64 training prompts unused"):
+        train.fit_examples(runs.prepare(small(eval__fit_prompts=33), tmp_path / "other"))
 
 
 def test_prompt_longer_than_the_limit_stops_before_anything_is_spent(small, tmp_path):

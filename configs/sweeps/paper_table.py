@@ -14,7 +14,7 @@ def get_sweep():
     parts = lambda seeds, **changes: Cell({f"algorithm.{key}": value for key, value in changes.items()}, seeds)  # noqa: E731
     return Sweep(
         "configs/countdown_tiny.py",
-        {"budget": 0.3},
+        {"budget": 0.3, "eval.fit_prompts": 4096},
         {
             "gapg": parts(FIVE),
             "grpo": parts(FIVE, advantage="grpo", filter="none"),
