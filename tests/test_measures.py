@@ -268,61 +268,6 @@ def test_estimate_by_hand_and_with_undefined_resamples():
     assert measures.estimate(np.append(7.0, draws)) == {"value": 7, "low": None, "high": None}
 
 
-# ---- tokens, cost, latency
-
-
-def trace_records():
-    """Largest margins 2, 1, -1, 4 (no answer, ranked first by 100 more)."""
-    traces = [[-np.inf, 0.5, 2.0, 0.0], [1.0, -2.0], [-1.0, -1.0, -3.0], [-5.0, 1.5, 4.0, 0.0, 0.0]]
-    return records(
-        [T, F, T, F], [T, T, F, T], margins=traces, tokens=[4, 2, 3, 5], ms=[8.0, 2.0, 9.0, 5.0],
-        cloud_usd=[0.1, 0.2, 0.3, 0.4], cloud_tokens=[10, 20, 30, 40],
-    )  # fmt: skip
-
-
-TRACE_SCORE = np.array([2.0, 1.0, -1.0, 104.0])
-
-
-@pytest.mark.parametrize(
-    "budget, tokens",
-    [
-        (0, [4, 2, 3, 5]),
-        (0.25, [4, 2, 3, 5]),  # what has no answer only: it runs to its end
-        (0.5, [3, 2, 3, 3]),  # threshold 2: row 0 calls at its third token, row 3 at 4.0
-        (0.75, [3, 1, 3, 2]),  # threshold 1
-        (1, [2, 1, 1, 2]),  # threshold -1
-    ],
-)
-def test_device_tokens_before_a_call_by_hand(budget, tokens):
-    assert measures.device_tokens(trace_records(), TRACE_SCORE, budget, "trace").tolist() == tokens
-
-
-def test_device_tokens_where_the_budget_cuts_equal_margins():
-    r = records([T, F], [T, T], margins=[[0.0, 1.0, 0.0, 0.0], [1.0, 0.0]], tokens=[4, 2])
-    assert measures.device_tokens(r, np.ones(2), 0.5, "trace").tolist() == [3.0, 1.5]  # half of 2 or 4, of 1 or 2
-
-
-def test_device_tokens_of_routers_that_read_the_prompt_or_the_response():
-    r = trace_records()
-    assert measures.device_tokens(r, TRACE_SCORE, 0.5, "prompt").tolist() == [0, 2, 3, 0]
-    assert measures.device_tokens(r, TRACE_SCORE, 0.5, "response").tolist() == [4, 2, 3, 5]
-    assert measures.device_tokens(r, np.zeros(4), 0.5, "prompt").tolist() == [2, 1, 1.5, 2.5]
-
-
-def test_cost_frontier_by_hand():
-    r = trace_records()
-    got = measures.cost_frontier(r, TRACE_SCORE, measures.Prices(cloud_seconds=2.0), "trace", budgets=[0, 0.5, 1])
-    assert got.accuracy == pytest.approx([0.5, 0.75, 0.75])
-    assert got.usd == pytest.approx([0, (0.1 + 0.4) / 4, 0.25])  # rows 0 and 3 at a half
-    assert got.device_tokens == pytest.approx([14 / 4, 11 / 4, 6 / 4])
-    assert got.seconds == pytest.approx([24e-3 / 4, (6 + 2 + 9 + 3) * 1e-3 / 4 + 1, (4 + 1 + 3 + 2) * 1e-3 / 4 + 2])
-    prices = measures.Prices(2.0, usd_per_call=0.5, usd_per_million_tokens=1e4, device_ms_per_token=10)
-    got = measures.cost_frontier(r, TRACE_SCORE, prices, "response", own_tokens=np.array([4, 0, 0, 4]), budgets=[0.5])
-    assert got.usd[0] == pytest.approx((2 * 0.5 + (10 + 40) * 0.01) / 4)
-    assert got.seconds[0] == pytest.approx((14 + 8) * 0.01 / 4 + 1)
-    assert measures.cost_frontier(r, TRACE_SCORE, prices, "prompt").accuracy == pytest.approx(curve(r, TRACE_SCORE)[1])
-
-
 # ---- bad input
 
 
@@ -354,12 +299,3 @@ def test_other_prompts_are_refused():
     turned = {name: column[::-1] for name, column in r.items()}
     refused(r"b \(seed 1 of 1\) is not of the prompts of a, .* 2 ids in one of the two only; align", measures.frontiers, {"a": [(r, SCORE)], "b": [(other, SCORE)]})  # fmt: skip
     refused(r"a \(seed 2 of 2\) is not .* or not in their order: 5 and 5 prompts, 0 ids", measures.frontiers, {"a": [(r, SCORE), (turned, SCORE)]})  # fmt: skip
-
-
-def test_absent_columns_are_named():
-    r = records()
-    refused("device tokens: the records have no column tokens and no margins", measures.device_tokens, r, SCORE, 0.2, "trace")  # fmt: skip
-    r = records(tokens=[1] * 5)
-    refused("no column cloud_usd", measures.cost_frontier, r, SCORE, measures.Prices(1.0), "response")
-    refused("no column cloud_tokens", measures.cost_frontier, r, SCORE, measures.Prices(1.0, usd_per_million_tokens=1.0), "response")  # fmt: skip
-    refused("no column ms", measures.cost_frontier, r, SCORE, measures.Prices(1.0, usd_per_call=1.0), "response")

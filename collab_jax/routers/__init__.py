@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collab_jax import measures
+from collab_jax import costs, measures
 from collab_jax.errors import UserError
 from collab_jax.records import Records, require, scores
 from collab_jax.routers import learned, response
@@ -33,7 +33,7 @@ class Router(NamedTuple):
     title: str
     score: Callable
     needs: tuple[str, ...]  # columns
-    reads: measures.Reads
+    reads: costs.Reads
     learned: bool = False
 
 
