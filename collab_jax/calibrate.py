@@ -39,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from collab_jax import records
 from collab_jax.errors import UserError
 
 LIMIT = 1e4  # no two logits are this far apart: this bias calls all that can be called, its negative only what must be
@@ -405,24 +406,6 @@ def _prompts_for_accuracy(share: float, accuracy: float, delta: float) -> int:
     return n + (n - 1) // (PLACING - 1)
 
 
-def _read_records(path: pathlib.Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Columns of a parquet file of records (`evaluate.py`). Raises UserError where it is not one."""
-    import pyarrow as pa  # here, so that a server may read the calibration without it
-    import pyarrow.parquet as pq
-
-    try:
-        present = pq.read_schema(path).names
-        missing = [name for name in names if name not in present]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}: give --records that collab_jax.evaluate wrote")
-        table = pq.read_table(path, columns=[*names, *({"id"} & set(present))])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"cannot read {path} ({' '.join(str(error).split())[:120]}): is it a parquet file?") from None
-    if "id" in table.column_names and len(table["id"].unique()) < len(table):
-        raise UserError(f"{path} has prompts more than once (equal ids): the promise needs independent prompts")
-    return {name: table[name].to_numpy() for name in names}
-
-
 def _summary(c: Calibration, path: pathlib.Path) -> str:
     """Two lines: what was chosen, what is promised."""
     measured = "" if c.accuracy is None else f", overall accuracy {c.accuracy:.1%}"
@@ -444,7 +427,7 @@ def _summary(c: Calibration, path: pathlib.Path) -> str:
 def main(argv: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m collab_jax.calibrate", description="A bias for a budget.")
-    parser.add_argument("--records", type=pathlib.Path, required=True, help="parquet file of collab_jax.evaluate")
+    parser.add_argument("--records", type=pathlib.Path, required=True, help="held-out records with margins")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--rate", type=float, help="share of prompts to call")
     target.add_argument("--accuracy", type=float, help="overall accuracy to reach with as few calls as possible")
@@ -454,18 +437,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--decision_token", help="noted in the file for a server")
     parser.add_argument("--marker", help="the call as text, likewise")
     args = parser.parse_args(argv)
-    verdicts = [] if args.accuracy is None else ["local_correct", "cloud_correct", "cloud_known"]
-    records = _read_records(args.records, ["margin", "ended", "formatted", *verdicts])
-    n = len(records["margin"])
-    flags = {name: _column(name, column, n) for name, column in records.items() if name != "margin"}
-    margins, answered = records["margin"], (flags["ended"] & flags["formatted"]) | args.margin_only
+    table = records.read(args.records)
+    records.require(table, ["margin"], "calibration")
+    margins, answered = table["margin"], (table["ended"] & table["formatted"]) | args.margin_only
     if args.accuracy is None:
         calibration = bias_for_rate(margins, answered, args.rate, args.delta)
     else:
-        cloud_correct = flags["cloud_correct"] & flags["cloud_known"]  # a failed call brought no answer
-        calibration = bias_for_accuracy(
-            margins, answered, flags["local_correct"], cloud_correct, args.accuracy, args.delta
-        )
+        cloud_correct = table["cloud_correct"] & table["cloud_known"]  # a failed call brought no answer
+        verdicts = table["local_correct"], cloud_correct
+        calibration = bias_for_accuracy(margins, answered, *verdicts, args.accuracy, args.delta)
     config = to_config(calibration, margins, answered, not args.margin_only, args.decision_token, args.marker)
     print(_summary(calibration, write(args.out, config)))
     return 0

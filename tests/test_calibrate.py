@@ -492,10 +492,10 @@ def test_command_line_counts_a_failed_call_as_wrong(records, tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(drop=["margin", "ended"]), "lacks margin, ended: give --records that collab_jax.evaluate wrote"),
-        (dict(margin=[None, *np.zeros(999)]), "1 of 1000 margins are NaN"),
-        (dict(ended=[None, *[True] * 999]), "ended must be one True or False"),
-        (dict(id=["p0"] * 1000), "more than once"),
+        (dict(drop=["margin", "ended"]), "calibration: the records have no column margin"),
+        (dict(margin=[None, *np.zeros(999)]), "margin is not a number in 1 of 1000 rows"),
+        (dict(ended=[None, *[True] * 999]), "ended is not true or false"),
+        (dict(id=["p0"] * 1000), "repeat an id"),
     ],
 )
 def test_bad_records_are_refused(records, tmp_path, changed, message):
