@@ -37,7 +37,7 @@ class Model(NamedTuple):
 
 
 def score_all(models: Mapping[str, Model]) -> dict[str, list[tuple[Records, np.ndarray]]]:
-    """ "MODEL: ROUTER" -> (records, score) of each seed, for every router that all of a model's seeds have columns for."""
+    """(records, score) of each seed by "MODEL: ROUTER", for every router that all of a model's seeds have columns for."""
     first = next(iter(models.values())).seeds[0]
     methods = {}
     for name, model in models.items():
@@ -159,7 +159,7 @@ def write(out: pathlib.Path, result: dict) -> str:
 
 
 def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
-    """ "NAME=FILE,FILE" or "FILE" -> files by name; a file without a name is called after itself, and its folder if need be."""
+    """Files by name, of words "NAME=FILE,FILE" or "FILE"; one without a name is called after the file, and its folder if need be."""
     found: dict[str, list[pathlib.Path]] = {}
     alone = [pathlib.Path(word).stem for word in words if "=" not in word]
     for word in words:

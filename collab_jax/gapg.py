@@ -218,7 +218,7 @@ def no_control(reward: RewardState, filter: FilterState, call_rate: jax.Array) -
 class Algorithm(NamedTuple):
     """The parts of a step, all pure.
 
-    control: after each step, from that step's share of calls f32[] over all responses.
+    control: after each step, from that step's share of calls f32[] among the responses that might call.
     """
 
     reward: Callable  # (RewardState, correct, called, formatted, cloud_correct) -> r f32[Q, G], RewardState
@@ -349,7 +349,8 @@ def make_step(
         # By what they earned: a rounded mean leaves equal rewards an advantage.
         differ = lambda x: (x != x[:, :1]).any(axis=1)  # noqa: E731
         signal = keep & (differ(r) | (price != 0) & differ(cost))
-        call_rate = cost.mean()
+        may_call = cost.size if batch.barred is None else jnp.sum((batch.barred < 0).all(axis=2))
+        call_rate = cost.sum() / may_call
         reward_state, filter_state = algorithm.control(reward_state, filter_state, call_rate)
 
         Q = keep.shape[0]

@@ -23,7 +23,6 @@ from collab_jax.records import Records
 Rate = dict[str, float | None]  # value, low, high: a figure with its 95 % interval; None where it is not defined
 
 GRID = np.arange(101) / 100  # the budgets of a frontier
-_Z = float(stats.norm.ppf(0.975))
 _TAIL = 0.025
 
 
@@ -35,13 +34,6 @@ def rate(outcomes: np.ndarray) -> Rate:
     k, n = int(outcomes.sum()), len(outcomes)
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")
     return {"value": k / n, "low": float(interval.low), "high": float(interval.high)}
-
-
-def mean(values: np.ndarray) -> Rate:
-    """Mean of f[n] with the normal interval; of paired differences, a paired interval."""
-    value = float(values.mean())
-    half = _Z * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"value": value, "low": value - half, "high": value + half}
 
 
 # ---- one score at one budget

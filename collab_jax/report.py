@@ -102,7 +102,7 @@ def closing(report: dict) -> str:
     points = lambda r: f"{100 * r['value']:+.1f} points ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})"  # noqa: E731
     return (
         f"At 30 % calls by margin: {points(gain['margin_at_0.3'])} over the start; {points(at['margin_over_random'])} over random; "
-        f"{'all' if at['perfect_gain_share'] is None else format(at['perfect_gain_share'], '.0%')} of the perfect router's gain.\n"
+        f"{'all' if at['perfect_gain_share']['value'] is None else format(at['perfect_gain_share']['value'], '.0%')} of the perfect router's gain.\n"
         f"On the device alone: {points(gain['local_accuracy'])}.\n"
         f"{report['steps']} steps in {report['seconds']:.0f} s; the filter dropped {report['filter_dropped']:.1%} of the prompts; "
         f"{report['cloud_calls']} cloud answers in the store, evaluation included ({report['cloud']['usd']:.2f} USD).{ties}"

@@ -1,9 +1,9 @@
-"""One evaluation in figures: what report.json and eval.json hold. No jax."""
+"""One evaluation in figures: what report.json and eval.json hold. Intervals are of 95 %: Wilson's, or a bootstrap's. No jax."""
 
 import numpy as np
 
 from collab_jax import measures, records, routers
-from collab_jax.measures import Rate, mean, rate
+from collab_jax.measures import Rate, estimate, rate
 from collab_jax.records import Records
 from collab_jax.routers.response import no_answer
 
@@ -11,20 +11,17 @@ BUDGETS = (0.1, 0.2, 0.3)
 SUMMARY_ROUTERS = ("margin", "logprob", "random", "perfect")
 
 
-def outcomes(table: Records, router: str, budget: float) -> np.ndarray:
-    """Expected outcomes f64[n] of a router at a budget."""
-    return measures.replay(table, routers.score(router, table), budget)
-
-
-def at_budget(table: Records, budget: float) -> dict[str, Rate | float | None]:
-    """Overall accuracy of SUMMARY_ROUTERS at one budget, margin's lead over random, and its share of the perfect gain."""
-    found = {name: outcomes(table, name, budget) for name in SUMMARY_ROUTERS}
-    gain = found["perfect"].mean() - found["random"].mean()
-    lead = found["margin"] - found["random"]
+def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
+    """Overall accuracy of SUMMARY_ROUTERS by budget, margin's lead over random, and its share of the perfect router's gain."""
+    f = measures.frontiers({name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}, BUDGETS)
+    share = measures.perfect_share(f.rates, f.accuracy["margin"], f.accuracy["perfect"])
     return {
-        **{name: mean(values) for name, values in found.items()},
-        "margin_over_random": mean(lead),
-        "perfect_gain_share": float(lead.mean() / gain) if gain > 0 else None,
+        str(b): {
+            **{name: estimate(f.at(name, b)) for name in SUMMARY_ROUTERS},
+            "margin_over_random": estimate(f.at("margin", b) - f.at("random", b)),
+            "perfect_gain_share": estimate(share[:, f.column(b)]),
+        }
+        for b in BUDGETS
     }
 
 
@@ -47,7 +44,7 @@ def summary(table: Records) -> dict:
             # of the calls, how many free decoding wrote to the end
             "marker_completed": free / int(decided.sum()) if decided.any() else None,
         },
-        "at_budget": {str(b): at_budget(table, b) for b in BUDGETS},
+        "at_budget": at_budgets(table),
         "device_tokens": {
             "local": float(table["tokens"].mean()),
             "natural": float(table["natural_tokens"].mean()),  # up to the decision token where it called
@@ -71,10 +68,10 @@ def _auc(table: Records, router: str) -> float | None:
 def gains(before: Records, after: Records) -> dict[str, Rate]:
     """Paired differences, after - before, on the same prompts. Raises UserError where the prompts differ."""
     before = records.align(after, before, "after", "before")
-    table = {"local_accuracy": mean(after["local_correct"].astype(float) - before["local_correct"])}
-    for b in BUDGETS:
-        table[f"margin_at_{b}"] = mean(outcomes(after, "margin", b) - outcomes(before, "margin", b))
-    return table
+    tables = {"before": before, "after": after}
+    f = measures.frontiers({name: [(t, routers.score("margin", t))] for name, t in tables.items()}, BUDGETS)
+    gain = lambda budget: estimate(f.at("after", budget) - f.at("before", budget))  # noqa: E731
+    return {"local_accuracy": gain(0), **{f"margin_at_{b}": gain(b) for b in BUDGETS}}
 
 
 def examples_to_show(table: Records) -> list[tuple[str, int]]:

@@ -331,6 +331,15 @@ def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
     assert_close(other.params, stepped[0].params, rtol=1e-5, atol=1e-7)
 
 
+def test_share_of_calls_is_among_the_responses_that_might_call():
+    batch = rollout()
+    free = batch.called.sum() / batch.called.size
+    assert one_step(batch)[1]["call_rate"] == pytest.approx(free)
+    barred = np.full(batch.tokens.shape, -1, np.int32)
+    barred[:, 0, 0] = 3  # one of G = 3 responses could not call at its first token
+    assert one_step(batch.replace(barred=barred))[1]["call_rate"] == pytest.approx(free * 3 / 2)
+
+
 def test_no_kept_prompt_is_no_update():
     nothing = rollout().replace(correct=np.zeros((Q, G), bool), cloud_correct=np.zeros(Q, bool))
     new, metrics = one_step(nothing)

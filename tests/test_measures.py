@@ -40,11 +40,6 @@ def test_rate_is_wilsons_interval():
     assert measures.rate(np.zeros(10, bool))["low"] == 0
 
 
-def test_mean_of_paired_differences_by_hand():
-    got = measures.mean(np.array([1.0, 0.0, 0.0, 1.0]))  # sd 0.57735, half width 1.96 * 0.57735 / 2
-    assert got == pytest.approx({"value": 0.5, "low": -0.06579, "high": 1.06579}, abs=1e-4)
-
-
 # ---- one budget
 
 

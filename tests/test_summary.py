@@ -21,11 +21,13 @@ def test_summary_by_hand():
 
 
 def test_at_budget_by_hand():
-    at = summary.at_budget(make(), 0.2)  # one prompt goes: 4, which has no answer and is right in the cloud
+    at = summary.at_budgets(make())["0.2"]  # one prompt goes: 4, which has no answer and is right in the cloud
     assert at["margin"]["value"] == at["logprob"]["value"] == at["perfect"]["value"] == 0.6
     assert at["random"]["value"] == pytest.approx(0.8 * 0.4 + 0.2 * 0.6)
-    assert at["margin_over_random"]["value"] == pytest.approx(0.16) and at["perfect_gain_share"] == pytest.approx(1)
-    assert summary.at_budget(make(), 0.1)["margin"]["value"] == 0.4  # half a prompt is none
+    assert at["margin_over_random"]["value"] == pytest.approx(0.16) and at["perfect_gain_share"][
+        "value"
+    ] == pytest.approx(1)
+    assert summary.at_budgets(make())["0.1"]["margin"]["value"] == 0.4  # half a prompt is none
 
 
 def test_one_class_has_no_auc():
