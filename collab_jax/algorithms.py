@@ -5,6 +5,9 @@
     GAPG (paper)                          reward=hierarchical  advantage=gapg  filter=d1d2
     DA-GRPO (arXiv 2602.00166)            reward=hierarchical  advantage=grpo  filter=none  control=lagrangian
 
+Our own parts: `standard`, GRPO's advantage without its mean over tokens; `solo`, responses of a group that may not call and
+are measured against each other alone (`by_kind`).
+
 With one update for each fresh batch the probability ratio of GRPO and Dr. GRPO is 1 and its clip idle; a KL term is left out.
 """
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from collab_jax import cli, parallel, records, rollout, summary
 from collab_jax import run as runs
-from collab_jax.cloud import CachedCloud, Reply
+from collab_jax.cloud import CachedCloud
 from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
 from collab_jax.models.text import Text
@@ -32,7 +32,7 @@ def evaluate(
     params,
     text: Text,
     task: Task,
-    cloud: CachedCloud,
+    cloud: CachedCloud | None,
     examples: list[Example],
     config: ConfigDict,
     name: str,
@@ -40,7 +40,7 @@ def evaluate(
 ) -> Records:
     """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D.
 
-    natural: with the natural pass too, and its columns.
+    natural: with the natural pass too, and its columns. cloud None: none is asked, and no verdict of it is known.
     """
     D, size = jax.local_device_count(), config.eval.batch_size
     rows: list[dict] = []
@@ -55,21 +55,31 @@ def evaluate(
                 samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
                 passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
-            correct, known, answers = rollout.ask_cloud(task, cloud, batch)
             rows += [
-                _row(task, e, i, passes)
-                | {"cloud_correct": correct[i], "cloud_known": known[i]}
-                | _cost(answers.replies[i])
-                for i, e in enumerate(batch)
+                _row(task, e, i, passes) | c
+                for i, (e, c) in enumerate(zip(batch, _ask(task, cloud, batch), strict=True))
             ]
             bar.update(len(batch))
     return records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
 
 
-def _cost(reply: Reply | None) -> dict:
-    if reply is None:
-        return {"cloud_tokens": 0, "cloud_usd": 0.0}
-    return {"cloud_tokens": reply.input_tokens + reply.output_tokens, "cloud_usd": reply.usd}
+def _ask(task: Task, cloud: CachedCloud | None, examples: list[Example]) -> list[dict]:
+    """The cloud's columns of each example."""
+    nothing = {"cloud_correct": False, "cloud_known": False, "cloud_tokens": 0, "cloud_usd": 0.0}
+    if cloud is None:
+        return [nothing] * len(examples)
+    correct, known, answers = rollout.ask_cloud(task, cloud, examples)
+    return [
+        {
+            "cloud_correct": c,
+            "cloud_known": k,
+            "cloud_tokens": reply.input_tokens + reply.output_tokens,
+            "cloud_usd": reply.usd,
+        }
+        if reply
+        else nothing
+        for c, k, reply in zip(correct, known, answers.replies, strict=True)
+    ]
 
 
 def _row(task: Task, example: Example, i: int, passes) -> dict:
@@ -116,11 +126,9 @@ def held_out(run: Run) -> list[Example]:
     return examples
 
 
-def evaluate_state(
-    run: Run, sample, state: TrainState, examples: list[Example], name: str, natural: bool = True
-) -> Records:
+def evaluate_state(run: Run, sample, state: TrainState, examples: list[Example], name: str) -> Records:
     """Records of `examples` under `state` (with axis D) by a `greedy_sampler`."""
-    return evaluate(sample, state.params, run.text, run.task, run.cloud, examples, run.config, name, natural)
+    return evaluate(sample, state.params, run.text, run.task, run.cloud, examples, run.config, name)
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:

@@ -47,11 +47,13 @@ def write(
         },
         "config": json.loads(config.to_json_best_effort()),
     }
-    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_training(workdir / "training.png", rows, config.budget)
     plot_frontier(workdir / "frontier.png", before, after, report)
     table = markdown_table(report)
     (workdir / "report.md").write_text(markdown(report, table, after))
+    beside = workdir / "report.tmp"  # the last file, complete or not at all: a run that has it is finished
+    beside.write_text(json.dumps(report, indent=2) + "\n")
+    beside.replace(workdir / "report.json")
     return f"\n{table}\n\n{closing(report)}\nreport: {workdir / 'report.md'}, report.json, frontier.png, training.png"
 
 
@@ -94,8 +96,8 @@ def closing(report: dict) -> str:
     gain, at = report["gain"], report["after"]["at_budget"]["0.3"]
     first = report["after"]["no_answer"]["value"]
     ties = (
-        f"\nWith the marker disallowed {first:.0%} of the responses have no answer. Every router sends these first, so up to that "
-        "share of calls routers differ only in their order among these."
+        f"\nWith the marker disallowed {first:.0%} of the responses have no answer. Margin and log-probability gate send these "
+        "first, so up to that share of calls the two differ only in their order among these."
         if first > summary.BUDGETS[0]
         else ""
     )
@@ -112,7 +114,7 @@ def closing(report: dict) -> str:
 def markdown(report: dict, table: str, after: Records) -> str:
     """report.md."""
     config = report["config"]
-    algorithm = f"advantage `{config['algorithm']['advantage']}`, filter `{config['algorithm']['filter']}`"
+    algorithm = ", ".join(f"{key} `{value}`" for key, value in config["algorithm"].items())
     examples = "\n".join(
         f"- **{kind}**: `{after['prompt'][i]}` -> `{after['natural_text'][i]}`".replace("\n", " ⏎ ")
         for kind, i in summary.examples_to_show(after)

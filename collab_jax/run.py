@@ -68,8 +68,15 @@ def check_config(config: ConfigDict) -> None:
     need(
         min(config.eval.prompts, config.eval.fit_prompts) >= 0, "config.eval.prompts and fit_prompts must be at least 0"
     )
+    need(
+        config.eval.prompts or not config.eval.fit_prompts, "config.eval.fit_prompts needs config.eval.prompts as well"
+    )
     pair = algorithm.solo == 0 or 2 <= algorithm.solo <= config.group - 2
     need(pair, f"config.algorithm.solo={algorithm.solo} must be 0, or leave at least two responses of each kind")
+    need(
+        algorithm.solo == 0 or algorithm.advantage in ("gapg", "standard"),
+        f"config.algorithm.solo={algorithm.solo} goes with advantage gapg or standard, whose sizes are alike",
+    )
     need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")
     for key, known in algorithms.PARTS.items():
         need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")

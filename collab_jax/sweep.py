@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from collab_jax import compare, records
 from collab_jax.errors import UserError
+from collab_jax.run import claim
 
 ROOT = pathlib.Path(__file__).parents[1]
 # First parts of the keys that the evaluation before training depends on: runs that agree in these share before.parquet.
@@ -60,18 +61,21 @@ class Job(NamedTuple):
 def load(path: pathlib.Path) -> Sweep:
     """The sweep of a file. Raises UserError where it holds none, or one that cannot run."""
     try:
-        sweep = runpy.run_path(str(path))["get_sweep"]()
+        module = runpy.run_path(str(path))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
-    except KeyError:
-        raise UserError(f"{path} has no get_sweep(): see configs/sweeps") from None
+    if "get_sweep" not in module:
+        raise UserError(f"{path} has no get_sweep(): see configs/sweeps")
+    sweep = module["get_sweep"]()
+    if not sweep.cells:
+        raise UserError(f"{path} has no cells")
     if not (ROOT / sweep.config).exists():
         raise UserError(f"{path}: there is no file {sweep.config} in {ROOT}")
     for name, cell in sweep.cells.items():
         if not cell.seeds or len(set(cell.seeds)) < len(cell.seeds):
             raise UserError(f"{path}: cell {name!r} needs seeds, each once")
-        if pathlib.Path(name).name != name:
-            raise UserError(f"{path}: cell {name!r} must be usable as a folder's name")
+        if pathlib.Path(name).name != name or name == "start":
+            raise UserError(f"{path}: cell {name!r} must be usable as a folder's name, other than 'start'")
     return sweep
 
 
@@ -103,6 +107,13 @@ def share_start(job: Job, others: Sequence[Job]) -> None:
         mine.with_suffix(".tmp").replace(mine)
 
 
+def check_same(sweep: Sweep, job: Job) -> None:
+    """Raises UserError, with the difference, where a finished run was of other settings than the sweep has now."""
+    config = runpy.run_path(str(ROOT / sweep.config))["get_config"]()
+    config.update_from_flattened_dict(job.changes)
+    claim(config, job.folder)
+
+
 class Stop(Exception):
     """SIGTERM or Ctrl-C."""
 
@@ -112,6 +123,7 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
     todo, failed = jobs(sweep, out), []
     for number, job in enumerate(todo, 1):
         if job.done:
+            check_same(sweep, job)
             continue
         share_start(job, todo)
         log, started = job.folder.with_suffix(".log"), time.monotonic()
@@ -134,12 +146,18 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
 
 
 def models(sweep: Sweep, out: pathlib.Path) -> dict[str, compare.Model]:
-    """The finished runs' records by cell, the start's first."""
-    done = [job for job in jobs(sweep, out) if job.done]
-    found = {"start": compare.Model([records.read(done[0].folder / "before.parquet")], [None])} if done else {}
-    for name in sweep.cells:
-        if folders := [job.folder for job in done if job.cell == name]:
+    """The finished runs' records by cell, the start's first.
+
+    Only whole rounds of seeds are in it (of the first one, what there is), so that cells with as many seeds have the same.
+    """
+    done = {name: [job for job in jobs(sweep, out) if job.cell == name and job.done] for name in sweep.cells}
+    unfinished = [len(done[name]) for name, cell in sweep.cells.items() if len(done[name]) < len(cell.seeds)]
+    rounds = max(min(unfinished, default=sys.maxsize), 1)
+    found = {}
+    for name, folders in ((name, [job.folder for job in found_jobs[:rounds]]) for name, found_jobs in done.items()):
+        if folders:
             fits = [folder / "fit.parquet" for folder in folders]
+            found.setdefault("start", compare.Model([records.read(folders[0] / "before.parquet")], [None]))
             found[name] = compare.Model(
                 [records.read(folder / "after.parquet") for folder in folders],
                 [records.read(fit) if fit.exists() else None for fit in fits],
@@ -163,8 +181,10 @@ def main(argv: list[str]) -> int:
     try:
         failed = run(sweep, args.out)
     except Stop:
+        failed = []
         print("stopped and saved; the same command goes on")
-        return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     if finished := models(sweep, args.out):
         first = next(name for name in finished if name != "start")
         print(compare.write(args.out, compare.compare(finished, reference=f"{first}: margin")))

@@ -219,8 +219,10 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         return 0
     if before is not None:
         if fit and not (workdir / "fit.parquet").exists():
+            device = run.text, run.task, None  # routers are fitted on the device's verdicts: no cloud answer is bought
             records.write(
-                workdir / "fit.parquet", evaluate.evaluate_state(run, greedy, state, fit, "fit", natural=False)
+                workdir / "fit.parquet",
+                evaluate.evaluate(greedy, state.params, *device, fit, config, "fit", natural=False),
             )
         after = evaluated(run, greedy, state, "after")
         host = parallel.unreplicate(state)

@@ -70,9 +70,11 @@ def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndar
 
 def possible(records: Records, fit_on: Records | None = None) -> list[str]:
     """The routers that these records have all the columns for, in ROUTERS' order, then the recorded ones."""
+    if taken := sorted(set(scores(records)) & set(ROUTERS)):
+        raise UserError(f"the column score_{taken[0]} has the name of a router of ours: call it score_my_{taken[0]}")
     found = [
         name
         for name, router in ROUTERS.items()
         if set(router.needs) <= set(records) and (not router.learned or fit_on and set(router.needs) <= set(fit_on))
     ]
-    return found + [name for name in scores(records) if name not in ROUTERS]
+    return found + list(scores(records))

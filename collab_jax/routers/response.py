@@ -19,4 +19,7 @@ def logprob(records: Records) -> np.ndarray:
 
 def margin(records: Records) -> np.ndarray:
     """The trained decision: max_t m_t with the marker disallowed; what has no answer first, by margin too."""
-    return records["margin"] + _FIRST * no_answer(records)
+    first = no_answer(records)
+    return np.where(
+        first, np.maximum(records["margin"], -_FIRST / 2) + _FIRST, records["margin"]
+    )  # -inf: no decision state
