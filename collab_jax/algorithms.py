@@ -69,7 +69,8 @@ def dr_grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
 
     r f32[Q, G], mask bool[Q, G, T]. So it is `gapg.advantage` times (G - 1) / (G T): the same direction.
     """
-    return (r - r.mean(axis=1, keepdims=True)) / mask.shape[2]
+    G = r.shape[1]
+    return gapg.advantage(r, mask) * ((G - 1) / (G * mask.shape[2]))
 
 
 # --------------------------------------------------------------------------------------------------- filter

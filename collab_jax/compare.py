@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collab_jax import measures, records, report, routers
+from collab_jax import costs, measures, records, report, routers
 from collab_jax.errors import UserError
 from collab_jax.measures import estimate
 from collab_jax.records import Records
@@ -54,10 +54,16 @@ def score_all(models: Mapping[str, Model]) -> dict[str, list[tuple[Records, np.n
 
 
 def compare(
-    models: Mapping[str, Model], budgets: Sequence[float] = BUDGETS, resamples: int = 1000, reference: str = ""
+    models: Mapping[str, Model],
+    budgets: Sequence[float] = BUDGETS,
+    resamples: int = 1000,
+    reference: str = "",
+    prices: costs.Prices | None = None,
 ) -> dict:
     """The figures of compare.json: of every "MODEL: ROUTER" its accuracy at each budget with the paired difference of the
     reference to it (reference - method), APGR, CPT, AUC, counts; the reference is the first model's margin, or its first router.
+
+    prices: with what each budget costs a prompt, in USD, seconds and device tokens (`costs.cost_frontier`).
     """
     methods = score_all(models)
     default = f"{next(iter(models))}: margin"
@@ -77,6 +83,9 @@ def compare(
                 "perfect_share": estimate(measures.perfect_share(f.rates, f.accuracy[name], perfect)[:, f.column(b)]),
                 **{key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
             }
+        if prices:
+            for b, spent in zip(budgets, _costs(name.partition(": ")[2], runs, prices, budgets), strict=True):
+                at[str(b)] |= spent
         curve = f.accuracy[name]
         table[name] = {
             "at_budget": at,
@@ -103,6 +112,17 @@ def compare(
         },
         "methods": table,
     }
+
+
+def _costs(router: str, runs, prices: costs.Prices, budgets: Sequence[float]) -> list[dict[str, float]]:
+    """What each budget costs a prompt, mean over seeds; a recorded router is taken to have read the response."""
+    reads = routers.ROUTERS[router].reads if router in routers.ROUTERS else "response"
+    found = []
+    for table, score in runs:
+        own = table.get(f"tokens_{router}", 0.0)
+        found.append(costs.cost_frontier(table, score, prices, reads, own, budgets))
+    figures = ("usd", "seconds", "device_tokens")
+    return [{key: float(np.mean([getattr(f, key)[i] for f in found])) for key in figures} for i in range(len(budgets))]
 
 
 def _auc_of(table: Records, score: np.ndarray) -> float | None:
@@ -137,12 +157,23 @@ def markdown(result: dict) -> str:
         if any(1 < count < 10 for count in result["seeds"].values())
         else ""
     )
+    cost = ""
+    if "usd" in next(iter(result["methods"].values()))["at_budget"][str(result["budgets"][0])]:
+        rows = [
+            [
+                name,
+                *(f"{a['usd']:.3g} / {a['seconds']:.3g} / {a['device_tokens']:.3g}" for a in m["at_budget"].values()),
+            ]
+            for name, m in result["methods"].items()
+        ]
+        columns = head[: 1 + len(result["budgets"])]
+        cost = f"## Cost of a prompt: USD / seconds / device tokens\n\n{report.table(columns, rows)}\n\n"
     seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
     return (
         f"# Routers compared\n\n{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with 95 % "
         f"intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: RouteLLM's; AUC: of \"the device is "
         f'wrong".{few}\n\n{report.table(head, lines)}\n\n## {result["reference"]} against the others, points\n\n'
-        f"{report.table(head[: 1 + len(result['budgets'])], ahead)}\n\n![accuracy against call rate](frontier.png)\n"
+        f"{report.table(head[: 1 + len(result['budgets'])], ahead)}\n\n{cost}![accuracy against call rate](frontier.png)\n"
     )
 
 
@@ -215,13 +246,26 @@ def main(argv: list[str]) -> int:
         "--budgets", type=float, nargs="+", default=BUDGETS, help="shares of prompts that go to the cloud"
     )
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--cloud_seconds", type=float, help="latency of a call; with it costs are told")
+    parser.add_argument("--usd_per_call", type=float, help="price of a call; else the records' cloud_usd")
+    parser.add_argument(
+        "--usd_per_million_tokens", type=float, help="price of a call's tokens, by the records' cloud_tokens"
+    )
+    parser.add_argument("--device_ms_per_token", type=float, help="speed of the device; else the records' ms")
     parser.add_argument("--reference", default="", metavar="NAME: ROUTER", help="what the others are compared with")
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {args.out} ({error.strerror}): choose another --out") from None
-    result = compare(load(args.records, args.fit), args.budgets, args.resamples, args.reference)
+    prices = None
+    if args.cloud_seconds is not None:
+        prices = costs.Prices(
+            args.cloud_seconds, args.usd_per_call, args.usd_per_million_tokens, args.device_ms_per_token
+        )
+    elif (args.usd_per_call, args.usd_per_million_tokens, args.device_ms_per_token) != (None,) * 3:
+        raise UserError("prices come with --cloud_seconds, the latency of a call")
+    result = compare(load(args.records, args.fit), args.budgets, args.resamples, args.reference, prices)
     print(write(args.out, result))
     return 0
 

@@ -194,7 +194,8 @@ def advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
     """
     del mask
     G = r.shape[1]
-    return (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
+    A = (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
+    return jnp.where((r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A)  # exactly, whatever rounding makes of the mean
 
 
 def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> jax.Array:
@@ -346,11 +347,9 @@ def make_step(
         keep, filter_state = algorithm.prompt_filter(state.filter, r, *verdicts, key)
         cost, price = batch.called.astype(jnp.float32), state.filter.price
         A = algorithm.advantage(r, batch.mask) - price * algorithm.advantage(cost, batch.mask)
-        # By what they earned: a rounded mean leaves equal rewards an advantage.
-        differ = lambda x: (x != x[:, :1]).any(axis=1)  # noqa: E731
-        signal = keep & (differ(r) | (price != 0) & differ(cost))
-        may_call = cost.size if batch.barred is None else jnp.sum((batch.barred < 0).all(axis=2))
-        call_rate = cost.sum() / may_call
+        signal = keep & (A != 0).any(axis=1)
+        free = jnp.ones_like(batch.called) if batch.barred is None else (batch.barred < 0).all(axis=2)  # might call
+        call_rate = cost.sum() / free.sum()
         reward_state, filter_state = algorithm.control(reward_state, filter_state, call_rate)
 
         Q = keep.shape[0]
@@ -404,7 +403,8 @@ def make_step(
             "kept": kept,
             "dropped": Q - kept,
             "no_signal": (keep & ~signal).sum(),  # kept groups whose responses all earned the same
-            "all_called": (keep & batch.called.all(axis=1)).sum(),  # of those, the ones that spent quota on calls
+            # Of those, the ones that spent quota on calls: all called that might.
+            "all_called": (keep & (batch.called == free).all(axis=1)).sum(),
             "grad_norm": norm,  # before clipping
             "entropy": -jnp.sum(batch.logp * batch.mask) / batch.mask.sum(),  # nats a token, estimated by the samples
             "drift": drift / jnp.maximum(tokens, 1),  # mean |log p recomputed - log p sampled|

@@ -140,11 +140,12 @@ def align(a: Records, b: Records, a_name: str = "the first table", b_name: str =
         )
     order = np.array([row[key] for key in a["id"]])
     same = {column: values[order] for column, values in b.items()}
-    if "prompt" in a and "prompt" in b and (differ := np.flatnonzero(a["prompt"] != same["prompt"])).size:
-        raise UserError(
-            f"{a_name} and {b_name} have {differ.size} ids with other prompts (as {a['id'][differ[0]]!r}): "
-            "the same id must name the same prompt"
-        )
+    for column in ({"prompt", "task", "stratum"} & set(a)) & set(b):
+        if (differ := np.flatnonzero(a[column] != same[column])).size:
+            raise UserError(
+                f"{a_name} and {b_name} have {differ.size} ids with another {column} (as {a['id'][differ[0]]!r}): "
+                "the same id must name the same prompt"
+            )
     return same
 
 

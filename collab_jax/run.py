@@ -77,6 +77,10 @@ def check_config(config: ConfigDict) -> None:
         algorithm.solo == 0 or algorithm.advantage in ("gapg", "standard"),
         f"config.algorithm.solo={algorithm.solo} goes with advantage gapg or standard, whose sizes are alike",
     )
+    need(
+        algorithm.filter != "zero_variance" or algorithm.control != "lagrangian",
+        "config.algorithm: zero_variance looks at rewards, not at what lagrangian charges for calls: use filter=none with it",
+    )
     need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")
     for key, known in algorithms.PARTS.items():
         need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")

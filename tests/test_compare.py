@@ -7,7 +7,7 @@ import sys
 import pytest
 from tables import make
 
-from collab_jax import compare, records
+from collab_jax import compare, costs, records
 from collab_jax.compare import Model
 from collab_jax.errors import UserError
 
@@ -43,6 +43,26 @@ def test_rows_in_another_order_are_the_same_prompts():
     assert {k: v["accuracy"] for k, v in a.items()} == {k: v["accuracy"] for k, v in b.items()}
     with pytest.raises(UserError, match="other prompts"):
         compare.compare({"a": Model([table], [None]), "b": Model([make(99)], [None])})
+
+
+def test_costs_by_hand():
+    table = make(
+        cloud_usd=[0.5] * 5, margins=[[-3.0] * 10, [0.0, 2.0] + [0.0] * 8, [1.0] * 10, [-1.0] * 10, [-2.0] * 10]
+    )
+    prices = costs.Prices(cloud_seconds=3.0, device_ms_per_token=100)
+    result = compare.compare({"m": Model([table], [None])}, budgets=(0.4,), resamples=5, prices=prices)
+    at = {name: method["at_budget"]["0.4"] for name, method in result["methods"].items()}
+    # Sent: 4, which has no answer and runs to its end, and 1, which stops at the token where its margin is 2.
+    want = {"usd": 0.2, "seconds": (4 * 1.0 + 0.2) / 5 + 0.4 * 3, "device_tokens": 42 / 5}
+    assert {key: at["m: margin"][key] for key in want} == pytest.approx(want)
+    assert at["m: logprob"]["device_tokens"] == 10 and at["m: random"]["device_tokens"] == pytest.approx(6)
+    assert "Cost of a prompt" in compare.markdown(result)
+
+
+def test_prices_need_a_latency(tmp_path):
+    records.write(tmp_path / "a.csv", make())
+    with pytest.raises(UserError, match="--cloud_seconds"):
+        compare.main(["--records", str(tmp_path / "a.csv"), "--out", str(tmp_path), "--usd_per_call", "1"])
 
 
 def test_names_of_tables():

@@ -162,5 +162,5 @@ def test_align_refuses_other_prompts():
     part = {name: column[:2] for name, column in table().items()}
     with pytest.raises(UserError, match=r"2 ids in both, 1 only in the first table \(as '07'\); evaluate both"):
         records.align(table(), part)
-    with pytest.raises(UserError, match=r"have 1 ids with other prompts \(as 'b'\)"):
+    with pytest.raises(UserError, match=r"have 1 ids with another prompt \(as 'b'\)"):
         records.align(table(prompt=["p", "q", "r"]), table(prompt=["p", "Q", "r"]))
