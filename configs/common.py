@@ -64,9 +64,7 @@ def get_config() -> ConfigDict:
 
     config.algorithm = ConfigDict()
     config.algorithm.reward = "hierarchical"  # hierarchical | task: as if the cloud were never right
-    config.algorithm.advantage = (
-        "gapg"  # gapg (leave-one-out, RLOO) | grpo | dr_grpo | standard (grpo without its mean over tokens)
-    )
+    config.algorithm.advantage = "gapg"  # gapg (leave-one-out) | grpo | dr_grpo | standard (grpo, tokens summed)
     config.algorithm.solo = 0  # so many responses of a group may not call: they learn to solve, the others when to call
     config.algorithm.filter = "d1d2"  # d1d2 | zero_variance | none
     config.algorithm.control = "none"  # of the share of calls: lagrangian (DA-GRPO) | dual_alpha_c | none

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from collab_jax import metrics, parallel, records, rollout, sft, train
+from collab_jax import metrics, parallel, records, rollout, routers, sft, train
 from collab_jax import run as runs
 from collab_jax.cloud import Answers
 from collab_jax.errors import UserError
@@ -39,7 +39,7 @@ def finished(small, reads, tmp_path_factory):
     """(config, workdir, compilations by step) of a whole small run."""
     workdir = tmp_path_factory.mktemp("run")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    config = small()
+    config = small(eval__fit_prompts=10)
     reads.clear()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -82,6 +82,16 @@ def test_report_has_the_promised_figures(finished):
     after = records.read(workdir / "after.parquet")
     assert len(after["margins"]) == 24 and len(after["margins"][0]) == after["tokens"][0]
     assert (after["cloud_tokens"] > 0).all() and (after["cloud_usd"] > 0).all()
+
+
+def test_records_for_learned_routers_are_of_unused_prompts_and_cost_no_call(finished):
+    config, workdir, _ = finished
+    fit = records.read(workdir / "fit.parquet")
+    assert len(fit["id"]) == 10 and not fit["cloud_known"].any() and "natural_text" not in fit
+    after = records.read(workdir / "after.parquet")
+    assert len(routers.score("margin_logprob", after, fit)) == 24 or fit["local_correct"].all()
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["cloud_calls"] <= 24 + config.train.steps * config.prompts_per_step
 
 
 def test_metrics_are_complete(finished):
