@@ -33,14 +33,13 @@ import json
 import math
 import os
 import pathlib
-import sys
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from collab_jax import records
-from collab_jax.errors import UserError
+from collab_jax.errors import UserError, run_command
 
 LIMIT = 1e4  # no two logits are this far apart: this bias calls all that can be called, its negative only what must be
 NAME = "collab_config.json"
@@ -452,7 +451,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -14,14 +14,13 @@ seeds and prompts; those of a difference are paired.
 import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from collab_jax import costs, measures, records, report, routers
-from collab_jax.errors import UserError
+from collab_jax.errors import UserError, run_command
 from collab_jax.measures import estimate
 from collab_jax.records import Records
 from collab_jax.summary import BUDGETS
@@ -271,7 +270,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -150,13 +150,7 @@ def plot_frontier(path: pathlib.Path, before: Records, after: Records, report: d
     )
     axes.axhline(100 * report["after"]["cloud_accuracy"]["value"], color="black", ls=":", lw=1, label="cloud alone")
     axes.axvline(100 * report["budget"], color="#aaaaaa", lw=0.8)
-    axes.set(xlabel="queries sent to the cloud (%)", ylabel="overall accuracy (%)", title="Accuracy against call rate")
-    axes.set_xlim(0, 100)
-    axes.legend(fontsize=8, loc="lower right")
-    axes.grid(alpha=0.25)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save_frontier(path, figure, axes, 8)
 
 
 def plot_curves(path: pathlib.Path, rates: list[float], curves: dict[str, list[float]]) -> None:
@@ -164,9 +158,13 @@ def plot_curves(path: pathlib.Path, rates: list[float], curves: dict[str, list[f
     figure, axes = plt.subplots(figsize=(8, 5.5))
     for name, accuracy in curves.items():
         axes.plot(100 * np.array(rates), 100 * np.array(accuracy), lw=1.3, label=name)
+    _save_frontier(path, figure, axes, 7)
+
+
+def _save_frontier(path: pathlib.Path, figure, axes, fontsize: int) -> None:
     axes.set(xlabel="queries sent to the cloud (%)", ylabel="overall accuracy (%)", title="Accuracy against call rate")
     axes.set_xlim(0, 100)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=fontsize, loc="lower right")
     axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from collab_jax import compare, records
-from collab_jax.errors import UserError
+from collab_jax.errors import UserError, run_command
 from collab_jax.run import claim
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -192,7 +192,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

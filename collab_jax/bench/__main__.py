@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 
 from collab_jax import process
-from collab_jax.errors import UserError
+from collab_jax.errors import UserError, run_command
 
 SERVE = "serve-steps"  # what `settings` starts
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
@@ -284,7 +284,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
