@@ -29,6 +29,7 @@ setup(
         "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it
         "safetensors>=0.5",
         "jinja2>=3.1",
+        "markdown>=3.5",
         "numpy>=2",
         "scipy>=1.12",
         "scikit-learn>=1.5",

@@ -109,6 +109,23 @@ def zero_variance_filter(
     return keep, gapg.tally(state, d1, d2, keep)
 
 
+def mixed_filter(
+    state: FilterState,
+    r: jax.Array,
+    correct: jax.Array,
+    cloud_correct: jax.Array,
+    cloud_known: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, FilterState]:
+    """`gapg.prompt_filter` with another D1: prompts with right and wrong responses. One that all responses solve is dropped.
+
+    Such a prompt has no gradient, but in the paper's D1 it pays for D2 prompts; here it does not.
+    """
+    del r
+    d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
+    return gapg.within_quota(state, d1 & ~correct.all(axis=1), d2, key)
+
+
 # -------------------------------------------------------------------------------------------------- control
 
 
@@ -143,7 +160,12 @@ PARTS: dict[str, dict[str, Callable]] = {
         "dr_grpo": dr_grpo_advantage,
         "standard": standard_advantage,
     },
-    "filter": {"d1d2": gapg.prompt_filter, "zero_variance": zero_variance_filter, "none": no_filter},
+    "filter": {
+        "d1d2": gapg.prompt_filter,
+        "mixed": mixed_filter,
+        "zero_variance": zero_variance_filter,
+        "none": no_filter,
+    },
     "control": {"none": lambda rate: gapg.no_control, "lagrangian": lagrangian, "dual_alpha_c": dual_alpha_c},
 }
 
@@ -157,4 +179,4 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
 
 def needs_cloud(config: ConfigDict) -> bool:
     """Whether training depends on the cloud's verdicts; task tuning does not, and then none is bought."""
-    return config.algorithm.reward != "task" or config.algorithm.filter == "d1d2"
+    return config.algorithm.reward != "task" or config.algorithm.filter in ("d1d2", "mixed")

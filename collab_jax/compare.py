@@ -3,7 +3,7 @@
     python -m collab_jax.compare --records A.parquet B.parquet --out DIR
 
 compares every router that the records have the columns for (`routers/`), by replay on the same prompts, and writes
-compare.json, compare.md and frontier.png. A table may have a name, and a file for each of its seeds:
+compare.json, compare.md, compare.html and frontier.png. A table may have a name, and a file for each of its seeds:
 
     --records gapg=runs/gapg-0/after.parquet,runs/gapg-1/after.parquet --fit gapg=runs/gapg-0/fit.parquet,runs/gapg-1/fit.parquet
 
@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collab_jax import costs, measures, records, report, routers
+from collab_jax import costs, figures, measures, page, records, routers
 from collab_jax.errors import UserError, run_command
 from collab_jax.measures import estimate
+from collab_jax.page import percent, points
 from collab_jax.records import Records
 from collab_jax.summary import BUDGETS
 
@@ -94,7 +95,7 @@ def compare(
             "cpt_80": estimate(measures.cpt(f.rates, curve, 0.8)),
             "auc": _mean([_auc_of(t, s) for t, s in runs]),
             "auc_by_stratum": _mean_by_key([measures.auc_by_stratum(t, s) for t, s in runs]),
-            "frontier": [float(x) for x in curve[0]],
+            "frontier": _bands(curve),
         }
     return {
         "prompts": len(next(iter(models.values())).seeds[0]["id"]),
@@ -103,19 +104,40 @@ def compare(
         "budgets": list(budgets),
         "call_rates": [float(x) for x in f.rates],
         "reference": reference,
-        "local_accuracy": {
-            m: float(np.mean([t["local_correct"].mean() for t in model.seeds])) for m, model in models.items()
-        },
-        "cloud_accuracy": {
-            m: float(np.mean([t["cloud_correct"].mean() for t in model.seeds])) for m, model in models.items()
-        },
+        "models": {name: _alone(name, model, f, reference) for name, model in models.items()},
         "methods": table,
     }
 
 
+def _bands(curve: np.ndarray) -> dict[str, list[float]]:
+    """A frontier f64[1 + R, K] with its 95 % band: "value", "low", "high" of [K] each, to a hundredth of a percent."""
+    low, high = np.quantile(curve[1:], [0.025, 0.975], axis=0)
+    return {
+        key: [round(float(x), 4) for x in line]
+        for key, line in zip(("value", "low", "high"), (curve[0], low, high), strict=True)
+    }
+
+
+def _alone(name: str, model: Model, f: measures.Frontiers, reference: str) -> dict:
+    """A model's figures that no router changes: the device alone, the cloud alone, and the natural pass where it is recorded."""
+    curve, theirs = f.accuracy[f"{name}: random"], f.accuracy[reference]
+    found = {
+        "local_accuracy": estimate(curve[:, 0]),
+        "cloud_accuracy": estimate(curve[:, -1]),
+        "reference_minus_this": estimate(theirs[:, 0] - curve[:, 0]),  # of the local accuracies
+    }
+    if all("natural_called" in table for table in model.seeds):
+        called = [table["natural_called"] for table in model.seeds]
+        right = [
+            np.where(c, t["cloud_correct"], t["natural_correct"]) for c, t in zip(called, model.seeds, strict=True)
+        ]
+        found |= {"natural_call_rate": float(np.mean(called)), "natural_accuracy": float(np.mean(right))}
+    return found
+
+
 def _costs(router: str, runs, prices: costs.Prices, budgets: Sequence[float]) -> list[dict[str, float]]:
-    """What each budget costs a prompt, mean over seeds; a recorded router is taken to have read the response."""
-    reads = routers.ROUTERS[router].reads if router in routers.ROUTERS else "response"
+    """What each budget costs a prompt, mean over seeds; a recorded router not of ours is taken to have read the response."""
+    reads = routers.router_of(router).reads
     found = []
     for table, score in runs:
         own = table.get(f"tokens_{router}", 0.0)
@@ -149,8 +171,8 @@ def markdown(result: dict) -> str:
         at = method["at_budget"].values()
         cpt = " / ".join(number(_times(method[key]["value"])) for key in ("cpt_50", "cpt_80"))
         apgr = number(method["apgr"]["value"], 3)
-        lines.append([name, *(report.percent(a["accuracy"]) for a in at), apgr, cpt, number(method["auc"], 3)])
-        ahead.append([name, *(_points(a["reference_minus_this"]) for a in at)])
+        lines.append([name, *(percent(a["accuracy"]) for a in at), apgr, cpt, number(method["auc"], 3)])
+        ahead.append([name, *(points(a["reference_minus_this"]) for a in at)])
     few = (
         " Few seeds tell little of the spread between seeds: with five the intervals cover some 88 %, with two about half."
         if any(1 < count < 10 for count in result["seeds"].values())
@@ -166,13 +188,13 @@ def markdown(result: dict) -> str:
             for name, m in result["methods"].items()
         ]
         columns = head[: 1 + len(result["budgets"])]
-        cost = f"## Cost of a prompt: USD / seconds / device tokens\n\n{report.table(columns, rows)}\n\n"
+        cost = f"## Cost of a prompt: USD / seconds / device tokens\n\n{page.table(columns, rows)}\n\n"
     seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
     return (
         f"# Routers compared\n\n{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with 95 % "
         f"intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: RouteLLM's; AUC: of \"the device is "
-        f'wrong".{few}\n\n{report.table(head, lines)}\n\n## {result["reference"]} against the others, points\n\n'
-        f"{report.table(head[: 1 + len(result['budgets'])], ahead)}\n\n{cost}![accuracy against call rate](frontier.png)\n"
+        f'wrong".{few}\n\n{page.table(head, lines)}\n\n## {result["reference"]} against the others, points\n\n'
+        f"{page.table(head[: 1 + len(result['budgets'])], ahead)}\n\n{cost}![accuracy against call rate](frontier.png)\n"
     )
 
 
@@ -180,21 +202,17 @@ def _times(x: float | None) -> float | None:
     return None if x is None else 100 * x
 
 
-def _points(rate: dict) -> str:
-    return f"{100 * rate['value']:+.1f} ({100 * rate['low']:+.1f} to {100 * rate['high']:+.1f})"
-
-
 def write(out: pathlib.Path, result: dict) -> str:
     """Writes compare.json, compare.md and frontier.png to the folder `out`; returns what to show on the screen."""
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "compare.md").write_text(text)
     home = result["reference"].partition(": ")[0]  # of the other models the trained marker alone: a line each
     shown = {n: m for n, m in result["methods"].items() if n.partition(": ")[0] == home or n.endswith(": margin")}
-    curves = {name: method["frontier"] for name, method in (shown or result["methods"]).items()}
-    report.plot_curves(out / "frontier.png", result["call_rates"], curves)
-    return text.split("![")[0] + f"wrote {out}: compare.md, compare.json, frontier.png"
+    lines = {name: method["frontier"] for name, method in (shown or result["methods"]).items()}
+    figures.curves(out / "frontier.png", result["call_rates"], lines)
+    page.save(out, "compare", text)
+    return text.split("![")[0] + f"wrote {out}: compare.html, compare.md, compare.json, frontier.png"
 
 
 def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
@@ -239,7 +257,10 @@ def main(argv: list[str]) -> int:
         "--fit", nargs="+", default=[], metavar="NAME=FILE[,FILE]", help="what learned routers are fitted on"
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="folder for compare.json, compare.md, frontier.png"
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        help="folder for compare.json, compare.md, compare.html, frontier.png",
     )
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=BUDGETS, help="shares of prompts that go to the cloud"

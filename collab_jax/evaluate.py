@@ -5,7 +5,7 @@
 evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes `eval.parquet` and
 `eval.json`. One pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
 decision at every budget (`sampler.py`).
-`records.py` documents the columns.
+`records.py` documents the columns. Routers that run the model once more (`config.routers.record`) are training's to record.
 """
 
 import json
@@ -23,6 +23,8 @@ from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
 from collab_jax.models.text import Text
 from collab_jax.records import Records
+from collab_jax.routers import recorded
+from collab_jax.routers.device import Device
 from collab_jax.run import Run
 from collab_jax.tasks import Example, Task
 
@@ -128,7 +130,15 @@ def held_out(run: Run) -> list[Example]:
 
 def evaluate_state(run: Run, sample, state: TrainState, examples: list[Example], name: str) -> Records:
     """Records of `examples` under `state` (with axis D) by a `greedy_sampler`."""
-    return evaluate(sample, state.params, run.text, run.task, run.cloud, examples, run.config, name)
+    return evaluate(sample, state.policy, run.text, run.task, run.cloud, examples, run.config, name)
+
+
+def with_routers(
+    run: Run, state: TrainState, table: Records, examples: list[Example], fit_on: Records | None
+) -> Records:
+    """`table` with the columns of `config.routers.record` under `state` (with axis D); `examples` are those of both tables."""
+    device = Device(run, state.policy, {e.id: e for e in examples})
+    return recorded.record(run.config.routers.record, device, fit_on, table)
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:

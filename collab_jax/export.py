@@ -24,7 +24,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         raise UserError(f"{workdir} holds no checkpoint: train first, with this --workdir and these settings")
     out = pathlib.Path(_OUT.value).expanduser()
     try:
-        hf.save(out, runs.load_state(run).params, hf.read_config(run.folder), config.model.param_dtype, run.folder)
+        hf.save(out, runs.load_state(run).policy, hf.read_config(run.folder), config.model.param_dtype, run.folder)
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
     print(f"wrote step {step} to {out}")

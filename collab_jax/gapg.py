@@ -69,6 +69,16 @@ class TrainState:
     empty_updates: jax.Array  # i32[], steps without a kept prompt, so without an update
     nonfinite_updates: jax.Array  # i32[], steps whose gradient was not finite, so without an update
     nonfinite_streak: jax.Array  # i32[], of those, how many in a row
+    average: Params | None = (
+        None  # f32, of the params after each step, each weighing `average` times the next; None: none
+    )
+
+    @property
+    def policy(self) -> Params:
+        """What the run delivers: the averaged parameters where they are kept, in the type of the others, or these."""
+        if self.average is None:
+            return self.params
+        return jax.tree.map(lambda a, p: a.astype(p.dtype), self.average, self.params)
 
 
 @flax.struct.dataclass
@@ -115,10 +125,18 @@ def init_filter(budget: float) -> FilterState:
     )
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, reward: RewardState, filter: FilterState):
-    """The TrainState before the first step."""
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    reward: RewardState,
+    filter: FilterState,
+    averaged: bool = False,
+) -> TrainState:
+    """The TrainState before the first step; averaged: with an `average`."""
     counters = {name: zero() for name in ("step", "empty_updates", "nonfinite_updates", "nonfinite_streak")}
-    return TrainState(params=params, opt_state=optimizer.init(params), reward=reward, filter=filter, **counters)
+    average = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params) if averaged else None
+    opt_state = optimizer.init(params)
+    return TrainState(params=params, opt_state=opt_state, reward=reward, filter=filter, average=average, **counters)
 
 
 # --------------------------------------------------------------------------------------------------- reward
@@ -163,7 +181,11 @@ def prompt_filter(
     found no D2 prompt is not. Whoever calls this with the same key, on any device, keeps the same prompts.
     """
     del r
-    d1, d2 = classes(correct, cloud_correct, cloud_known)
+    return within_quota(state, *classes(correct, cloud_correct, cloud_known), key)
+
+
+def within_quota(state: FilterState, d1: jax.Array, d2: jax.Array, key: jax.Array) -> tuple[jax.Array, FilterState]:
+    """keep bool[Q]: all of d1 bool[Q], and of d2 bool[Q] as many as rho |d1| and what was carried pay for, at random."""
     quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
     draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)
     rank = jnp.argsort(jnp.argsort(draw))
@@ -328,13 +350,14 @@ def make_step(
     lengths: tuple[int, ...],
     temperature: float,
     chunk: int,
+    average: float = 0.0,
 ) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, rollout, key) -> state, metrics: the body of one device under an axis named `axis`.
 
     The rollout is this device's share [P, ...]; state, key and results are the same on all devices. Every device sees
     all the verdicts, so that all draw the same subset; the kept prompts that have a gradient are then dealt out evenly,
     the longest first. Prompts that were dropped, or whose responses all earned the same, cost nothing. `lengths`, to which
-    responses are cut, ascend to T.
+    responses are cut, ascend to T. average: decay of the state's `average`, where it has one, in [0, 1).
     """
 
     def body(state: TrainState, rollout: Rollout, key: jax.Array):
@@ -379,9 +402,13 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)  # noqa: E731
         tokens = jnp.sum(batch.mask * (signal[:, None] & (A != 0))[..., None])  # that were computed
+        params = either(optax.apply_updates(state.params, updates), state.params)
+        fresh = (1 - average) / (1 - jnp.float32(average) ** (state.step + 1))  # 1 at first: the start is no part of it
+        blend = lambda a, p: a + fresh * (p - a)  # noqa: E731
         new_state = state.replace(
             step=state.step + 1,
-            params=either(optax.apply_updates(state.params, updates), state.params),
+            params=params,
+            average=None if state.average is None else jax.tree.map(blend, state.average, params),
             opt_state=either(opt_state, state.opt_state),
             reward=reward_state,
             filter=filter_state,

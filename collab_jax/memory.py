@@ -45,8 +45,9 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int) -> dict[str, floa
     blocks = tokens * (cfg.num_layers * compute * E + block) if cfg.remat else tokens * cfg.num_layers * block
     update = blocks + 3 * 4 * m * c * V + kv * P * L * (compute + 4)
     cast = count * compute if compute != kept else 0  # the parameters again, in the computation's type
+    average = 4 * count if config.optim.average else 0
     # Parameters, two moments, the gradient's sum and a micro-batch's own.
-    return {"weights": 5.0 * count * kept + cast, "sampling": float(sampling), "update": float(update)}
+    return {"weights": 5.0 * count * kept + cast + average, "sampling": float(sampling), "update": float(update)}
 
 
 def limit() -> float:

@@ -16,6 +16,7 @@ import os
 import pathlib
 import platform
 import sys
+import time
 
 from collab_jax.errors import UserError
 
@@ -67,3 +68,21 @@ def compiled_folder() -> pathlib.Path:
     return (
         pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "collab_jax" / f"compiled-{digest}"
     )
+
+
+def machine() -> dict[str, str]:
+    """What a figure needs beside it: date, processor, devices, versions."""
+    import jax
+
+    try:
+        with open("/proc/cpuinfo") as lines:
+            processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": f"{os.cpu_count()} cores of {processor}",
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }

@@ -1,5 +1,6 @@
 """What a run is made of: its workdir, its parts built from the config, its state. Shared by train, evaluate and export."""
 
+import functools
 import json
 import math
 import pathlib
@@ -52,6 +53,10 @@ def check_config(config: ConfigDict) -> None:
     need(config.group >= 2, f"config.group={config.group} must be at least 2: a group is compared with itself")
     need(a > c > f >= 0 and math.isfinite(a), f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold")
     need(config.temperature > 0, f"config.temperature={config.temperature} must be above 0: training samples")
+    need(
+        0 <= config.optim.average < 1,
+        f"config.optim.average={config.optim.average} must lie in [0, 1): 0 averages nothing",
+    )
     need(0 <= rate < math.inf, f"config.optim.learning_rate={rate} must be finite and at least 0")
     need(
         min(config.prompt_length, config.max_new_tokens, t.steps) >= 1,
@@ -71,6 +76,10 @@ def check_config(config: ConfigDict) -> None:
     need(
         config.eval.prompts or not config.eval.fit_prompts, "config.eval.fit_prompts needs config.eval.prompts as well"
     )
+    need(
+        min(config.routers.samples, config.routers.epochs) >= 1 and 0 < config.routers.learning_rate < math.inf,
+        "config.routers.samples and epochs must be at least 1, learning_rate finite and above 0",
+    )
     pair = algorithm.solo == 0 or 2 <= algorithm.solo <= config.group - 2
     need(pair, f"config.algorithm.solo={algorithm.solo} must be 0, or leave at least two responses of each kind")
     need(
@@ -84,7 +93,8 @@ def check_config(config: ConfigDict) -> None:
     need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")
     for key, known in algorithms.PARTS.items():
         need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")
-    for name, size in (("prompts_per_step", config.prompts_per_step), ("eval.batch_size", config.eval.batch_size)):
+    for name in ("prompts_per_step", "eval.batch_size", "routers.batch_size"):
+        size = functools.reduce(getattr, name.split("."), config)
         need(
             size >= 1 and size % devices == 0,
             f"config.{name}={size} must be a positive multiple of the {devices} devices: change it, or config.cpu_devices",
@@ -149,7 +159,8 @@ def load_state(run: Run) -> TrainState:
     config = run.config
     params = hf.load(run.folder, run.cfg, config.model.param_dtype)
     alphas = config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f
-    state = gapg.init_state(params, run.optimizer, gapg.init_reward(*alphas), gapg.init_filter(config.budget))
+    parts = run.optimizer, gapg.init_reward(*alphas), gapg.init_filter(config.budget)
+    state = gapg.init_state(params, *parts, averaged=config.optim.average > 0)
     if run.checkpoints.latest() is None:
         return jax.device_get(state)
     return run.checkpoints.restore(like=state)

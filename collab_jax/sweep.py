@@ -3,8 +3,12 @@
     python -m collab_jax.sweep --config configs/sweeps/paper_table.py --out runs/paper_table
 
 Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second, so that a sweep that is
-stopped has a table of what there is. The same command goes on, also in the middle of a run. A run that fails is told at the
-end, and the others go on. Then OUT has the comparison of all cells: compare.md, compare.json, frontier.png.
+stopped has a report of what there is. The same command goes on, also in the middle of a run. A run that fails is told at the
+end, and the others go on. Then OUT has the report of all cells (report.html, report.md) and their comparison (compare.md,
+compare.json).
+
+`--publish DIR` copies what these are made of to DIR, without the heavy parts (checkpoints, margin traces, cloud answers, all
+texts but the first run's): small enough to keep in a repository, and a sweep goes on from such a folder too.
 """
 
 import argparse
@@ -18,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from collab_jax import compare, records
+from collab_jax import compare, records, sweep_report
 from collab_jax.errors import UserError, run_command
 from collab_jax.run import claim
 
@@ -40,6 +44,7 @@ class Sweep(NamedTuple):
     config: str
     overrides: Mapping[str, Any]  # of every cell
     cells: Mapping[str, Cell]  # the first is what the others are compared with
+    about: str = ""  # Markdown; `load` takes it from the file's docstring
 
 
 class Job(NamedTuple):
@@ -76,7 +81,7 @@ def load(path: pathlib.Path) -> Sweep:
             raise UserError(f"{path}: cell {name!r} needs seeds, each once")
         if pathlib.Path(name).name != name or name == "start":
             raise UserError(f"{path}: cell {name!r} must be usable as a folder's name, other than 'start'")
-    return sweep
+    return sweep._replace(about=module.get("__doc__") or "")
 
 
 def jobs(sweep: Sweep, out: pathlib.Path) -> list[Job]:
@@ -145,24 +150,61 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
     return failed
 
 
-def models(sweep: Sweep, out: pathlib.Path) -> dict[str, compare.Model]:
-    """The finished runs' records by cell, the start's first.
+def finished(sweep: Sweep, out: pathlib.Path) -> dict[str, list[Job]]:
+    """The finished runs by cell.
 
     Only whole rounds of seeds are in it (of the first one, what there is), so that cells with as many seeds have the same.
     """
     done = {name: [job for job in jobs(sweep, out) if job.cell == name and job.done] for name in sweep.cells}
     unfinished = [len(done[name]) for name, cell in sweep.cells.items() if len(done[name]) < len(cell.seeds)]
     rounds = max(min(unfinished, default=sys.maxsize), 1)
-    found = {}
-    for name, folders in ((name, [job.folder for job in found_jobs[:rounds]]) for name, found_jobs in done.items()):
-        if folders:
-            fits = [folder / "fit.parquet" for folder in folders]
-            found.setdefault("start", compare.Model([records.read(folders[0] / "before.parquet")], [None]))
-            found[name] = compare.Model(
-                [records.read(folder / "after.parquet") for folder in folders],
-                [records.read(fit) if fit.exists() else None for fit in fits],
-            )
+    return {name: found[:rounds] for name, found in done.items() if found}
+
+
+def models(done: Mapping[str, Sequence[Job]]) -> dict[str, compare.Model]:
+    """The records of finished runs by cell, after those of their start."""
+    start = next(iter(done.values()))[0].folder / "before.parquet"
+    found = {"start": compare.Model([records.read(start)], [None])} if start.exists() else {}
+    for name, found_jobs in done.items():
+        fits = [job.folder / "fit.parquet" for job in found_jobs]
+        found[name] = compare.Model(
+            [records.read(job.folder / "after.parquet") for job in found_jobs],
+            [records.read(fit) if fit.exists() else None for fit in fits],
+        )
     return found
+
+
+def write_report(sweep: Sweep, out: pathlib.Path, path: pathlib.Path) -> None:
+    """Writes the report of what is finished, if anything is."""
+    if not (done := finished(sweep, out)):
+        return
+    result = compare.compare(models(done), reference=f"{next(iter(done))}: margin")
+    print(compare.write(out, result))
+    runs = {name: [sweep_report.read(job.folder) for job in found] for name, found in done.items()}
+    sweep_report.write(out, sweep.about, f"python -m collab_jax.sweep --config {path} --out {out}", result, runs)
+    print(f"report: {out / 'report.html'}")
+
+
+KEPT = ("report.json", "config.json", "metrics.jsonl")  # of a run, when it is published
+TOP = ("report.md", "report.html", "compare.md", "compare.json", "frontier.png", "training.png")
+HEAVY = ("margins", "text", "natural_text")  # columns
+
+
+def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies the report of `out`, and of each finished run what it was made of, to `to`."""
+    for i, job in enumerate(job for job in jobs(sweep, out) if job.done):
+        target = to / job.folder.relative_to(out)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copy(job.folder / name, target / name)
+        for name in ("before", "after", "fit"):
+            source = job.folder / f"{name}.parquet"
+            if source.exists() and (name != "before" or i == 0):
+                drop = HEAVY[:1] if i == 0 and name == "after" else HEAVY
+                table = records.read(source)
+                records.write(target / source.name, {c: values for c, values in table.items() if c not in drop})
+    for name in TOP:
+        shutil.copy(out / name, to / name)
 
 
 def main(argv: list[str]) -> int:
@@ -170,6 +212,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m collab_jax.sweep", description="Many training runs from one file.")
     parser.add_argument("--config", type=pathlib.Path, required=True, help="a file of configs/sweeps")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of all runs")
+    parser.add_argument("--publish", type=pathlib.Path, help="folder for the report and what it is made of")
     args = parser.parse_args(argv)
 
     def stop(number, frame):
@@ -185,9 +228,9 @@ def main(argv: list[str]) -> int:
         print("stopped and saved; the same command goes on")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    if finished := models(sweep, args.out):
-        first = next(name for name in finished if name != "start")
-        print(compare.write(args.out, compare.compare(finished, reference=f"{first}: margin")))
+    write_report(sweep, args.out, args.config)
+    if args.publish:
+        publish(sweep, args.out, args.publish)
     return int(bool(failed))
 
 

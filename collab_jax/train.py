@@ -19,10 +19,24 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import algorithms, cli, evaluate, gapg, memory, metrics, parallel, records, report, rollout, summary
+from collab_jax import (
+    algorithms,
+    cli,
+    evaluate,
+    gapg,
+    memory,
+    metrics,
+    parallel,
+    process,
+    records,
+    report,
+    rollout,
+    summary,
+)
 from collab_jax import run as runs
 from collab_jax.cloud import ledger
 from collab_jax.errors import UserError
+from collab_jax.routers import recorded
 from collab_jax.run import Run
 from collab_jax.tasks import Example
 
@@ -87,6 +101,7 @@ def make_step(run: Run):
         lengths=gapg.cut_lengths(config.max_new_tokens, config.train.lengths),
         temperature=config.temperature,
         chunk=config.train.logprob_chunk,
+        average=config.optim.average,
     )
 
     def keyed(state, rollout):
@@ -185,14 +200,10 @@ def progress(row: dict, budget: float) -> str:
     )
 
 
-def evaluated(run: Run, sample, state: gapg.TrainState | None, name: str):
-    """Records of `state` on the test prompts, from NAME.parquet where an earlier start of this run has them already."""
-    path = run.workdir / f"{name}.parquet"
+def kept(path: pathlib.Path, make: Callable[[], records.Records]) -> records.Records:
+    """The records in `path`, made by `make()` where no earlier start of this run has left them."""
     if not path.exists():
-        table = evaluate.evaluate_state(run, sample, state, evaluate.held_out(run), name)
-        records.write(path, table)
-        for kind, i in summary.examples_to_show(table):
-            print(f"  {kind}: {table['prompt'][i]} -> {table['natural_text'][i]}")
+        records.write(path, make())
     return records.read(path)
 
 
@@ -205,29 +216,36 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"
     )
-    before, greedy, fit = None, evaluate.greedy_sampler(run), fit_examples(run)
+    recorded.check(run)
+    before, greedy, held, fit = None, evaluate.greedy_sampler(run), evaluate.held_out(run), fit_examples(run)
     if config.eval.prompts:
         if not (workdir / "before.parquet").exists() and run.checkpoints.latest() is not None:
             raise UserError(
                 f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir"
             )
-        start = None if (workdir / "before.parquet").exists() else parallel.replicate(runs.load_state(run))
-        before = evaluated(run, greedy, start, "before")
+        start = lambda: parallel.replicate(runs.load_state(run))  # noqa: E731
+        before = kept(workdir / "before.parquet", lambda: evaluate.evaluate_state(run, greedy, start(), held, "before"))
     state = train(run, stop)
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
         return 0
     if before is not None:
-        if fit and not (workdir / "fit.parquet").exists():
-            device = run.text, run.task, None  # routers are fitted on the device's verdicts: no cloud answer is bought
-            records.write(
-                workdir / "fit.parquet",
-                evaluate.evaluate(greedy, state.params, *device, fit, config, "fit", natural=False),
-            )
-        after = evaluated(run, greedy, state, "after")
+        fit_table = None
+        if fit:  # routers are fitted on the device's verdicts: no cloud answer is bought
+            parts = greedy, state.policy, run.text, run.task, None, fit, config, "fit"
+            fit_table = kept(workdir / "fit.parquet", lambda: evaluate.evaluate(*parts, natural=False))
+
+        def final() -> records.Records:
+            table = evaluate.evaluate_state(run, greedy, state, held, "after")
+            return evaluate.with_routers(run, state, table, held + fit, fit_table)
+
+        after = kept(workdir / "after.parquet", final)
+        for kind, i in summary.examples_to_show(after):
+            print(f"  {kind}: {after['prompt'][i]} -> {after['natural_text'][i]}")
         host = parallel.unreplicate(state)
         rows = metrics.read(workdir / "metrics.jsonl")
-        print(report.write(workdir, config, host.filter, rows, before, after, ledger(run.cloud.store)))
+        cost, machine = ledger(run.cloud.store), process.machine()
+        print(report.write(workdir, config, host.filter, rows, before, after, cost, machine))
     return 0
 
 

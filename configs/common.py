@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     config.algorithm.reward = "hierarchical"  # hierarchical | task: as if the cloud were never right
     config.algorithm.advantage = "gapg"  # gapg (leave-one-out) | grpo | dr_grpo | standard (grpo, tokens summed)
     config.algorithm.solo = 0  # so many responses of a group may not call: they learn to solve, the others when to call
-    config.algorithm.filter = "d1d2"  # d1d2 | zero_variance | none
+    config.algorithm.filter = "d1d2"  # d1d2 | mixed (D1 without the always solved) | zero_variance | none
     config.algorithm.control = "none"  # of the share of calls: lagrangian (DA-GRPO) | dual_alpha_c | none
     config.algorithm.control_rate = 0.02  # how far a step moves the control's variable, in reward per share of calls
 
@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
     config.optim.warmup_steps = 10  # linear, from 0
     config.optim.decay = False  # cosine to 0 at the last step, or else constant
     config.optim.weight_decay = 0.0  # of matrices
+    config.optim.average = 0.0  # decay of the averaged weights that a run evaluates and exports; 0: the last ones
     config.optim.clip_norm = 1.0  # global gradient norm
 
     config.train = ConfigDict()
@@ -90,6 +91,17 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 4096  # from the start of the test split, before and after training; 0: no evaluation
     config.eval.fit_prompts = 0  # unused training prompts, after training, to fit learned routers on (fit.parquet)
     config.eval.batch_size = 256  # rows; a multiple of the number of devices
+
+    config.routers = ConfigDict()  # that run the model once more after training, kept as columns of the records
+    config.routers.record = ()  # of agreement, hidden, classifier, verification
+    config.routers.samples = 5  # agreement: responses beside the recorded one
+    config.routers.classifier = ""  # decoder folder to fine-tune, with the device model's vocabulary; "": model.path
+    config.routers.epochs = 8  # classifier: passes over the eval.fit_prompts
+    config.routers.batch_size = 64  # classifier: prompts of an update; a multiple of the number of devices
+    config.routers.learning_rate = 3e-4  # classifier: AdamW, after the warm-up; then cosine to 0
+    config.routers.verify_prompt = ""  # verification: a question with {prompt} and {response} in it
+    config.routers.yes = "Yes"  # verification: how the device says that it was right
+    config.routers.no = "No"  # and wrong; the first tokens are compared
 
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
     config.sft.steps = 0  # updates

@@ -14,7 +14,11 @@ from collab_jax.errors import UserError
 
 def test_compare_by_hand():
     result = compare.compare({"m": Model([make()], [None])}, budgets=(0.2, 0.4), resamples=20)
-    assert result["reference"] == "m: margin" and result["prompts"] == 5 and result["local_accuracy"] == {"m": 0.4}
+    assert (
+        result["reference"] == "m: margin"
+        and result["prompts"] == 5
+        and result["models"]["m"]["local_accuracy"]["value"] == 0.4
+    )
     at = {name: method["at_budget"] for name, method in result["methods"].items()}
     assert at["m: margin"]["0.2"]["accuracy"]["value"] == pytest.approx(0.6)
     assert at["m: margin"]["0.4"]["accuracy"]["value"] == pytest.approx(0.8)  # 4, then 1: both right in the cloud alone

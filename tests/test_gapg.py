@@ -232,10 +232,9 @@ def logprobs(params, batch):
     return decoder.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
 
 
-def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG):
-    return gapg.make_step(
-        CFG, SGD, algorithm, axis="d", micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2
-    )
+def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG, average=0.0):
+    settings = dict(micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2, average=average)
+    return gapg.make_step(CFG, SGD, algorithm, axis="d", **settings)
 
 
 def one_step(batch, devices=2, state=None, **settings):
@@ -289,6 +288,18 @@ def test_micro_batches_and_lengths_change_nothing(stepped, settings):
     other, metrics = one_step(rollout(), **settings)
     assert_close(other.params, stepped[0].params, rtol=1e-4, atol=1e-6)
     assert_close(metrics, stepped[1], rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_by_hand():
+    """With a decay of 1/2 the weights after step 1 weigh 1/3 of the average, those after step 2 2/3, the start nothing."""
+    averaged = start().replace(average=start().params)
+    one, _ = one_step(rollout(), state=averaged, average=0.5)
+    two, _ = one_step(rollout(), state=one, average=0.5)
+    assert_close(one.policy, one.params, rtol=1e-6, atol=1e-7)
+    assert_close(two.policy, jax.tree.map(lambda a, b: a / 3 + 2 * b / 3, one.params, two.params), rtol=1e-5, atol=1e-6)
+    plain, _ = one_step(rollout())
+    assert_close(one.params, plain.params, rtol=0)  # what is learnt from does not change
+    assert plain.average is None and plain.policy is plain.params
 
 
 def test_cut_lengths_by_hand():

@@ -6,7 +6,7 @@ from tables import make
 
 from collab_jax import measures, routers
 from collab_jax.errors import UserError
-from collab_jax.routers import learned
+from collab_jax.routers import learned, recorded
 from collab_jax.routers.response import no_answer
 
 
@@ -82,7 +82,10 @@ def test_recorded_scores_are_routers():
 def test_possible_are_those_with_columns():
     table = make()
     assert routers.possible(table) == ["random", "logprob", "margin", "perfect"]
-    assert routers.possible(table, make(id=list("abcde"))) == list(routers.ROUTERS)
+    own = [name for name in routers.ROUTERS if name not in recorded.RECORDED]
+    assert routers.possible(table, make(id=list("abcde"))) == own
+    columns = {f"score_{name}": np.zeros(5) for name in ("ours", *recorded.RECORDED)}
+    assert routers.possible(table | columns, make(id=list("abcde"))) == [*routers.ROUTERS, "ours"]
     bare = {name: table[name] for name in ("id", "local_correct", "cloud_correct")}
     assert routers.possible(bare) == ["random", "perfect"]
 

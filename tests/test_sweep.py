@@ -35,7 +35,7 @@ def test_order_and_command_line(tmp_path):
 
 
 TRAIN = """
-import pathlib, shutil, sys, time
+import json, pathlib, shutil, sys, time
 folder, table, kind = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 folder.mkdir(parents=True, exist_ok=True)
 if kind == "fail":
@@ -49,17 +49,21 @@ if not (folder / "before.parquet").exists():
     shutil.copy(table, folder / "before.parquet")
     (folder / "evaluated").touch()
 shutil.copy(table, folder / "after.parquet")
-(folder / "report.json").write_text("{}")
+row = dict(local_accuracy=0.5, call_rate=0.25, reward=1.0, cloud_bought=2, seconds=30.0, tokens=500000)
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": i + 1}) + "\\n" for i in range(3)))
+(folder / "checkpoints").mkdir(exist_ok=True)
+(folder / "report.json").write_text(json.dumps({"machine": {"date": "today", "devices": "2 x abacus"}, "filter_dropped": 0.125}))
 """
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Replaces training: stand_in[cell] is "fail" or "slow"."""
-    records.write(tmp_path / "table.parquet", make(40))
+    records.write(tmp_path / "table.parquet", make(40, natural_text=["<answer> 1 </answer>"] * 40, text=["x"] * 40))
     kinds = {}
 
-    def command(_, job):
+    def command(of, job):
+        sweep.check_same(of, job)  # as training does at first: it writes config.json
         return [
             sys.executable,
             "-c",
@@ -81,8 +85,11 @@ def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys)
     first = (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns
     stand_in.clear()
     assert sweep.run(TWO, out) == []
+    with pytest.raises(UserError, match="train.steps=3 then, 4 now"):
+        sweep.run(TWO._replace(overrides={"train.steps": 4}), out)
     assert (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns == first
-    assert list(sweep.models(TWO, out)) == ["start", "b", "a"] and len(sweep.models(TWO, out)["b"].seeds) == 2
+    models = sweep.models(sweep.finished(TWO, out))
+    assert list(models) == ["start", "b", "a"] and len(models["b"].seeds) == 2
 
 
 def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
@@ -98,6 +105,37 @@ def test_the_table_is_of_all_cells_against_the_first(tmp_path, stand_in, monkeyp
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert result["seeds"] == {"start": 1, "b": 2, "a": 1} and result["reference"] == "b: margin"
     assert "a: logprob" in capsys.readouterr().out
+
+
+def test_the_report_by_hand(tmp_path, stand_in):
+    out = tmp_path / "out"
+    sweep.run(TWO, out)
+    sweep.write_report(TWO._replace(about="# Two `cells`\n\nTold."), out, pathlib.Path("two.py"))
+    text = (out / "report.md").read_text()
+    lines = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    assert text.startswith("# Two `cells`") and "today, 2 x abacus" in text and "Seeds: b 2, a 1" in text
+    assert lines["b"] == ["3", "1.5", "1.50 M", "6", "12.5%", "25.0%"]  # the last table: what training cost
+    assert "stayed, and was wrong" in text and "random" in lines
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 2 and 'src="frontier' not in page and "<table>" in page
+
+
+def test_what_is_published_is_small_and_a_sweep_goes_on_from_it(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(sweep, "load", lambda path: TWO)
+    out, to = tmp_path / "out", tmp_path / "published"
+    flags = ["--config", "x.py", "--out"]
+    assert sweep.main([*flags, str(out), "--publish", str(to)]) == 0
+    assert not list(to.rglob("checkpoints")) and len(list(to.rglob("before.parquet"))) == 1
+    with_text = [path.parent.name for path in to.rglob("after.parquet") if "natural_text" in records.read(path)]
+    assert with_text == ["seed-0"]
+    stand_in.update(a="fail", b="fail")  # nothing is run again
+    assert sweep.main([*flags, str(to)]) == 0
+    same = lambda name: (to / name).read_text() == (out / name).read_text()  # noqa: E731
+    assert same("compare.json") and same("compare.md")
 
 
 def test_a_stop_lets_the_run_save(tmp_path, stand_in):

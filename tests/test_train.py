@@ -39,7 +39,14 @@ def finished(small, reads, tmp_path_factory):
     """(config, workdir, compilations by step) of a whole small run."""
     workdir = tmp_path_factory.mktemp("run")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    config = small(eval__fit_prompts=10)
+    config = small(
+        eval__fit_prompts=10,
+        optim__average=0.9,
+        routers__record=("agreement", "hidden", "classifier", "verification"),
+        routers__verify_prompt="{response}",
+        routers__yes=" ok",
+        routers__no=" no",
+    )
     reads.clear()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-from collab_jax import process
+from collab_jax import page, process
 from collab_jax.errors import UserError, run_command
 
 SERVE = "serve-steps"  # what `settings` starts
@@ -266,10 +266,10 @@ def main(argv: list[str]) -> int:
     bench = Bench(args)
     getattr(bench, args.command)()
     m, c = bench.measure, bench.ceilings
-    machine = m.machine()
+    machine = process.machine()
     print(" ".join(f"{k} {v}," for k, v in machine.items()) + f" peak memory {m.peak_memory() / 2**30:.2f} GiB")
     print(f"ceilings: matmul {m.number(c['matmul_flop_s'])}FLOP/s, copy {m.number(c['copy_bytes_s'])}B/s\n")
-    print(m.table(Bench.HEADER, bench.rows))
+    print(page.table(Bench.HEADER, bench.rows))
     print("\n".join(["", *bench.notes]))
     if args.json:
         report = {

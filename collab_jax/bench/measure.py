@@ -1,11 +1,10 @@
 """How a bench measures: interleaved timed runs, the machine's ceilings, the useful work of a model, and tables."""
 
 import math
-import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -137,33 +136,6 @@ def peak_memory() -> float:
 
 
 # ---------------------------------------------------------------------------------------------------- output
-
-
-def machine() -> dict:
-    """What a figure needs beside it."""
-    device = jax.local_devices()[0]
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
-        "devices": f"{jax.local_device_count()} x {device.device_kind}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
-    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
 def number(x: float) -> str:

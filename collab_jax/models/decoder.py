@@ -345,6 +345,33 @@ def prefill(
     return hidden[:, -1], segment
 
 
+def continued_hidden(
+    params: Params,
+    cfg: DecoderConfig,
+    last: jax.Array,
+    prompt: Segment,
+    prompt_mask: jax.Array,
+    responses: jax.Array,
+) -> jax.Array:
+    """Hidden states [B, T, E] that predict the tokens of responses i32[B, T]: before each of them, after the one before.
+
+    last [P, E], prompt and prompt_mask bool[P, L] are of P prompts that `prefill` has computed, each with B / P responses
+    that lie together. Padding after a response changes nothing before it, so no mask is needed; there, the result is anything.
+    """
+    B, T = responses.shape
+    repeat = functools.partial(jnp.repeat, repeats=B // prompt_mask.shape[0], axis=0)
+    seen, hidden = repeat(prompt_mask), repeat(last)[:, None]
+    if T == 1:
+        return hidden
+    t = T - 1
+    sees_prompt = jnp.broadcast_to(seen[:, None], (B, t, seen.shape[1]))
+    sees_response = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (B, t, t))
+    positions = seen.sum(1, keepdims=True) + jnp.arange(t)
+    mask = jnp.concatenate([sees_prompt, sees_response], axis=2)
+    body, _ = forward(params, cfg, responses[:, :-1], positions, mask, (prompt,))
+    return jnp.concatenate([hidden, body], axis=1)
+
+
 def continued_logprobs(
     params: Params,
     cfg: DecoderConfig,
@@ -356,23 +383,8 @@ def continued_logprobs(
     chunk: int,
     barred: jax.Array | None = None,
 ) -> jax.Array:
-    """log pi(token | what came before) f32[B, T] of responses i32[B, T] to prompts that `prefill` has computed.
-
-    last [P, E], prompt and prompt_mask bool[P, L] are of P prompts, each with B / P responses that lie together. Padding
-    after a response changes nothing before it, so no mask is needed; there, the result is anything. barred: as in
-    `token_logprobs`.
-    """
-    B, T = responses.shape
-    repeat = functools.partial(jnp.repeat, repeats=B // prompt_mask.shape[0], axis=0)
-    seen, hidden = repeat(prompt_mask), repeat(last)[:, None]
-    if T > 1:
-        t = T - 1
-        sees_prompt = jnp.broadcast_to(seen[:, None], (B, t, seen.shape[1]))
-        sees_response = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (B, t, t))
-        positions = seen.sum(1, keepdims=True) + jnp.arange(t)
-        mask = jnp.concatenate([sees_prompt, sees_response], axis=2)
-        body, _ = forward(params, cfg, responses[:, :-1], positions, mask, (prompt,))
-        hidden = jnp.concatenate([hidden, body], axis=1)
+    """log pi(token | what came before) f32[B, T] of responses i32[B, T]: `continued_hidden`, then `token_logprobs`."""
+    hidden = continued_hidden(params, cfg, last, prompt, prompt_mask, responses)
     return token_logprobs(params, cfg, hidden, responses, temperature, chunk, barred)
 
 

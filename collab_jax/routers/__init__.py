@@ -1,8 +1,9 @@
 """Routers: every way to decide which prompts go to the cloud is one score for each, higher meaning "send it".
 
 A router is fitted on records of prompts that are not the ones it is judged on (most need none and ignore them), and then
-scores any records. No jax: what a router needs of a model is a column of the records (`records.py`). A router that is not
-here can be recorded as a column `score_NAME`, with what it spent in `tokens_NAME`.
+scores any records. No jax here: what a router needs of a model is a column of the records (`records.py`). The routers that
+run the model again (`recorded.py`) leave their score in `score_NAME`, what they spent in `tokens_NAME`; a router that is not
+here can be recorded the same way.
 
 | name | decides from | device tokens on a prompt that is sent |
 |---|---|---|
@@ -11,6 +12,10 @@ here can be recorded as a column `score_NAME`, with what it spent in `tokens_NAM
 | logprob | the log-probability of the response | all |
 | margin | the trained marker | up to its crossing |
 | margin_logprob | both, by logistic regression fitted on other prompts | all |
+| hidden | the model's last hidden state, by logistic regression fitted on other prompts | all |
+| agreement | how many of `routers.samples` more responses agree | all, and those responses |
+| verification | the model's opinion of its own response | all, and the question |
+| classifier | the prompt, by a decoder fine-tuned on other prompts | none; a decoder runs on every prompt |
 | perfect | both verdicts: what no router can know | all |
 """
 
@@ -37,11 +42,21 @@ class Router(NamedTuple):
     learned: bool = False
 
 
+def from_column(name: str, title: str, reads: costs.Reads) -> Router:
+    """A router whose score is a column of the records."""
+    column = f"score_{name}"
+    return Router(title, lambda records: records[column], (column,), reads)
+
+
 ROUTERS = {
     "random": Router("random", lambda records: np.zeros(len(records["id"])), (), "prompt"),
     "features_linear": Router("prompt features, logistic regression", learned.linear, ("prompt",), "prompt", True),
     "features_trees": Router("prompt features, boosted trees", learned.trees, ("prompt",), "prompt", True),
+    "classifier": from_column("classifier", "fine-tuned prompt classifier", "prompt"),
     "logprob": Router("log-probability gate", response.logprob, ("logp",), "response"),
+    "agreement": from_column("agreement", "agreement of samples", "response"),
+    "verification": from_column("verification", "self-verification", "response"),
+    "hidden": from_column("hidden", "last hidden state, logistic regression", "response"),
     "margin": Router("trained marker (margin)", response.margin, ("margin",), "trace"),
     "margin_logprob": Router(
         "margin and log-probability", learned.margin_logprob, ("margin", "logp"), "response", True
@@ -50,13 +65,16 @@ ROUTERS = {
 }
 
 
+def router_of(name: str) -> Router:
+    """A router of ROUTERS, or the recorded one of the column `score_NAME`."""
+    return ROUTERS.get(name) or from_column(name, name, "response")
+
+
 def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndarray:
     """f64[n] of a router of ROUTERS, or of the recorded column `score_NAME`. Raises UserError for what it lacks."""
-    if name not in ROUTERS:
-        if name not in scores(records):
-            raise UserError(f"no router {name!r}: use one of {sorted(ROUTERS)}, or record a column score_{name}")
-        return scores(records)[name]
-    router = ROUTERS[name]
+    if name not in ROUTERS and name not in scores(records):
+        raise UserError(f"no router {name!r}: use one of {sorted(ROUTERS)}, or record a column score_{name}")
+    router = router_of(name)
     require(records, router.needs, f"router {name}")
     if not router.learned:
         return router.score(records)
@@ -69,12 +87,13 @@ def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndar
 
 
 def possible(records: Records, fit_on: Records | None = None) -> list[str]:
-    """The routers that these records have all the columns for, in ROUTERS' order, then the recorded ones."""
-    if taken := sorted(set(scores(records)) & set(ROUTERS)):
+    """The routers that these records have all the columns for, in ROUTERS' order, then the other recorded ones."""
+    own = {name for name, router in ROUTERS.items() if f"score_{name}" not in router.needs}
+    if taken := sorted(set(scores(records)) & own):
         raise UserError(f"the column score_{taken[0]} has the name of a router of ours: call it score_my_{taken[0]}")
     found = [
         name
         for name, router in ROUTERS.items()
         if set(router.needs) <= set(records) and (not router.learned or fit_on and set(router.needs) <= set(fit_on))
     ]
-    return found + list(scores(records))
+    return found + [name for name in scores(records) if name not in ROUTERS]

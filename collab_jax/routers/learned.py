@@ -32,13 +32,13 @@ def prompt_features(prompts) -> np.ndarray:
 def linear(fit_on: Records, records: Records) -> np.ndarray:
     """Logistic regression on `prompt_features` and their squares, standardised."""
     both = lambda r: (lambda x: np.concatenate([x, x**2], axis=1))(prompt_features(r["prompt"]))  # noqa: E731
-    return _fit(_logistic(), both(fit_on), fit_on, both(records))
+    return fit(logistic(), both(fit_on), fit_on, both(records))
 
 
 def trees(fit_on: Records, records: Records) -> np.ndarray:
     """Gradient-boosted trees on `prompt_features`."""
     model = HistGradientBoostingClassifier(random_state=0)
-    return _fit(model, prompt_features(fit_on["prompt"]), fit_on, prompt_features(records["prompt"]))
+    return fit(model, prompt_features(fit_on["prompt"]), fit_on, prompt_features(records["prompt"]))
 
 
 def margin_logprob(fit_on: Records, records: Records) -> np.ndarray:
@@ -46,16 +46,23 @@ def margin_logprob(fit_on: Records, records: Records) -> np.ndarray:
     answered = ~no_answer(fit_on)
     known = {name: fit_on[name][answered] for name in ("margin", "logp", "local_correct")}
     both = lambda r: np.clip(np.stack([r["margin"], r["logp"]], axis=1), -1e3, 1e3)  # noqa: E731  -inf: no decision state
-    return _fit(_logistic(), both(known), known, both(records)) + _FIRST * no_answer(records)
+    return fit(logistic(), both(known), known, both(records)) + _FIRST * no_answer(records)
 
 
-def _logistic():
+def logistic():
+    """Logistic regression on standardised features."""
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
-def _fit(model, features: np.ndarray, fit_on: Records, to_score: np.ndarray) -> np.ndarray:
+def check_classes(fit_on: Records) -> None:
+    """Raises UserError where the device is right on all prompts to fit on, or on none."""
     wrong = ~fit_on["local_correct"]
     if wrong.all() or not wrong.any():
         one = "wrong" if wrong.all() else "right"
         raise UserError(f"a router cannot be fitted: the device is {one} on all {len(wrong)} prompts to fit on")
-    return model.fit(features, wrong).predict_proba(to_score)[:, 1]
+
+
+def fit(model, features: np.ndarray, fit_on: Records, to_score: np.ndarray) -> np.ndarray:
+    """Probability f64[n] that the device is wrong, of features f[n, F], by a classifier fitted on features f[m, F] of `fit_on`."""
+    check_classes(fit_on)
+    return model.fit(features, ~fit_on["local_correct"]).predict_proba(to_score)[:, 1]

@@ -1,0 +1,50 @@
+"""A router learned on the model's last hidden state: logistic regression on what it knows when its response is written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from collab_jax import parallel
+from collab_jax.models import decoder
+from collab_jax.models.decoder import DecoderConfig
+from collab_jax.records import Records
+from collab_jax.routers import learned
+from collab_jax.routers.device import Device, by_batch
+
+
+def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray, np.ndarray]:
+    """Probability f64[n] that the device is wrong, from its state after the response's last token but EOS; no tokens of its own."""
+    features = {id(table): _features(device, table) for table in (fit_on, records)}
+    wrong = learned.fit(learned.logistic(), features[id(fit_on)], fit_on, features[id(records)])
+    return wrong, np.zeros(len(wrong))
+
+
+def _features(device: Device, records: Records) -> np.ndarray:
+    """f32[n, E]. The recorded text is tokenized again; a response that was cut off counts up to the cut."""
+    run, T = device.run, device.run.config.max_new_tokens
+    prompts, mask = run.text.prompt_batch([run.task.prompt(e) for e in device.of(records)], run.config.prompt_length)
+    responses, last = np.full((len(prompts), T), run.text.pad_id, np.int32), np.zeros(len(prompts), np.int32)
+    for i, text in enumerate(records["text"]):
+        ids = run.text.response_ids(text)[:T]
+        responses[i, : len(ids)], last[i] = ids, len(ids) - 1
+
+    def body(params, *rows):
+        return last_hidden(params, run.cfg, *rows)
+
+    compiled = parallel.pmap(body)
+    return by_batch(
+        lambda *rows: compiled(device.params, *rows), (prompts, mask, responses, last), run.config.eval.batch_size
+    )
+
+
+def last_hidden(
+    params: decoder.Params,
+    cfg: DecoderConfig,
+    prompts: jax.Array,
+    mask: jax.Array,
+    responses: jax.Array,
+    last: jax.Array,
+) -> jax.Array:
+    """Hidden state f32[B, E] that predicts token number `last` i32[B] of responses i32[B, T] to prompts i32[B, L]."""
+    hidden = decoder.continued_hidden(params, cfg, *decoder.prefill(params, cfg, prompts, mask), mask, responses)
+    return hidden[jnp.arange(len(last)), last].astype(jnp.float32)

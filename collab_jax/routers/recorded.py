@@ -1,0 +1,39 @@
+"""The routers that need the device model, by name: what they find is kept in the records, for `compare` to read.
+
+Each is a function (Device, records to fit on or None, records to route) -> (score f64[n], device tokens it spent f64[n]).
+"""
+
+from collections.abc import Callable, Sequence
+
+from collab_jax.errors import UserError
+from collab_jax.records import Records
+from collab_jax.routers import agreement, classifier, hidden, verification
+from collab_jax.routers.device import Device
+from collab_jax.run import Run
+
+RECORDED: dict[str, Callable] = {
+    "agreement": agreement.score,
+    "hidden": hidden.score,
+    "classifier": classifier.score,
+    "verification": verification.score,
+}
+LEARNED = ("hidden", "classifier")  # fitted on records of other prompts
+
+
+def check(run: Run) -> None:
+    """Raises UserError, before anything is spent, where a router of `config.routers.record` could not be recorded."""
+    names, fit_prompts = run.config.routers.record, run.config.eval.fit_prompts
+    if unknown := sorted(set(names) - set(RECORDED)):
+        raise UserError(f"config.routers.record={tuple(names)}: no {unknown[0]!r} among {sorted(RECORDED)}")
+    if not fit_prompts and (learned := sorted(set(names) & set(LEARNED))):
+        raise UserError(f"router {learned[0]} is learned: give it prompts with config.eval.fit_prompts")
+    for name, module in (("classifier", classifier), ("verification", verification)):
+        if name in names:
+            module.check(run)
+
+
+def record(names: Sequence[str], device: Device, fit_on: Records | None, records: Records) -> Records:
+    """`records` with the columns score_NAME and tokens_NAME of each router."""
+    found = {name: RECORDED[name](device, fit_on, records) for name in names}
+    columns = {f"{kind}_{name}": found[name][i] for name in names for i, kind in enumerate(("score", "tokens"))}
+    return records | columns

@@ -1,0 +1,159 @@
+"""The report of a sweep: every cell's figures, its routers, training curves, examples and costs. No jax.
+
+Written to the sweep's folder: report.md, report.html (one file, figures inside), training.png, beside what `compare` writes.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from collab_jax import figures, metrics, page, records, report
+from collab_jax.page import percent, points
+from collab_jax.routers import ROUTERS
+
+BUDGET = 0.3  # at which routers are shown, one figure each
+
+
+class Finished(NamedTuple):
+    """A finished run: its report.json, the rows of its metrics.jsonl, its folder."""
+
+    report: dict[str, Any]
+    rows: list[dict]
+    folder: pathlib.Path
+
+
+def read(folder: pathlib.Path) -> Finished:
+    """The finished run in `folder`."""
+    return Finished(json.loads((folder / "report.json").read_text()), metrics.read(folder / "metrics.jsonl"), folder)
+
+
+def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapping[str, Sequence[Finished]]) -> None:
+    """Writes the report of `cells` to `out`, from `compare.compare`'s result; frontier.png is there already.
+
+    about: what the sweep is, Markdown. The first cell is the one that the others are compared with.
+    """
+    figures.sweep_training(out / "training.png", {name: [run.rows for run in runs] for name, runs in cells.items()})
+    first = next(iter(cells.values()))[0]
+    machines = {", ".join(run.report["machine"].values()) for runs in cells.values() for run in runs}
+    seeds = ", ".join(f"{name} {len(runs)}" for name, runs in cells.items())
+    after = records.read(first.folder / "after.parquet")
+    examples = (
+        f"## Examples: {result['reference'].partition(': ')[0]}, its first seed, natural decoding\n\n{report.examples_list(after)}\n\n"
+        if "natural_text" in after
+        else ""
+    )
+    page.save(
+        out,
+        "report",
+        f"{about.strip()}\n\nCommand: {page.code(command)}. {result['prompts']} held-out prompts, the same for all. Seeds: {seeds}. "
+        f"Figures in percent of all prompts, with 95 % intervals from {result['resamples']} resamples of seeds and prompts; with "
+        "two seeds they are too narrow by half. Machine: " + "; ".join(sorted(machines)) + ".\n\n"
+        f"## The trained marker\n\n{cell_table(result)}\n\n"
+        f"## {result['reference']} against the others' margin, points\n\n{ahead_table(result)}\n\n"
+        "![accuracy against call rate](frontier.png)\n\n"
+        f"## Every router at {100 * BUDGET:g} % calls\n\nRows: how it is decided what goes to the cloud; columns: the model that "
+        f"answers.\n\n{router_table(result, 'accuracy', percent)}\n\n"
+        f"{result['reference']} is ahead of each by so many points:\n\n"
+        f"{router_table(result, 'reference_minus_this', points)}\n\n"
+        f"## Training\n\n![training](training.png)\n\n{cost_table(cells)}\n\n{examples}"
+        "All figures: compare.md, compare.json.\n",
+    )
+
+
+def cell_table(result: dict) -> str:
+    """A row a cell: the device alone, natural decoding, the margin at each budget, its ranking."""
+    shares = [f"{100 * b:g} % calls" for b in result["budgets"]]
+    head = [
+        "",
+        "device alone",
+        "natural calls / overall",
+        *shares,
+        "perfect router's gain",
+        "AUC",
+        "AUC of log-probability",
+    ]
+    rows = []
+    for name in _models(result):
+        alone, method = result["models"][name], result["methods"][f"{name}: margin"]
+        at = method["at_budget"]
+        natural = f"{100 * alone['natural_call_rate']:.1f} / {100 * alone['natural_accuracy']:.1f}"
+        share = at[str(BUDGET)]["perfect_share"]["value"]
+        rows.append(
+            [
+                name,
+                percent(alone["local_accuracy"]),
+                natural,
+                *(percent(figure["accuracy"]) for figure in at.values()),
+                "-" if share is None else f"{share:.0%}",
+                _three(method["auc"]),
+                _three(result["methods"][f"{name}: logprob"]["auc"]),
+            ]
+        )
+    return page.table(head, rows)
+
+
+def ahead_table(result: dict) -> str:
+    """A row a cell: by how much the reference is ahead of its margin at each budget, and of the device alone."""
+    head = ["", "device alone", *(f"{100 * b:g} % calls" for b in result["budgets"])]
+    rows = [
+        [
+            name,
+            points(result["models"][name]["reference_minus_this"]),
+            *(points(f["reference_minus_this"]) for f in result["methods"][f"{name}: margin"]["at_budget"].values()),
+        ]
+        for name in _models(result)
+        if f"{name}: margin" != result["reference"]
+    ]
+    return page.table(head, rows)
+
+
+def router_table(result: dict, figure: str, show) -> str:
+    """Routers x models: `figure` of each method at BUDGET, by `show`."""
+    models = list(result["models"])
+    routers = list(dict.fromkeys(name.partition(": ")[2] for name in result["methods"]))
+    cell = lambda method: show(method["at_budget"][str(BUDGET)][figure]) if method else "-"  # noqa: E731
+    rows = [
+        [ROUTERS[r].title if r in ROUTERS else r, *(cell(result["methods"].get(f"{m}: {r}")) for m in models)]
+        for r in routers
+    ]
+    return page.table(["", *models], rows)
+
+
+def cost_table(cells: Mapping[str, Sequence[Finished]]) -> str:
+    """A row a cell: what a run cost in training, mean over its seeds; the evaluation's cloud calls are not in it."""
+    head = [
+        "",
+        "steps",
+        "minutes",
+        "response tokens",
+        "cloud answers bought",
+        "filter dropped",
+        "calls in training, last 10 steps",
+    ]
+    rows = []
+    for name, runs in cells.items():
+        total = lambda key, runs=runs: np.mean([sum(row[key] for row in run.rows) for run in runs])  # noqa: E731
+        rows.append(
+            [
+                name,
+                f"{np.mean([len(run.rows) for run in runs]):.0f}",
+                f"{total('seconds') / 60:.1f}",
+                f"{total('tokens') / 1e6:.2f} M",
+                f"{total('cloud_bought'):.0f}",
+                f"{np.mean([run.report['filter_dropped'] for run in runs]):.1%}",
+                f"{np.mean([row['call_rate'] for run in runs for row in run.rows[-10:]]):.1%}",
+            ]
+        )
+    return page.table(head, rows)
+
+
+def _models(result: dict) -> list[str]:
+    """The models with a margin."""
+    return [name for name in result["models"] if f"{name}: margin" in result["methods"]]
+
+
+def _three(x: float | None) -> str:
+    return "-" if x is None else f"{x:.3f}"

@@ -1,0 +1,127 @@
+"""Routers that run the model: each against what it must be, on the embedded model."""
+
+import numpy as np
+import pytest
+
+from collab_jax import compare, evaluate, measures, parallel, train
+from collab_jax import run as runs
+from collab_jax.errors import UserError
+from collab_jax.models import decoder
+from collab_jax.routers import agreement, classifier, hidden, recorded
+from collab_jax.routers.device import Device, batches
+
+
+@pytest.fixture(scope="module")
+def scene(small, tmp_path_factory):
+    """(Device, records to fit on, records to route) of the embedded model."""
+    config = small(
+        eval__fit_prompts=24,
+        routers__epochs=40,
+        routers__samples=3,
+        routers__verify_prompt="{response}",
+        routers__yes=" ok",
+        routers__no=" no",
+    )
+    run = runs.prepare(config, tmp_path_factory.mktemp("routers"))
+    state, sample = parallel.replicate(runs.load_state(run)), evaluate.greedy_sampler(run)
+    fit, held = train.fit_examples(run), evaluate.held_out(run)
+    device = Device(run, state.params, {e.id: e for e in fit + held})
+    parts = run.text, run.task, run.cloud
+    tables = [evaluate.evaluate(sample, state.params, *parts, e, config, "x", natural=False) for e in (fit, held)]
+    return device, *tables
+
+
+def test_batches_go_through_all_rows_once():
+    assert [(rows.tolist(), n) for rows, n in batches(5, 2)] == [([0, 1], 2), ([2, 3], 2), ([4, 0], 1)]
+
+
+@pytest.mark.parametrize(
+    ("response", "found"),
+    [
+        ("<think> x </think><answer> 1 + 2 </answer>", "1+2"),
+        ("<think> x </think><answer></answer>", ""),
+        ("<think> 1+2", None),
+    ],
+)
+def test_answers_agree_without_white_space(response, found):
+    assert agreement.answer(response) == found
+
+
+def test_agreement_is_a_share_of_the_samples_and_counts_their_tokens(scene):
+    device, _, table = scene
+    score, tokens = agreement.score(device, None, table)
+    thirds = -score * 3
+    assert np.allclose(thirds, thirds.round()) and 0 <= thirds.min() < thirds.max() <= 3
+    assert (tokens >= 3).all() and (tokens <= 3 * device.run.config.max_new_tokens).all()
+    unanswered = dict(table, text=np.array(["<think> 1+2"] * len(table["id"]), object))
+    assert (agreement.score(device, None, unanswered)[0] == 0).all()
+
+
+def test_last_hidden_is_that_of_one_pass_over_the_whole_row(scene):
+    device, _, table = scene
+    cfg, text, params = device.run.cfg, device.run.text, parallel.unreplicate(device.params)
+    prompt = text.prompt_ids(device.run.task.prompt(device.of(table)[0]))
+    response = text.response_ids(table["text"][0])
+    whole = np.array([prompt + response[:-1]])
+    real = np.ones(whole.shape, bool)
+    want, _ = decoder.forward(params, cfg, whole, decoder.positions_of(real), decoder.causal_mask(real))
+    padded = np.array([[text.pad_id] * 2 + prompt])
+    mask = padded != text.pad_id
+    responses = np.array([response + [text.pad_id] * 3])
+    got = hidden.last_hidden(params, cfg, padded, mask, responses, np.array([len(response) - 1]))
+    np.testing.assert_allclose(got[0], want[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_learns_what_the_prompt_tells(scene):
+    device, fit_on, table = scene
+    target = lambda t: np.array([int(p.split("=")[1]) for p in t["prompt"]])  # noqa: E731
+    hard = lambda t: dict(t, local_correct=target(t) < 55)  # noqa: E731
+    score, tokens = classifier.score(device, hard(fit_on), hard(table))
+    assert measures.auc(hard(table), score) > 0.8 and (tokens == 0).all()
+
+
+def test_verification_is_the_odds_of_no_against_yes(scene):
+    device, _, table = scene
+    score, tokens = recorded.RECORDED["verification"](device, None, table)
+    cfg, text, params = device.run.cfg, device.run.text, parallel.unreplicate(device.params)
+    ids = np.array([text.prompt_ids([{"role": "user", "content": table["text"][3]}])])
+    last, _ = decoder.prefill(params, cfg, ids, np.ones(ids.shape, bool))
+    logits = decoder.logits(params, cfg, last)[0]
+    no, yes = (text.tokenizer.convert_tokens_to_ids(word) for word in (" no", " ok"))
+    assert score[3] == pytest.approx(float(logits[no] - logits[yes]), abs=1e-4) and tokens[3] == ids.size + 1
+
+
+def test_records_get_the_columns_and_compare_reads_them(scene):
+    device, fit_on, table = scene
+    names = ("hidden", "verification")
+    found = recorded.record(names, device, fit_on, table)
+    assert set(found) - set(table) == {f"{kind}_{name}" for kind in ("score", "tokens") for name in names}
+    result = compare.compare({"m": compare.Model([found], [fit_on])}, resamples=2)
+    assert {"m: hidden", "m: verification", "m: margin"} <= set(result["methods"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"routers__record": ("oracle",)}, "no 'oracle'"),
+        ({"routers__record": ("agreement", "hidden")}, "hidden is learned"),
+        ({"routers__record": ("verification",)}, "verify_prompt"),
+        (
+            {
+                "routers__record": ("verification",),
+                "routers__verify_prompt": "{response}",
+                "routers__yes": " ok",
+                "routers__no": " ok",
+            },
+            "same token",
+        ),
+        (
+            {"routers__record": ("classifier",), "eval__fit_prompts": 8, "routers__classifier": "no-such-model"},
+            "no model at",
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_before_anything_is_spent(small, tmp_path, changes, says):
+    run = runs.prepare(small(**changes), tmp_path)
+    with pytest.raises(UserError, match=says):
+        recorded.check(run)
