@@ -59,14 +59,14 @@ def evaluate(
                 passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
             rows += [
                 _row(task, e, i, passes) | c
-                for i, (e, c) in enumerate(zip(batch, _ask(task, cloud, batch), strict=True))
+                for i, (e, c) in enumerate(zip(batch, cloud_answers(task, cloud, batch), strict=True))
             ]
             bar.update(len(batch))
     return records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
 
 
-def _ask(task: Task, cloud: CachedCloud | None, examples: list[Example]) -> list[dict]:
-    """The cloud's columns of each example."""
+def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]) -> list[dict]:
+    """The cloud's columns of each example; without a cloud nothing is known."""
     nothing = {"cloud_correct": False, "cloud_known": False, "cloud_tokens": 0, "cloud_usd": 0.0}
     if cloud is None:
         return [nothing] * len(examples)

@@ -22,9 +22,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from collab_jax import compare, records, sweep_report
+from ml_collections import ConfigDict
+
+from collab_jax import compare, evaluate, records, sweep_report
+from collab_jax.cloud import make_cloud
 from collab_jax.errors import UserError, run_command
+from collab_jax.records import Records
 from collab_jax.run import claim
+from collab_jax.tasks import make_task
 
 ROOT = pathlib.Path(__file__).parents[1]
 # First parts of the keys that the evaluation before training depends on: runs that agree in these share before.parquet.
@@ -44,6 +49,7 @@ class Sweep(NamedTuple):
     config: str
     overrides: Mapping[str, Any]  # of every cell
     cells: Mapping[str, Cell]  # the first is what the others are compared with
+    serve: Mapping[str, Mapping[str, Any]] = {}  # by name, keys of another cloud that every cell is also measured with
     about: str = ""  # Markdown; `load` takes it from the file's docstring
 
 
@@ -60,7 +66,7 @@ class Job(NamedTuple):
 
     @property
     def start(self) -> dict[str, Any]:
-        return {key: value for key, value in self.changes.items() if key.split(".")[0] in START}
+        return {k: v for k, v in self.changes.items() if k.split(".")[0] in START and k != "eval.fit_prompts"}
 
 
 def load(path: pathlib.Path) -> Sweep:
@@ -114,9 +120,7 @@ def share_start(job: Job, others: Sequence[Job]) -> None:
 
 def check_same(sweep: Sweep, job: Job) -> None:
     """Raises UserError, with the difference, where a finished run was of other settings than the sweep has now."""
-    config = runpy.run_path(str(ROOT / sweep.config))["get_config"]()
-    config.update_from_flattened_dict(job.changes)
-    claim(config, job.folder)
+    claim(config_of(sweep, job.changes), job.folder)
 
 
 class Stop(Exception):
@@ -161,8 +165,27 @@ def finished(sweep: Sweep, out: pathlib.Path) -> dict[str, list[Job]]:
     return {name: found[:rounds] for name, found in done.items() if found}
 
 
-def models(done: Mapping[str, Sequence[Job]]) -> dict[str, compare.Model]:
-    """The records of finished runs by cell, after those of their start."""
+def config_of(sweep: Sweep, changes: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run with these changes."""
+    config = runpy.run_path(str(ROOT / sweep.config))["get_config"]()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def served(sweep: Sweep, job: Job, changes: Mapping[str, Any], table: Records, store: pathlib.Path) -> Records:
+    """A run's test records with the answers of another cloud: what its margins, which know no cloud, are worth with that one."""
+    config = config_of(sweep, {**job.changes, **changes})
+    task = make_task(config)
+    examples = {e.id: e for e in task.load("test")}
+    rows = evaluate.cloud_answers(task, make_cloud(config, task, store), [examples[key] for key in table["id"]])
+    return records.check(table | {column: [row[column] for row in rows] for column in rows[0]}, str(job.folder))
+
+
+def models(sweep: Sweep, done: Mapping[str, Sequence[Job]], store: pathlib.Path) -> dict[str, compare.Model]:
+    """The records of finished runs by cell, after those of their start; with `sweep.serve`, under those clouds as well.
+
+    store: SQLite file of the other clouds' answers.
+    """
     start = next(iter(done.values()))[0].folder / "before.parquet"
     found = {"start": compare.Model([records.read(start)], [None])} if start.exists() else {}
     for name, found_jobs in done.items():
@@ -171,6 +194,10 @@ def models(done: Mapping[str, Sequence[Job]]) -> dict[str, compare.Model]:
             [records.read(job.folder / "after.parquet") for job in found_jobs],
             [records.read(fit) if fit.exists() else None for fit in fits],
         )
+        for cloud, changes in sweep.serve.items():
+            pairs = zip(found_jobs, found[name].seeds, strict=True)
+            tables = [served(sweep, job, changes, table, store) for job, table in pairs]
+            found[f"{name}, served by {cloud}"] = compare.Model(tables, found[name].fit_on)
     return found
 
 
@@ -178,7 +205,7 @@ def write_report(sweep: Sweep, out: pathlib.Path, path: pathlib.Path) -> None:
     """Writes the report of what is finished, if anything is."""
     if not (done := finished(sweep, out)):
         return
-    result = compare.compare(models(done), reference=f"{next(iter(done))}: margin")
+    result = compare.compare(models(sweep, done, out / "serve.sqlite"), reference=f"{next(iter(done))}: margin")
     print(compare.write(out, result))
     runs = {name: [sweep_report.read(job.folder) for job in found] for name, found in done.items()}
     sweep_report.write(out, sweep.about, f"python -m collab_jax.sweep --config {path} --out {out}", result, runs)

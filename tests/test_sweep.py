@@ -88,7 +88,7 @@ def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys)
     with pytest.raises(UserError, match="train.steps=3 then, 4 now"):
         sweep.run(TWO._replace(overrides={"train.steps": 4}), out)
     assert (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns == first
-    models = sweep.models(sweep.finished(TWO, out))
+    models = sweep.models(TWO, sweep.finished(TWO, out), out / "serve.sqlite")
     assert list(models) == ["start", "b", "a"] and len(models["b"].seeds) == 2
 
 
@@ -122,6 +122,26 @@ def test_the_report_by_hand(tmp_path, stand_in):
     assert "stayed, and was wrong" in text and "random" in lines
     page = (out / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2 and 'src="frontier' not in page and "<table>" in page
+
+
+def test_every_cell_is_measured_with_other_clouds(tmp_path, data_dir):
+    """Records of ours, whose ids the task knows, under a cloud that is always wrong."""
+    changes = {"task.data_dir": str(data_dir), "task.train_examples": 64, "task.test_examples": 32}
+    one = Sweep(
+        TWO.config,
+        changes,
+        {"b": Cell({}, (0,))},
+        {"none": {"cloud.error_rate": 1.0}, "all": {"cloud.error_rate": 0.0}},
+    )
+    (job,) = sweep.jobs(one, tmp_path)
+    job.folder.mkdir(parents=True)
+    records.write(job.folder / "after.parquet", make(32, id=[f"test-{i}" for i in range(32)]))
+    found = sweep.models(one, {"b": [job]}, tmp_path / "serve.sqlite")
+    assert list(found) == ["b", "b, served by none", "b, served by all"]
+    right = {name: model.seeds[0]["cloud_correct"].mean() for name, model in found.items()}
+    assert right["b, served by none"] == 0 and right["b, served by all"] == 1 and 0 < right["b"] < 1
+    same = found["b, served by all"].seeds[0]
+    assert (same["margin"] == found["b"].seeds[0]["margin"]).all() and same["cloud_usd"].min() > 0
 
 
 def test_what_is_published_is_small_and_a_sweep_goes_on_from_it(tmp_path, stand_in, monkeypatch):
@@ -188,3 +208,11 @@ def test_shipped_sweeps_have_known_keys_and_names(path):
         config = runpy.run_path(str(ROOT / found.config))["get_config"]().lock()
         config.update_from_flattened_dict(job.changes)
         run.check_config(config)
+
+
+def test_our_recipe_is_the_same_in_the_sweep_as_in_its_config():
+    table = sweep.load(ROOT / "configs" / "sweeps" / "paper_table.py")
+    cell = sweep.config_of(table, {**table.overrides, **table.cells["many-prompts"].overrides})
+    ours = runpy.run_path(str(ROOT / "configs" / "countdown_tiny_many_prompts.py"))["get_config"]()
+    cell.eval, cell.routers = ours.eval, ours.routers  # what is measured differs
+    assert cell.to_dict() == ours.to_dict()
