@@ -111,7 +111,9 @@ def tune(params, cfg, source, config: ConfigDict):
     step, started = make_step(cfg, optimizer, config), time.monotonic()
     with tqdm(total=sft.steps, desc="warm start", unit="step") as bar:
         for i in range(sft.steps):
-            *state, loss = step(*state, parallel.shard(next(source), D))
+            batch = parallel.shard(next(source), D)
+            jax.block_until_ready(state)  # one at a time: updates of host devices, queued, can lock in the collective
+            *state, loss = step(*state, batch)
             if i % 20 == 0 or i == sft.steps - 1:
                 bar.set_postfix(loss=f"{float(loss[0]):.3f}", refresh=False)
             bar.update()

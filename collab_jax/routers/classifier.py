@@ -83,5 +83,6 @@ def _tune(log_odds, params, table: tuple[np.ndarray, ...], config):
         order = rng.permutation(len(table[0]))
         for start in range(0, len(order) - size + 1, size):
             rows = order[start : start + size]
-            state = step(*state, *parallel.shard(tuple(x[rows] for x in table), D))
+            # Waited for: host devices share their threads, and updates queued behind each other can lock in the collective.
+            state = jax.block_until_ready(step(*state, *parallel.shard(tuple(x[rows] for x in table), D)))
     return state[0]
