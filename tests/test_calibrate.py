@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from collab_jax import calibrate
-from collab_jax.calibrate import bias_for_accuracy, bias_for_rate, track, tracker
+from collab_jax import calibrate, calibration
+from collab_jax.calibration import bias_for_accuracy, bias_for_rate, track, tracker
 from collab_jax.errors import UserError
 
 T, F = True, False
@@ -53,7 +53,7 @@ def test_unanswered_come_first_and_no_decision_state_last():
     assert (c.bias, c.called) == (-1.5, 3)
     assert bias_for_rate(margins, answered, 0.3).bias == -3.0  # nothing answered is larger than 3
     c = bias_for_rate(margins, answered, 0.9)  # more than can be called: everything that can
-    assert (c.bias, c.called, c.k, c.rate) == (calibrate.LIMIT, 8, 9, 0.85)
+    assert (c.bias, c.called, c.k, c.rate) == (calibration.LIMIT, 8, 9, 0.85)
     assert called(margins, answered, c.bias).sum() == 8
 
 
@@ -67,10 +67,10 @@ def test_ties_are_called_together_or_not_at_all():
 @pytest.mark.parametrize("rate", [0.07, 0.3, 0.5, 0.93])
 @pytest.mark.parametrize("delta", [0.2, 0.05, 1e-3])
 def test_rank_is_the_largest_that_the_tail_allows(n, rate, delta):
-    k = calibrate._rank(n, rate, delta)
+    k = calibration._rank(n, rate, delta)
     if k == 0:
         assert (1 - rate) ** n > delta
-        need = calibrate._prompts_for_rate(rate, delta)
+        need = calibration._prompts_for_rate(rate, delta)
         assert (1 - rate) ** need <= delta < (1 - rate) ** (need - 1)
     else:
         tail = stats.beta.sf(rate, k, n - k + 1)
@@ -176,7 +176,7 @@ def test_accuracy_respects_what_a_bias_cannot_part():
     assert (c.called, c.bias) == (2, -1.0)  # only what has no answer
     with pytest.raises(UserError, match="the highest is 75.0%, at 75.0% calls"):
         bias_for_accuracy(np.array([1.0, 0.0, -1.0, -np.inf]), right, ~right, right, 0.9)
-    assert bias_for_accuracy(np.array([1.0, 0.0, -1.0, -2.0]), right, ~right, right, 0.9).bias == calibrate.LIMIT
+    assert bias_for_accuracy(np.array([1.0, 0.0, -1.0, -2.0]), right, ~right, right, 0.9).bias == calibration.LIMIT
 
 
 def test_promised_accuracy_by_the_exact_tail():
@@ -235,7 +235,7 @@ def test_promised_accuracy_out_of_reach():
 
 
 def test_track_by_hand():
-    state = calibrate.Tracker(bias=0.0, budget=0.25, step=2.0, low=-2.0, high=1.0)
+    state = calibration.Tracker(bias=0.0, budget=0.25, step=2.0, low=-2.0, high=1.0)
     after = track(state, True)
     assert after == state._replace(bias=-1.5) and state.bias == 0.0
     assert track(after, True).bias == -2.0  # the limit
@@ -270,7 +270,7 @@ def test_track_keeps_its_deterministic_bound(order):
         "alternating": np.where(np.arange(1000) // 50 % 2, a, b),
         "random": rng.permutation(margins),
     }[order]
-    state = calibrate.Tracker(3.0, budget, step, -50.0, 50.0)  # begins at -a
+    state = calibration.Tracker(3.0, budget, step, -50.0, 50.0)  # begins at -a
     first, count = state.bias, 0
     for i, margin in enumerate(margins.tolist(), start=1):
         call = margin + state.bias > 0
@@ -340,7 +340,7 @@ def test_what_is_called_lowest_is_enough():
     rng = np.random.default_rng(6)
     margins, answered = rng.normal(size=500), rng.random(500) < 0.6
     for delta in (None, 0.05):
-        lowest = calibrate._lowest_rate(int((~answered).sum()), 500, delta)
+        lowest = calibration._lowest_rate(int((~answered).sum()), 500, delta)
         assert bias_for_rate(margins, answered, lowest, delta).called >= (~answered).sum()
         with pytest.raises(UserError, match="have no answer"):
             bias_for_rate(margins, answered, lowest - 0.003, delta)
@@ -470,6 +470,22 @@ def test_command_line(records, tmp_path, capsys, flags, promise):
     assert c["decision_token"] == "<u>" and c["marker"] is None and f"{c['bias']:+.4f}" in chosen
     assert c["call_rate"]["expected"] <= (0.3 if "--rate" in flags else 0.4)
     assert ("overall accuracy" in chosen) == (c["accuracy"]["measured"] is not None) == ("--accuracy" in flags)
+
+
+def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path, capsys):
+    flags = ["--rate", "0.3", "--out", str(tmp_path)]
+    assert calibrate.main(["--records", records(), *flags, "--hold_out", "0.4"]) == 0
+    out = capsys.readouterr().out
+    table = pq.read_table(tmp_path / "after.parquet").to_pydict()
+    margins, answered = np.array(table["margin"]), np.array(table["ended"]) & np.array(table["formatted"])
+    first = bias_for_rate(margins[:600], answered[:600], 0.3)
+    sent = (margins[600:] + first.bias > 0) | ~answered[600:]
+    right = np.where(sent, table["cloud_correct"][600:], table["local_correct"][600:])
+    assert calibrate.read(tmp_path)["bias"] == first.bias and first.n == 600
+    assert f"on the 400 prompts held out: call rate {100 * sent.mean():.1f} (" in out
+    assert f"overall accuracy {100 * right.mean():.1f} (" in out
+    with pytest.raises(UserError, match="hold_out 1"):
+        calibrate.main(["--records", records(), *flags, "--hold_out", "1"])
 
 
 def test_command_line_by_margin_alone(records, tmp_path):
