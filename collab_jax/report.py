@@ -102,7 +102,7 @@ def markdown(report: dict, table: str, after: Records) -> str:
     return (
         f"# {config['task']['name']}, {config['model']['path']}, budget {report['budget']:g}, seed {config['seed']}\n\n"
         f"{algorithm}; {report['after']['n']} held-out prompts; every rate is a share of all prompts, with its 95 % interval. "
-        f"{', '.join(report['machine'].values())}.\n\n"
+        f"{', '.join(f'{key} {value}' for key, value in report['machine'].items())}.\n\n"
         f"{table}\n\n{closing(report)}\n\n"
         "![accuracy against call rate](frontier.png)\n\n![training](training.png)\n\n"
         f"## Examples after training (natural decoding)\n\n{examples}\n"

@@ -37,7 +37,8 @@ def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapp
     """
     figures.sweep_training(out / "training.png", {name: [run.rows for run in runs] for name, runs in cells.items()})
     first = next(iter(cells.values()))[0]
-    machines = {", ".join(run.report["machine"].values()) for runs in cells.values() for run in runs}
+    told = lambda machine: ", ".join(f"{key} {value}" for key, value in machine.items())  # noqa: E731
+    machines = {told(run.report["machine"]) for runs in cells.values() for run in runs}
     seeds = ", ".join(f"{name} {len(runs)}" for name, runs in cells.items())
     after = records.read(first.folder / "after.parquet")
     examples = (
@@ -50,7 +51,7 @@ def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapp
         "report",
         f"{about.strip()}\n\nCommand: {page.code(command)}. {result['prompts']} held-out prompts, the same for all. Seeds: {seeds}. "
         f"Figures in percent of all prompts, with 95 % intervals from {result['resamples']} resamples of seeds and prompts; with "
-        "two seeds they are too narrow by half. Machine: " + "; ".join(sorted(machines)) + ".\n\n"
+        "five seeds they cover some 88 %, with two about half. Machine: " + "; ".join(sorted(machines)) + ".\n\n"
         f"## The trained marker\n\n{cell_table(result)}\n\n"
         f"## {result['reference']} against the others' margin, points\n\n{ahead_table(result)}\n\n"
         "![accuracy against call rate](frontier.png)\n\n"
@@ -61,6 +62,28 @@ def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapp
         f"## Training\n\n![training](training.png)\n\n{cost_table(cells)}\n\n{examples}"
         "All figures: compare.md, compare.json.\n",
     )
+
+
+def headline_table(result: dict) -> str:
+    """A row a model, short enough for a front page: everything at BUDGET."""
+    budget = f"{100 * BUDGET:g} % calls"
+    ahead = f"{result['reference'].partition(': ')[0]} ahead by"
+    head = ["", "seeds", "device alone", f"{budget}: margin", f"{budget}: log-probability gate", ahead]
+    rows = []
+    for name in _models(result):
+        margin, gate = (result["methods"][f"{name}: {r}"]["at_budget"][str(BUDGET)] for r in ("margin", "logprob"))
+        is_reference = f"{name}: margin" == result["reference"]
+        rows.append(
+            [
+                name,
+                str(result["seeds"][name]),
+                percent(result["models"][name]["local_accuracy"]),
+                percent(margin["accuracy"]),
+                percent(gate["accuracy"]),
+                "" if is_reference else points(margin["reference_minus_this"]),
+            ]
+        )
+    return page.table(head, rows)
 
 
 def cell_table(result: dict) -> str:

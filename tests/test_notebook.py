@@ -1,4 +1,4 @@
-"""The quickstart notebook: kept without outputs, and executed from a clean kernel with small settings."""
+"""The notebooks: kept without outputs, and executed from a clean kernel; the quickstart with small settings."""
 
 import json
 import os
@@ -16,6 +16,7 @@ NOTEBOOK = ROOT / "notebooks" / "01_quickstart_colab.ipynb"
 
 
 def cells():
+    """The quickstart's cells by id."""
     return {cell["id"]: cell for cell in json.loads(NOTEBOOK.read_text())["cells"]}
 
 
@@ -26,12 +27,13 @@ def execute(*ids, **names):
     return types.SimpleNamespace(**names)
 
 
-def test_is_committed_without_outputs():
-    notebook = json.loads(NOTEBOOK.read_text())
+@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_is_committed_without_outputs(path):
+    notebook = json.loads(path.read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert code and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
-    assert len(cells()) == len(notebook["cells"])
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
 
 
 def test_its_settings_are_those_of_the_config():
@@ -42,38 +44,76 @@ def test_its_settings_are_those_of_the_config():
 
 
 @pytest.fixture(scope="module")
-def executed(data_dir, tmp_path_factory):
-    """(outputs by cell as text, workdir) of the whole notebook, in a kernel of this very Python, from notebooks/."""
+def run_notebook(tmp_path_factory):
+    """run_notebook(path, **environment): outputs by cell of the whole notebook, in a kernel of this very Python, from notebooks/."""
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install '.[test]'")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[test]'")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install '.[test]'")
-    tmp = tmp_path_factory.mktemp("notebook")
+    tmp = tmp_path_factory.mktemp("jupyter")
     spec = tmp / "jupyter" / "kernels" / "this-python" / "kernel.json"
     spec.parent.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec.write_text(json.dumps({"argv": argv, "display_name": "this Python", "language": "python"}))
 
+    def run(path, **environment):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setenv("JAX_PLATFORMS", "cpu")
+            patch.setenv("JUPYTER_PATH", str(tmp / "jupyter"))
+            patch.setenv("JUPYTER_RUNTIME_DIR", str(tmp / "runtime"))
+            patch.setenv("IPYTHONDIR", str(tmp / "ipython"))
+            where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+            nbclient.NotebookClient(notebook, timeout=600, kernel_name="this-python", resources=where).execute()
+        outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
+        assert not any(output.output_type == "error" for cell in outputs.values() for output in cell)
+        return {key: [o.get("text") or o.get("data", {}) for o in cell] for key, cell in outputs.items()}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def executed(run_notebook, data_dir, tmp_path_factory):
+    """(outputs by cell, workdir) of the quickstart notebook."""
+    workdir = tmp_path_factory.mktemp("notebook") / "run"
     own = {"train.steps": "STEPS", "eval.prompts": "PROMPTS"}
     settings = {name: str(SMALL[key]) for key, name in own.items()}
-    settings |= {"WORKDIR": str(tmp / "run"), "DATA_DIR": str(data_dir)}
+    settings |= {"WORKDIR": str(workdir), "DATA_DIR": str(data_dir)}
     settings["FLAGS"] = " ".join(f"--config.{key}={value}" for key, value in SMALL.items() if key not in own)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(f"COLLAB_JAX_NOTEBOOK_{name}", value)
-        patch.setenv("JAX_PLATFORMS", "cpu")
-        patch.setenv("JUPYTER_PATH", str(tmp / "jupyter"))
-        patch.setenv("JUPYTER_RUNTIME_DIR", str(tmp / "runtime"))
-        patch.setenv("IPYTHONDIR", str(tmp / "ipython"))
-        where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-        nbclient.NotebookClient(notebook, timeout=600, kernel_name="this-python", resources=where).execute()
-    texts = {}
-    for cell in notebook.cells:
-        outputs = cell.get("outputs", [])
-        assert not any(output.output_type == "error" for output in outputs)
-        texts[cell.id] = [output.get("text") or output.get("data", {}) for output in outputs]
-    return texts, tmp / "run"
+    return run_notebook(NOTEBOOK, **{f"COLLAB_JAX_NOTEBOOK_{name}": x for name, x in settings.items()}), workdir
+
+
+def rows(cell):
+    """The cells of the Markdown table that a notebook's cell shows last."""
+    shown = [output["text/markdown"] for output in cell if "text/markdown" in output]
+    lines = shown[-1].splitlines()[2:]
+    return [[part.strip() for part in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_one_step_by_hand_has_the_numbers_that_it_tells(run_notebook):
+    out = run_notebook(NOTEBOOK.parent / "02_one_step_by_hand.ipynb")
+    assert rows(out["reward"])[0][2] == "2.2, 2.2, 0.2, 0.5"
+    assert out["filter"] == [
+        "batch 1: keep [True, True, False, False], carried 6/7\nbatch 2: keep [True, True, True, False], carried 5/7\n"
+    ]
+    assert rows(out["advantage"])[0][2].startswith("1.23, 1.23")
+    assert rows(out["gradient"])[0][1] == "0.62"  # 2 * 1.233 / 4
+    learnt = [(float(row[-2]), float(row[-1])) for row in rows(out["step"]) if row[1] == "True"]
+    assert len(learnt) >= 8 and sum(a * gained > 0 for a, gained in learnt) >= 0.8 * len(learnt)
+
+
+def test_results_are_read_as_they_were_published(run_notebook):
+    out = run_notebook(NOTEBOOK.parent / "03_read_results.ipynb")
+    result = json.loads((ROOT / "launch" / "results" / "paper_table" / "compare.json").read_text())
+    assert [row[0] for row in rows(out["table"])[::2]] == list(result["models"])
+    by_hand, replayed = re.search(r"calls: ([\d.]+)%, by measures.replay ([\d.]+)%", out["replay"][0]).groups()
+    assert abs(float(by_hand) - float(replayed)) < 0.05
+    for budget, _, calls, safe in rows(out["calibration"]):
+        assert abs(float(calls.split()[0]) - float(budget[:-1])) < 5 and float(safe.split()[0]) < float(budget[:-1]) + 3
+    fixed, online = map(float, re.search(r"fixed bias ([\d.]+)%, online rule ([\d.]+)%", out["stream"][-1]).groups())
+    assert fixed > 35 and abs(online - 30) < 3
 
 
 def test_runs_the_checkout_around_it_and_shows_the_command(executed):

@@ -1,5 +1,6 @@
 """Every command of the README runs, in the README's order, with small settings and its workdirs moved to a scratch folder."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 from conftest import ROOT, SMALL
 
-from collab_jax import sweep
+from collab_jax import sweep, sweep_report
 from collab_jax.bench import peers
 
 README = (ROOT / "README.md").read_text()
@@ -52,6 +53,11 @@ def test_every_other_command_runs(tmp_path, data_dir):
         ran.append(words[1])
     modules = ("train", "sft", "evaluate", "export", "bench", "compare", "calibrate")
     assert {f"collab_jax.{module}" for module in modules} <= set(ran)
+
+
+def test_the_headline_is_that_of_the_published_results():
+    result = json.loads((ROOT / "launch" / "results" / "paper_table" / "compare.json").read_text())
+    assert sweep_report.headline_table(result) in README
 
 
 def test_files_and_keys_that_the_readme_names_exist():

@@ -117,7 +117,7 @@ def test_the_report_by_hand(tmp_path, stand_in):
         for line in text.splitlines()
         if "|" in line
     }
-    assert text.startswith("# Two `cells`") and "today, 2 x abacus" in text and "Seeds: b 2, a 1" in text
+    assert text.startswith("# Two `cells`") and "date today, devices 2 x abacus" in text and "Seeds: b 2, a 1" in text
     assert lines["b"] == ["3", "1.5", "1.50 M", "6", "12.5%", "25.0%"]  # the last table: what training cost
     assert "stayed, and was wrong" in text and "random" in lines
     page = (out / "report.html").read_text()

@@ -1,0 +1,12 @@
+"""# Ablation: the budget in training
+
+GAPG on Countdown-tiny with budgets from 10 to 50 %. In training the budget sets one thing: how many prompts that only the cloud
+solves the filter lets through for each one that the device solves. Every model is then measured at every share of calls.
+"""
+
+from collab_jax.sweep import Cell, Sweep
+
+
+def get_sweep():
+    budgets = (0.3, 0.1, 0.2, 0.4, 0.5)
+    return Sweep("configs/countdown_tiny.py", {}, {f"budget-{b:g}": Cell({"budget": b}, range(2)) for b in budgets})
