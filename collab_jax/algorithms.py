@@ -123,7 +123,8 @@ def mixed_filter(
     """
     del r
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
-    return gapg.within_quota(state, d1 & ~correct.all(axis=1), d2, key)
+    keep, new = gapg.within_quota(state, d1 & ~correct.all(axis=1), d2, key)
+    return keep, gapg.tally(state, d1, d2, keep).replace(carry=new.carry)  # the totals' D1 is everybody's
 
 
 # -------------------------------------------------------------------------------------------------- control

@@ -164,8 +164,12 @@ def split(table: Records, share: float) -> tuple[Records, Records | None]:
         raise UserError(f"--hold_out {share:g}: a share of the records, in [0, 1)")
     n = len(table["id"])
     first = n - round(share * n)
-    if first == n:
+    if share == 0:
         return table, None
+    if not 0 < first < n:
+        raise UserError(
+            f"--hold_out {share:g} of {n} records leaves {first} to calibrate on and {n - first} to check: change it"
+        )
     cut = lambda rows: {name: column[rows] for name, column in table.items()}  # noqa: E731
     return cut(slice(first)), cut(slice(first, n))
 
@@ -173,7 +177,7 @@ def split(table: Records, share: float) -> tuple[Records, Records | None]:
 def checked(bias: float, table: Records, margin_only: bool) -> str:
     """Call rate and overall accuracy of a bias on records, in percent with their intervals."""
     sent = calls(bias, table["margin"], (table["ended"] & table["formatted"]) | margin_only)
-    right = np.where(sent, table["cloud_correct"], table["local_correct"])
+    right = np.where(sent, table["cloud_correct"] & table["cloud_known"], table["local_correct"])
     return f"call rate {percent(measures.rate(sent))} %, overall accuracy {percent(measures.rate(right))} %"
 
 

@@ -203,7 +203,7 @@ def _times(x: float | None) -> float | None:
 
 
 def write(out: pathlib.Path, result: dict) -> str:
-    """Writes compare.json, compare.md and frontier.png to the folder `out`; returns what to show on the screen."""
+    """Writes compare.json, compare.md, compare.html and frontier.png (and .svg) to the folder `out`; returns what to show on the screen."""
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -224,6 +224,8 @@ def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
         paths = [pathlib.Path(file) for file in files.split(",")]
         if not name:
             name = paths[0].stem if alone.count(paths[0].stem) == 1 else f"{paths[0].parent.name}/{paths[0].stem}"
+        if ": " in name:
+            raise UserError(f"a table cannot be called {name!r}, with ': ' in it: that parts model and router")
         if name in found:
             raise UserError(f"two tables are called {name!r}: give them names, as --records first={paths[0]}")
         found[name] = paths

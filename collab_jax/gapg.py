@@ -403,7 +403,8 @@ def make_step(
         either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)  # noqa: E731
         tokens = jnp.sum(batch.mask * (signal[:, None] & (A != 0))[..., None])  # that were computed
         params = either(optax.apply_updates(state.params, updates), state.params)
-        fresh = (1 - average) / (1 - jnp.float32(average) ** (state.step + 1))  # 1 at first: the start is no part of it
+        decay = jnp.float32(average)
+        fresh = (1 - decay) / (1 - decay ** (state.step + 1))  # 1 at first: the start is no part of it
         blend = lambda a, p: a + fresh * (p - a)  # noqa: E731
         new_state = state.replace(
             step=state.step + 1,

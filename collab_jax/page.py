@@ -17,15 +17,21 @@ th { background: #f6f8fa } code { background: #f6f8fa; padding: 0 0.2rem; white-
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """A Markdown table with aligned columns. A cell may be made by `code`; in any other, nothing is markup."""
+    head, *rows = [[_plain(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
     return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
+def _plain(cell: str) -> str:
+    cell = cell.replace("|", "\\|")
+    return cell if cell.startswith("`") else cell.replace("<", "&lt;")
+
+
 def code(text: str) -> str:
     """Any text, a model's too, as one line of code: fenced by more backticks than it has."""
-    text = text.replace("\n", " ⏎ ")
+    text = re.sub(r"\r\n?|\n", " ⏎ ", text) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
 
@@ -46,7 +52,7 @@ def _hundredfold(x: float | None, sign: str = "") -> str:
 
 def save(folder: pathlib.Path, name: str, text: str) -> None:
     """Writes NAME.md, and NAME.html with the figures that it shows, `![title](figure.png)`, inside (as SVG where there is one)."""
-    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
     body = markdown.markdown(text, extensions=["tables"])
     title = html.escape(text.splitlines()[0].lstrip("# "))
 
@@ -59,5 +65,6 @@ def save(folder: pathlib.Path, name: str, text: str) -> None:
     body = re.sub(r'src="(?P<file>[^":]+\.png)"', inside, body)
     (folder / f"{name}.html").write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
-        f"<body>{body}</body></html>\n"
+        f"<body>{body}</body></html>\n",
+        encoding="utf-8",
     )

@@ -25,7 +25,7 @@ from collab_jax.gapg import Rollout
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.text import Text
 from collab_jax.sampler import Marker, Sampler
-from collab_jax.tasks import Example, Task
+from collab_jax.tasks import Example, Task, Verdict
 
 
 class Verdicts(NamedTuple):
@@ -35,6 +35,7 @@ class Verdicts(NamedTuple):
     correct: np.ndarray
     called: np.ndarray
     formatted: np.ndarray
+    timed_out: np.ndarray  # the verifier did not get to an end
 
 
 class Collected(NamedTuple):
@@ -46,6 +47,7 @@ class Collected(NamedTuple):
     cloud_asked: int  # distinct prompts whose verdict was needed
     cloud_bought: int  # of those, not in the store yet
     cloud_failed: int
+    verifier_timeouts: int  # responses
 
 
 def make_sampler(
@@ -87,19 +89,18 @@ def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, end
     A call needs the decision token: the marker spelt out in other tokens would escape margins and biases.
     """
     texts = text.decode(tokens, mask)
-    found = [task.verify(example, response) for example, response in zip(examples, texts, strict=True)]
-    correct, called, formatted = np.array(found, bool).reshape(-1, 3).T
+    found = np.array(task.verify(examples, texts), bool).reshape(-1, len(Verdict._fields))
+    correct, called, formatted, timed_out = found.T
     decided = ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
-    return Verdicts(texts, correct & ended, called & ended & decided, formatted & ended)
+    return Verdicts(texts, correct & ended, called & ended & decided, formatted & ended, timed_out & ended)
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
     """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the store."""
     answers = cloud.answer([task.cloud_prompt(example) for example in examples])
     known = np.array([reply is not None for reply in answers.replies], bool)
-    correct = np.array(
-        [r is not None and task.verify(e, r.text).correct for e, r in zip(examples, answers.replies, strict=True)], bool
-    )
+    found = task.verify(examples, ["" if reply is None else reply.text for reply in answers.replies])
+    correct = np.array([verdict.correct for verdict in found], bool) & known
     return correct, known, answers
 
 
@@ -126,7 +127,7 @@ def collect(
     verdicts = np.zeros((3, Q, G), bool)  # correct, called, formatted
     texts = np.empty((Q, G), object)
     cloud_correct, cloud_known, open_rows = np.zeros(Q, bool), np.ones(Q, bool), np.full(Q, G)
-    totals = np.zeros(3, int)  # asked, bought, failed
+    totals = np.zeros(4, int)  # asked, bought, failed; timed out
     todo = [meanwhile]
 
     def finished(tokens, mask, ended, now):
@@ -136,14 +137,15 @@ def collect(
         if not now.any():
             return
         found = judge(task, text, [examples[q] for q in np.nonzero(now)[0]], tokens[now], mask[now], ended[now])
-        verdicts[:, now] = found[1:]
+        verdicts[:, now] = found[1:4]
+        totals[3] += found.timed_out.sum()
         texts[now] = found.texts
         open_rows[:] -= now.sum(1)
         correct, called, _ = verdicts
         needed = np.flatnonzero((open_rows == 0) & now.any(1) & (called.any(1) | ~correct.any(1)))
         if needed.size and cloud:
             cloud_correct[needed], cloud_known[needed], answers = ask_cloud(task, cloud, [examples[q] for q in needed])
-            totals[:] += len(needed), answers.bought, answers.failed
+            totals[:3] += len(needed), answers.bought, answers.failed
 
     zeros = np.zeros(D, np.float32)
     samples = sample(

@@ -54,8 +54,8 @@ def check_config(config: ConfigDict) -> None:
     need(a > c > f >= 0 and math.isfinite(a), f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold")
     need(config.temperature > 0, f"config.temperature={config.temperature} must be above 0: training samples")
     need(
-        0 <= config.optim.average < 1,
-        f"config.optim.average={config.optim.average} must lie in [0, 1): 0 averages nothing",
+        0 <= config.optim.average <= 0.9999,
+        f"config.optim.average={config.optim.average} must lie in [0, 0.9999]: 0 averages nothing",
     )
     need(0 <= rate < math.inf, f"config.optim.learning_rate={rate} must be finite and at least 0")
     need(
@@ -80,6 +80,7 @@ def check_config(config: ConfigDict) -> None:
         min(config.routers.samples, config.routers.epochs) >= 1 and 0 < config.routers.learning_rate < math.inf,
         "config.routers.samples and epochs must be at least 1, learning_rate finite and above 0",
     )
+    need(config.eval.prompts or not config.routers.record, "config.routers.record needs config.eval.prompts as well")
     pair = algorithm.solo == 0 or 2 <= algorithm.solo <= config.group - 2
     need(pair, f"config.algorithm.solo={algorithm.solo} must be 0, or leave at least two responses of each kind")
     need(
@@ -103,25 +104,34 @@ def check_config(config: ConfigDict) -> None:
 
 def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Makes `workdir` and writes config.json there; refuses a workdir begun with another config, naming the difference."""
-    mine = json.loads(config.to_json_best_effort())
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             beside = file.with_suffix(".tmp")
-            beside.write_text(json.dumps(mine, indent=2) + "\n")
+            beside.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
             beside.replace(file)
-        theirs = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
-    except ValueError:
-        raise UserError(f"{file} is not readable JSON: restore it, or choose another --workdir") from None
-    old, new = _flat(theirs), _flat(mine)
-    differing = [f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
-    if differing:
+    if differing := differences(file, config):
         raise UserError(
-            f"{workdir} holds a run with other settings ({'; '.join(differing[:5])}): use the same settings or another --workdir"
+            f"{workdir} holds a run with other settings ({differing}): use the same settings or another --workdir"
         )
+
+
+def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -> str:
+    """How the settings in `file`, a config.json, differ from `config`: the first five, or "".
+
+    Without `all_keys` only those count that both have. Raises UserError where the file cannot be read.
+    """
+    try:
+        theirs = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file} is not readable JSON: restore it, or choose another --workdir") from None
+    old, new = _flat(theirs), _flat(json.loads(config.to_json_best_effort()))
+    keys = sorted(old | new) if all_keys else sorted(old.keys() & new.keys())
+    found = [f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
+    return "; ".join(found[:5])
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -8,10 +8,11 @@ end, and the others go on. Then OUT has the report of all cells (report.html, re
 compare.json).
 
 `--publish DIR` copies what these are made of to DIR, without the heavy parts (checkpoints, margin traces, cloud answers, all
-texts but the first run's): small enough to keep in a repository, and a sweep goes on from such a folder too.
+texts but those that the first run wrote at its end): small enough to keep in a repository, and a sweep goes on from such a folder too.
 """
 
 import argparse
+import itertools
 import pathlib
 import runpy
 import shutil
@@ -28,7 +29,7 @@ from collab_jax import compare, evaluate, records, sweep_report
 from collab_jax.cloud import make_cloud
 from collab_jax.errors import UserError, run_command
 from collab_jax.records import Records
-from collab_jax.run import claim
+from collab_jax.run import differences
 from collab_jax.tasks import make_task
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -48,7 +49,7 @@ class Sweep(NamedTuple):
 
     config: str
     overrides: Mapping[str, Any]  # of every cell
-    cells: Mapping[str, Cell]  # the first is what the others are compared with
+    cells: Mapping[str, Cell]  # the first that has finished runs is what the others are compared with
     serve: Mapping[str, Mapping[str, Any]] = {}  # by name, keys of another cloud that every cell is also measured with
     about: str = ""  # Markdown; `load` takes it from the file's docstring
 
@@ -85,8 +86,12 @@ def load(path: pathlib.Path) -> Sweep:
     for name, cell in sweep.cells.items():
         if not cell.seeds or len(set(cell.seeds)) < len(cell.seeds):
             raise UserError(f"{path}: cell {name!r} needs seeds, each once")
-        if pathlib.Path(name).name != name or name == "start":
-            raise UserError(f"{path}: cell {name!r} must be usable as a folder's name, other than 'start'")
+        if pathlib.Path(name).name != name or name == "start" or ": " in name:
+            raise UserError(
+                f"{path}: cell {name!r} must be usable as a folder's name, other than 'start', without ': '"
+            )
+        for changes in ({}, *sweep.serve.values()):
+            config_of(sweep, {**sweep.overrides, **cell.overrides, **changes})
     return sweep._replace(about=module.get("__doc__") or "")
 
 
@@ -111,7 +116,8 @@ def command(sweep: Sweep, job: Job) -> list[str]:
 def share_start(job: Job, others: Sequence[Job]) -> None:
     """Spares a run the evaluation of its start where a finished one had the same."""
     mine = job.folder / "before.parquet"
-    same = [other.folder / "before.parquet" for other in others if other.done and other.start == job.start]
+    theirs = [other.folder / "before.parquet" for other in others if other.done and other.start == job.start]
+    same = [path for path in theirs if path.exists()]  # a published sweep has the first only
     if same and not mine.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(same[0], mine.with_suffix(".tmp"))
@@ -119,8 +125,17 @@ def share_start(job: Job, others: Sequence[Job]) -> None:
 
 
 def check_same(sweep: Sweep, job: Job) -> None:
-    """Raises UserError, with the difference, where a finished run was of other settings than the sweep has now."""
-    claim(config_of(sweep, job.changes), job.folder)
+    """Raises UserError, with the difference, where a finished run was of other settings than the sweep has now.
+
+    A key that the run's program did not have yet is no difference.
+    """
+    file = job.folder / "config.json"
+    if not file.exists():
+        raise UserError(f"{job.folder} has a report, but no config.json: restore it, or move that folder away")
+    if differing := differences(file, config_of(sweep, job.changes), all_keys=False):
+        raise UserError(
+            f"{job.folder} holds a run with other settings ({differing}): use the same settings or another --out"
+        )
 
 
 class Stop(Exception):
@@ -155,20 +170,22 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
 
 
 def finished(sweep: Sweep, out: pathlib.Path) -> dict[str, list[Job]]:
-    """The finished runs by cell.
-
-    Only whole rounds of seeds are in it (of the first one, what there is), so that cells with as many seeds have the same.
-    """
-    done = {name: [job for job in jobs(sweep, out) if job.cell == name and job.done] for name in sweep.cells}
-    unfinished = [len(done[name]) for name, cell in sweep.cells.items() if len(done[name]) < len(cell.seeds)]
-    rounds = max(min(unfinished, default=sys.maxsize), 1)
-    return {name: found[:rounds] for name, found in done.items() if found}
+    """The finished runs by cell: only whole rounds of seeds (of the first one, what there is), so that cells have the same ones."""
+    cells = {name: [job for job in jobs(sweep, out) if job.cell == name] for name in sweep.cells}
+    whole = [len(list(itertools.takewhile(lambda job: job.done, of))) for of in cells.values()]
+    begun = [count for count, of in zip(whole, cells.values(), strict=True) if count < len(of)]
+    rounds = max(min(begun, default=sys.maxsize), 1)
+    found = {name: [job for job in of[:rounds] if job.done] for name, of in cells.items()}
+    return {name: done for name, done in found.items() if done}
 
 
 def config_of(sweep: Sweep, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run with these changes."""
-    config = runpy.run_path(str(ROOT / sweep.config))["get_config"]()
-    config.update_from_flattened_dict(changes)
+    """The config of a run with these changes. Raises UserError for a key that there is not, or a value of another type."""
+    config = runpy.run_path(str(ROOT / sweep.config))["get_config"]().lock()
+    try:
+        config.update_from_flattened_dict(changes)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{sweep.config} cannot have {dict(changes)}: {' '.join(str(error).split())}") from None
     return config
 
 
@@ -186,8 +203,9 @@ def models(sweep: Sweep, done: Mapping[str, Sequence[Job]], store: pathlib.Path)
 
     store: SQLite file of the other clouds' answers.
     """
-    start = next(iter(done.values()))[0].folder / "before.parquet"
-    found = {"start": compare.Model([records.read(start)], [None])} if start.exists() else {}
+    starts = [job.folder / "before.parquet" for of in done.values() for job in of]
+    start = next((path for path in starts if path.exists()), None)
+    found = {"start": compare.Model([records.read(start)], [None])} if start else {}
     for name, found_jobs in done.items():
         fits = [job.folder / "fit.parquet" for job in found_jobs]
         found[name] = compare.Model(
@@ -201,15 +219,16 @@ def models(sweep: Sweep, done: Mapping[str, Sequence[Job]], store: pathlib.Path)
     return found
 
 
-def write_report(sweep: Sweep, out: pathlib.Path, path: pathlib.Path) -> None:
-    """Writes the report of what is finished, if anything is."""
+def write_report(sweep: Sweep, out: pathlib.Path, path: pathlib.Path) -> bool:
+    """Writes the report of what is finished; False where nothing is."""
     if not (done := finished(sweep, out)):
-        return
+        return False
     result = compare.compare(models(sweep, done, out / "serve.sqlite"), reference=f"{next(iter(done))}: margin")
     print(compare.write(out, result))
     runs = {name: [sweep_report.read(job.folder) for job in found] for name, found in done.items()}
     sweep_report.write(out, sweep.about, f"python -m collab_jax.sweep --config {path} --out {out}", result, runs)
     print(f"report: {out / 'report.html'}")
+    return True
 
 
 KEPT = ("report.json", "config.json", "metrics.jsonl")  # of a run, when it is published
@@ -248,6 +267,13 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     sweep = load(args.config)
+    for folder, flag in ((args.out, "--out"), (args.publish or args.out, "--publish")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another {flag}") from None
+    if args.publish and args.publish.resolve() == args.out.resolve():
+        raise UserError(f"--publish {args.publish} is --out itself: choose another folder")
     try:
         failed = run(sweep, args.out)
     except Stop:
@@ -255,8 +281,7 @@ def main(argv: list[str]) -> int:
         print("stopped and saved; the same command goes on")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    write_report(sweep, args.out, args.config)
-    if args.publish:
+    if write_report(sweep, args.out, args.config) and args.publish:
         publish(sweep, args.out, args.publish)
     return int(bool(failed))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from collab_jax import figures, metrics, page, records, report
+from collab_jax.errors import UserError
 from collab_jax.page import percent, points
 from collab_jax.routers import ROUTERS
 
@@ -27,7 +28,9 @@ class Finished(NamedTuple):
 
 def read(folder: pathlib.Path) -> Finished:
     """The finished run in `folder`."""
-    return Finished(json.loads((folder / "report.json").read_text()), metrics.read(folder / "metrics.jsonl"), folder)
+    if not (rows := metrics.read(folder / "metrics.jsonl")):
+        raise UserError(f"{folder} has a report, but no rows in metrics.jsonl: restore it, or move that folder away")
+    return Finished(json.loads((folder / "report.json").read_text()), rows, folder)
 
 
 def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapping[str, Sequence[Finished]]) -> None:
@@ -94,7 +97,7 @@ def cell_table(result: dict) -> str:
         "device alone",
         "natural calls / overall",
         *shares,
-        "perfect router's gain",
+        f"of the perfect router's gain at {100 * BUDGET:g} %",
         "AUC",
         "AUC of log-probability",
     ]

@@ -4,7 +4,7 @@
 
 evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit on a CPU, whatever
 stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json, metrics.jsonl (with TensorBoard events
-beside it), checkpoints/, cloud.sqlite, before.parquet, after.parquet (and fit.parquet) and the report (report.json, report.md, *.png).
+beside it), checkpoints/, cloud.sqlite, before.parquet, after.parquet (and fit.parquet) and the report (report.json, report.md, report.html, figures).
 """
 
 import functools
@@ -155,6 +155,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
             row |= {"cut_off": collected.cut_off, "cloud_asked": collected.cloud_asked}
             row |= {"cloud_bought": collected.cloud_bought, "cloud_failed": collected.cloud_failed}
+            row |= {"verifier_timeouts": collected.verifier_timeouts}
             row |= {"seconds_rollout": sampled - ready, "seconds": (now := time.monotonic()) - ready}
             ready = now
             writer.write(row)

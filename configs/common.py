@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
     config.routers.epochs = 8  # classifier: passes over the eval.fit_prompts
     config.routers.batch_size = 64  # classifier: prompts of an update; a multiple of the number of devices
     config.routers.learning_rate = 3e-4  # classifier: AdamW, after the warm-up; then cosine to 0
-    config.routers.verify_prompt = ""  # verification: a question with {prompt} and {response} in it
+    config.routers.verify_prompt = ""  # verification: a question with {response} and, if wanted, {prompt} in it
     config.routers.yes = "Yes"  # verification: how the device says that it was right
     config.routers.no = "No"  # and wrong; the first tokens are compared
 

@@ -119,7 +119,7 @@ def test_mixed_filter_lets_no_prompt_that_all_responses_solve_pay_for_another():
     correct = [[T, F], [T, T], [F, F], [F, F]]
     args = jnp.zeros((4, 2)), jnp.array(correct), jnp.array([T] * 4), jnp.array([T] * 4), jax.random.key(0)
     keep, state = algorithms.mixed_filter(gapg.init_filter(0.5), *args)  # rho = 1
-    assert keep[:2].tolist() == [T, F] and keep[2:].sum() == 1 and (state.d1, state.kept_d2) == (1, 1)
+    assert keep[:2].tolist() == [T, F] and keep[2:].sum() == 1 and (state.d1, state.kept_d2) == (2, 1)
     keep, state = gapg.prompt_filter(gapg.init_filter(0.5), *args)
     assert keep.all() and (state.d1, state.kept_d2) == (2, 2)
 

@@ -480,12 +480,14 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
     margins, answered = np.array(table["margin"]), np.array(table["ended"]) & np.array(table["formatted"])
     first = bias_for_rate(margins[:600], answered[:600], 0.3)
     sent = (margins[600:] + first.bias > 0) | ~answered[600:]
-    right = np.where(sent, table["cloud_correct"][600:], table["local_correct"][600:])
+    cloud = np.array(table["cloud_correct"]) & np.array(table["cloud_known"])
+    right = np.where(sent, cloud[600:], table["local_correct"][600:])
     assert calibrate.read(tmp_path)["bias"] == first.bias and first.n == 600
     assert f"on the 400 prompts held out: call rate {100 * sent.mean():.1f} (" in out
     assert f"overall accuracy {100 * right.mean():.1f} (" in out
-    with pytest.raises(UserError, match="hold_out 1"):
-        calibrate.main(["--records", records(), *flags, "--hold_out", "1"])
+    for share, says in (("1", "in \\[0, 1\\)"), ("0.9999", "leaves 0 to calibrate on"), ("0.0001", "and 0 to check")):
+        with pytest.raises(UserError, match=says):
+            calibrate.main(["--records", records(), *flags, "--hold_out", share])
 
 
 def test_command_line_by_margin_alone(records, tmp_path):

@@ -712,7 +712,8 @@ def eval_exact(after):
 
 
 def test_every_demonstration_is_what_its_verdicts_and_its_value_say():
-    verify = make_task(tiny_config()).verify
+    task = make_task(tiny_config())
+    verify = lambda example, response: task.verify([example], [response])[0]  # noqa: E731
     kinds = Counter()
     for example, response in demonstrated():
         called, (lines, _) = response.endswith(MARKER), thoughts(response)
@@ -817,11 +818,11 @@ def test_solve_prompt_answers_every_cloud_prompt():
     examples.append(Example("", "", ((3, 3, 8, 8), 24)))
     for example in examples:
         prompt = task.cloud_prompt(example)
-        verdict = task.verify(example, task.solve_prompt(prompt))
+        (verdict,) = task.verify([example], [task.solve_prompt(prompt)])
         assert verdict.correct and not verdict.called
         assert task.solve_prompt([{"role": "system", "content": "Be brief."}, *prompt]) == task.solve_prompt(prompt)
         # an error of the simulated cloud is one for every example
-        assert not task.verify(example, SimulatedCloud.wrong).correct
+        assert not task.verify([example], [SimulatedCloud.wrong])[0].correct
     assert len({task.cloud_prompt(example)[-1]["content"] for example in examples}) == len(examples)
 
 

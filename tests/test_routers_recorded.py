@@ -100,6 +100,20 @@ def test_records_get_the_columns_and_compare_reads_them(scene):
     assert {"m: hidden", "m: verification", "m: margin"} <= set(result["methods"])
 
 
+def test_a_router_that_fails_costs_itself_alone(scene, monkeypatch, capsys):
+    device, fit_on, table = scene
+    n = len(table["id"])
+    nan = lambda *_: (np.full(n, np.nan), np.zeros(n))  # noqa: E731
+    monkeypatch.setitem(recorded.RECORDED, "agreement", nan)
+    one_class = dict(fit_on, local_correct=np.ones(len(fit_on["id"]), bool))
+    found = recorded.record(("hidden", "agreement", "verification"), device, one_class, table)
+    assert set(found) - set(table) == {"score_verification", "tokens_verification"}
+    told = capsys.readouterr().err
+    assert (
+        "hidden is left out: a router cannot be fitted" in told and "agreement is left out: 24 scores are NaN" in told
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -113,7 +127,7 @@ def test_records_get_the_columns_and_compare_reads_them(scene):
                 "routers__yes": " ok",
                 "routers__no": " ok",
             },
-            "same token",
+            "different tokens",
         ),
         (
             {"routers__record": ("classifier",), "eval__fit_prompts": 8, "routers__classifier": "no-such-model"},

@@ -15,6 +15,7 @@ from tables import make
 
 from collab_jax import records, sweep
 from collab_jax.errors import UserError
+from collab_jax.run import claim
 from collab_jax.sweep import Cell, Sweep
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -63,7 +64,7 @@ def stand_in(tmp_path, monkeypatch):
     kinds = {}
 
     def command(of, job):
-        sweep.check_same(of, job)  # as training does at first: it writes config.json
+        claim(sweep.config_of(of, job.changes), job.folder)  # as training does at first: it writes config.json
         return [
             sys.executable,
             "-c",
@@ -87,6 +88,13 @@ def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys)
     assert sweep.run(TWO, out) == []
     with pytest.raises(UserError, match="train.steps=3 then, 4 now"):
         sweep.run(TWO._replace(overrides={"train.steps": 4}), out)
+    config = out / "b" / "seed-0" / "config.json"
+    older = {key: value for key, value in json.loads(config.read_text()).items() if key != "routers"}
+    config.write_text(json.dumps(older))
+    assert sweep.run(TWO, out) == []  # a run from before a key was there is still that run
+    config.unlink()
+    with pytest.raises(UserError, match="no config.json"):
+        sweep.run(TWO, out)
     assert (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns == first
     models = sweep.models(TWO, sweep.finished(TWO, out), out / "serve.sqlite")
     assert list(models) == ["start", "b", "a"] and len(models["b"].seeds) == 2
@@ -186,14 +194,16 @@ def test_refusals(tmp_path):
         sweep.load(tmp_path / "none.py")
     with pytest.raises(UserError, match=r"no get_sweep\(\)"):
         load("")
-    make_one = "def get_sweep():\n    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds})}})"
-    good = dict(config=TWO.config, name="a", seeds=(0,))
+    make_one = "def get_sweep():\n    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds})}}, {serve})"
+    good = dict(config=TWO.config, name="a", seeds=(0,), serve="{}")
     assert load(make_one.format(**good)).cells["a"].seeds == (0,)
     for change, message in (
         ({"config": "configs/none.py"}, "no file configs/none.py"),
         ({"seeds": (1, 1)}, "seeds, each once"),
         ({"seeds": ()}, "seeds, each once"),
         ({"name": "a/b"}, "folder's name"),
+        ({"name": "a: b"}, "folder's name"),
+        ({"serve": '{"poor": {"cloud.eror_rate": 0.5}}'}, "cannot have .*eror_rate"),
     ):
         with pytest.raises(UserError, match=message):
             load(make_one.format(**good | change))

@@ -22,7 +22,12 @@ def config(**changes):
     return config
 
 
-VERIFY = make_task(config()).verify
+def one(task):
+    """The task's verify, of a single response."""
+    return lambda example, response: task.verify([example], [response])[0]
+
+
+VERIFY = one(make_task(config()))
 
 SOLVED = Verdict(correct=True, called=False, formatted=True)
 BROKEN = Verdict(correct=True, called=False, formatted=False)
@@ -157,7 +162,7 @@ def test_nothing(response):
 def test_marker_is_the_configured_one():
     other = config()
     other.text.marker = "[ask]\n"
-    verify = make_task(other).verify
+    verify = one(make_task(other))
     assert verify(EXAMPLE, "<think>[ask]\n") == verify(EXAMPLE, "<think>[ask]") == CALLED
     assert verify(EXAMPLE, MARKER) == NOTHING
 
@@ -234,7 +239,7 @@ def test_shuffled_pieces():
     for pieces in responses(8_000):
         response = "".join(pieces)
         verdict = VERIFY(EXAMPLE, response)
-        assert verdict == read(pieces), response
+        assert verdict[:3] == read(pieces), response
         assert not (verdict.called and (verdict.correct or verdict.formatted)), response
         assert all(type(value) is bool for value in verdict)
         found[verdict] += 1
@@ -268,11 +273,11 @@ def test_hostile_responses(response):
 
 def test_task_has_all_its_parts():
     task = make_task(config())
-    assert isinstance(task, Task) and task.name == "countdown" and list(TASKS) == ["countdown"]
+    assert isinstance(task, Task) and task.name == "countdown" and {"countdown", "math", "mmlu"} < set(TASKS)
     assert task.solve_prompt and task.demonstrations
     assert task.prompt(EXAMPLE) == [{"role": "user", "content": "1 2 3=6"}]
     example, response = next(task.demonstrations(0))
-    assert task.verify(example, response) in (SOLVED, CALLED)
+    assert task.verify([example], [response])[0] in (SOLVED, CALLED)
 
 
 def test_prompt_is_the_configured_sentence():

@@ -279,7 +279,9 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
     broken = small(optim__learning_rate=1e38, optim__warmup_steps=1, train__steps=9, train__checkpoint_every=9)
     run, turn = runs.prepare(broken, tmp_path), itertools.cycle([True, False, False])
     run = run._replace(
-        task=dataclasses.replace(run.task, verify=lambda example, text: Verdict(next(turn), False, True))
+        task=dataclasses.replace(
+            run.task, verify=lambda examples, texts: [Verdict(next(turn), False, True) for _ in texts]
+        )
     )
     with pytest.raises(UserError, match="not finite 2 steps in a row; the state is saved"):
         train.train(run, train.Stop())
@@ -289,7 +291,7 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
 
 def test_nothing_solved_stops_the_run_with_the_state_saved(small, tmp_path):
     run = runs.prepare(small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path)
-    hopeless = dataclasses.replace(run.task, verify=lambda example, text: Verdict(False, False, True))
+    hopeless = dataclasses.replace(run.task, verify=lambda examples, texts: [Verdict(False, False, True)] * len(texts))
     with pytest.raises(UserError, match="no prompt was solved on the device 2 steps in a row"):
         train.train(run._replace(task=hopeless), train.Stop())
     saved = runs.load_state(run)

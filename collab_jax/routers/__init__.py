@@ -87,13 +87,17 @@ def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndar
 
 
 def possible(records: Records, fit_on: Records | None = None) -> list[str]:
-    """The routers that these records have all the columns for, in ROUTERS' order, then the other recorded ones."""
+    """The routers that these records have all the columns for, in ROUTERS' order, then the other recorded ones.
+
+    Learned ones are among them where some prompts of `fit_on` are right on the device, and some wrong.
+    """
     own = {name for name, router in ROUTERS.items() if f"score_{name}" not in router.needs}
     if taken := sorted(set(scores(records)) & own):
         raise UserError(f"the column score_{taken[0]} has the name of a router of ours: call it score_my_{taken[0]}")
     found = [
         name
         for name, router in ROUTERS.items()
-        if set(router.needs) <= set(records) and (not router.learned or fit_on and set(router.needs) <= set(fit_on))
+        if set(router.needs) <= set(records)
+        and (not router.learned or fit_on and set(router.needs) <= set(fit_on) and learned.has_classes(fit_on))
     ]
     return found + [name for name in scores(records) if name not in ROUTERS]

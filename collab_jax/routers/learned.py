@@ -54,6 +54,11 @@ def logistic():
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
+def has_classes(fit_on: Records) -> bool:
+    """Whether the answered prompts hold right and wrong ones: each learned router can be fitted."""
+    return len(np.unique(fit_on["local_correct"][~no_answer(fit_on)])) == 2
+
+
 def check_classes(fit_on: Records) -> None:
     """Raises UserError where the device is right on all prompts to fit on, or on none."""
     wrong = ~fit_on["local_correct"]

@@ -3,7 +3,10 @@
 Each is a function (Device, records to fit on or None, records to route) -> (score f64[n], device tokens it spent f64[n]).
 """
 
+import sys
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from collab_jax.errors import UserError
 from collab_jax.records import Records
@@ -33,7 +36,19 @@ def check(run: Run) -> None:
 
 
 def record(names: Sequence[str], device: Device, fit_on: Records | None, records: Records) -> Records:
-    """`records` with the columns score_NAME and tokens_NAME of each router."""
-    found = {name: RECORDED[name](device, fit_on, records) for name in names}
-    columns = {f"{kind}_{name}": found[name][i] for name in names for i, kind in enumerate(("score", "tokens"))}
+    """`records` with the columns score_NAME and tokens_NAME of each router.
+
+    One that fails, or ranks by NaN, is told and left out: what it would have said is not worth the evaluation.
+    """
+    columns = {}
+    for name in names:
+        try:
+            score, tokens = RECORDED[name](device, fit_on, records)
+        except UserError as error:
+            print(f"warning: router {name} is left out: {error}", file=sys.stderr)
+            continue
+        if np.isnan(score).any():
+            print(f"warning: router {name} is left out: {np.isnan(score).sum()} scores are NaN", file=sys.stderr)
+            continue
+        columns |= {f"score_{name}": score, f"tokens_{name}": tokens}
     return records | columns

@@ -1,5 +1,7 @@
 """Self-verification: the device is asked whether its own answer is right (as in AutoMix, arXiv 2310.12963)."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,13 +18,15 @@ def check(run: Run) -> tuple[int, int]:
     r = run.config.routers
     if "{response}" not in r.verify_prompt:
         raise UserError(
-            "router verification needs config.routers.verify_prompt, with {prompt} and {response} in it, "
+            "router verification needs config.routers.verify_prompt, with {response} in it, and {prompt} if wanted, "
             f"that asks for {r.yes!r} or {r.no!r}; a model that reads no instructions cannot do it"
         )
-    yes, no = (run.text.tokenizer.encode(word, add_special_tokens=False)[0] for word in (r.yes, r.no))
-    if yes == no:
-        raise UserError(f"config.routers.yes={r.yes!r} and no={r.no!r} begin with the same token: choose other words")
-    return yes, no
+    yes, no = (run.text.tokenizer.encode(word, add_special_tokens=False)[:1] for word in (r.yes, r.no))
+    if yes == no or not yes or not no:
+        raise UserError(
+            f"config.routers.yes={r.yes!r} and no={r.no!r} must begin with different tokens: use other words"
+        )
+    return yes[0], no[0]
 
 
 def score(device: Device, fit_on: Records | None, records: Records) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +38,11 @@ def score(device: Device, fit_on: Records | None, records: Records) -> tuple[np.
     del fit_on
     run, r = device.run, device.run.config.routers
     yes, no = check(run)
-    asked = [
-        [{"role": "user", "content": r.verify_prompt.replace("{prompt}", prompt).replace("{response}", response)}]
-        for prompt, response in zip(records["prompt"], records["text"], strict=True)
-    ]
+    asked = []
+    for row in zip(records["prompt"], records["text"], strict=True):
+        filled = dict(zip(("{prompt}", "{response}"), row, strict=True))
+        question = re.sub(r"\{(prompt|response)\}", lambda match, filled=filled: filled[match[0]], r.verify_prompt)
+        asked.append([{"role": "user", "content": question}])
     longest = max(len(run.text.prompt_ids(messages)) for messages in asked)
     tokens, mask = run.text.prompt_batch(asked, -(-longest // 64) * 64)
 

@@ -3,10 +3,10 @@
 A task is a small frozen dataclass of functions, made from `config.task` and the marker's text.
 """
 
-from collab_jax.tasks import countdown
+from collab_jax.tasks import choice, countdown, math
 from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
-TASKS = {"countdown": countdown.make_task}
+TASKS = {"countdown": countdown.make_task, **dict.fromkeys(math.FILES, math.make_task), "mmlu": choice.make_task}
 
 
 def make_task(config) -> Task:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from collab_jax.errors import UserError
@@ -29,6 +29,7 @@ class Verdict(NamedTuple):
     correct: bool
     called: bool
     formatted: bool
+    timed_out: bool = False  # the verifier did not get to an end, and `correct` is False for that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Task:
     """The functions of a task.
 
     load(split) -> list[Example], split "train" or "test"; prompt(example) -> the device model's chat messages;
-    cloud_prompt(example) -> the cloud's; verify(example, response) -> Verdict of a *finished* response;
+    cloud_prompt(example) -> the cloud's; verify(examples, responses) -> a Verdict of each *finished* response;
     solve_prompt(messages) -> a right response to a cloud prompt (None: the task has no exact solver);
     demonstrations(seed) -> endless (example, response) pairs for the warm start (None: the task makes none).
     """
@@ -45,7 +46,7 @@ class Task:
     load: Callable[[str], list[Example]]
     prompt: Callable[[Example], Messages]
     cloud_prompt: Callable[[Example], Messages]
-    verify: Callable[[Example, str], Verdict]
+    verify: Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
     solve_prompt: Callable[[Messages], str] | None = None
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None
 

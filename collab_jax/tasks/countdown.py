@@ -359,7 +359,7 @@ def make_task(config) -> Task:
         numbers, target = example.problem
         return [{"role": "user", "content": template.format(numbers=" ".join(map(str, numbers)), target=target)}]
 
-    def verify(example: Example, response: str) -> Verdict:
+    def verdict(example: Example, response: str) -> Verdict:
         answer = base.answer_of(response)
         correct = answer is not None and check(*example.problem, answer.strip())
         return Verdict(correct, base.called(response, marker), base.formatted(response))
@@ -369,7 +369,7 @@ def make_task(config) -> Task:
         load=lambda split: load(split, task),
         prompt=lambda example: messages(task.prompt, example),
         cloud_prompt=lambda example: messages(_CLOUD_PROMPT, example),
-        verify=verify,
+        verify=lambda examples, responses: list(map(verdict, examples, responses)),
         solve_prompt=solve_prompt,
         demonstrations=lambda seed: demonstrations(seed, task, marker),
     )

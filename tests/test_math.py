@@ -1,0 +1,246 @@
+"""Mathematics: answers found and compared, by hand and on real gold answers; a stuck verifier; rows; multiple choice."""
+
+import gzip
+import json
+import random
+import runpy
+
+import pytest
+from conftest import ROOT
+
+from collab_jax.errors import UserError
+from collab_jax.tasks import make_task, math, rows
+from collab_jax.tasks.choice import letter
+from collab_jax.tasks.verifier import Verifier
+
+DATA = ROOT.parent / "shared" / "data"
+MARKER = "<unknown> I need external assistance </unknown>"
+
+
+def answered(text):
+    return f"<think> so </think><answer> {text} </answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("42", "42"),
+        (r"It is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1}, no: \boxed{\{2, 3\}}", r"\{2, 3\}"),
+        (r"\boxed {a} \fbox{b}", "b"),
+        (r"\boxed{never closed", r"\boxed{never closed"),
+        ("  ", None),
+        ("9" * 501, None),
+    ],
+)
+def test_the_answer_of_a_response(text, answer):
+    assert math.extract(answered(text)) == answer
+    assert math.extract(f"<think> {text}") is None
+
+
+@pytest.mark.parametrize(
+    ("gold", "same", "other"),
+    [
+        ("5", ["5.0", " 5 ", "$5$", r"\boxed{5}", "x = 5", r"5\text{ cm}", "5.", r"10/2", r"\frac{10}{2}"], ["-5", "55", "5x", "5,6"]),
+        (r"\frac{1}{2}", ["1/2", ".5", "0.50", r"\dfrac12", r"\tfrac{1}{2}", r"\frac 1 2"], ["2", "0.51", r"\frac{2}{1}"]),
+        (r"-\frac{3}{4}", ["-0.75", r"\frac{-3}{4}", "-3/4", "−0.75"], ["0.75"]),
+        (r"11,\!111", ["11111", "11,111"], ["11.111", "11, 112"]),
+        (r"45^\circ", ["45", r"45^{\circ}"], ["46"]),
+        (r"\$18.90", ["18.9", "18.90"], ["18.91"]),
+        (r"50\%", ["50", r"50 \%"], ["51"]),
+        (r"\text{Evelyn}", ["Evelyn", "evelyn", r"\mbox{Evelyn}"], ["Eve"]),
+        ("1,-2", ["-2, 1", r"\{1, -2\}", r"1 , -2."], ["1,2", "1", "1,-2,3"]),
+        ("(1,-2)", [r"\left( 1, -2 \right)", "(1.0, -2)"], ["(-2,1)", "(1,2)"]),
+        ("(3,4]", [r"(3, 4]"], ["[3,4)", "(3,4)"]),
+        (r"\left( 3, \frac{\pi}{2} \right)", [r"(3,\frac{\pi}2)", r"(3, \pi/2)"], [r"(3,\pi)"]),
+        (r"2\sqrt{3}", [r"2 \sqrt3", r"\sqrt{12}", r"\sqrt{3} \cdot 2"], [r"3\sqrt{2}"]),
+        ("x^2+2x+1", ["(x+1)^2", "1+2x+x^2"], ["(x-1)^2"]),
+    ],
+)  # fmt: skip
+def test_equal_and_unequal_answers(gold, same, other):
+    pairs = [(gold, prediction) for prediction in same + other]
+    assert math.equal_all(pairs) == [True] * len(same) + [False] * len(other)
+    assert math.equal(gold, same[0]) and not math.equal(gold, other[0])
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["9^{9^{9^{9^9}}}", r"\frac{" * 60 + "1", "{" * 400, "(" * 400, "1" * 400, r"\int_0^1 x^{1000000!} dx", "\x00\ud800", ""],
+    ids=range(8),
+)  # fmt: skip
+def test_a_hostile_answer_costs_its_deadline_at_most(hostile):
+    short = Verifier(workers=1, deadline=1.0)
+    try:
+        assert not math.same_text("7", hostile)
+        assert short.equal([("7", hostile)])[0] in (False, None)
+        assert short.equal([("x+x", "2x"), ("x", "y")]) == [True, False]  # and the next ones are compared
+    finally:
+        short.close()
+
+
+def test_a_worker_that_is_stuck_is_killed_and_told(monkeypatch, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, time\n"
+        "time.sleep(2)\n"  # longer than the deadline, which counts from here on
+        "print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    if 'stuck' in line: time.sleep(60)\n"
+        "    if 'dead' in line: sys.exit(1)\n"
+        "    print(1, flush=True)\n"
+    )
+    monkeypatch.setattr("collab_jax.tasks.verifier.WORKER", worker)
+    verifier = Verifier(workers=2, deadline=1.0)
+    assert verifier.equal([("a", w) for w in ("fine", "dead", "fine", "stuck", "fine")]) == [
+        True,
+        False,
+        True,
+        None,
+        True,
+    ]
+    assert verifier.equal([("a", "fine")] * 3) == [True] * 3
+    for one in verifier._workers:
+        one.process.kill()
+        one.process.wait()
+    assert verifier.equal([("a", "fine")] * 3) == [True] * 3
+    verifier.close()
+
+
+def test_a_verifier_that_cannot_start_is_told(monkeypatch, tmp_path):
+    (tmp_path / "worker.py").write_text("import no_such_module")
+    monkeypatch.setattr("collab_jax.tasks.verifier.WORKER", tmp_path / "worker.py")
+    verifier = Verifier(workers=1)
+    with pytest.raises(UserError, match="does not start"):
+        verifier.equal([("a", "b")])
+    verifier.close()
+
+
+# ---- real gold answers
+
+
+def real(name):
+    path = DATA / f"{name}.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there: benchmark data is not part of the repository")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def rewritten(gold, rng):
+    """The same answer, written otherwise."""
+    value = math.number(math.normal(gold))
+    ways = [
+        gold.replace(r"\frac", r"\dfrac"),
+        " " + gold.replace("+", " + ").replace("=", " = ") + " ",
+        f"${gold}$",
+        rf"\boxed{{{gold}}}",
+        gold.replace(r"\left", "").replace(r"\right", ""),
+    ]
+    if value is not None and value.denominator in (1, 2, 4, 5, 8, 10, 20, 25, 100):
+        ways += [str(float(value)), f"{value.numerator}/{value.denominator}", rf"{gold}\text{{ units}}"]
+    kind, parts = math.parts(math.normal(gold))
+    if kind == "set":
+        ways += [", ".join(parts[::-1])]
+    return rng.choice(ways)
+
+
+def test_rewritten_gold_answers_are_accepted_and_shuffled_ones_are_not():
+    rng = random.Random(0)
+    golds = [row["answer"] for row in rng.sample(real("math_test"), 400)]
+    accepted = math.equal_all([(gold, rewritten(gold, rng)) for gold in golds])
+    assert sum(x is True for x in accepted) >= 0.95 * len(golds)
+    others = [(a, b) for a, b in zip(golds, golds[7:] + golds[:7], strict=True) if not math.same_text(a, b)]
+    found = math.equal_all(others)
+    assert sum(x is True for x in found) <= 0.001 * len(others) + 1  # one may be the same in other words
+
+
+# ---- tasks
+
+
+def config(name, folder, prompt="Solve: {problem}"):
+    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
+    config.task.update(name=name, data_dir=str(folder), prompt=prompt)
+    return config
+
+
+def write(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def row(i, **changes):
+    return {"id": f"r{i}", "problem": f"What is {i}+{i}?", "answer": str(2 * i), "level": 3, **changes}
+
+
+def test_a_maths_task_from_files(tmp_path):
+    write(tmp_path / "math_train.jsonl", row(1), row(2, boxed_all=["4", "5"]))
+    with gzip.open(tmp_path / "math_test.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row(3)) + "\n")
+    task = make_task(config("math", tmp_path))
+    (train,), (test,) = task.load("train"), task.load("test")
+    assert (train.id, train.stratum, test.id) == ("r1", "level 3", "r3")  # several boxed values are not trained on
+    assert task.prompt(test) == [{"role": "user", "content": "Solve: What is 3+3?"}]
+    assert "What is 3+3?" in task.cloud_prompt(test)[0]["content"]
+    responses = [answered("6.0"), answered("7"), MARKER, answered(r"\boxed{2+2+2}"), "6"]
+    assert [v[:3] for v in task.verify([test] * 5, responses)] == [
+        (True, False, True), (False, False, True), (False, True, False), (True, False, True), (False, False, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([row(1), row(1)], "line 2: the id 'r1' is there twice"),
+        ([row(1), row(2, answer="")], "line 2 has no answer"),
+        ([row(1), '{"id": '], "line 2 is not JSON"),
+        (["[1]"], "line 1 is not an object"),
+        ([], "has no rows"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tmp_path, lines, says):
+    write(tmp_path / "x.jsonl", *lines)
+    with pytest.raises(UserError, match=says):
+        rows.read(tmp_path, "x")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no y.jsonl or y.jsonl.gz .* config.task.data_dir"):
+        rows.read(tmp_path, "y")
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(json.dumps(row(1)).encode() * 50)[:-9])
+    with pytest.raises(UserError, match="fetch it again"):
+        rows.read(tmp_path, "y")
+    with pytest.raises(UserError, match="for evaluation alone"):
+        make_task(config("amc23", tmp_path)).load("train")
+    with pytest.raises(UserError, match=r"needs \{problem\}"):
+        make_task(config("math", tmp_path, prompt="Solve!"))
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [("B", "B"), ("(C)", "C"), ("D. because", "D"), (r"\boxed{A}", "A"), (r"\text{B}", "B"), ("b", None), ("Both", None), ("42", None)],
+)  # fmt: skip
+def test_letters_of_choices(text, chosen):
+    assert letter(answered(text)) == chosen
+
+
+def test_multiple_choice_from_files(tmp_path):
+    write(tmp_path / "mmlu_test.jsonl", row(1, choices=["1", "2"], answer="B", type="sums"))
+    task = make_task(config("mmlu", tmp_path))
+    (example,) = task.load("test")
+    assert task.prompt(example)[0]["content"] == "Solve: What is 1+1?\nA. 1\nB. 2"
+    assert [v.correct for v in task.verify([example] * 2, [answered("B"), answered("A")])] == [True, False]
+    write(tmp_path / "mmlu_test.jsonl", row(1, choices=["1", "2"], answer="C"))
+    with pytest.raises(UserError, match="not the letter of one of its choices"):
+        task.load("test")
+
+
+@pytest.mark.parametrize(
+    "name", ["math", "gsm8k", "math500", "amc23", "aime24", "minerva_math", "agieval_math", "mmlu"]
+)
+def test_the_real_files_load_and_their_golds_are_right(name):
+    if not DATA.exists():
+        pytest.skip("benchmark data is not part of the repository")
+    task = make_task(config(name, DATA))
+    examples = task.load("test")[:200]
+    golds = [example.problem[-1] for example in examples]
+    verdicts = task.verify(examples, [answered(gold) for gold in golds])
+    assert all(v.correct and v.formatted for v in verdicts)
