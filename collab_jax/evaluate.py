@@ -122,9 +122,13 @@ def greedy_sampler(run: Run):
 
 def held_out(run: Run) -> list[Example]:
     """The first `config.eval.prompts` test prompts."""
-    examples = run.task.load("test")[: run.config.eval.prompts]
+    if not run.config.eval.prompts:
+        return []
+    examples = runs.examples(run, "test")[: run.config.eval.prompts]
     if len(examples) < run.config.eval.prompts:
-        raise UserError(f"config.eval.prompts={run.config.eval.prompts}, but the test split has {len(examples)}")
+        raise UserError(
+            f"config.eval.prompts={run.config.eval.prompts}, but the test split has {len(examples)} that fit"
+        )
     return examples
 
 

@@ -18,7 +18,7 @@ from collab_jax.gapg import TrainState
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
-from collab_jax.tasks import Task, make_task
+from collab_jax.tasks import Example, Task, make_task
 
 
 class Run(NamedTuple):
@@ -162,6 +162,23 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )
+
+
+def examples(run: Run, split: str) -> list[Example]:
+    """The examples of a split, "train" or "test", whose prompts have at most `config.prompt_length` tokens.
+
+    The others are told and left out, never cut. Raises UserError where none is left.
+    """
+    found, limit = run.task.load(split), run.config.prompt_length
+    fitting = [e for e in found if len(run.text.prompt_ids(run.task.prompt(e))) <= limit]
+    if not fitting:
+        raise UserError(f"all {len(found)} {split} prompts have more than {limit} tokens: raise config.prompt_length")
+    if len(fitting) < len(found):
+        print(
+            f"left out: {len(found) - len(fitting)} of {len(found)} {split} prompts have more than "
+            f"config.prompt_length={limit} tokens"
+        )
+    return fitting
 
 
 def load_state(run: Run) -> TrainState:

@@ -78,7 +78,7 @@ def fit_examples(run: Run) -> list[Example]:
     config = run.config
     if not config.eval.fit_prompts:
         return []
-    examples = run.task.load("train")
+    examples = runs.examples(run, "train")
     used = prompt_indices(config.seed, 0, config.prompts_per_step * config.train.steps, len(examples))
     unused = np.setdiff1d(np.arange(len(examples)), used)
     if len(unused) < config.eval.fit_prompts:
@@ -135,10 +135,8 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     state = parallel.replicate(host_state)
     if first >= config.train.steps:
         return state
-    examples = run.task.load("train")
-    prompts = run.text.prompt_batch(
-        [run.task.prompt(e) for e in examples], config.prompt_length
-    )  # a long one stops here
+    examples = runs.examples(run, "train")
+    prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
     kinds = {"group": config.group, "solo": config.algorithm.solo}
     sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
     step = make_step(run)

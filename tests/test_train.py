@@ -17,6 +17,7 @@ from collab_jax import run as runs
 from collab_jax.cloud import Answers
 from collab_jax.errors import UserError
 from collab_jax.models import hf
+from collab_jax.routers import classifier
 from collab_jax.tasks import Verdict
 
 
@@ -42,7 +43,7 @@ def finished(small, reads, tmp_path_factory):
     config = small(
         eval__fit_prompts=10,
         optim__average=0.9,
-        routers__record=("agreement", "hidden", "classifier", "verification"),
+        routers__record=("verification",),  # test_routers_recorded.py has them all
         routers__verify_prompt="{response}",
         routers__yes=" ok",
         routers__no=" no",
@@ -148,6 +149,7 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, sm
     assert sft.run(warm, tmp_path / "model") == sft.run(warm, tmp_path / "again") == 0
     made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
     assert made == again
+    classifier.check(runs.prepare(config, tmp_path / "classified"))  # its one key is read where it is recorded
     unread = []
 
     def walk(c, other, prefix=""):
@@ -230,10 +232,17 @@ def test_prompts_to_fit_routers_on_are_never_trained_on_or_there_are_too_few(sma
         train.fit_examples(runs.prepare(small(eval__fit_prompts=33), tmp_path / "other"))
 
 
-def test_prompt_longer_than_the_limit_stops_before_anything_is_spent(small, tmp_path):
-    run = runs.prepare(small(prompt_length=6), tmp_path)
-    with pytest.raises(UserError, match="raise config.prompt_length"):
-        train.train(run, train.Stop())
+def test_prompts_longer_than_the_limit_are_told_and_left_out(small, tmp_path, capsys):
+    run = runs.prepare(small(), tmp_path)
+    everything = run.task.load("train")
+    lengths = np.array([len(run.text.prompt_ids(run.task.prompt(e))) for e in everything])
+    cut = int(np.median(lengths))
+    fitting = runs.examples(runs.prepare(small(prompt_length=cut), tmp_path / "cut"), "train")
+    assert [e.id for e in fitting] == [e.id for e, n in zip(everything, lengths, strict=True) if n <= cut]
+    assert 0 < len(fitting) < len(everything)
+    assert f"left out: {(lengths > cut).sum()} of 64 train prompts" in capsys.readouterr().out
+    with pytest.raises(UserError, match="all 64 train prompts .*: raise config.prompt_length"):
+        train.train(runs.prepare(small(prompt_length=3), tmp_path / "none"), train.Stop())
 
 
 def test_workdir_that_cannot_be_made(small, tmp_path):

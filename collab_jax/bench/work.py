@@ -245,7 +245,7 @@ def training(config_file: str, overrides: dict) -> Training:
     config.update_from_flattened_dict(overrides)
     folder = tempfile.TemporaryDirectory()
     run = runs.prepare(config, pathlib.Path(folder.name))
-    examples, Q = run.task.load("train"), config.prompts_per_step
+    examples, Q = runs.examples(run, "train"), config.prompts_per_step
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
     sample = rollout.make_sampler(run.cfg, run.text, config, group=config.group, temperature=config.temperature)
     step, first = train.make_step(run), runs.load_state(run)
