@@ -1,19 +1,71 @@
 """Export: the last checkpoint of a run as a Hugging Face folder, for `transformers`, vLLM and the like.
 
-python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER
+    python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER
+
+With a model card (README.md) that says how to call it and, where the run has its report, what was measured.
 """
 
+import json
 import pathlib
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from collab_jax import cli
+from collab_jax import cli, report
 from collab_jax import run as runs
 from collab_jax.errors import UserError
 from collab_jax.models import hf
+from collab_jax.run import Run
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; made if absent.")
+
+
+def model_card(run: Run, step: int) -> str:
+    """README.md of the exported folder."""
+    config, text = run.config, run.text
+    decision = text.tokenizer.convert_ids_to_tokens(text.decision_id)
+    example = json.dumps(config.task.prompt)
+    file = run.workdir / "report.json"
+    measured = "The run had no report: nothing is known of how good it is."
+    if file.exists():
+        figures = json.loads(file.read_text())
+        rows = [line for line in report.markdown_table(figures).splitlines() if line]
+        measured = (
+            f"{figures['after']['n']} held-out prompts of {config.task.name}, before and after training "
+            f"({', '.join(f'{key} {value}' for key, value in figures['machine'].items())}):\n\n" + "\n".join(rows)
+        )
+    return f"""---
+base_model: {config.model.path}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [collab_jax, device-cloud, routing]
+---
+
+# {pathlib.Path(config.model.path).name}, which knows when to ask the cloud
+
+Post-trained by collab_jax ({config.task.name}, budget {config.budget:g}, {step} steps, seed {config.seed}) to answer what it can and to
+end with `{text.marker}` where a larger model should answer instead.
+
+## How to call it
+
+Prompt it by its chat template with {example}. A response is `<think> ... </think><answer> ... </answer>`, or it ends with the
+marker: then send the question to the cloud. The call begins with one token, `{decision}` (id {text.decision_id}); a `logit_bias` on it,
+before the answer opens, sets the share of calls. `python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out
+FOLDER` finds that bias and writes collab_config.json beside this file.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = (kind.from_pretrained("FOLDER") for kind in (AutoTokenizer, AutoModelForCausalLM))
+messages = [{{"role": "user", "content": "..."}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={config.max_new_tokens}, do_sample=False)[0]))
+```
+
+## What was measured
+
+{measured}
+"""
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
@@ -25,6 +77,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     out = pathlib.Path(_OUT.value).expanduser()
     try:
         hf.save(out, runs.load_state(run).policy, hf.read_config(run.folder), config.model.param_dtype, run.folder)
+        (out / "README.md").write_text(model_card(run, step), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
     print(f"wrote step {step} to {out}")

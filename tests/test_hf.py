@@ -57,6 +57,26 @@ def test_round_trip_is_bit_exact(hf_config, tmp_path):
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_large_model_is_written_in_shards_with_an_index(tmp_path, monkeypatch):
+    params, path = random_params(UNTIED), tmp_path / "model"
+    hf.save(path, params, UNTIED, "float32", tokenizer=tmp_path)
+    one = load_file(path / "model.safetensors")
+    monkeypatch.setattr(hf, "SHARD_BYTES", 1000)
+    hf.save(path, params, UNTIED, "float32", tokenizer=tmp_path)
+    files = sorted(p.name for p in path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"  # the single file is gone
+    index = json.loads((path / hf.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(w.nbytes for w in one.values())
+    assert index["weight_map"] == {name: file for file in files for name in load_file(path / file)}
+    for file in files:
+        weights = load_file(path / file)
+        assert sum(w.nbytes for w in weights.values()) <= 1000 or len(weights) == 1
+    assert_same(load(path), params)
+    monkeypatch.undo()
+    hf.save(path, params, UNTIED, "float32", tokenizer=tmp_path)
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_names_and_layout_are_hugging_faces(folder):
     _, weights, _ = folder
     assert weights["model.layers.1.self_attn.k_proj.weight"].shape == (4, 8)  # [out, in]

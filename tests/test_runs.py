@@ -117,6 +117,9 @@ def test_what_is_exported_is_what_was_trained(straight, data_dir, tmp_path):
     params = hf.load(folder, hf.config_from_hf(hf.read_config(folder)), "float32")
     jax.tree.map(np.testing.assert_array_equal, params, saved(straight, 6)["params"])
     assert (folder / "tokenizer.json").exists() and (folder / "chat_template.jinja").exists()
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nbase_model: countdown-tiny\n") and "`<unknown>` (id " in card
+    assert "| accuracy on the device (marker disallowed) |" in card and "24 held-out prompts of countdown" in card
 
 
 @pytest.mark.parametrize(

@@ -159,23 +159,40 @@ def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
     return traverse_util.unflatten_dict({wanted[name][0]: value for name, value in found.items()})
 
 
-def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer files found in the folder `tokenizer`.
+SHARD_BYTES = 5_000_000_000  # of a safetensors file; a larger model is written as several, with an index
+INDEX = "model.safetensors.index.json"
 
-    The kernels are transposed to Hugging Face's [out, in]; everything is written beside and moved into place last.
+
+def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path) -> None:
+    """Writes config.json, the weights (one safetensors file, or shards with an index) and the tokenizer files of `tokenizer`.
+
+    The kernels are transposed to Hugging Face's [out, in], a shard at a time; each file is written beside and moved into
+    place, and weights of an earlier export that are not among them are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flat = traverse_util.flatten_dict(params)
-    weights = {
-        _to_hf_name(path): jax.numpy.asarray(
-            np.ascontiguousarray(np.asarray(v).T if path[-1] == "kernel" else v), dtype
-        )
-        for path, v in flat.items()
-    }
-    temporary = folder / "model.safetensors.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes it for the owner alone
-    temporary.rename(folder / "model.safetensors")
+    flat = {_to_hf_name(path): (path, value) for path, value in traverse_util.flatten_dict(params).items()}
+    shards = _shards({name: value.size * jax.numpy.dtype(dtype).itemsize for name, (_, value) in flat.items()})
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        weights = {}
+        for name in names:
+            path, value = flat[name]
+            value = np.ascontiguousarray(np.asarray(value).T if path[-1] == "kernel" else value)
+            weights[name] = jax.numpy.asarray(value, dtype)
+        temporary = folder / f"{file}.tmp"
+        save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors makes it for the owner alone
+        temporary.rename(folder / file)
+    for stale in {path.name for path in folder.glob("model*.safetensors")} - set(files):
+        (folder / stale).unlink()
+    (folder / INDEX).unlink(missing_ok=True)
+    if len(shards) > 1:
+        total = sum(value.size for _, value in flat.values()) * jax.numpy.dtype(dtype).itemsize
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     config = {**hf_config, "dtype": dtype}
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -183,3 +200,16 @@ def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, toke
         source, target = tokenizer / name, folder / name
         if source.is_file() and source.resolve() != target.resolve():
             shutil.copyfile(source, target)
+
+
+def _shards(sizes: dict[str, int]) -> list[list[str]]:
+    """Weights' names, in order, cut where SHARD_BYTES would be passed."""
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    return shards
