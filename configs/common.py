@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.text.eos = ("<eos>",)  # every token that ends a response
 
     config.task = ConfigDict()
-    config.task.name = "countdown"  # a file of collab_jax/tasks
+    config.task.name = "countdown"  # a key of collab_jax.tasks.TASKS
     config.task.data_dir = "~/tensorflow_datasets"  # where the data set is built on first use
     config.task.prompt = "{numbers}={target}"  # the device model's prompt; a real model wants a sentence
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
