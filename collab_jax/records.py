@@ -296,7 +296,8 @@ def _from_arrow(column: pa.Array) -> Sequence:
 
 
 def _write_parquet(path: pathlib.Path, records: Records) -> None:
-    pq.write_table(pa.table({name: list(c) if c.dtype == object else c for name, c in records.items()}), path)
+    table = pa.table({name: list(c) if c.dtype == object else c for name, c in records.items()})
+    pq.write_table(table, path, compression="zstd")
 
 
 def _read_jsonl(path: pathlib.Path) -> dict[str, Sequence]:
