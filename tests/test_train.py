@@ -205,7 +205,7 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"eval__batch_size": 3}, "multiple of the 2 devices"),
         ({"reward__alpha_c": 3.0}, "alpha_a=2.0 > alpha_c=3.0"),
         ({"algorithm__advantage": "ppo"}, r"\['dr_grpo', 'gapg', 'grpo', 'standard'\]"),
-        ({"algorithm__filter": "d3"}, r"\['d1d2', 'none', 'zero_variance'\]"),
+        ({"algorithm__filter": "d3"}, r"\['d1d2', 'mixed', 'none', 'zero_variance'\]"),
         ({"algorithm__control_rate": -1.0}, "control_rate"),
         ({"algorithm__solo": 3}, "algorithm.solo=3 must be 0, or leave"),
         ({"temperature": 0.0}, "temperature"),

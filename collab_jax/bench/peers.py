@@ -214,9 +214,9 @@ def rewards(task: Task, text: Text, alphas, examples: Sequence[Example], complet
     tokens = np.full(mask.shape, text.pad_id, np.int32)
     tokens[mask] = np.concatenate(completions)
     ended = np.array([ids[-1] in text.eos_ids for ids in completions])
-    _, correct, called, formatted = rollout.judge(task, text, examples, tokens, mask, ended)
-    local = alphas.alpha_a * correct + alphas.alpha_f * formatted
-    return np.where(called, alphas.alpha_c, local).astype(np.float32)
+    found = rollout.judge(task, text, examples, tokens, mask, ended)
+    local = alphas.alpha_a * found.correct + alphas.alpha_f * found.formatted
+    return np.where(found.called, alphas.alpha_c, local).astype(np.float32)
 
 
 def trl_step(
