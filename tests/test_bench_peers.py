@@ -60,7 +60,7 @@ def test_rewards_are_the_methods(parts):
 
     verdicts = np.array(task.verify(EXAMPLES[:1] * 5, (RIGHT, BROKEN, CALL, WRONG, "ok ok")))
     state = gapg.init_reward(weights.alpha_a, weights.alpha_c, weights.alpha_f)
-    wanted, _ = gapg.reward(state, *jnp.array(verdicts.T[:, None]), jnp.array([True]))
+    wanted, _ = gapg.reward(state, *jnp.array(verdicts.T[:3, None]), jnp.array([True]))
     np.testing.assert_array_equal(got, [*wanted[0], 0.0])
     assert len(set(got)) == 5
 
