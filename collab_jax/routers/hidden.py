@@ -1,5 +1,7 @@
 """A router learned on the model's last hidden state: logistic regression on what it knows when its response is written."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +16,14 @@ from collab_jax.routers.device import Device, by_batch
 
 def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Probability f64[n] that the device is wrong, from its state after the response's last token but EOS; no tokens of its own."""
-    features = {id(table): _features(device, table) for table in (fit_on, records)}
-    wrong = learned.fit(learned.logistic(), features[id(fit_on)], fit_on, features[id(records)])
+    cfg = device.run.cfg
+    compiled = parallel.pmap(lambda params, *rows: last_hidden(params, cfg, *rows))
+    fitted, routed = (_features(device, compiled, table) for table in (fit_on, records))
+    wrong = learned.fit(learned.logistic(), fitted, fit_on, routed)
     return wrong, np.zeros(len(wrong))
 
 
-def _features(device: Device, records: Records) -> np.ndarray:
+def _features(device: Device, compiled: Callable, records: Records) -> np.ndarray:
     """f32[n, E]. The recorded text is tokenized again; a response that was cut off counts up to the cut."""
     run, T = device.run, device.run.config.max_new_tokens
     prompts, mask = run.text.prompt_batch([run.task.prompt(e) for e in device.of(records)], run.config.prompt_length)
@@ -27,11 +31,6 @@ def _features(device: Device, records: Records) -> np.ndarray:
     for i, text in enumerate(records["text"]):
         ids = run.text.response_ids(text)[:T]
         responses[i, : len(ids)], last[i] = ids, len(ids) - 1
-
-    def body(params, *rows):
-        return last_hidden(params, run.cfg, *rows)
-
-    compiled = parallel.pmap(body)
     return by_batch(
         lambda *rows: compiled(device.params, *rows), (prompts, mask, responses, last), run.config.eval.batch_size
     )
