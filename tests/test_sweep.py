@@ -222,7 +222,7 @@ def test_shipped_sweeps_have_known_keys_and_names(path):
 
 def test_our_recipe_is_the_same_in_the_sweep_as_in_its_config():
     table = sweep.load(ROOT / "configs" / "sweeps" / "paper_table.py")
-    cell = sweep.config_of(table, {**table.overrides, **table.cells["many-prompts"].overrides})
-    ours = runpy.run_path(str(ROOT / "configs" / "countdown_tiny_many_prompts.py"))["get_config"]()
+    cell = sweep.config_of(table, {**table.overrides, **table.cells["ours"].overrides})
+    ours = runpy.run_path(str(ROOT / "configs" / "countdown_tiny_ours.py"))["get_config"]()
     cell.eval, cell.routers = ours.eval, ours.routers  # what is measured differs
     assert cell.to_dict() == ours.to_dict()

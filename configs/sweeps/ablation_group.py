@@ -1,6 +1,6 @@
 """# Ablation: many prompts or large groups
 
-Our recipe (`configs/countdown_tiny_many_prompts.py`) with the same 256 responses a step shared out differently, prompts x
+Our recipe (`configs/countdown_tiny_ours.py`) with the same 256 responses a step shared out differently, prompts x
 responses; and, with 64 x 4, without the averaged weights (`last-weights`).
 """
 
@@ -11,4 +11,4 @@ def get_sweep():
     cells = {f"{256 // group}x{group}": {"prompts_per_step": 256 // group, "group": group} for group in (4, 8, 16, 2)}
     cells["last-weights"] = {"optim.average": 0.0}
     two = {name: Cell(changes, range(2)) for name, changes in cells.items()}
-    return Sweep("configs/countdown_tiny_many_prompts.py", {}, two)
+    return Sweep("configs/countdown_tiny_ours.py", {}, two)

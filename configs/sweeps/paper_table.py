@@ -3,7 +3,8 @@
 The embedded 0.79 M parameter model, 160 steps of 256 responses, the same held-out prompts and the same cloud for all;
 budget 30 %. Five seeds of the four methods that the headline compares, two of the others.
 
-- `many-prompts`: our recipe (`configs/countdown_tiny_many_prompts.py`): 64 prompts x 4 responses, no filter, averaged weights.
+- `ours`: our recipe (`configs/countdown_tiny_ours.py`): 64 prompts x 4 responses at temperature 0.5, no filter, averaged weights.
+  `many-prompts` is the same at temperature 1.
 - `gapg`: the paper's method. `grpo`, `dr-grpo`: the paper's Collaboration-Aware Tuning. `task-tuning`: GRPO, never rewarded for
   a call; the routers that the paper compares with route this model.
 - `gapg-no-filter`, `da-grpo` (arXiv 2602.00166), `dual-alpha-c`: other ways to hold the budget.
@@ -13,7 +14,7 @@ from collab_jax.sweep import Cell, Sweep
 
 FIVE, TWO = range(5), range(2)
 ROUTED = {"eval.fit_prompts": 4096, "routers.record": ("classifier", "agreement", "hidden")}
-OURS = {"prompts_per_step": 64, "group": 4, "algorithm.filter": "none", "optim.average": 0.95}
+MANY = {"prompts_per_step": 64, "group": 4, "algorithm.filter": "none", "optim.average": 0.95}
 
 
 def parts(**changes):
@@ -25,10 +26,11 @@ def get_sweep():
         "configs/countdown_tiny.py",
         {"budget": 0.3},
         {
-            "many-prompts": Cell(OURS | ROUTED, FIVE),
+            "ours": Cell({"temperature": 0.5} | MANY | ROUTED, FIVE),
             "gapg": Cell({}, FIVE),
             "grpo": Cell(parts(advantage="grpo", filter="none"), FIVE),
             "task-tuning": Cell(parts(reward="task", advantage="grpo", filter="none") | ROUTED, FIVE),
+            "many-prompts": Cell(MANY | ROUTED, TWO),
             "dr-grpo": Cell(parts(advantage="dr_grpo", filter="none"), TWO),
             "gapg-no-filter": Cell(parts(filter="none"), TWO),
             "da-grpo": Cell(parts(advantage="grpo", filter="none", control="lagrangian"), TWO),
