@@ -145,7 +145,7 @@ def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(fini
 
 def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, small, tmp_path):
     config, _, _ = finished
-    warm = small("countdown_tiny_sft.py")
+    warm = small("countdown_tiny_sft.py", lora__rank=2)
     assert sft.run(warm, tmp_path / "model") == sft.run(warm, tmp_path / "again") == 0
     made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
     assert made == again

@@ -256,7 +256,7 @@ def training(config_file: str, overrides: dict) -> Training:
         chosen = train.prompt_indices(config.seed, i, Q, len(examples))
         batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
         collected = rollout.collect(
-            sample, latest["state"].params, run.text, run.task, run.cloud, *batch, config.seed, i
+            sample, latest["state"].behaviour, run.text, run.task, run.cloud, *batch, config.seed, i
         )
         latest["rollout"] = jax.tree.map(np.asarray, collected.rollout)
         latest["state"], metrics = step(latest["state"], collected.rollout)

@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -21,9 +21,10 @@ from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "chat_template.jinja", GENERATION,
 )  # fmt: skip
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
@@ -196,10 +197,20 @@ def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, toke
     config = {**hf_config, "dtype": dtype}
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_tokenizer(tokenizer, folder)
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies the TOKENIZER_FILES that `source` has."""
     for name in TOKENIZER_FILES:
-        source, target = tokenizer / name, folder / name
-        if source.is_file() and source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
+        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
+def save_generation_config(folder: pathlib.Path, eos_ids: Sequence[int], pad_id: int) -> None:
+    """Writes generation_config.json: every token that ends a response, without which servers run on to their limit."""
+    generation = {"do_sample": False, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
+    (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _shards(sizes: dict[str, int]) -> list[list[str]]:
