@@ -341,7 +341,7 @@ def policy_gradient(
         return jax.tree.map(jnp.add, total[0], grads), spread, total[2] + drift, jnp.maximum(total[3], worst)
 
     dkv = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv)  # a sum over rows, like `grads`
-    zeros = jax.tree.map(jnp.zeros_like, params), dkv
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), dkv
     grads, dkv, drift, worst = jax.lax.fori_loop(0, rounds, rows, (*zeros, jnp.float32(0), jnp.float32(0)))
 
     def back(i, grads):

@@ -92,6 +92,9 @@ def check_config(config: ConfigDict) -> None:
         "config.algorithm: zero_variance looks at rewards, not at what lagrangian charges for calls: use filter=none with it",
     )
     need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")
+    for name in ("model.dtype", "model.param_dtype", "decode.cache_dtype"):
+        value = functools.reduce(getattr, name.split("."), config)
+        need(value in ("float32", "bfloat16"), f"config.{name}={value!r}: use 'float32' or 'bfloat16'")
     for key, known in algorithms.PARTS.items():
         need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")
     for name in ("prompts_per_step", "eval.batch_size", "routers.batch_size"):
@@ -141,7 +144,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
+def prepare(config: ConfigDict, workdir: pathlib.Path, make_cloud=make_cloud) -> Run:
     """Checks the config, claims the workdir and builds the parts. Raises UserError with what to do."""
     check_config(config)
     claim(config, workdir)
@@ -160,7 +163,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         text=text_lib.load(folder, config.text),
         task=task,
         cloud=make_cloud(config, task, store),
-        optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm),
+        optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm, config.model.param_dtype),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )
 

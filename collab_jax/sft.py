@@ -65,7 +65,7 @@ def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformatio
         rows = batch.prompts.shape[0]
         parts = math.gcd(rows, max(rows // config.sft.micro_rows, 1))  # as even as the batch allows
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        zeros = jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         (total, grads), _ = jax.lax.scan(micro, zeros, split)
         total, grads, count = jax.lax.psum((total, grads, batch.response_mask.sum()), parallel.AXIS)
         grads = jax.tree.map(lambda g: g / count, grads)
@@ -111,7 +111,7 @@ def tune(params, cfg, source, config: ConfigDict):
         frozen = parallel.replicate(jax.tree.map(lambda x: np.asarray(x).astype(cfg.dtype), base))
     sft, D = config.sft, jax.local_device_count()
     schedule = optim.make_schedule(sft.learning_rate, sft.warmup_steps, decay_steps=sft.steps)
-    optimizer = optim.make_optimizer(schedule, sft.weight_decay, config.optim.clip_norm)
+    optimizer = optim.make_optimizer(schedule, sft.weight_decay, config.optim.clip_norm, config.model.param_dtype)
     state = parallel.replicate(params), parallel.replicate(optimizer.init(params))
     step, started = make_step(cfg, optimizer, config), time.monotonic()
     with tqdm(total=sft.steps, desc="warm start", unit="step") as bar:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from collab_jax.errors import UserError
-from collab_jax.models import decoder
+from collab_jax.models import decoder, published
 from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -56,6 +56,13 @@ def locate(path: str) -> pathlib.Path:
         raise FolderError(
             f"cannot download {path!r} ({reason}): check the name and access, or give a local folder"
         ) from None
+
+
+def architecture(path: str) -> dict:
+    """The contents of config.json of `locate(path)`; of a published model without a download, from `published.py`."""
+    if path in published.CONFIGS and not pathlib.Path(path).exists():
+        return published.CONFIGS[path]
+    return read_config(locate(path))
 
 
 def _require(section: dict, names: Iterable[str]) -> None:
