@@ -206,13 +206,13 @@ def limit() -> float:
 
 
 def table(parts: Plan, devices: int, have: float) -> str:
-    """The plan as a Markdown table, in GiB, with its sum against what a device has."""
-    rows = []
+    """The plan as a Markdown table with its sum against what a device has; in GiB, or a small one in MiB."""
+    unit, size, rows = ("GiB", GIB, []) if parts.total >= GIB else ("MiB", 2**20, [])
     for name, sizes in zip(("held", "in an update, besides", "or in sampling"), parts, strict=True):
-        cells = [f"{sizes[p] / GIB:.2f}" if sizes.get(p) else "" for p in PURPOSES]
-        rows.append((name, *cells, f"{sum(sizes.values()) / GIB:.2f}"))
-    head = (f"GiB on each of {devices} devices", *PURPOSES, "sum")
-    return f"{page.table(head, rows)}\nat most {parts.total / GIB:.2f} of {have / GIB:.2f} GiB"
+        cells = [f"{sizes[p] / size:.1f}" if sizes.get(p) else "" for p in PURPOSES]
+        rows.append((name, *cells, f"{sum(sizes.values()) / size:.1f}"))
+    head = (f"{unit} on each of {devices} device{'s' * (devices > 1)}", *PURPOSES, "sum")
+    return f"{page.table(head, rows)}\nat most {parts.total / size:.1f} of {have / size:.1f} {unit}"
 
 
 def _choices(config: ConfigDict, devices: int) -> Iterator[dict[str, object]]:
@@ -261,7 +261,7 @@ def check(cfg: DecoderConfig, config: ConfigDict, devices: int, have: float) -> 
         named = [f"--config.{key}={value}" for key, value in changes.items()] + [more] * bool(more)
         advice = f"it fits with {' and '.join(named)}"
     raise UserError(
-        f"this run needs about {parts.total / GIB:.2f} GiB on each of {devices} devices, which have {have / GIB:.2f}: {advice}\n"
+        f"this run needs about {parts.total / GIB:.3g} GiB on each of {devices} devices, which have {have / GIB:.3g}: {advice}\n"
         + shown
     )
 

@@ -11,7 +11,6 @@ from conftest import ROOT
 
 from collab_jax import gapg, memory, optim, parallel, sampler, train
 from collab_jax.errors import UserError
-from collab_jax.memory import GIB
 from collab_jax.models import hf, lora, published
 
 TINY = dict(
@@ -134,7 +133,7 @@ def test_parameters_and_optimizer_by_hand():
 def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_would(small, tmp_path, monkeypatch):
     cfg, config = make()
     need = memory.plan(cfg, config, 2).total
-    assert f"at most {need / GIB:.2f} of" in memory.check(cfg, config, 2, need)
+    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory.check(cfg, config, 2, need)
     with pytest.raises(UserError, match=r"GiB on each of 2 devices.*it fits with --config.train.micro_rows=4\n"):
         memory.check(cfg, config, 2, need - 1)
     with pytest.raises(UserError, match="nothing that could be changed makes it fit: use a smaller model"):

@@ -7,7 +7,6 @@ half of each group counts as right: all prompts are learnt from, which is the la
 stand-in behind the real store; nothing is bought.
 """
 
-import json
 import pathlib
 import tempfile
 import time
@@ -65,16 +64,20 @@ def make_up_tokenizer(texts: Iterable[str], config: ConfigDict, size: int):
     return tokenizer
 
 
-def make_folder(config: ConfigDict, folder: pathlib.Path, layers: int | None) -> str:
-    """Writes a model folder of the config's architecture, cut to `layers` blocks, with random weights; says what it made."""
+def architecture_of(config: ConfigDict, layers: int | None) -> dict:
+    """config.json of the config's model, cut to `layers` blocks."""
     architecture = dict(hf.architecture(config.model.path))
     if layers is not None:
-        if not 1 <= layers <= architecture["num_hidden_layers"]:
-            raise UserError(
-                f"--layers={layers} must lie in 1 to {architecture['num_hidden_layers']}, what the model has"
-            )
+        most = architecture["num_hidden_layers"]
+        if not 1 <= layers <= most:
+            raise UserError(f"--layers={layers} must lie in 1 to {most}, what the model has")
         architecture["num_hidden_layers"] = layers
         architecture.pop("layer_types", None)  # one for each of the model's own blocks
+    return architecture
+
+
+def make_folder(config: ConfigDict, architecture: dict, folder: pathlib.Path) -> str:
+    """Writes a model folder of this architecture with random weights; says what it made."""
     cfg = hf.config_from_hf(architecture)
     source = pathlib.Path(config.model.path).expanduser()
     source = source if source.is_dir() else hf.ASSETS / config.model.path
@@ -106,13 +109,14 @@ def half_right(found: gapg.Rollout) -> gapg.Rollout:
 def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
     """Runs `steps` steps and returns the page with what they took."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch)
+        folder, D = pathlib.Path(scratch), jax.local_device_count()
         name, config = config.model.path, config.copy_and_resolve_references()
-        made = make_folder(config, folder / "model", layers)
+        architecture = architecture_of(config, layers)
+        cfg = memory.computed(hf.config_from_hf(architecture, config.model.dtype, config.train.remat))
+        plan, shown = memory.plan(cfg, config, D), memory.check(cfg, config, D, memory.limit())
+        made = make_folder(config, architecture, folder / "model")
         config.model.path = str(folder / "model")
         run = runs.prepare(config, folder / "run", stand_in_cloud)
-        D, plan = jax.local_device_count(), memory.plan(memory.computed(run.cfg), config, jax.local_device_count())
-        shown = memory.check(memory.computed(run.cfg), config, D, memory.limit())
         ceiling = measure.matmul_ceiling(config.model.dtype)
         examples, Q = runs.examples(run, "train"), config.prompts_per_step
         prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)

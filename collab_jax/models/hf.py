@@ -35,8 +35,8 @@ class FolderError(UserError):
     """A model folder that cannot be used; the message says what to do."""
 
 
-def locate(path: str) -> pathlib.Path:
-    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository (`org/name`)."""
+def locate(path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> pathlib.Path:
+    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository (`org/name`): these `files`."""
     for folder in (pathlib.Path(path).expanduser(), ASSETS / path):
         if (folder / "config.json").is_file():
             return folder
@@ -46,11 +46,18 @@ def locate(path: str) -> pathlib.Path:
         known = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
         raise FolderError(f"no model at {path!r}: give a folder with config.json, a hub name, or one of {known}")
     import huggingface_hub
+    from huggingface_hub import errors
 
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(files)))
+    except errors.GatedRepoError:
+        raise FolderError(
+            f"{path!r} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN, or give a local folder"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FolderError(
+            f"the hub has no {path!r}, or it is private: check the spelling, set HF_TOKEN, or give a local folder"
+        ) from None
     except Exception as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FolderError(
@@ -59,10 +66,10 @@ def locate(path: str) -> pathlib.Path:
 
 
 def architecture(path: str) -> dict:
-    """The contents of config.json of `locate(path)`; of a published model without a download, from `published.py`."""
+    """The contents of config.json of the model at `path`, without its weights; of some published models without a download."""
     if path in published.CONFIGS and not pathlib.Path(path).exists():
         return published.CONFIGS[path]
-    return read_config(locate(path))
+    return read_config(locate(path, ["config.json"]))
 
 
 def _require(section: dict, names: Iterable[str]) -> None:
