@@ -7,8 +7,8 @@ prints the plan for any number of devices of any size; none of them, and no weig
 Counted, on one device: what is held throughout (parameters, what is frozen, optimizer, average) and then the larger of an
 update (gradients, what one micro-batch keeps for its backward pass, its logits) and of sampling (KV cache, logits), which do
 not overlap. What a backward pass keeps is not written down here: jax traces one block and says so, whatever the block is.
-Against the compiler's own count, on a CPU, the estimate is right within 15 % (tests). What a CPU's compiler makes nothing of,
-remat and bfloat16 activations, could not be checked so. An allocator needs some room beside.
+Against the compiler's own count the estimate is right within 15 % (tests), on a CPU. What a CPU's compiler makes nothing of,
+narrow activations, remat and chunks of logits, could not be checked so. An allocator needs some room beside.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
 from collab_jax import cli, page
@@ -55,16 +56,16 @@ def _results(jaxpr, inputs: list) -> list:
     place = dict(zip(jaxpr.invars, inputs, strict=True))
     nothing = object(), 0
     for eqn in jaxpr.eqns:
-        operands = [nothing if isinstance(v, jax.extend.core.Literal) else place.get(v, nothing) for v in eqn.invars]
+        operands = [nothing if isinstance(v, Literal) else place.get(v, nothing) for v in eqn.invars]
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
         if inner is not None:
-            made = _results(inner.jaxpr, operands)
+            made = _results(getattr(inner, "jaxpr", inner), operands)
         elif eqn.primitive.name in _VIEWS:
             made = operands[:1]
         else:
             made = [(object(), v.aval.size * v.aval.dtype.itemsize) for v in eqn.outvars]
         place.update(zip(eqn.outvars, made, strict=True))
-    return [place.get(v, nothing) if not isinstance(v, jax.extend.core.Literal) else nothing for v in jaxpr.outvars]
+    return [place.get(v, nothing) if not isinstance(v, Literal) else nothing for v in jaxpr.outvars]
 
 
 @functools.cache
@@ -93,18 +94,15 @@ def kept(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], L: int, T: int
         trained, frozen = _model(small, rank, targets, cfg.dtype)
         tokens, real = jnp.zeros((ROWS, T or L), jnp.int32), jnp.ones((ROWS, L), bool)
 
-        def hidden(params, past):
-            whole = lora.join(frozen_values, params)
-            if T:
-                return decoder.continued_hidden(whole, small, *past, real, tokens)
-            return decoder.prefill(whole, small, tokens, real)
+        def residuals(trained, frozen, past):
+            def hidden(trained, past):
+                whole = lora.join(frozen, trained)
+                if T:
+                    return decoder.continued_hidden(whole, small, *past, real, tokens)
+                return decoder.prefill(whole, small, tokens, real)
 
-        def residuals(params, frozen, past):
-            nonlocal frozen_values
-            frozen_values = frozen
-            return jax.vjp(hidden, params, past)[1]
+            return jax.vjp(hidden, trained, past)[1]
 
-        frozen_values = None
         whole = lora.join(frozen, trained)
         past = jax.eval_shape(lambda p: decoder.prefill(p, small, jnp.zeros((ROWS, L), jnp.int32), real), whole)
         jaxpr = jax.make_jaxpr(residuals)(trained, frozen, past).jaxpr
@@ -118,18 +116,26 @@ def kept(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], L: int, T: int
 # ------------------------------------------------------------------------------------------------------ the plan
 
 
-def plan(cfg: DecoderConfig, config: ConfigDict, devices: int) -> Plan:
-    """The plan of a run of `config` with the model `cfg`; its prompts are split over `devices`, all else is on each of them."""
+def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
+    """The plan of a run of `config` with the model `cfg`; its prompts are split over `devices`, all else is on each of them.
+
+    cpu: as XLA compiles for a CPU, where bfloat16 is widened to float32, and what was to be computed again (a block under
+    remat, a chunk of logits) is kept after all.
+    """
+    stored = jnp.dtype(cfg.dtype).itemsize  # of what is frozen
+    if cpu:
+        cfg = dataclasses.replace(cfg, dtype="float32", remat=False)
     L, T, G, V = config.prompt_length, config.max_new_tokens, config.group, cfg.vocab_size
     P = -(-config.prompts_per_step // devices)
     m, chunk = config.train.micro_rows, min(config.train.logprob_chunk, T)
     compute, param = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
     adapter = config.lora.rank, tuple(config.lora.targets)
     trained, frozen = (_count(tree) for tree in _model(_plain(cfg), *adapter, "float32"))
-    cast = compute * trained if compute != param else 0  # the trained parameters again, in the computation's type
+    # Parameters again, in the computation's type.
+    cast = compute * (trained * (compute != param) + frozen * (compute != stored))
 
     held = {
-        "parameters": trained * param + frozen * compute,
+        "parameters": trained * param + frozen * stored,
         "optimizer": 8 * trained,  # two f32 moments; or the first, and what rounding owes, in bf16
         "average": 4 * trained if config.optim.average else 0,
     }
@@ -150,7 +156,7 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int) -> Plan:
         "activations": max(responses, prompts)
         + cast
         + P * L * kv * (compute + 4),  # prompts' keys, values; their gradients
-        "logits": 2 * 4 * m * chunk * V,
+        "logits": 4 * m * V * ((T if cpu else chunk) + chunk),  # and one chunk's gradients
     }
     sampled = _sampling(cfg, config, P, G, config.decode.slot_counts)
     evaluated = _sampling(cfg, config, -(-config.eval.batch_size // devices) if config.eval.prompts else 0, 1, 1)
@@ -168,11 +174,6 @@ def _sampling(cfg: DecoderConfig, config: ConfigDict, P: int, G: int, slot_count
     copy = token * -(-slots // 2) * (L + T) if slot_counts > 1 else 0
     column = logits + activations
     return {"cache": token * (P * L + slots * T) + max(copy - column, 0), "logits": logits, "activations": activations}
-
-
-def computed(cfg: DecoderConfig) -> DecoderConfig:
-    """`cfg` as this machine's compiler takes it: XLA's for CPUs widens bfloat16 to float32, and drops the barriers of remat."""
-    return dataclasses.replace(cfg, dtype="float32", remat=False) if jax.default_backend() == "cpu" else cfg
 
 
 def _adapted_width(cfg: DecoderConfig, rank: int, targets: tuple[str, ...]) -> int:
@@ -233,10 +234,12 @@ def _choices(config: ConfigDict, devices: int) -> Iterator[dict[str, object]]:
                 yield dict(zip(keys, values, strict=True))
 
 
-def fitting(cfg: DecoderConfig, config: ConfigDict, devices: int, have: float) -> dict[str, object] | None:
+def fitting(
+    cfg: DecoderConfig, config: ConfigDict, devices: int, have: float, cpu: bool = False
+) -> dict[str, object] | None:
     """The first of `_choices` under which the run fits `have` bytes on each device, or None."""
     for changes in _choices(config, devices):
-        if plan(*changed(cfg, config, changes), changes.get("devices", devices)).total <= have:
+        if plan(*changed(cfg, config, changes), changes.get("devices", devices), cpu).total <= have:
             return changes
     return None
 
@@ -248,13 +251,18 @@ def changed(cfg: DecoderConfig, config: ConfigDict, changes: dict[str, object]) 
     return dataclasses.replace(cfg, remat=config.train.remat), config
 
 
-def check(cfg: DecoderConfig, config: ConfigDict, devices: int, have: float) -> str:
+def check_here(cfg: DecoderConfig, config: ConfigDict) -> str:
+    """`check` for this process's devices."""
+    return check(cfg, config, jax.local_device_count(), limit(), jax.default_backend() == "cpu")
+
+
+def check(cfg: DecoderConfig, config: ConfigDict, devices: int, have: float, cpu: bool = False) -> str:
     """The plan as text. Raises UserError, with the plan and with settings that would fit, where it needs more than `have`."""
-    parts = plan(cfg, config, devices)
+    parts = plan(cfg, config, devices, cpu)
     shown = table(parts, devices, have)
     if parts.total <= have:
         return shown
-    changes = fitting(cfg, config, devices, have)
+    changes = fitting(cfg, config, devices, have, cpu)
     advice = "nothing that could be changed makes it fit: use a smaller model, group or max_new_tokens"
     if changes:
         more = f"{changes.pop('devices')} devices" if "devices" in changes else ""

@@ -209,7 +209,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line."""
     stop = Stop()
     run = runs.prepare(config, workdir)
-    print(memory.check(memory.computed(run.cfg), config, jax.local_device_count(), memory.limit()))
+    print(memory.check_here(run.cfg, config))
     print(
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"

@@ -109,11 +109,11 @@ def half_right(found: gapg.Rollout) -> gapg.Rollout:
 def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
     """Runs `steps` steps and returns the page with what they took."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder, D = pathlib.Path(scratch), jax.local_device_count()
+        folder = pathlib.Path(scratch)
         name, config = config.model.path, config.copy_and_resolve_references()
         architecture = architecture_of(config, layers)
-        cfg = memory.computed(hf.config_from_hf(architecture, config.model.dtype, config.train.remat))
-        plan, shown = memory.plan(cfg, config, D), memory.check(cfg, config, D, memory.limit())
+        cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
+        shown = memory.check_here(cfg, config)
         made = make_folder(config, architecture, folder / "model")
         config.model.path = str(folder / "model")
         run = runs.prepare(config, folder / "run", stand_in_cloud)
@@ -146,6 +146,5 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
     )
     return (
         f"{name}: {made}\n{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n{shown}\n\n"
-        f"{page.table(head, rows)}\n\npeak memory {measure.peak_memory() / memory.GIB:.2f} GiB ({where}); "
-        f"plan {plan.total / memory.GIB:.2f} GiB on each of {D} devices"
+        f"{page.table(head, rows)}\n\npeak memory {measure.peak_memory() / memory.GIB:.2f} GiB ({where})"
     )
