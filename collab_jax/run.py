@@ -145,7 +145,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path, make_cloud=make_cloud) -> Run:
-    """Checks the config, claims the workdir and builds the parts. Raises UserError with what to do."""
+    """Checks the config, claims the workdir and builds the parts, the cloud by `make_cloud`. Raises UserError with what to do."""
     check_config(config)
     claim(config, workdir)
     task = make_task(config)
