@@ -9,24 +9,27 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from collab_jax import process
 from collab_jax.errors import UserError
 
 
-def main(run: Callable[[ConfigDict, pathlib.Path], int]) -> None:
-    """Parses the flags and exits with run(config, workdir)'s status; a UserError is one line and status 1."""
+def main(run: Callable[..., int], workdir: bool = True) -> None:
+    """Parses the flags and exits with run(config, workdir)'s status, or run(config)'s; a UserError is told, and status 1."""
     config_flag = config_flags.DEFINE_config_file("config", None, "The experiment's file.", lock_config=True)
-    workdir_flag = flags.DEFINE_string("workdir", None, "Where everything of this run is kept; made if absent.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    if workdir:
+        workdir_flag = flags.DEFINE_string("workdir", None, "Where everything of this run is kept; made if absent.")
+        flags.mark_flag_as_required("workdir")
 
     def start(argv):
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE")
             process.set_up(config_flag.value.cpu_devices)
-            sys.exit(run(config_flag.value, pathlib.Path(workdir_flag.value).expanduser()))
+            folder = [pathlib.Path(workdir_flag.value).expanduser()] if workdir else []
+            sys.exit(run(config_flag.value, *folder))
         except UserError as error:
             sys.exit(f"error: {error}")
 

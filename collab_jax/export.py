@@ -1,7 +1,8 @@
 """Export: the last checkpoint of a run as a Hugging Face folder, for `transformers`, vLLM and the like.
 
-    python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER
+    python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER [--adapter]
 
+A run with `config.lora` is merged into its model, or, with --adapter, written as an adapter that PEFT and vLLM load.
 With a model card (README.md) that says how to call it and, where the run has its report, what was measured.
 """
 
@@ -14,13 +15,14 @@ from ml_collections import ConfigDict
 from collab_jax import cli, report
 from collab_jax import run as runs
 from collab_jax.errors import UserError
-from collab_jax.models import hf
+from collab_jax.models import hf, lora
 from collab_jax.run import Run
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; made if absent.")
+_ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapter alone, as PEFT has it, instead of the merged model.")
 
 
-def model_card(run: Run, step: int) -> str:
+def model_card(run: Run, step: int, adapter: bool) -> str:
     """README.md of the exported folder."""
     config, text = run.config, run.text
     decision = text.tokenizer.convert_ids_to_tokens(text.decision_id)
@@ -36,7 +38,7 @@ def model_card(run: Run, step: int) -> str:
         )
     return f"""---
 base_model: {config.model.path}
-library_name: transformers
+library_name: {"peft" if adapter else "transformers"}
 pipeline_tag: text-generation
 tags: [collab_jax, device-cloud, routing]
 ---
@@ -56,7 +58,7 @@ FOLDER` finds that bias and writes collab_config.json beside this file.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer, model = (kind.from_pretrained("FOLDER") for kind in (AutoTokenizer, AutoModelForCausalLM))
+tokenizer, model = (kind.from_pretrained("FOLDER") for kind in (AutoTokenizer, AutoModelForCausalLM)){adapter * "  # needs peft installed"}
 messages = [{{"role": "user", "content": "..."}}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens={config.max_new_tokens}, do_sample=False)[0]))
@@ -68,18 +70,36 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens={config.max_new_t
 """
 
 
-def main(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """The command line."""
-    run = runs.prepare(config, workdir)
+def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
+    """Writes the run's last checkpoint to `out`, a model or its adapter alone; returns its step."""
+    config = run.config
     step = run.checkpoints.latest()
     if step is None:
-        raise UserError(f"{workdir} holds no checkpoint: train first, with this --workdir and these settings")
-    out = pathlib.Path(_OUT.value).expanduser()
+        raise UserError(f"{run.workdir} holds no checkpoint: train first, with this --workdir and these settings")
+    if adapter and not config.lora.rank:
+        raise UserError("--adapter: this run trained the whole model (config.lora.rank=0): export it without --adapter")
+    learnt = runs.load_state(run).learnt
     try:
-        hf.save(out, runs.load_state(run).policy, hf.read_config(run.folder), config.model.param_dtype, run.folder)
-        (out / "README.md").write_text(model_card(run, step), encoding="utf-8")
+        if adapter:
+            lora.save(out, learnt, config.lora, config.model.path)
+            hf.copy_tokenizer(run.folder, out)
+        else:
+            if config.lora.rank:
+                base = hf.load(run.folder, run.cfg, config.model.param_dtype)
+                learnt = lora.merge(base, learnt, run.cfg.lora_scale)
+            hf.save(out, learnt, hf.read_config(run.folder), config.model.param_dtype, run.folder)
+        if not (run.folder / hf.GENERATION).is_file():
+            hf.save_generation_config(out, run.text.eos_ids, run.text.pad_id)
+        (out / "README.md").write_text(model_card(run, step, adapter), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
+    return step
+
+
+def main(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """The command line."""
+    out = pathlib.Path(_OUT.value).expanduser()
+    step = write(runs.prepare(config, workdir), out, _ADAPTER.value)
     print(f"wrote step {step} to {out}")
     return 0
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from collab_jax.models import decoder
+from collab_jax.models import decoder, lora
 from collab_jax.models.decoder import DecoderConfig, Params
 
 # ---------------------------------------------------------------------------------------------------- state
@@ -59,10 +59,10 @@ class FilterState:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes between steps; saved whole, and the same on every device."""
+    """All that changes between steps, saved, and the same on every device; and `frozen`, which is neither changed nor saved."""
 
     step: jax.Array  # i32[]
-    params: Params
+    params: Params  # that are trained: all, or an adapter
     opt_state: optax.OptState
     reward: RewardState
     filter: FilterState
@@ -72,13 +72,24 @@ class TrainState:
     average: Params | None = (
         None  # f32, of the params after each step, each weighing `average` times the next; None: none
     )
+    frozen: Params | None = None  # the model that an adapter belongs to; None: no adapter
 
     @property
-    def policy(self) -> Params:
-        """What the run delivers: the averaged parameters where they are kept, in the type of the others, or these."""
+    def learnt(self) -> Params:
+        """What the run delivers: the averaged `params` where they are kept, in the type of the others, or these."""
         if self.average is None:
             return self.params
         return jax.tree.map(lambda a, p: a.astype(p.dtype), self.average, self.params)
+
+    @property
+    def policy(self) -> Params:
+        """The whole model that the run delivers."""
+        return lora.join(self.frozen, self.learnt)
+
+    @property
+    def behaviour(self) -> Params:
+        """The whole model that samples, and that the next step improves."""
+        return lora.join(self.frozen, self.params)
 
 
 @flax.struct.dataclass
@@ -132,7 +143,7 @@ def init_state(
     filter: FilterState,
     averaged: bool = False,
 ) -> TrainState:
-    """The TrainState before the first step; averaged: with an `average`."""
+    """The TrainState before the first step, nothing frozen; averaged: with an `average`."""
     counters = {name: zero() for name in ("step", "empty_updates", "nonfinite_updates", "nonfinite_streak")}
     average = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params) if averaged else None
     opt_state = optimizer.init(params)
@@ -263,6 +274,7 @@ def cut_lengths(max_new: int, count: int) -> tuple[int, ...]:
 
 def policy_gradient(
     params: Params,
+    frozen: Params | None,
     cfg: DecoderConfig,
     batch: Rollout,
     A: jax.Array,
@@ -274,8 +286,8 @@ def policy_gradient(
     temperature: float,
     chunk: int,
 ) -> tuple[Params, jax.Array, jax.Array]:
-    """Gradient of `loss` over the first `mine` of `prompts` i32[P], which index `batch` and A f32[Q, G]; and the sum and
-    the largest of |log p recomputed - log p sampled| of those prompts' tokens.
+    """Gradient of `loss` by `params`, which act joined with `frozen`, over the first `mine` of `prompts` i32[P], which index
+    `batch` and A f32[Q, G]; and the sum and the largest of |log p recomputed - log p sampled| of those prompts' tokens.
 
     Each prompt is computed once, in a pass of its own: the keys and values that it leaves are an input to the responses, so
     the gradient comes back through them (`dkv`). The responses go longest first, `micro_rows` at a time, and each such
@@ -290,7 +302,7 @@ def policy_gradient(
 
     def prefill(params, i):
         at = jax.lax.dynamic_slice(prompts, (i * c,), (c,))
-        return decoder.prefill(params, cfg, batch.prompts[at], batch.prompt_mask[at])
+        return decoder.prefill(lora.join(frozen, params), cfg, batch.prompts[at], batch.prompt_mask[at])
 
     def store(i, whole):
         put = lambda w, part: jax.lax.dynamic_update_slice_in_dim(w, part, i * c, axis=0)  # noqa: E731
@@ -315,8 +327,8 @@ def policy_gradient(
             tokens, mask, sampled, barred = jax.tree.map(lambda x: x[at][:, :width], rows)
 
             def objective(params, kv):
-                prompt = batch.prompt_mask[at[0]]
-                logp = decoder.continued_logprobs(params, cfg, *kv, prompt, tokens, temperature, chunk, barred)
+                whole, seen = lora.join(frozen, params), batch.prompt_mask[at[0]]
+                logp = decoder.continued_logprobs(whole, cfg, *kv, seen, tokens, temperature, chunk, barred)
                 drift = jnp.abs(logp - sampled) * mask * weight[:, None]
                 return loss(logp, mask, A[at] * weight, G), (drift.sum(), drift.max())
 
@@ -329,7 +341,7 @@ def policy_gradient(
         return jax.tree.map(jnp.add, total[0], grads), spread, total[2] + drift, jnp.maximum(total[3], worst)
 
     dkv = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv)  # a sum over rows, like `grads`
-    zeros = jax.tree.map(jnp.zeros_like, params), dkv
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), dkv
     grads, dkv, drift, worst = jax.lax.fori_loop(0, rounds, rows, (*zeros, jnp.float32(0), jnp.float32(0)))
 
     def back(i, grads):
@@ -381,6 +393,7 @@ def make_step(
         mine = (signal.sum() - me + D - 1) // D
         grads, drift, worst = policy_gradient(
             state.params,
+            state.frozen,
             cfg,
             batch,
             A,

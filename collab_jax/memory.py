@@ -1,53 +1,197 @@
 """Memory of a run, estimated from its config before anything is allocated; a run that does not fit is refused.
 
-The estimate is meant to be right within a third; it was so against the compiler's own on a CPU (tests). Counted, on one device: parameters, Adam's moments and the gradients; while sampling the KV cache and the logits; in the
-update what one micro-batch keeps for its backward pass. Sampling and update do not overlap, so the larger of both counts.
+    python -m collab_jax.memory --config configs/countdown_qwen2p5_3b.py --devices 8 --gib 16 [--config.KEY=VALUE ...]
+
+prints the plan for any number of devices of any size; none of them, and no weights, need be there.
+
+Counted, on one device: what is held throughout (parameters, what is frozen, optimizer, average) and then the larger of an
+update (gradients, what one micro-batch keeps for its backward pass, its logits) and of sampling (KV cache, logits), which do
+not overlap. What a backward pass keeps is not written down here: jax traces one block and says so, whatever the block is.
+Against the compiler's own count the estimate is right within 15 % (tests), on a CPU. What a CPU's compiler makes nothing of,
+narrow activations, remat and chunks of logits, could not be checked so. An allocator needs some room beside.
 """
 
+import dataclasses
+import functools
+import itertools
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import flags
+from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
+from collab_jax import cli, page
 from collab_jax.errors import UserError
-from collab_jax.models import decoder
-from collab_jax.models.decoder import DecoderConfig
+from collab_jax.models import decoder, hf, lora
+from collab_jax.models.decoder import DecoderConfig, Params
 
 GIB = 2**30
-FIXES = {
-    "weights": "a smaller model, or config.model.param_dtype=bfloat16",
-    "sampling": "a smaller config.group, config.prompts_per_step or config.max_new_tokens, or config.decode.cache_dtype=bfloat16",
-    "update": "a smaller config.train.micro_rows, config.train.remat=True, or a smaller config.train.logprob_chunk",
-}
+PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")
 
 
-def plan(cfg: DecoderConfig, config: ConfigDict, devices: int) -> dict[str, float]:
-    """Bytes of one device by purpose: "weights" (optimizer and gradients in), "sampling", "update"."""
+class Plan(NamedTuple):
+    """Bytes on one device, by purpose."""
+
+    held: dict[str, float]  # throughout
+    update: dict[str, float]  # beside that in an update
+    sampling: dict[str, float]  # or while it samples
+
+    @property
+    def total(self) -> float:
+        return sum(self.held.values()) + max(sum(self.update.values()), sum(self.sampling.values()))
+
+
+# ----------------------------------------------------------------------------------- what a backward pass keeps
+
+_VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "stop_gradient")
+
+
+def _results(jaxpr, inputs: list) -> list:
+    """For each result of `jaxpr` where its numbers lie: (an object of its own, bytes). A view lies where its operand does."""
+    place = dict(zip(jaxpr.invars, inputs, strict=True))
+    nothing = object(), 0
+    for eqn in jaxpr.eqns:
+        operands = [nothing if isinstance(v, Literal) else place.get(v, nothing) for v in eqn.invars]
+        inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+        if inner is not None:
+            made = _results(getattr(inner, "jaxpr", inner), operands)
+        elif eqn.primitive.name in _VIEWS:
+            made = operands[:1]
+        else:
+            made = [(object(), v.aval.size * v.aval.dtype.itemsize) for v in eqn.outvars]
+        place.update(zip(eqn.outvars, made, strict=True))
+    return [place.get(v, nothing) if not isinstance(v, Literal) else nothing for v in jaxpr.outvars]
+
+
+@functools.cache
+def _model(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], param_dtype: str) -> tuple[Params, Params | None]:
+    """(trained, frozen) parameters, as shapes."""
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+    whole = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
+    if not rank:
+        return cast(whole, param_dtype), None
+    settings = ConfigDict({"rank": rank, "targets": targets})
+    adapter = jax.eval_shape(lambda: lora.init(cfg, settings, jax.random.key(0), "float32"))
+    return cast(adapter, param_dtype), cast(whole, cfg.dtype)
+
+
+@functools.cache
+def kept(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], L: int, T: int) -> tuple[float, float]:
+    """Bytes that the backward pass needs of the forward pass of one response of T tokens, or with T = 0 of one prompt of L
+    tokens: (one block's, what comes once). Parameters are not among them."""
+    ROWS = 2
+
+    def total(layers: int) -> float:
+        small = dataclasses.replace(cfg, num_layers=layers, vocab_size=8)
+        trained, frozen = _model(small, rank, targets, cfg.dtype)
+        tokens, real = jnp.zeros((ROWS, T or L), jnp.int32), jnp.ones((ROWS, L), bool)
+
+        def residuals(trained, frozen, past):
+            def hidden(trained, past):
+                whole = lora.join(frozen, trained)
+                if T:
+                    return decoder.continued_hidden(whole, small, *past, real, tokens)
+                return decoder.prefill(whole, small, tokens, real)
+
+            return jax.vjp(hidden, trained, past)[1]
+
+        whole = lora.join(frozen, trained)
+        past = jax.eval_shape(lambda p: decoder.prefill(p, small, jnp.zeros((ROWS, L), jnp.int32), real), whole)
+        jaxpr = jax.make_jaxpr(residuals)(trained, frozen, past).jaxpr
+        places = _results(jaxpr, [(object(), 0) for _ in jaxpr.invars])
+        return sum(dict(places).values()) / ROWS
+
+    one, two = total(1), total(2)
+    return two - one, max(one - (two - one), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
+
+
+def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
+    """The plan of a run of `config` with the model `cfg`; its prompts are split over `devices`, all else is on each of them.
+
+    cpu: as XLA compiles for a CPU, where bfloat16 is widened to float32, and what was to be computed again (a block under
+    remat, a chunk of logits) is kept after all.
+    """
+    stored = jnp.dtype(cfg.dtype).itemsize  # of what is frozen
+    if cpu:
+        cfg = dataclasses.replace(cfg, dtype="float32", remat=False)
     L, T, G, V = config.prompt_length, config.max_new_tokens, config.group, cfg.vocab_size
     P = -(-config.prompts_per_step // devices)
-    m, c = config.train.micro_rows, min(config.train.logprob_chunk, T)
-    E, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    compute, kept = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
-    kv = 2 * cfg.num_layers * K * H  # numbers a token
+    m, chunk = config.train.micro_rows, min(config.train.logprob_chunk, T)
+    compute, param = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
+    adapter = config.lora.rank, tuple(config.lora.targets)
+    trained, frozen = (_count(tree) for tree in _model(_plain(cfg), *adapter, "float32"))
+    # Parameters again, in the computation's type.
+    cast = compute * (trained * (compute != param) + frozen * (compute != stored))
 
-    cached = kv * jnp.dtype(config.decode.cache_dtype).itemsize
-    slots = P * G
-    sampling = cached * (P * L + slots * T + slots // 2 * (L + T)) + 3 * 4 * slots * V
-    sampling += compute * slots * (4 * E + 3 * cfg.intermediate_size)
+    held = {
+        "parameters": trained * param + frozen * stored,
+        "optimizer": 8 * trained,  # two f32 moments; or the first, and what rounding owes, in bf16
+        "average": 4 * trained if config.optim.average else 0,
+    }
+    block, once = kept(cfg, *adapter, L, T)
+    prompt_block, prompt_once = kept(cfg, *adapter, L, 0)
+    again = prompt_again = 0.0  # what a block keeps, where it is computed again for its backward pass
+    if cfg.remat:
+        bare = dataclasses.replace(cfg, remat=False)
+        again, prompt_again = kept(bare, *adapter, L, T)[0], kept(bare, *adapter, L, 0)[0]
+    E, F, kv = cfg.hidden_size, cfg.intermediate_size, 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
+    beside = compute * _adapted_width(cfg, *adapter) * (1 if cfg.remat else cfg.num_layers)  # of a token
+    gradients = compute * (4 * E + 2 * F) + beside  # of the block that is being differentiated, a token
+    responses = m * (cfg.num_layers * block + once + again + T * gradients)
+    # The last block of a prompt is computed for one token, beside its keys and values.
+    prompts = min(P, m) * ((cfg.num_layers - 1) * prompt_block + prompt_once + prompt_again + L * gradients)
+    update = {
+        "gradients": trained * (4 + param),  # their sum, and a micro-batch's own
+        "activations": max(responses, prompts)
+        + cast
+        + P * L * kv * (compute + 4),  # prompts' keys, values; their gradients
+        "logits": 4 * m * V * ((T if cpu else chunk) + chunk),  # and one chunk's gradients
+    }
+    sampled = _sampling(cfg, config, P, G, config.decode.slot_counts)
+    evaluated = _sampling(cfg, config, -(-config.eval.batch_size // devices) if config.eval.prompts else 0, 1, 1)
+    evaluated["parameters"] = trained * param if config.optim.average else 0  # the averaged ones, in the others' type
+    sampling = max(sampled, evaluated, key=lambda parts: sum(parts.values()))
+    return Plan(held, update, sampling | {"activations": sampling["activations"] + cast})
 
-    # Of a block, by token: what its matrix products read, and the activations between them; then its attention's weights.
-    block = compute * (5 * E + 4 * cfg.intermediate_size + 4 * (N + K) * H) + 2 * 4 * N * (L + T)
-    tokens = m * max(L, T)
-    blocks = tokens * (cfg.num_layers * compute * E + block) if cfg.remat else tokens * cfg.num_layers * block
-    update = blocks + 3 * 4 * m * c * V + kv * P * L * (compute + 4)
-    cast = count * compute if compute != kept else 0  # the parameters again, in the computation's type
-    average = 4 * count if config.optim.average else 0
-    # Parameters, two moments, the gradient's sum and a micro-batch's own.
-    return {"weights": 5.0 * count * kept + cast + average, "sampling": float(sampling), "update": float(update)}
+
+def _sampling(cfg: DecoderConfig, config: ConfigDict, P: int, G: int, slot_counts: int) -> dict[str, float]:
+    """Of P prompts with G responses each, at its end: beside the cache either a column's work, or, where slots go, a copy."""
+    L, T, slots, compute = config.prompt_length, config.max_new_tokens, P * G, jnp.dtype(cfg.dtype).itemsize
+    token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(config.decode.cache_dtype).itemsize
+    logits = 5 * 4 * slots * cfg.vocab_size  # themselves, scaled, the marker's aside, noise, and the sum
+    activations = compute * slots * (4 * cfg.hidden_size + 3 * cfg.intermediate_size)
+    copy = token * -(-slots // 2) * (L + T) if slot_counts > 1 else 0
+    column = logits + activations
+    return {"cache": token * (P * L + slots * T) + max(copy - column, 0), "logits": logits, "activations": activations}
+
+
+def _adapted_width(cfg: DecoderConfig, rank: int, targets: tuple[str, ...]) -> int:
+    """Numbers a token that a block's adapter puts out. They are kept beside those of the projections: XLA adds where it uses."""
+    adapter = _model(_plain(cfg), rank, targets, "float32")[0] if rank else {}
+    return sum(leaf["lora_b"].shape[1] for part in adapter.get("layers_0", {}).values() for leaf in part.values())
+
+
+def _count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _plain(cfg: DecoderConfig) -> DecoderConfig:
+    """What counts for the number of parameters."""
+    return dataclasses.replace(cfg, dtype="float32", remat=False, lora_scale=1.0)
+
+
+# ------------------------------------------------------------------------------------- against what there is
 
 
 def limit() -> float:
@@ -62,15 +206,84 @@ def limit() -> float:
     return total / jax.local_device_count()
 
 
-def check(cfg: DecoderConfig, config: ConfigDict) -> None:
-    """Raises UserError with the figures and the fix where the run will not fit."""
-    parts, have = plan(cfg, config, jax.local_device_count()), limit()
-    need = parts["weights"] + max(parts["sampling"], parts["update"])
-    if need <= have:
-        return
-    worst = max(parts, key=parts.get)
-    figures = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+def table(parts: Plan, devices: int, have: float) -> str:
+    """The plan as a Markdown table with its sum against what a device has; in GiB, or a small one in MiB."""
+    unit, size, rows = ("GiB", GIB, []) if parts.total >= GIB else ("MiB", 2**20, [])
+    for name, sizes in zip(("held", "in an update, besides", "or in sampling"), parts, strict=True):
+        cells = [f"{sizes[p] / size:.1f}" if sizes.get(p) else "" for p in PURPOSES]
+        rows.append((name, *cells, f"{sum(sizes.values()) / size:.1f}"))
+    head = (f"{unit} on each of {devices} device{'s' * (devices > 1)}", *PURPOSES, "sum")
+    return f"{page.table(head, rows)}\nat most {parts.total / size:.1f} of {have / size:.1f} {unit}"
+
+
+def _choices(config: ConfigDict, devices: int) -> Iterator[dict[str, object]]:
+    """Settings that need less, as overrides ("devices" among them): those that change fewest first, the mildest first."""
+    rows = config.train.micro_rows
+    options = {
+        "train.micro_rows": [n for n in (rows // 2, rows // 4, 1) if 1 <= n < rows],
+        "train.remat": [True],
+        "train.logprob_chunk": [16],
+        "decode.cache_dtype": ["bfloat16"],
+        "model.param_dtype": ["bfloat16"],
+        "lora.rank": [] if config.lora.rank else [16],
+        "devices": [n * devices for n in (2, 4, 8) if config.prompts_per_step % (n * devices) == 0],
+    }
+    for count in range(1, len(options) + 1):
+        for keys in itertools.combinations(options, count):
+            for values in itertools.product(*(options[key] for key in keys)):
+                yield dict(zip(keys, values, strict=True))
+
+
+def fitting(
+    cfg: DecoderConfig, config: ConfigDict, devices: int, have: float, cpu: bool = False
+) -> dict[str, object] | None:
+    """The first of `_choices` under which the run fits `have` bytes on each device, or None."""
+    for changes in _choices(config, devices):
+        if plan(*changed(cfg, config, changes), changes.get("devices", devices), cpu).total <= have:
+            return changes
+    return None
+
+
+def changed(cfg: DecoderConfig, config: ConfigDict, changes: dict[str, object]) -> tuple[DecoderConfig, ConfigDict]:
+    """The model and the config under one of `_choices`."""
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict({key: value for key, value in changes.items() if key != "devices"})
+    return dataclasses.replace(cfg, remat=config.train.remat), config
+
+
+def check_here(cfg: DecoderConfig, config: ConfigDict) -> str:
+    """`check` for this process's devices."""
+    return check(cfg, config, jax.local_device_count(), limit(), jax.default_backend() == "cpu")
+
+
+def check(cfg: DecoderConfig, config: ConfigDict, devices: int, have: float, cpu: bool = False) -> str:
+    """The plan as text. Raises UserError, with the plan and with settings that would fit, where it needs more than `have`."""
+    parts = plan(cfg, config, devices, cpu)
+    shown = table(parts, devices, have)
+    if parts.total <= have:
+        return shown
+    changes = fitting(cfg, config, devices, have, cpu)
+    advice = "nothing that could be changed makes it fit: use a smaller model, group or max_new_tokens"
+    if changes:
+        more = f"{changes.pop('devices')} devices" if "devices" in changes else ""
+        named = [f"--config.{key}={value}" for key, value in changes.items()] + [more] * bool(more)
+        advice = f"it fits with {' and '.join(named)}"
     raise UserError(
-        f"this run needs about {need / GIB:.1f} GiB on each of {jax.local_device_count()} devices, which have {have / GIB:.1f} "
-        f"({figures}): use {FIXES[worst]}, or more devices"
+        f"this run needs about {parts.total / GIB:.3g} GiB on each of {devices} devices, which have {have / GIB:.3g}: {advice}\n"
+        + shown
     )
+
+
+_DEVICES = flags.DEFINE_integer("devices", 1, "Number of devices to plan for.", lower_bound=1)
+_GIB = flags.DEFINE_float("gib", 80.0, "Memory of each of them, in GiB.", lower_bound=0.0)
+
+
+def main(config: ConfigDict) -> int:
+    """The command line."""
+    cfg = hf.config_from_hf(hf.architecture(config.model.path), config.model.dtype, config.train.remat)
+    print(check(lora.configure(cfg, config.lora), config, _DEVICES.value, _GIB.value * GIB))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(main, workdir=False)

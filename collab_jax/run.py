@@ -15,7 +15,7 @@ from collab_jax.checkpoint import Checkpoints
 from collab_jax.cloud import CachedCloud, make_cloud
 from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
-from collab_jax.models import decoder, hf
+from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
 from collab_jax.tasks import Example, Task, make_task
@@ -92,6 +92,9 @@ def check_config(config: ConfigDict) -> None:
         "config.algorithm: zero_variance looks at rewards, not at what lagrangian charges for calls: use filter=none with it",
     )
     need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")
+    for name in ("model.dtype", "model.param_dtype", "decode.cache_dtype"):
+        value = functools.reduce(getattr, name.split("."), config)
+        need(value in ("float32", "bfloat16"), f"config.{name}={value!r}: use 'float32' or 'bfloat16'")
     for key, known in algorithms.PARTS.items():
         need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")
     for name in ("prompts_per_step", "eval.batch_size", "routers.batch_size"):
@@ -141,13 +144,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
-    """Checks the config, claims the workdir and builds the parts. Raises UserError with what to do."""
+def prepare(config: ConfigDict, workdir: pathlib.Path, make_cloud=make_cloud) -> Run:
+    """Checks the config, claims the workdir and builds the parts, the cloud by `make_cloud`. Raises UserError with what to do."""
     check_config(config)
     claim(config, workdir)
     task = make_task(config)
     folder = hf.locate(config.model.path)
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
+    cfg = lora.configure(cfg, config.lora)
     steps, o = config.train.steps, config.optim
     schedule = optim.make_schedule(o.learning_rate, o.warmup_steps, decay_steps=steps if o.decay else None)
     store = pathlib.Path(config.cloud.store).expanduser() if config.cloud.store else workdir / "cloud.sqlite"
@@ -159,7 +163,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         text=text_lib.load(folder, config.text),
         task=task,
         cloud=make_cloud(config, task, store),
-        optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm),
+        optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm, config.model.param_dtype),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )
 
@@ -182,12 +186,18 @@ def examples(run: Run, split: str) -> list[Example]:
 
 
 def load_state(run: Run) -> TrainState:
-    """The state of the last checkpoint, or the one before the first step; on the host."""
+    """The state of the last checkpoint, or the one before the first step; on the host. What is frozen is the folder's.
+
+    Frozen parameters come in the computation's type, in which they would be used anyway: no other copy is kept.
+    """
     config = run.config
-    params = hf.load(run.folder, run.cfg, config.model.param_dtype)
+    if config.lora.rank:
+        params = lora.init(run.cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype)
+        frozen = hf.load(run.folder, run.cfg, config.model.dtype)
+    else:
+        params, frozen = hf.load(run.folder, run.cfg, config.model.param_dtype), None
     alphas = config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f
     parts = run.optimizer, gapg.init_reward(*alphas), gapg.init_filter(config.budget)
     state = gapg.init_state(params, *parts, averaged=config.optim.average > 0)
-    if run.checkpoints.latest() is None:
-        return jax.device_get(state)
-    return run.checkpoints.restore(like=state)
+    restored = jax.device_get(state) if run.checkpoints.latest() is None else run.checkpoints.restore(like=state)
+    return restored.replace(frozen=frozen)

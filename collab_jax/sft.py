@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from collab_jax import cli, optim, parallel
 from collab_jax.errors import UserError
-from collab_jax.models import decoder, hf
+from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
 from collab_jax.tasks import make_task
 
@@ -51,11 +51,12 @@ def batches(task, text, config: ConfigDict):
 
 
 def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformation, config: ConfigDict):
-    """step(params, opt_state, Batch) -> params, opt_state, mean loss in nats a response token; all with axis D."""
+    """step(params, opt_state, frozen, Batch) -> params, opt_state, mean loss in nats a response token; all with axis D."""
 
-    def body(params, opt_state, batch: Batch):
+    def body(params, opt_state, frozen, batch: Batch):
         def loss(params, part: Batch):
-            logp = decoder.response_logprobs(params, cfg, *part[:3], temperature=1.0, chunk=config.train.logprob_chunk)
+            model, chunk = lora.join(frozen, params), config.train.logprob_chunk
+            logp = decoder.response_logprobs(model, cfg, *part[:3], temperature=1.0, chunk=chunk)
             return -jnp.sum(logp * part.response_mask)
 
         def micro(total, part):
@@ -64,7 +65,7 @@ def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformatio
         rows = batch.prompts.shape[0]
         parts = math.gcd(rows, max(rows // config.sft.micro_rows, 1))  # as even as the batch allows
         split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        zeros = jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         (total, grads), _ = jax.lax.scan(micro, zeros, split)
         total, grads, count = jax.lax.psum((total, grads, batch.response_mask.sum()), parallel.AXIS)
         grads = jax.tree.map(lambda g: g / count, grads)
@@ -103,22 +104,27 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 def tune(params, cfg, source, config: ConfigDict):
-    """Params after `config.sft.steps` updates on the batches of `source`."""
+    """Params after `config.sft.steps` updates on the batches of `source`; of an adapter, which is then merged, under LoRA."""
+    cfg, base, frozen = lora.configure(cfg, config.lora), params, None
+    if config.lora.rank:
+        params = lora.init(cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype)
+        frozen = parallel.replicate(jax.tree.map(lambda x: np.asarray(x).astype(cfg.dtype), base))
     sft, D = config.sft, jax.local_device_count()
     schedule = optim.make_schedule(sft.learning_rate, sft.warmup_steps, decay_steps=sft.steps)
-    optimizer = optim.make_optimizer(schedule, sft.weight_decay, config.optim.clip_norm)
+    optimizer = optim.make_optimizer(schedule, sft.weight_decay, config.optim.clip_norm, config.model.param_dtype)
     state = parallel.replicate(params), parallel.replicate(optimizer.init(params))
     step, started = make_step(cfg, optimizer, config), time.monotonic()
     with tqdm(total=sft.steps, desc="warm start", unit="step") as bar:
         for i in range(sft.steps):
             batch = parallel.shard(next(source), D)
             jax.block_until_ready(state)  # one at a time: updates of host devices, queued, can lock in the collective
-            *state, loss = step(*state, batch)
+            *state, loss = step(*state, frozen, batch)
             if i % 20 == 0 or i == sft.steps - 1:
                 bar.set_postfix(loss=f"{float(loss[0]):.3f}", refresh=False)
             bar.update()
     print(f"{sft.steps} steps in {time.monotonic() - started:.0f} s, last loss {float(loss[0]):.3f} nats a token")
-    return parallel.unreplicate(state[0])
+    tuned = parallel.unreplicate(state[0])
+    return lora.merge(base, tuned, cfg.lora_scale) if config.lora.rank else tuned
 
 
 if __name__ == "__main__":

@@ -130,9 +130,8 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     """Trains to `config.train.steps`; the final state with axis D, or None where it was asked to stop."""
     # ------------------------------------------------------------------------------------------------ set-up
     config, Q = run.config, run.config.prompts_per_step
-    host_state = runs.load_state(run)
-    first = int(host_state.step)
-    state = parallel.replicate(host_state)
+    state = parallel.replicate(runs.load_state(run))
+    first = int(parallel.unreplicate(state.step))
     if first >= config.train.steps:
         return state
     examples = runs.examples(run, "train")
@@ -164,7 +163,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
                 bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
             ill = row["nonfinite_streak"] >= NONFINITE_LIMIT or row["empty_d1_streak"] >= config.train.empty_d1_limit
             if ill or last or (i + 1) % config.train.checkpoint_every == 0:
-                run.checkpoints.save(i + 1, parallel.unreplicate(state))
+                run.checkpoints.save(i + 1, parallel.unreplicate(state.replace(frozen=None)))
             check_health(row, run)
 
         previous: Callable[[], None] = lambda: None  # noqa: E731
@@ -173,7 +172,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             chosen = prompt_indices(config.seed, i, Q, len(examples))
             batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
             collected = rollout.collect(
-                sample, state.params, run.text, run.task, cloud, *batch, config.seed, i, meanwhile=previous
+                sample, state.behaviour, run.text, run.task, cloud, *batch, config.seed, i, meanwhile=previous
             )
             sampled = time.monotonic()
             # ----------------------------------------------------------------------------------------- update
@@ -210,7 +209,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line."""
     stop = Stop()
     run = runs.prepare(config, workdir)
-    memory.check(run.cfg, config)
+    print(memory.check_here(run.cfg, config))
     print(
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"
@@ -241,10 +240,10 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         after = kept(workdir / "after.parquet", final)
         for kind, i in summary.examples_to_show(after):
             print(f"  {kind}: {after['prompt'][i]} -> {after['natural_text'][i]}")
-        host = parallel.unreplicate(state)
+        filter_state = parallel.unreplicate(state.filter)
         rows = metrics.read(workdir / "metrics.jsonl")
         cost, machine = ledger(run.cloud.store), process.machine()
-        print(report.write(workdir, config, host.filter, rows, before, after, cost, machine))
+        print(report.write(workdir, config, filter_state, rows, before, after, cost, machine))
     return 0
 
 

@@ -26,7 +26,12 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.path = "countdown-tiny"  # Hugging Face folder, hub name, or a bundled model's name
     config.model.dtype = "float32"  # of the computation
-    config.model.param_dtype = "float32"  # of the parameters and the optimizer state
+    config.model.param_dtype = "float32"  # of the parameters that are trained and of the optimizer state
+
+    config.lora = ConfigDict()  # train an adapter instead of the parameters, which stay as they are, in model.dtype
+    config.lora.rank = 0  # of the adapter; 0: no adapter
+    config.lora.alpha = 32.0  # its product counts alpha / rank
+    config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in each block
 
     config.text = ConfigDict()
     config.text.marker = "<unknown> I need external assistance </unknown>"  # the call, as text

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from collab_jax import parallel
-from collab_jax.bench import measure, work
+from collab_jax.bench import measure, rehearse, work
+from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf
 from collab_jax.models.decoder import DecoderConfig
 
@@ -112,6 +113,55 @@ def test_command_line_writes_a_table_and_json(tmp_path):
 def test_bad_arguments_are_one_clear_line(arguments, says):
     out = command(*arguments)
     assert out.returncode != 0 and says in out.stderr and "Traceback" not in out.stderr
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A model folder with nothing but its architecture."""
+    load = LOAD._replace(lengths="fixed")
+    (tmp_path / "config.json").write_text(json.dumps(work.hf_config(load) | {"vocab_size": 300}))
+    return tmp_path
+
+
+def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare):
+    sizes = {"prompts_per_step": 2, "group": 2, "max_new_tokens": 8, "decode__slot_counts": 1, "train__lengths": 1}
+    page = rehearse.rehearse(small(model__path=str(bare), **sizes), layers=1, steps=2)
+    assert "1 blocks, random weights, a made-up tokenizer" in page and "MiB on each of 2 devices" in page
+    steps = [line.split("|")[1:] for line in page.splitlines() if line.startswith(("| 1 (compiles)", "| 2 "))]
+    assert len(steps) == 2
+    for _, rollout_s, _, update_s, share, tokens, rate, asked, drift, _ in steps:
+        assert float(rollout_s) > 0 and float(update_s) > 0 and float(rate.strip().removesuffix("k")) > 0
+        assert 2 * 2 * 7 <= int(tokens) <= 2 * 2 * 8 and int(asked) == 2 and 0 <= float(drift) < 0.01
+        assert share.strip().endswith("%")
+
+
+def test_a_made_up_tokenizer_has_the_special_tokens_whole_and_fits_the_model(small):
+    config = small()
+    tokenizer = rehearse.make_up_tokenizer(["What is 1 + 2?"] * 3, config, 300)
+    assert len(tokenizer) <= 300 and tokenizer.decode(tokenizer.encode("What is 2 + 1?")) == "What is 2 + 1?"
+    assert all(len(tokenizer.encode(t)) == 1 for t in ("<pad>", "<eos>", "<unknown>"))
+    with pytest.raises(UserError, match="at least 2.. tokens, and this model's vocabulary is 100"):
+        rehearse.make_up_tokenizer(["a"], config, 100)
+
+
+def test_half_of_each_group_counts_as_right_after_it_was_judged():
+    batch = work.update_batch(LOAD).replace(correct=np.zeros((8, 4), bool), called=np.ones((8, 4), bool))
+    right = rehearse.half_right(batch)
+    assert right.correct.tolist() == [[True, False, True, False]] * 8 and not right.called.any()
+
+
+def test_settings_of_a_rehearsal_are_read_as_everywhere(bare, small):
+    file = "configs/countdown_tiny.py"
+    assert rehearse.read_config(file, ["--config.group=6", "--config.text.eos=('a','b')"]).group == 6
+    for wrong, says in (
+        (["--config.grup=6"], "grup"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--layer=2"], "layer"),
+    ):
+        with pytest.raises(UserError, match=says):
+            rehearse.read_config(file, wrong)
+    with pytest.raises(UserError, match="--layers=9 must lie in 1 to 4"):
+        rehearse.rehearse(small(model__path=str(bare)), layers=9, steps=1)
 
 
 def test_random_models_have_the_shapes_of_their_names():

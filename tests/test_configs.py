@@ -15,7 +15,7 @@ def test_config_has_the_common_keys_and_no_others(file: pathlib.Path):
     config = runpy.run_path(str(file))["get_config"]()
     keys = lambda c: set(c.to_dict() if not hasattr(c, "keys") else c.keys())  # noqa: E731
     assert keys(config) == keys(common)
-    for section in ("model", "text", "task", "cloud", "reward", "algorithm", "optim", "train", "eval", "sft"):
+    for section in ("model", "lora", "text", "task", "cloud", "reward", "algorithm", "optim", "train", "eval", "sft"):
         assert keys(config[section]) == keys(common[section])
 
 

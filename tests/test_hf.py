@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import httpx
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import GenerationConfig
 
 from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf
@@ -93,6 +95,21 @@ def test_bfloat16_there_and_back(tmp_path):
     assert_same(load(tmp_path / "half", "float32"), jax.tree.map(lambda x: x.astype(np.float32), rounded))
     written = hf.read_config(tmp_path / "half")
     assert written["dtype"] == "bfloat16" and "torch_dtype" not in written
+
+
+def test_float16_weights_are_read(folder):
+    path, weights, write = folder
+    half = {name: w.astype(np.float16) for name, w in weights.items()}
+    write(half)
+    params = load(path)
+    np.testing.assert_array_equal(params["norm"]["scale"], half[NORM].astype(np.float32), strict=True)
+    np.testing.assert_array_equal(params["embed_tokens"]["embedding"], half[EMBED].astype(np.float32), strict=True)
+
+
+def test_a_generation_config_names_every_token_that_ends_a_response(tmp_path):
+    hf.save_generation_config(tmp_path, (7, 9), 3)
+    read = GenerationConfig.from_pretrained(tmp_path)
+    assert (read.eos_token_id, read.pad_token_id, read.do_sample) == ([7, 9], 3, False)
 
 
 def test_save_carries_the_tokenizer_files(tmp_path):
@@ -281,6 +298,35 @@ def test_locate_a_hub_name_that_fails(error, reason, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(hf.FolderError, match=rf"cannot download 'some-org/some-model' \({reason}\)"):
         hf.locate("some-org/some-model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("GatedRepoError", "'some-org/some-model' is gated: accept its licence at https://hug.*HF_TOKEN"),
+        ("RepositoryNotFoundError", "the hub has no 'some-org/some-model', or it is private: check the spelling"),
+    ],
+)
+def test_locate_a_gated_or_misspelt_hub_name(kind, says, monkeypatch):
+    error = getattr(huggingface_hub.errors, kind)
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: raise_(error("no", response=response)))
+    with pytest.raises(hf.FolderError, match=says):
+        hf.locate("some-org/some-model")
+
+
+def raise_(error):
+    raise error
+
+
+def test_published_architectures_need_no_download_but_a_folder_of_that_name_comes_first(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "Qwen/Qwen2.5-1.5B-Instruct"
+    assert hf.config_from_hf(hf.architecture(name)).num_layers == 28
+    path, _, _ = folder
+    (tmp_path / "Qwen").mkdir()
+    path.rename(tmp_path / name)
+    assert hf.config_from_hf(hf.architecture(name)).num_layers == 2
 
 
 def test_locate_a_hub_name(folder, monkeypatch):

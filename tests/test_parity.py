@@ -12,7 +12,7 @@ from collab_jax import sampler
 from collab_jax.models import decoder, hf
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
-KINDS = ("llama", "qwen2", "qwen3")
+KINDS = ("llama", "qwen2", "qwen3", "llama-untied-biases", "qwen2-tied", "qwen3-untied-biases")
 TOLERANCE = 1e-4
 # Compiling is most of the time here; this halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -68,11 +68,12 @@ def test_golden_logits_and_greedy_continuation(kind):
 
 def test_golden_files_have_what_is_odd():
     """Each switch of the decoder is on in one of them, and none stands at a value that hides it."""
-    llama, qwen2, qwen3 = (hf.config_from_hf(hf.read_config(FOLDER / kind)) for kind in KINDS)
-    assert llama.rope_scaling and llama.tied and not qwen2.tied
+    llama, qwen2, qwen3, *others = found = [hf.config_from_hf(hf.read_config(FOLDER / kind)) for kind in KINDS]
+    assert [c.tied for c in found] == [True, False, True, False, True, False]
+    assert llama.rope_scaling and others[0].mlp_bias and others[0].output_bias and others[2].qkv_bias
     assert qwen2.qkv_bias and qwen2.num_heads > qwen2.num_kv_heads
     assert qwen3.qk_norm and qwen3.head_dim * qwen3.num_heads != qwen3.hidden_size
-    assert len({c.norm_eps for c in (llama, qwen2, qwen3)}) == 3
+    assert len({c.norm_eps for c in found}) == 6
     assert all(p.stat().st_size < 60_000 for kind in KINDS for p in (FOLDER / kind).iterdir())
 
 
@@ -83,7 +84,7 @@ def test_live_there_and_back(kind, tmp_path):
     from transformers import AutoModelForCausalLM
 
     make = runpy.run_path(str(FOLDER / "make.py"))
-    model = make["random_model"](kind, make["LIVE"][kind], seed=7)
+    model = make["random_model"](kind, make["GOLDEN"][kind], seed=7)
     model.save_pretrained(tmp_path / "theirs")
     rows = [np.random.default_rng(i).integers(make["VOCAB"], size=n).tolist() for i, n in enumerate((11, 6, 1))]
     golden = dict(

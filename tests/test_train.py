@@ -145,7 +145,7 @@ def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(fini
 
 def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, small, tmp_path):
     config, _, _ = finished
-    warm = small("countdown_tiny_sft.py")
+    warm = small("countdown_tiny_sft.py", lora__rank=2)
     assert sft.run(warm, tmp_path / "model") == sft.run(warm, tmp_path / "again") == 0
     made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
     assert made == again
@@ -213,6 +213,8 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"train__steps": 0}, "at least 1"),
         ({"model__path": "no-such-model"}, "no model at 'no-such-model'"),
         ({"text__decision_token": "<call>"}, "decision_token='<call>' is not one token"),
+        ({"model__param_dtype": "float16"}, "model.param_dtype='float16': use 'float32' or 'bfloat16'"),
+        ({"lora__rank": 1000}, r"lora.rank=1000 must lie in 0 \(off\) to 64"),
         ({"task__name": "chess"}, "config.task.name='chess' is unknown"),
         ({"cloud__kind": "sky"}, "config.cloud.kind='sky' is unknown"),
     ],

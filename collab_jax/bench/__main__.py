@@ -5,6 +5,8 @@
     python -m collab_jax.bench step                one full training step of configs/countdown_tiny.py
     python -m collab_jax.bench peers               all three against transformers and TRL (pip install -e .[peers])
     python -m collab_jax.bench settings            the step with and without the settings of process.py
+    python -m collab_jax.bench rehearse --config configs/countdown_qwen2p5_3b.py [--layers N] [--config.KEY=VALUE ...]
+                                                   some steps of a real run at its full shape, with random weights
 
 prints a table and, with --json FILE, writes every figure. Whatever is compared runs in turn, round by round.
 """
@@ -22,13 +24,18 @@ from collab_jax import page, process
 from collab_jax.errors import UserError, run_command
 
 SERVE = "serve-steps"  # what `settings` starts
+REHEARSE = "rehearse"
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m collab_jax.bench", description="Speed on this machine.")
     shown = ("decode", "update", "step", "peers", "settings")
-    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(shown)}}}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(shown)},{REHEARSE}}}")
+    p = commands.add_parser(REHEARSE)
+    p.add_argument("--config", required=True, help="the experiment's file; --config.KEY=VALUE changes a setting")
+    p.add_argument("--layers", type=int, help="blocks, instead of all that the model has")
+    p.add_argument("--steps", type=int, default=3)
     for name in (*shown, SERVE):
         p = commands.add_parser(name)
         p.add_argument("--repeats", type=int, default=7, help="timed rounds")
@@ -48,7 +55,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             p.add_argument(
                 "--only", nargs="+", default=["decode", "update", "step"], choices=["decode", "update", "step"]
             )
-    return parser.parse_args(argv)
+    args, settings = parser.parse_known_args(argv)
+    if settings and args.command != REHEARSE:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    args.settings = settings
+    return args
 
 
 class Bench:
@@ -254,6 +265,15 @@ def serve_steps(args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     """The command line."""
     args = parse(argv)
+    if args.command == REHEARSE:
+        from collab_jax.bench import rehearse
+
+        if args.steps < 1:
+            raise UserError(f"--steps={args.steps} must be at least 1")
+        config = rehearse.read_config(args.config, args.settings)
+        process.set_up(config.cpu_devices)
+        print(rehearse.rehearse(config, args.layers, args.steps))
+        return 0
     process.set_up(args.cpu_devices)
     import jax
 

@@ -69,17 +69,22 @@ def hf_config(load: Load) -> dict:
 def make_model(load: Load) -> tuple[DecoderConfig, Params]:
     """The load's decoder with parameters of its dtype on the host: random, or a clock."""
     cfg = hf.config_from_hf(hf_config(load), load.dtype)
+    params = random_params(cfg, load.dtype)
+    return cfg, params if load.lengths == "fixed" else make_clock(cfg, params, load.max_new // 4)
+
+
+def random_params(cfg: DecoderConfig, dtype: str) -> Params:
+    """Random parameters on the host: matrices normal with standard deviation 0.02."""
     draw = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
 
     def one(path, leaf):
         name = path[-1].key
         if name in ("scale", "bias"):
-            return np.full(leaf.shape, float(name == "scale"), load.dtype)
-        return (0.02 * draw.standard_normal(leaf.shape, np.float32)).astype(load.dtype)
+            return np.full(leaf.shape, float(name == "scale"), dtype)
+        return (0.02 * draw.standard_normal(leaf.shape, np.float32)).astype(dtype)
 
-    params = jax.tree_util.tree_map_with_path(one, shapes)
-    return cfg, params if load.lengths == "fixed" else make_clock(cfg, params, load.max_new // 4)
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
@@ -230,6 +235,15 @@ def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case
     return Case(run, lambda: update_flop(cfg, load.prompt_length, tokens))
 
 
+def forward_flop(cfg: DecoderConfig, batch: gapg.Rollout) -> float:
+    """Of a forward pass over a rollout on the host, with or without axis D: each prompt once, and its responses."""
+    G = batch.tokens.shape[-2]
+    lengths, real = batch.mask.sum(-1).reshape(-1, G), batch.prompt_mask.sum(-1).reshape(-1)
+    start = np.repeat(real[:, None], G, axis=1) - 1
+    prompts = measure.forward_flop(cfg, np.zeros(len(real)), real, False)
+    return prompts + measure.forward_flop(cfg, start, lengths, True)
+
+
 class Training(NamedTuple):
     """The tiny model's run, as `python -m collab_jax.train` has it; in a scratch folder."""
 
@@ -256,7 +270,7 @@ def training(config_file: str, overrides: dict) -> Training:
         chosen = train.prompt_indices(config.seed, i, Q, len(examples))
         batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
         collected = rollout.collect(
-            sample, latest["state"].params, run.text, run.task, run.cloud, *batch, config.seed, i
+            sample, latest["state"].behaviour, run.text, run.task, run.cloud, *batch, config.seed, i
         )
         latest["rollout"] = jax.tree.map(np.asarray, collected.rollout)
         latest["state"], metrics = step(latest["state"], collected.rollout)
@@ -264,16 +278,7 @@ def training(config_file: str, overrides: dict) -> Training:
         return float(latest["metrics"]["tokens"])
 
     def flop() -> float:
-        batch, G = latest["rollout"], config.group
-        lengths = batch.mask.sum(-1).reshape(-1, G)
-        real = batch.prompt_mask.sum(-1).reshape(-1)
-        start = np.repeat(real[:, None], G, axis=1) - 1
-        total = measure.forward_flop(run.cfg, np.zeros(Q), real, False)
-        total += measure.forward_flop(run.cfg, start, lengths, True)
         learnt = int(latest["metrics"]["kept"] - latest["metrics"]["no_signal"]) / Q  # of the prompts, by their number
-        again = measure.forward_flop(run.cfg, np.zeros(Q), real, False) + measure.forward_flop(
-            run.cfg, start, lengths, True
-        )
-        return total + 3 * learnt * again
+        return (1 + 3 * learnt) * forward_flop(run.cfg, latest["rollout"])
 
     return Training(Case(one, flop), config, run, folder)

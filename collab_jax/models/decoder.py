@@ -53,6 +53,7 @@ class DecoderConfig:
     initializer_range: float = 0.02
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # of the computation and the cache; params keep the dtype they come in
+    lora_scale: float = 1.0  # alpha / rank, of the product of the adapter's matrices where params have them (lora.py)
 
 
 @flax.struct.dataclass
@@ -144,10 +145,13 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = nn.initializers.normal(self.cfg.initializer_range)
-        y = _project(x, self.param("kernel", init, (x.shape[-1], self.features)).astype(self.cfg.dtype))
+        init, dtype = nn.initializers.normal(self.cfg.initializer_range), self.cfg.dtype
+        y = _project(x, self.param("kernel", init, (x.shape[-1], self.features)).astype(dtype))
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b"))
+            y += self.cfg.lora_scale * _project(_project(x, a), b)
         if self.bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.cfg.dtype)
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
         return y
 
 

@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from collab_jax.errors import UserError
-from collab_jax.models import decoder
+from collab_jax.models import decoder, published
 from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "chat_template.jinja", GENERATION,
 )  # fmt: skip
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
@@ -34,8 +35,8 @@ class FolderError(UserError):
     """A model folder that cannot be used; the message says what to do."""
 
 
-def locate(path: str) -> pathlib.Path:
-    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository (`org/name`)."""
+def locate(path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> pathlib.Path:
+    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository (`org/name`): these `files`."""
     for folder in (pathlib.Path(path).expanduser(), ASSETS / path):
         if (folder / "config.json").is_file():
             return folder
@@ -45,16 +46,30 @@ def locate(path: str) -> pathlib.Path:
         known = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
         raise FolderError(f"no model at {path!r}: give a folder with config.json, a hub name, or one of {known}")
     import huggingface_hub
+    from huggingface_hub import errors
 
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(files)))
+    except errors.GatedRepoError:
+        raise FolderError(
+            f"{path!r} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN, or give a local folder"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FolderError(
+            f"the hub has no {path!r}, or it is private: check the spelling, set HF_TOKEN, or give a local folder"
+        ) from None
     except Exception as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FolderError(
             f"cannot download {path!r} ({reason}): check the name and access, or give a local folder"
         ) from None
+
+
+def architecture(path: str) -> dict:
+    """The contents of config.json of the model at `path`, without its weights; of some published models without a download."""
+    if path in published.CONFIGS and not pathlib.Path(path).exists():
+        return published.CONFIGS[path]
+    return read_config(locate(path, ["config.json"]))
 
 
 def _require(section: dict, names: Iterable[str]) -> None:
@@ -196,10 +211,20 @@ def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, toke
     config = {**hf_config, "dtype": dtype}
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    copy_tokenizer(tokenizer, folder)
+
+
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies the TOKENIZER_FILES that `source` has."""
     for name in TOKENIZER_FILES:
-        source, target = tokenizer / name, folder / name
-        if source.is_file() and source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
+        if (source / name).is_file() and (source / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
+def save_generation_config(folder: pathlib.Path, eos_ids: Sequence[int], pad_id: int) -> None:
+    """Writes generation_config.json: every token that ends a response, without which servers run on to their limit."""
+    generation = {"do_sample": False, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
+    (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _shards(sizes: dict[str, int]) -> list[list[str]]:

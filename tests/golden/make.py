@@ -1,6 +1,6 @@
 """Makes the golden files: tiny random Hugging Face checkpoints and what transformers computes with them.
 
-    python tests/golden/make.py        # needs torch and transformers; rewrites tests/golden/{llama,qwen2,qwen3}/
+    python tests/golden/make.py        # needs torch and transformers; rewrites the folders in tests/golden/
 
 `golden.npz` of each folder: tokens i32[R, S] padded on the right, lengths i32[R], logits f32[R, S, V] (each row
 computed alone; 0 past its length) and greedy i32[R, N], the greedy continuation of each row.
@@ -34,6 +34,7 @@ LLAMA3 = dict(
 )
 DEFAULT = dict(rope_type="default", rope_theta=123.4)
 
+# Each family with the head tied and untied, and with every bias that it can have.
 GOLDEN = {
     "llama": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=3e-5,
                   rope_parameters=LLAMA3, tie_word_embeddings=True),
@@ -41,25 +42,22 @@ GOLDEN = {
                   rope_parameters=DEFAULT, tie_word_embeddings=False),
     "qwen3": dict(num_attention_heads=2, num_key_value_heads=2, head_dim=12, rms_norm_eps=2e-3,
                   rope_parameters=DEFAULT, tie_word_embeddings=True),
-}  # fmt: skip
-# The switches that the golden files leave alone.
-LIVE = {
-    "llama": dict(num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-2, rope_parameters=DEFAULT,
-                  tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
-    "qwen2": dict(num_attention_heads=2, num_key_value_heads=2, rms_norm_eps=1e-6, rope_parameters=LLAMA3,
-                  tie_word_embeddings=True),
-    "qwen3": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-5, rope_parameters=DEFAULT,
-                  tie_word_embeddings=False, attention_bias=True),
+    "llama-untied-biases": dict(num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-2, rope_parameters=DEFAULT,
+                                tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "qwen2-tied": dict(num_attention_heads=2, num_key_value_heads=2, rms_norm_eps=1e-6, rope_parameters=LLAMA3,
+                       tie_word_embeddings=True),
+    "qwen3-untied-biases": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-5,
+                                rope_parameters=DEFAULT, tie_word_embeddings=False, attention_bias=True),
 }  # fmt: skip
 
 
-def random_model(kind: str, settings: dict, seed: int):
-    """A transformers model of `kind` whose every weight, norms and biases too, is drawn at random."""
+def random_model(name: str, settings: dict, seed: int):
+    """A transformers model of the family that `name` begins with, its every weight, norms and biases too, drawn at random."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {**COMMON, **settings, "rope_parameters": dict(settings["rope_parameters"])}
-    config = AutoConfig.for_model(kind, **settings)
+    config = AutoConfig.for_model(name.split("-")[0], **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -101,14 +99,14 @@ def expected(model, seed: int) -> dict[str, np.ndarray]:
 
 
 def main():
-    for seed, (kind, settings) in enumerate(GOLDEN.items()):
-        folder = pathlib.Path(__file__).parent / kind
+    for seed, (name, settings) in enumerate(GOLDEN.items()):
+        folder = pathlib.Path(__file__).parent / name
         shutil.rmtree(folder, ignore_errors=True)
-        model = random_model(kind, settings, seed)
+        model = random_model(name, settings, seed)
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
         np.savez_compressed(folder / "golden.npz", **expected(model, seed))
-        print(kind, json.dumps({p.name: p.stat().st_size for p in sorted(folder.iterdir())}))
+        print(name, json.dumps({p.name: p.stat().st_size for p in sorted(folder.iterdir())}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""A rehearsal: some steps of a real run at its full shape, without its weights.
+
+The architecture is that of `config.model.path` (a folder, a published name or a hub name), the weights are random, and so is
+the tokenizer where none is there: trained on the task's own prompts. Prompts, verification, store and update are the run's.
+Random weights never end a response and are never right, so every response runs to the limit, and after it has been judged
+half of each group counts as right: all prompts are learnt from, which is the largest update there is. The cloud is a
+stand-in behind the real store; nothing is bought.
+"""
+
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from collab_jax import gapg, memory, page, parallel, process, rollout, train
+from collab_jax import run as runs
+from collab_jax.bench import measure, work
+from collab_jax.cloud import CachedCloud, SimulatedCloud, Store
+from collab_jax.errors import UserError
+from collab_jax.models import hf
+from collab_jax.tasks import make_task
+
+MADE_UP_TOKENS = 8192  # of a tokenizer that is made up, at most
+
+
+def read_config(file: str, overrides: list[str]) -> ConfigDict:
+    """The locked config of FILE with `--config.KEY=VALUE` overrides, as every command line reads it."""
+    values, argv = flags.FlagValues(), ["rehearse", f"--config={file}", *overrides]
+    flag = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+    try:
+        stray = values(argv)[1:]
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if stray:
+        raise UserError(f"unexpected argument {stray[0]!r}: settings are written --config.KEY=VALUE")
+    return flag.value
+
+
+def make_up_tokenizer(texts: Iterable[str], config: ConfigDict, size: int):
+    """A byte-level BPE tokenizer of at most `size` tokens, learnt from `texts`, with the special tokens of `config.text`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = list(dict.fromkeys([config.text.pad, *config.text.eos, config.text.decision_token]))
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(texts, trainer)
+    if inner.get_vocab_size() > size:
+        raise UserError(
+            f"a tokenizer has at least {inner.get_vocab_size()} tokens, and this model's vocabulary is {size}"
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=config.text.pad, eos_token=config.text.eos[0])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    return tokenizer
+
+
+def architecture_of(config: ConfigDict, layers: int | None) -> dict:
+    """config.json of the config's model, cut to `layers` blocks."""
+    architecture = dict(hf.architecture(config.model.path))
+    if layers is not None:
+        most = architecture["num_hidden_layers"]
+        if not 1 <= layers <= most:
+            raise UserError(f"--layers={layers} must lie in 1 to {most}, what the model has")
+        architecture["num_hidden_layers"] = layers
+        architecture.pop("layer_types", None)  # one for each of the model's own blocks
+    return architecture
+
+
+def make_folder(config: ConfigDict, architecture: dict, folder: pathlib.Path) -> str:
+    """Writes a model folder of this architecture with random weights; says what it made."""
+    cfg = hf.config_from_hf(architecture)
+    source = pathlib.Path(config.model.path).expanduser()
+    source = source if source.is_dir() else hf.ASSETS / config.model.path
+    known = (source / "tokenizer.json").is_file()
+    if not known:
+        task = make_task(config)
+        texts = [message["content"] for example in task.load("train") for message in task.prompt(example)]
+        size = min(MADE_UP_TOKENS, cfg.vocab_size)
+        make_up_tokenizer(texts, config, size).save_pretrained(folder)
+    hf.save(folder, work.random_params(cfg, config.model.dtype), architecture, config.model.dtype, source)
+    return f"{cfg.num_layers} blocks, random weights, {'its own' if known else 'a made-up'} tokenizer"
+
+
+def stand_in_cloud(config: ConfigDict, task, store: pathlib.Path) -> CachedCloud:
+    """The task's solver where it has one, else an answer that the verifier must compare all the same."""
+    c = config.cloud
+    prices = c.seconds, c.usd_per_million_input, c.usd_per_million_output
+    solve = task.solve_prompt or (lambda _: "<answer> \\frac{355}{113} </answer>")
+    return CachedCloud(SimulatedCloud("rehearsal", solve, 0.0, *map(float, prices)), Store(store))
+
+
+def half_right(found: gapg.Rollout) -> gapg.Rollout:
+    """The rollout, with axis D, as if every other response of each group were right."""
+    right = np.broadcast_to(np.arange(found.correct.shape[-1]) % 2 == 0, found.correct.shape)
+    known = np.ones(found.cloud_known.shape, bool)
+    return found.replace(correct=right, called=np.zeros_like(right), cloud_correct=known, cloud_known=known)
+
+
+def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
+    """Runs `steps` steps and returns the page with what they took."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        name, config = config.model.path, config.copy_and_resolve_references()
+        architecture = architecture_of(config, layers)
+        cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
+        shown = memory.check_here(cfg, config)
+        made = make_folder(config, architecture, folder / "model")
+        config.model.path = str(folder / "model")
+        run = runs.prepare(config, folder / "run", stand_in_cloud)
+        ceiling = measure.matmul_ceiling(config.model.dtype)
+        examples, Q = runs.examples(run, "train"), config.prompts_per_step
+        prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
+        kinds = {"group": config.group, "solo": config.algorithm.solo}
+        sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
+        step, state, rows = train.make_step(run), parallel.replicate(runs.load_state(run)), []
+        for i in range(steps):
+            started = time.perf_counter()
+            chosen = train.prompt_indices(config.seed, i, Q, len(examples))
+            batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
+            found = rollout.collect(sample, state.behaviour, run.text, run.task, run.cloud, *batch, config.seed, i)
+            sampled = time.perf_counter()
+            state, metrics = step(state, half_right(found.rollout))
+            metrics = parallel.unreplicate(metrics)
+            ended = time.perf_counter()
+            tokens, seconds = int(metrics["tokens"]), (sampled - started, ended - sampled)
+            learnt = int(metrics["kept"] - metrics["no_signal"]) / Q
+            forward = work.forward_flop(run.cfg, jax.tree.map(np.asarray, found.rollout))
+            share = [f / s / ceiling for f, s in zip((forward, 3 * learnt * forward), seconds, strict=True)]
+            cells = [f"{seconds[0]:.2f}", f"{share[0]:.1%}", f"{seconds[1]:.2f}", f"{share[1]:.1%}"]
+            cells += [measure.number(tokens), measure.number(tokens / sum(seconds)), str(found.cloud_asked)]
+            rows.append((f"{i + 1}{' (compiles)' * (i == 0)}", *cells, f"{metrics['drift_max']:.3f}"))
+    head = ("step", "rollout s", "of ceiling", "update s", "of ceiling", "tokens", "tokens/s", "asked", "drift, most")
+    machine = " ".join(f"{key} {value}," for key, value in process.machine().items())
+    where = (
+        "the process, of which the plan is only the devices' part" if jax.default_backend() == "cpu" else "one device"
+    )
+    return (
+        f"{name}: {made}\n{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n{shown}\n\n"
+        f"{page.table(head, rows)}\n\npeak memory {measure.peak_memory() / memory.GIB:.2f} GiB ({where})"
+    )

@@ -1,0 +1,31 @@
+"""Published architectures: what config.json of each model says, so that a run can be planned and rehearsed without a download."""
+
+_LLAMA = {
+    "model_type": "llama", "hidden_act": "silu", "vocab_size": 128256, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+    "max_position_embeddings": 131072, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+_QWEN = {
+    "model_type": "qwen2", "hidden_act": "silu", "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "max_position_embeddings": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+}  # fmt: skip
+
+
+def _sizes(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+CONFIGS = {
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA | _sizes(16, 2048, 8192, 32, 8),
+    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA | _sizes(28, 3072, 8192, 24, 8) | {"head_dim": 128},
+    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN | _sizes(24, 896, 4864, 14, 2),
+    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN | _sizes(28, 1536, 8960, 12, 2),
+    "Qwen/Qwen2.5-3B-Instruct": _QWEN | _sizes(36, 2048, 11008, 16, 2),
+}

@@ -1,0 +1,219 @@
+"""LoRA: what it computes, what it trains, what a checkpoint holds, and what is exported."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from collab_jax import export, parallel, sft, train
+from collab_jax import run as runs
+from collab_jax.errors import UserError
+from collab_jax.models import decoder, hf, lora
+from collab_jax.tasks import make_task
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TOKENS = np.random.default_rng(0).integers(48, size=(2, 9))
+
+
+def settings(rank=2, alpha=3.0, targets=("q_proj", "v_proj", "down_proj")):
+    return ConfigDict({"rank": rank, "alpha": alpha, "targets": targets})
+
+
+def read(kind, chosen):
+    folder = GOLDEN / kind
+    cfg = lora.configure(hf.config_from_hf(hf.read_config(folder)), chosen)
+    return cfg, hf.load(folder, cfg, "float32")
+
+
+def random_adapter(cfg, chosen):
+    draw = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: lora.init(cfg, chosen, jax.random.key(0), "float32"))
+    return jax.tree.map(lambda x: 0.3 * draw.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
+def logits(params, cfg, tokens):
+    real = np.ones(tokens.shape, bool)
+    with jax.default_matmul_precision("highest"):
+        hidden, _ = decoder.forward(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))
+        return decoder.logits(params, cfg, hidden)
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+# ---------------------------------------------------------------- what it computes
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_new_adapter_changes_nothing_and_the_merged_model_equals_base_and_adapter(kind):
+    chosen = settings()
+    cfg, base = read(kind, chosen)
+    assert cfg.lora_scale == 1.5
+    plain = logits(base, cfg, TOKENS)
+    fresh = lora.init(cfg, chosen, jax.random.key(0), "float32")
+    np.testing.assert_array_equal(logits(lora.join(base, fresh), cfg, TOKENS), plain)
+    adapter = random_adapter(cfg, chosen)
+    adapted = logits(lora.join(base, adapter), cfg, TOKENS)
+    assert np.abs(adapted - plain).max() > 0.1
+    merged = lora.merge(base, adapter, cfg.lora_scale)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    np.testing.assert_allclose(logits(merged, cfg, TOKENS), adapted, atol=2e-5)
+
+
+def test_an_adapter_holds_its_targets_in_every_block_and_nothing_else():
+    chosen = settings(targets=("o_proj",))
+    cfg, base = read("llama", chosen)  # 2 blocks, 4 heads of 8, 16 wide
+    adapter = flat(lora.init(cfg, chosen, jax.random.key(0), "float32"))
+    shapes = {name: x.shape for name, x in adapter.items()}
+    assert shapes == {
+        f"layers_{i}/self_attn/o_proj/lora_{side}": shape
+        for i in (0, 1)
+        for side, shape in (("a", (32, 2)), ("b", (2, 16)))
+    }
+    a, again = adapter["layers_0/self_attn/o_proj/lora_a"], adapter["layers_1/self_attn/o_proj/lora_a"]
+    assert np.abs(a).max() <= 32**-0.5 and not np.array_equal(a, again)
+    assert lora.join(None, base) is base
+
+
+def test_merging_by_hand():
+    base = {"layers_0": {"q_proj": {"kernel": np.ones((2, 2), np.float32), "bias": np.zeros(2, np.float32)}}}
+    adapter = {"layers_0": {"q_proj": {"lora_a": np.array([[1.0], [2.0]]), "lora_b": np.array([[3.0, 4.0]])}}}
+    kernel = lora.merge(base, adapter, scale=0.5)["layers_0"]["q_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, [[2.5, 3.0], [4.0, 5.0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"targets": ("q_proj", "w_q")}, "names 'w_q': this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+        ({"targets": ("lm_head",)}, "names 'lm_head': this model has"),
+        ({"targets": ()}, "empty: name some of down_proj"),
+        ({"rank": -1}, r"rank=-1 must lie in 0 \(off\) to 16"),
+        ({"rank": 17, "targets": ("gate_proj",)}, r"rank=17 .* 16, the smaller side of gate_proj \[16, 24\]"),
+        ({"alpha": 0.0}, "alpha=0.0 must be finite and above 0"),
+    ],
+)  # fmt: skip
+def test_bad_settings_name_what_there_is(change, says):
+    cfg = hf.config_from_hf(hf.read_config(GOLDEN / "llama"))
+    with pytest.raises(UserError, match=says):
+        lora.configure(cfg, settings(**change))
+
+
+def test_off_is_off():
+    cfg = hf.config_from_hf(hf.read_config(GOLDEN / "llama"))
+    assert lora.configure(cfg, settings(rank=0, targets=("whatever",))) is cfg
+
+
+# ---------------------------------------------------------------- what it trains
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """(config, workdir, final state on the host) of a small run."""
+    config = small(
+        lora__rank=4,
+        lora__targets=("q_proj", "up_proj"),
+        optim__learning_rate=1e-2,
+        optim__average=0.5,
+        decode__slot_counts=1,
+        train__lengths=1,
+    )
+    workdir = tmp_path_factory.mktemp("lora")
+    return config, workdir, parallel.unreplicate(train.train(runs.prepare(config, workdir), train.Stop()))
+
+
+def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(trained):
+    config, workdir, state = trained
+    run = runs.prepare(config, workdir)
+    base = hf.load(run.folder, run.cfg, "float32")
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, base)
+    leaves = set(flat(state.params))
+    assert len(leaves) == 4 * 2 * 2 and all(name.endswith(("lora_a", "lora_b")) for name in leaves)
+    sizes = sum(x.size for x in jax.tree.leaves(state.params))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * sizes + 2  # two moments, two counts
+    assert set(flat(state.average)) == leaves and all(np.abs(x).max() > 0 for x in jax.tree.leaves(state.params))
+    stored = sum(p.stat().st_size for p in (workdir / "checkpoints" / "4").rglob("*") if p.is_file())
+    assert stored < 0.5 * sum(x.nbytes for x in jax.tree.leaves(base))
+    assert runs.load_state(run).policy["layers_0"]["self_attn"]["q_proj"].keys() == {"kernel", "lora_a", "lora_b"}
+
+
+def test_a_resumed_run_equals_the_straight_run_bit_for_bit(trained, tmp_path):
+    config, workdir, straight = trained
+    shutil.copytree(workdir, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "4")
+    run = runs.prepare(config, tmp_path / "copy")
+    assert run.checkpoints.latest() == 2
+    jax.tree.map(np.testing.assert_array_equal, parallel.unreplicate(train.train(run, train.Stop())), straight)
+
+
+def test_the_frozen_model_comes_in_the_computations_type_and_the_adapter_in_its_own(small, tmp_path):
+    state = runs.load_state(runs.prepare(small(lora__rank=2, model__dtype="bfloat16"), tmp_path))
+    assert {str(x.dtype) for x in jax.tree.leaves(state.frozen)} == {"bfloat16"}
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
+
+
+def test_the_warm_start_tunes_an_adapter_and_merges_it(small):
+    config = small(lora__rank=2, lora__targets=("o_proj",))
+    folder = hf.locate(config.model.path)
+    cfg = hf.config_from_hf(hf.read_config(folder))
+    base, task = hf.load(folder, cfg, "float32"), make_task(config)
+    text = runs.text_lib.load(folder, config.text)
+    tuned = flat(sft.tune(base, cfg, sft.batches(task, text, config), config))
+    changed = {name for name, value in flat(base).items() if not np.array_equal(value, tuned[name])}
+    assert changed == {f"layers_{i}/self_attn/o_proj/kernel" for i in range(4)} and tuned.keys() == flat(base).keys()
+
+
+# ---------------------------------------------------------------- what is exported
+
+
+def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
+    config, workdir, state = trained
+    run = runs.prepare(config, workdir)
+    assert export.write(run, tmp_path / "merged", adapter=False) == 4
+    merged = hf.load(tmp_path / "merged", run.cfg, "float32")
+    want = lora.merge(state.frozen, state.learnt, 8.0)
+    jax.tree.map(np.testing.assert_array_equal, merged, want)
+    assert export.write(run, tmp_path / "adapter", adapter=True) == 4
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["target_modules"]) == (4, 32.0, ["q_proj", "up_proj"])
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == 16
+    b = weights["base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"]
+    np.testing.assert_array_equal(b, state.learnt["layers_3"]["mlp"]["up_proj"]["lora_b"].T)
+    files = {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "README.md"} <= files and "model.safetensors" not in files
+    assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_an_adapter_of_a_run_without_one_is_refused(small, tmp_path, monkeypatch):
+    run = runs.prepare(small(), tmp_path)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        export.write(run, tmp_path / "out", adapter=True)
+    monkeypatch.setattr(run.checkpoints, "latest", lambda: 1)
+    with pytest.raises(UserError, match="lora.rank=0"):
+        export.write(run, tmp_path / "out", adapter=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_peft_computes_the_same(kind, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    chosen = settings(targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    cfg, base = read(kind, chosen)
+    adapter = random_adapter(cfg, chosen)
+    lora.save(tmp_path, adapter, chosen, str(GOLDEN / kind))
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / kind, attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(TOKENS)).logits.tolist()
+    np.testing.assert_allclose(logits(lora.join(base, adapter), cfg, TOKENS), theirs, atol=1e-4)
