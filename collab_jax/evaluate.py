@@ -88,7 +88,7 @@ def _row(task: Task, example: Example, i: int, passes) -> dict:
     local, verdicts = passes["local"]
     row = {
         "id": example.id,
-        "task": task.name,
+        "task": example.task,
         "stratum": example.stratum,
         "prompt": task.prompt(example)[-1]["content"],
         "text": verdicts.texts[i],

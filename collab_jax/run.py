@@ -18,7 +18,7 @@ from collab_jax.gapg import TrainState
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
-from collab_jax.tasks import Example, Task, make_task
+from collab_jax.tasks import Example, Task, judge, make_task
 
 
 class Run(NamedTuple):
@@ -141,16 +141,27 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def store_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """The file of the run's cloud answers."""
+    return pathlib.Path(config.cloud.store).expanduser() if config.cloud.store else workdir / "cloud.sqlite"
+
+
+def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, CachedCloud]:
+    """The task, with its judge if it has one, and the cloud; both keep what they buy in the file `store`."""
+    task = make_task(config)
+    cloud = make_cloud(config, task, store)
+    return judge.judged(config, task, cloud.store), cloud
+
+
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Checks the config, claims the workdir and builds the parts. Raises UserError with what to do."""
     check_config(config)
     claim(config, workdir)
-    task = make_task(config)
+    task, cloud = task_and_cloud(config, store_path(config, workdir))
     folder = hf.locate(config.model.path)
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
     steps, o = config.train.steps, config.optim
     schedule = optim.make_schedule(o.learning_rate, o.warmup_steps, decay_steps=steps if o.decay else None)
-    store = pathlib.Path(config.cloud.store).expanduser() if config.cloud.store else workdir / "cloud.sqlite"
     return Run(
         config=config,
         workdir=workdir,
@@ -158,7 +169,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         cfg=cfg,
         text=text_lib.load(folder, config.text),
         task=task,
-        cloud=make_cloud(config, task, store),
+        cloud=cloud,
         optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )
