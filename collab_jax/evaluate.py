@@ -4,7 +4,7 @@
 
 evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes `eval.parquet` and
 `eval.json`. One pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
-decision at every budget (`sampler.py`).
+decision at every budget (`sampler.py`). With `--suite` it evaluates on other benchmarks (`suite.py`).
 `records.py` documents the columns. Routers that run the model once more (`config.routers.record`) are training's to record.
 """
 
@@ -13,6 +13,7 @@ import pathlib
 
 import jax
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -39,8 +40,9 @@ def evaluate(
     config: ConfigDict,
     name: str,
     natural: bool = True,
+    seed: int = 0,
 ) -> Records:
-    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D.
+    """Records of `examples`; `sample` is a `rollout.make_sampler` of group 1, greedy or drawing by `seed`; `params` has axis D.
 
     natural: with the natural pass too, and its columns. cloud None: none is asked, and no verdict of it is known.
     """
@@ -51,14 +53,13 @@ def evaluate(
             batch = examples[start : start + size]
             padded = batch + batch[:1] * (size - len(batch))  # one shape, one compilation
             prompts = parallel.shard(text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D)
-            passes = {}
-            for key, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
-                zero = np.zeros(D, np.int32)
-                samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
+            passes, key = {}, (np.full(D, seed, np.int32), np.full(D, start // size, np.int32))
+            for kind, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
+                samples = sample(params, *prompts, *key, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
-                passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
+                passes[kind] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
             rows += [
-                _row(task, e, i, passes) | c
+                _row(task, text, e, i, passes) | c
                 for i, (e, c) in enumerate(zip(batch, cloud_answers(task, cloud, batch), strict=True))
             ]
             bar.update(len(batch))
@@ -84,7 +85,7 @@ def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]
     ]
 
 
-def _row(task: Task, example: Example, i: int, passes) -> dict:
+def _row(task: Task, text: Text, example: Example, i: int, passes) -> dict:
     local, verdicts = passes["local"]
     row = {
         "id": example.id,
@@ -94,6 +95,7 @@ def _row(task: Task, example: Example, i: int, passes) -> dict:
         "text": verdicts.texts[i],
         "local_correct": bool(verdicts.correct[i]),
         "formatted": bool(verdicts.formatted[i]),
+        "unjudged": bool(verdicts.timed_out[i] | verdicts.unjudged[i]),
         "ended": bool(local.ended[i]),
         "tokens": int(local.mask[i].sum()),
         "logp": float(local.logp[i].sum()),
@@ -103,7 +105,7 @@ def _row(task: Task, example: Example, i: int, passes) -> dict:
     if "natural" not in passes:
         return row
     natural, natural_verdicts = passes["natural"]
-    crossing = natural.margins[i] > 0
+    crossing = (natural.tokens[i] == text.decision_id) & (natural.margins[i] > -np.inf)
     called = bool(crossing.any())
     return row | {
         "natural_text": natural_verdicts.texts[i],
@@ -164,4 +166,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    from collab_jax import suite
+
+    name = flags.DEFINE_string("suite", None, "Evaluate on this suite of benchmarks, or on tasks with commas between.")
+    cli.main(lambda config, workdir: suite.main(config, workdir, name.value) if name.value else main(config, workdir))

@@ -11,7 +11,8 @@
     text               str                 the device's response
     ended              bool                the response was not cut off; default True
     formatted          bool                it is well formed; default True
-    cloud_known        bool                the call did not fail; default True
+    unjudged           bool                the verifier could not tell whether it is right: it counts as wrong
+    cloud_known        bool                the call did not fail, and its answer could be judged; default True
     tokens             int        tokens   of the device's response, EOS in
     ms                 float      ms       the device took for it
     cloud_tokens       int        tokens   of the cloud's call, input + output
@@ -63,6 +64,7 @@ TYPES = {
     "text": "str",
     "ended": "bool",
     "formatted": "bool",
+    "unjudged": "bool",
     "cloud_known": "bool",
     "tokens": "int",
     "ms": "float",

@@ -74,6 +74,10 @@ def check_config(config: ConfigDict) -> None:
         min(config.eval.prompts, config.eval.fit_prompts) >= 0, "config.eval.prompts and fit_prompts must be at least 0"
     )
     need(
+        config.eval.samples >= 2 and config.eval.temperature > 0,
+        f"config.eval.samples={config.eval.samples} must be at least 2, temperature={config.eval.temperature} above 0",
+    )
+    need(
         config.eval.prompts or not config.eval.fit_prompts, "config.eval.fit_prompts needs config.eval.prompts as well"
     )
     need(
@@ -175,12 +179,23 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     )
 
 
+def with_config(run: Run, config: ConfigDict) -> Run:
+    """`run` with the task and the cloud of another config: the same model, asked something else."""
+    task, cloud = task_and_cloud(config, store_path(config, run.workdir))
+    return run._replace(config=config, task=task, cloud=cloud)
+
+
 def examples(run: Run, split: str) -> list[Example]:
-    """The examples of a split, "train" or "test", whose prompts have at most `config.prompt_length` tokens.
+    """The examples of a split, "train" or "test", that are `fitting`."""
+    return fitting(run, run.task.load(split), split)
+
+
+def fitting(run: Run, found: list[Example], split: str) -> list[Example]:
+    """The examples whose prompts have at most `config.prompt_length` tokens.
 
     The others are told and left out, never cut. Raises UserError where none is left.
     """
-    found, limit = run.task.load(split), run.config.prompt_length
+    limit = run.config.prompt_length
     fitting = [e for e in found if len(run.text.prompt_ids(run.task.prompt(e))) <= limit]
     if not fitting:
         raise UserError(f"all {len(found)} {split} prompts have more than {limit} tokens: raise config.prompt_length")

@@ -94,6 +94,8 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 4096  # from the start of the test split, before and after training; 0: no evaluation
     config.eval.fit_prompts = 0  # unused training prompts, after training, to fit learned routers on (fit.parquet)
     config.eval.batch_size = 256  # rows; a multiple of the number of devices
+    config.eval.samples = 16  # of --suite: responses a prompt on its small benchmarks, whose mean counts (avg@k)
+    config.eval.temperature = 0.6  # of --suite: of these responses; all others are greedy
 
     config.routers = ConfigDict()  # that run the model once more after training, kept as columns of the records
     config.routers.record = ()  # of agreement, hidden, classifier, verification

@@ -58,4 +58,4 @@ def _part(config) -> Task:
     return dataclasses.replace(task, load=load)
 
 
-__all__ = ["TASKS", "Example", "Task", "TaskError", "Verdict", "make_task"]
+__all__ = ["TASKS", "Example", "Task", "TaskError", "Verdict", "make_task", "named", "parts_of"]

@@ -9,17 +9,20 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
-from collab_jax.tasks import base
+from collab_jax.tasks import base, benchmarks
 from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
 
 
 def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
     """The rows of NAME.jsonl or NAME.jsonl.gz in `folder`, each with these fields besides id and problem.
 
+    Where neither is there, a benchmark's come from the TFDS data set below `folder`, built on first use (`benchmarks.py`).
     Raises TaskError, naming file and line, for what is missing, empty, twice there, or no JSON.
     """
     places = [folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"]
     path = next((place for place in places if place.exists()), None)
+    if path is None and name in benchmarks.SPLITS:
+        return benchmarks.read(folder, name)
     if path is None:
         raise TaskError(
             f"no {name}.jsonl or {name}.jsonl.gz in {folder}: set config.task.data_dir to the folder that has it"
