@@ -74,8 +74,8 @@ def check_config(config: ConfigDict) -> None:
         min(config.eval.prompts, config.eval.fit_prompts) >= 0, "config.eval.prompts and fit_prompts must be at least 0"
     )
     need(
-        config.eval.samples >= 2 and config.eval.temperature > 0,
-        f"config.eval.samples={config.eval.samples} must be at least 2, temperature={config.eval.temperature} above 0",
+        config.eval.samples >= 1 and config.eval.temperature > 0,
+        f"config.eval.samples={config.eval.samples} must be at least 1, temperature={config.eval.temperature} above 0",
     )
     need(
         config.eval.prompts or not config.eval.fit_prompts, "config.eval.fit_prompts needs config.eval.prompts as well"

@@ -1,6 +1,7 @@
 """Tasks of one's own and of others: mixes by weight, a JSON lines task, a reward by file and name, a model as judge."""
 
 import json
+import operator
 import runpy
 from collections import Counter
 
@@ -36,15 +37,10 @@ def write(path, rows):
 @pytest.fixture
 def folder(tmp_path):
     """Training and test rows of two maths tasks, sums and products, and rows of one's own."""
-    for name, count, sign in (("math", 6, "+"), ("gsm8k", 3, "*")):
+    for name, count, sign, operate in (("math", 6, "+", operator.add), ("gsm8k", 3, "*", operator.mul)):
         for split in ("train", "test"):
             rows = [
-                {
-                    "id": f"{split}{i}",
-                    "problem": f"{i}{sign}{i}, {split}",
-                    "answer": str(eval(f"{i}{sign}{i}")),
-                    "level": 1,
-                }
+                {"id": f"{split}{i}", "problem": f"{i}{sign}{i}, {split}", "answer": str(operate(i, i)), "level": 1}
                 for i in range(count)
             ]
             write(tmp_path / f"{name}_{split}.jsonl", rows)

@@ -1,8 +1,9 @@
 """A reward of your own: a Python function that tells right from wrong, in place of a task's verifier.
 
-`config.task.reward = "path/to/file.py:function"`, a local file that is loaded once. The function is called as
-`function(example, response)` with the example (`example.problem` is the task's own data, `example.task` its name) and the
-whole text of a finished response that did not call the cloud, or of the cloud's answer. What it returns:
+`config.task.reward = "path/to/file.py:function"`, a local file that is loaded once. Keep it as it is while a run goes on: the
+run knows it by name only. The function is called as `function(example, response)` with the example (`example.problem` is the
+task's own data, `example.task` its name) and the whole text of a finished response that did not call the cloud, or of the
+cloud's answer. What it returns:
 
     True, False      right, wrong
     0 ... 1          right from 0.5 on: the method rewards being right, and how much is `config.reward`'s to say
