@@ -40,9 +40,11 @@ def evaluate(
     config: ConfigDict,
     name: str,
     natural: bool = True,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Records:
-    """Records of `examples`; `sample` is a `rollout.make_sampler` of group 1, greedy or drawing by `seed`; `params` has axis D.
+    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D.
+
+    seed: of a sampler with a temperature. In a drawn response a call is a marker that was written to its end.
 
     natural: with the natural pass too, and its columns. cloud None: none is asked, and no verdict of it is known.
     """
@@ -53,13 +55,13 @@ def evaluate(
             batch = examples[start : start + size]
             padded = batch + batch[:1] * (size - len(batch))  # one shape, one compilation
             prompts = parallel.shard(text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D)
-            passes, key = {}, (np.full(D, seed, np.int32), np.full(D, start // size, np.int32))
+            passes, key = {}, (np.full(D, seed or 0, np.int32), np.full(D, start // size, np.int32))
             for kind, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
                 samples = sample(params, *prompts, *key, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
                 passes[kind] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
             rows += [
-                _row(task, text, e, i, passes) | c
+                _row(task, e, i, passes, seed is not None) | c
                 for i, (e, c) in enumerate(zip(batch, cloud_answers(task, cloud, batch), strict=True))
             ]
             bar.update(len(batch))
@@ -85,7 +87,7 @@ def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]
     ]
 
 
-def _row(task: Task, text: Text, example: Example, i: int, passes) -> dict:
+def _row(task: Task, example: Example, i: int, passes, drawn: bool) -> dict:
     local, verdicts = passes["local"]
     row = {
         "id": example.id,
@@ -105,15 +107,15 @@ def _row(task: Task, text: Text, example: Example, i: int, passes) -> dict:
     if "natural" not in passes:
         return row
     natural, natural_verdicts = passes["natural"]
-    crossing = (natural.tokens[i] == text.decision_id) & (natural.margins[i] > -np.inf)
-    called = bool(crossing.any())
+    crossing = natural.margins[i] > 0
+    called = bool(natural_verdicts.called[i] if drawn else crossing.any())
     return row | {
         "natural_text": natural_verdicts.texts[i],
         "natural_called": called,
         "natural_completed": bool(natural_verdicts.called[i]),
         "natural_correct": bool(natural_verdicts.correct[i]),
         "natural_ended": bool(natural.ended[i]),
-        "natural_tokens": int(crossing.argmax()) + 1 if called else int(natural.mask[i].sum()),
+        "natural_tokens": int(crossing.argmax()) + 1 if called and not drawn else int(natural.mask[i].sum()),
     }
 
 

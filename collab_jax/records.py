@@ -21,7 +21,7 @@
     margin             float      logits   max_t m_t, the trained decision (`sampler.py`)
     margins            f32 list   logits   the trace m_t, one a token, -inf off decision states
     natural_text       str                 of the pass with the marker allowed: the response
-    natural_called     bool                the decision token came at a decision state
+    natural_called     bool                the decision token came at a decision state (drawn ones: the whole marker did)
     natural_completed  bool                and free decoding finished the marker
     natural_correct    bool                the answer is right
     natural_ended      bool                the response was not cut off

@@ -154,7 +154,7 @@ def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, Cache
     """The task, with its judge if it has one, and the cloud; both keep what they buy in the file `store`."""
     task = make_task(config)
     cloud = make_cloud(config, task, store)
-    return judge.judged(config, task, cloud.store), cloud
+    return judge.judged(config, task, store), cloud
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
@@ -186,16 +186,11 @@ def with_config(run: Run, config: ConfigDict) -> Run:
 
 
 def examples(run: Run, split: str) -> list[Example]:
-    """The examples of a split, "train" or "test", that are `fitting`."""
-    return fitting(run, run.task.load(split), split)
-
-
-def fitting(run: Run, found: list[Example], split: str) -> list[Example]:
-    """The examples whose prompts have at most `config.prompt_length` tokens.
+    """The examples of a split, "train" or "test", whose prompts have at most `config.prompt_length` tokens.
 
     The others are told and left out, never cut. Raises UserError where none is left.
     """
-    limit = run.config.prompt_length
+    found, limit = run.task.load(split), run.config.prompt_length
     fitting = [e for e in found if len(run.text.prompt_ids(run.task.prompt(e))) <= limit]
     if not fitting:
         raise UserError(f"all {len(found)} {split} prompts have more than {limit} tokens: raise config.prompt_length")

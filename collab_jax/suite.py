@@ -111,13 +111,15 @@ def evaluate_benchmark(
     bench = runs.with_config(run, config)
     everything = bench.task.load("test")
     unseen = [e for e in everything if e.seen not in trained]
-    examples = runs.fitting(bench, unseen, "test")
+    examples = runs.examples(bench._replace(task=dataclasses.replace(bench.task, load=lambda split: unseen)), "test")
     repeated: list[Example] = [
         dataclasses.replace(e, id=f"{e.id}#{i + 1}") if samples > 1 else e for i in range(samples) for e in examples
     ]
     parts = bench.text, bench.task, bench.cloud, repeated, bench.config, name
-    sample = sampled if samples > 1 else greedy
-    table = evaluate.evaluate(sample, state.policy, *parts, seed=run.config.seed)
+    if samples > 1:
+        table = evaluate.evaluate(sampled, state.policy, *parts, seed=run.config.seed)
+    else:
+        table = evaluate.evaluate(greedy, state.policy, *parts)
     counts = {
         "prompts": len(examples),
         "samples": samples,

@@ -234,7 +234,7 @@ def test_a_judge_by_config_and_a_cloud_answer_that_it_cannot_judge(folder, tmp_p
     settings = config(folder, "jsonl", judge="simulated-judge")
     settings.cloud.error_rate = 0.0
     task, store = make_task(settings), Store(tmp_path / "c.sqlite")
-    judged = judge.judged(settings, task, store)
+    judged = judge.judged(settings, task, store.path)
     town, poem = task.load("test")
     assert judged.verify([town, town, poem], [answered("NEW DELHI"), answered("Delhi"), answered("x")]) == [RIGHT, WRONG, UNJUDGED]  # fmt: skip
     assert {row[0] for row in store.query("SELECT DISTINCT model FROM answers")} == {"simulated-judge"}

@@ -7,10 +7,11 @@ neither yes nor no, leaves the response unjudged: wrong, and counted in `verifie
 """
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Sequence
 
-from collab_jax.cloud import KINDS, CachedCloud, Store
+from collab_jax.cloud import CachedCloud, make_cloud
 from collab_jax.tasks import base
 from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
 from collab_jax.tasks.jsonl import same
@@ -73,11 +74,14 @@ def verify_by(task: Task, cloud: CachedCloud, marker: str):
     return verify
 
 
-def judged(config, task: Task, store: Store) -> Task:
-    """`task`, with the judge that `config.task.judge` names in the place of its verifier; as it is where none is named."""
+def judged(config, task: Task, store: pathlib.Path) -> Task:
+    """`task`, with the judge that `config.task.judge` names in the place of its verifier; as it is where none is named.
+
+    store: the file that keeps its answers.
+    """
     if not config.task.judge:
         return task
-    settings = config.cloud.copy_and_resolve_references()
-    settings.model = config.task.judge
-    cloud = CachedCloud(KINDS[config.cloud.kind](settings, dataclasses.replace(task, solve_prompt=solve)), store)
+    settings = config.copy_and_resolve_references()
+    settings.cloud.model = config.task.judge
+    cloud = make_cloud(settings, dataclasses.replace(task, solve_prompt=solve), store)
     return dataclasses.replace(task, verify=verify_by(task, cloud, config.text.marker))
