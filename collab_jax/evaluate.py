@@ -4,7 +4,7 @@
 
 evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes `eval.parquet` and
 `eval.json`. One pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
-decision at every budget (`sampler.py`).
+decision at every budget (`sampler.py`). With `--suite` it evaluates on other benchmarks (`suite.py`).
 `records.py` documents the columns. Routers that run the model once more (`config.routers.record`) are training's to record.
 """
 
@@ -13,6 +13,7 @@ import pathlib
 
 import jax
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -39,8 +40,11 @@ def evaluate(
     config: ConfigDict,
     name: str,
     natural: bool = True,
+    seed: int | None = None,
 ) -> Records:
     """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D.
+
+    seed: of a sampler with a temperature. In a drawn response a call is a marker that was written to its end.
 
     natural: with the natural pass too, and its columns. cloud None: none is asked, and no verdict of it is known.
     """
@@ -51,14 +55,13 @@ def evaluate(
             batch = examples[start : start + size]
             padded = batch + batch[:1] * (size - len(batch))  # one shape, one compilation
             prompts = parallel.shard(text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D)
-            passes = {}
-            for key, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
-                zero = np.zeros(D, np.int32)
-                samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
+            passes, key = {}, (np.full(D, seed or 0, np.int32), np.full(D, start // size, np.int32))
+            for kind, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
+                samples = sample(params, *prompts, *key, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
-                passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
+                passes[kind] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
             rows += [
-                _row(task, e, i, passes) | c
+                _row(task, e, i, passes, seed is not None) | c
                 for i, (e, c) in enumerate(zip(batch, cloud_answers(task, cloud, batch), strict=True))
             ]
             bar.update(len(batch))
@@ -84,16 +87,17 @@ def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]
     ]
 
 
-def _row(task: Task, example: Example, i: int, passes) -> dict:
+def _row(task: Task, example: Example, i: int, passes, drawn: bool) -> dict:
     local, verdicts = passes["local"]
     row = {
         "id": example.id,
-        "task": task.name,
+        "task": example.task,
         "stratum": example.stratum,
         "prompt": task.prompt(example)[-1]["content"],
         "text": verdicts.texts[i],
         "local_correct": bool(verdicts.correct[i]),
         "formatted": bool(verdicts.formatted[i]),
+        "unjudged": bool(verdicts.timed_out[i] | verdicts.unjudged[i]),
         "ended": bool(local.ended[i]),
         "tokens": int(local.mask[i].sum()),
         "logp": float(local.logp[i].sum()),
@@ -104,14 +108,14 @@ def _row(task: Task, example: Example, i: int, passes) -> dict:
         return row
     natural, natural_verdicts = passes["natural"]
     crossing = natural.margins[i] > 0
-    called = bool(crossing.any())
+    called = bool(natural_verdicts.called[i] if drawn else crossing.any())
     return row | {
         "natural_text": natural_verdicts.texts[i],
         "natural_called": called,
         "natural_completed": bool(natural_verdicts.called[i]),
         "natural_correct": bool(natural_verdicts.correct[i]),
         "natural_ended": bool(natural.ended[i]),
-        "natural_tokens": int(crossing.argmax()) + 1 if called else int(natural.mask[i].sum()),
+        "natural_tokens": int(crossing.argmax()) + 1 if called and not drawn else int(natural.mask[i].sum()),
     }
 
 
@@ -164,4 +168,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    from collab_jax import suite
+
+    name = flags.DEFINE_string("suite", None, "Evaluate on this suite of benchmarks, or on tasks with commas between.")
+    cli.main(lambda config, workdir: suite.main(config, workdir, name.value) if name.value else main(config, workdir))

@@ -11,7 +11,8 @@
     text               str                 the device's response
     ended              bool                the response was not cut off; default True
     formatted          bool                it is well formed; default True
-    cloud_known        bool                the call did not fail; default True
+    unjudged           bool                the verifier could not tell whether it is right: it counts as wrong
+    cloud_known        bool                the call did not fail, and its answer could be judged; default True
     tokens             int        tokens   of the device's response, EOS in
     ms                 float      ms       the device took for it
     cloud_tokens       int        tokens   of the cloud's call, input + output
@@ -20,7 +21,7 @@
     margin             float      logits   max_t m_t, the trained decision (`sampler.py`)
     margins            f32 list   logits   the trace m_t, one a token, -inf off decision states
     natural_text       str                 of the pass with the marker allowed: the response
-    natural_called     bool                the decision token came at a decision state
+    natural_called     bool                the decision token came at a decision state (drawn ones: the whole marker did)
     natural_completed  bool                and free decoding finished the marker
     natural_correct    bool                the answer is right
     natural_ended      bool                the response was not cut off
@@ -63,6 +64,7 @@ TYPES = {
     "text": "str",
     "ended": "bool",
     "formatted": "bool",
+    "unjudged": "bool",
     "cloud_known": "bool",
     "tokens": "int",
     "ms": "float",

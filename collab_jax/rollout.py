@@ -36,6 +36,7 @@ class Verdicts(NamedTuple):
     called: np.ndarray
     formatted: np.ndarray
     timed_out: np.ndarray  # the verifier did not get to an end
+    unjudged: np.ndarray  # it could not tell
 
 
 class Collected(NamedTuple):
@@ -48,6 +49,7 @@ class Collected(NamedTuple):
     cloud_bought: int  # of those, not in the store yet
     cloud_failed: int
     verifier_timeouts: int  # responses
+    verifier_failures: int  # responses that could not be judged for another reason
 
 
 def make_sampler(
@@ -89,17 +91,23 @@ def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, end
     A call needs the decision token: the marker spelt out in other tokens would escape margins and biases.
     """
     texts = text.decode(tokens, mask)
-    found = np.array(task.verify(examples, texts), bool).reshape(-1, len(Verdict._fields))
-    correct, called, formatted, timed_out = found.T
+    found = np.zeros((len(texts), len(Verdict._fields)), bool)
+    if (rows := np.flatnonzero(ended)).size:
+        found[rows] = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
+    correct, called, formatted, timed_out, unjudged = found.T
     decided = ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
-    return Verdicts(texts, correct & ended, called & ended & decided, formatted & ended, timed_out & ended)
+    return Verdicts(texts, correct, called & decided, formatted, timed_out, unjudged)
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
-    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the store."""
+    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the store.
+
+    Not known: the call failed, or its answer could not be judged.
+    """
     answers = cloud.answer([task.cloud_prompt(example) for example in examples])
     known = np.array([reply is not None for reply in answers.replies], bool)
     found = task.verify(examples, ["" if reply is None else reply.text for reply in answers.replies])
+    known &= ~np.array([verdict.unjudged for verdict in found], bool)
     correct = np.array([verdict.correct for verdict in found], bool) & known
     return correct, known, answers
 
@@ -127,7 +135,7 @@ def collect(
     verdicts = np.zeros((3, Q, G), bool)  # correct, called, formatted
     texts = np.empty((Q, G), object)
     cloud_correct, cloud_known, open_rows = np.zeros(Q, bool), np.ones(Q, bool), np.full(Q, G)
-    totals = np.zeros(4, int)  # asked, bought, failed; timed out
+    totals = np.zeros(5, int)  # asked, bought, failed; timed out, unjudged
     todo = [meanwhile]
 
     def finished(tokens, mask, ended, now):
@@ -138,7 +146,7 @@ def collect(
             return
         found = judge(task, text, [examples[q] for q in np.nonzero(now)[0]], tokens[now], mask[now], ended[now])
         verdicts[:, now] = found[1:4]
-        totals[3] += found.timed_out.sum()
+        totals[3:] += found.timed_out.sum(), found.unjudged.sum()
         texts[now] = found.texts
         open_rows[:] -= now.sum(1)
         correct, called, _ = verdicts

@@ -18,7 +18,7 @@ from collab_jax.gapg import TrainState
 from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
-from collab_jax.tasks import Example, Task, make_task
+from collab_jax.tasks import Example, Task, judge, make_task
 
 
 class Run(NamedTuple):
@@ -72,6 +72,10 @@ def check_config(config: ConfigDict) -> None:
     )
     need(
         min(config.eval.prompts, config.eval.fit_prompts) >= 0, "config.eval.prompts and fit_prompts must be at least 0"
+    )
+    need(
+        config.eval.samples >= 1 and config.eval.temperature > 0,
+        f"config.eval.samples={config.eval.samples} must be at least 1, temperature={config.eval.temperature} above 0",
     )
     need(
         config.eval.prompts or not config.eval.fit_prompts, "config.eval.fit_prompts needs config.eval.prompts as well"
@@ -144,17 +148,28 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path, make_cloud=make_cloud) -> Run:
-    """Checks the config, claims the workdir and builds the parts, the cloud by `make_cloud`. Raises UserError with what to do."""
+def store_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+    """The file of the run's cloud answers."""
+    return pathlib.Path(config.cloud.store).expanduser() if config.cloud.store else workdir / "cloud.sqlite"
+
+
+def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, CachedCloud]:
+    """The task, with its judge if it has one, and the cloud; both keep what they buy in the file `store`."""
+    task = make_task(config)
+    cloud = make_cloud(config, task, store)
+    return judge.judged(config, task, store), cloud
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
+    """Checks the config, claims the workdir and builds the parts. Raises UserError with what to do."""
     check_config(config)
     claim(config, workdir)
-    task = make_task(config)
+    task, cloud = task_and_cloud(config, store_path(config, workdir))
     folder = hf.locate(config.model.path)
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
     cfg = lora.configure(cfg, config.lora)
     steps, o = config.train.steps, config.optim
     schedule = optim.make_schedule(o.learning_rate, o.warmup_steps, decay_steps=steps if o.decay else None)
-    store = pathlib.Path(config.cloud.store).expanduser() if config.cloud.store else workdir / "cloud.sqlite"
     return Run(
         config=config,
         workdir=workdir,
@@ -162,10 +177,16 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, make_cloud=make_cloud) ->
         cfg=cfg,
         text=text_lib.load(folder, config.text),
         task=task,
-        cloud=make_cloud(config, task, store),
+        cloud=cloud,
         optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm, config.model.param_dtype),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )
+
+
+def with_config(run: Run, config: ConfigDict) -> Run:
+    """`run` with the task and the cloud of another config: the same model, asked something else."""
+    task, cloud = task_and_cloud(config, store_path(config, run.workdir))
+    return run._replace(config=config, task=task, cloud=cloud)
 
 
 def examples(run: Run, split: str) -> list[Example]:

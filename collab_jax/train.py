@@ -38,7 +38,7 @@ from collab_jax.cloud import ledger
 from collab_jax.errors import UserError
 from collab_jax.routers import recorded
 from collab_jax.run import Run
-from collab_jax.tasks import Example
+from collab_jax.tasks import Example, mix
 
 NONFINITE_LIMIT = 10  # updates in a row whose gradient is not finite before the run stops
 
@@ -66,11 +66,28 @@ class Stop:
 
 def prompt_indices(seed: int, step: int, count: int, total: int) -> np.ndarray:
     """Which of `total` training prompts step number `step` uses, [count]: a new order each epoch, a function of (seed, step)."""
-    place = np.arange(step * count, (step + 1) * count)
+    return _in_order(seed, np.arange(step * count, (step + 1) * count), total)
+
+
+def _in_order(seed: int, place: np.ndarray, total: int) -> np.ndarray:
+    """Which of `total` prompts stand at these places of an endless sequence, in which each epoch has an order of its own."""
     orders = {
         epoch: np.random.default_rng([seed, int(epoch)]).permutation(total) for epoch in np.unique(place // total)
     }
-    return np.array([orders[p // total][p % total] for p in place])
+    return np.array([orders[p // total][p % total] for p in place], np.int64)
+
+
+def chooser(run: Run, examples: list[Example]) -> Callable[[int, int], np.ndarray]:
+    """choose(step, count) -> which of the training examples step number `step` uses, i64[count]; of a mix by its weights."""
+    seed, task = run.config.seed, run.task
+    if task.weights is None:
+        return lambda step, count: prompt_indices(seed, step, count, len(examples))
+    pools, weights = mix.pools(task, examples), list(task.weights.values())
+
+    def choose(step: int, count: int) -> np.ndarray:
+        return mix.indices(seed, np.arange(step * count, (step + 1) * count), pools, weights, _in_order)
+
+    return choose
 
 
 def fit_examples(run: Run) -> list[Example]:
@@ -79,7 +96,7 @@ def fit_examples(run: Run) -> list[Example]:
     if not config.eval.fit_prompts:
         return []
     examples = runs.examples(run, "train")
-    used = prompt_indices(config.seed, 0, config.prompts_per_step * config.train.steps, len(examples))
+    used = chooser(run, examples)(0, config.prompts_per_step * config.train.steps)
     unused = np.setdiff1d(np.arange(len(examples)), used)
     if len(unused) < config.eval.fit_prompts:
         raise UserError(
@@ -136,6 +153,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
         return state
     examples = runs.examples(run, "train")
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
+    choose = chooser(run, examples)
     kinds = {"group": config.group, "solo": config.algorithm.solo}
     sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
     step = make_step(run)
@@ -152,7 +170,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
             row |= {"cut_off": collected.cut_off, "cloud_asked": collected.cloud_asked}
             row |= {"cloud_bought": collected.cloud_bought, "cloud_failed": collected.cloud_failed}
-            row |= {"verifier_timeouts": collected.verifier_timeouts}
+            row |= {"verifier_timeouts": collected.verifier_timeouts, "verifier_failures": collected.verifier_failures}
             row |= {"seconds_rollout": sampled - ready, "seconds": (now := time.monotonic()) - ready}
             ready = now
             writer.write(row)
@@ -169,7 +187,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
         previous: Callable[[], None] = lambda: None  # noqa: E731
         for i in range(first, config.train.steps):
             # ---------------------------------------------------------------------------------------- rollout
-            chosen = prompt_indices(config.seed, i, Q, len(examples))
+            chosen = choose(i, Q)
             batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
             collected = rollout.collect(
                 sample, state.behaviour, run.text, run.task, cloud, *batch, config.seed, i, meanwhile=previous

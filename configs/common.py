@@ -40,8 +40,11 @@ def get_config() -> ConfigDict:
     config.text.eos = ("<eos>",)  # every token that ends a response
 
     config.task = ConfigDict()
-    config.task.name = "countdown"  # a key of collab_jax.tasks.TASKS
-    config.task.data_dir = "~/tensorflow_datasets"  # where the data set is built on first use
+    config.task.name = "countdown"  # a key of collab_jax.tasks.TASKS, or mix
+    config.task.mix = ()  # of mix: (task, weight) pairs, as (("math", 3), ("gsm8k", 1)); a weight is a share of prompts
+    config.task.reward = ""  # path/to/file.py:function(example, response) -> bool, 0 ... 1 or None, for the verifier
+    config.task.judge = ""  # a model of config.cloud that judges answers in the verifier's place; "": none
+    config.task.data_dir = "~/tensorflow_datasets"  # NAME.jsonl(.gz) here if there; else the data set built below it
     config.task.prompt = "{numbers}={target}"  # the device model's prompt; a real model wants a sentence
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest
@@ -96,6 +99,8 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 4096  # from the start of the test split, before and after training; 0: no evaluation
     config.eval.fit_prompts = 0  # unused training prompts, after training, to fit learned routers on (fit.parquet)
     config.eval.batch_size = 256  # rows; a multiple of the number of devices
+    config.eval.samples = 16  # of --suite: responses a prompt on its small benchmarks, whose mean counts (avg@k)
+    config.eval.temperature = 0.6  # of --suite: of these responses; all others are greedy
 
     config.routers = ConfigDict()  # that run the model once more after training, kept as columns of the records
     config.routers.record = ()  # of agreement, hidden, classifier, verification

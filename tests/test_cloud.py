@@ -384,7 +384,7 @@ def cloud_config(**changes) -> SimpleNamespace:
 
 
 def test_make_cloud(tmp_path):
-    task = SimpleNamespace(name="echo", solve_prompt=lambda messages: messages[-1]["content"].upper())
+    task = SimpleNamespace(name="echo", solve_prompt=lambda messages: messages[-1]["content"].upper(), gold=None)
     cached = make_cloud(cloud_config(), task, tmp_path / "new" / "s.db")
     assert texts(cached.answer([prompt("abc")])) == ["ABC"]
     # 0 and 0.0 in a config are the same cloud

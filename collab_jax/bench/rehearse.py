@@ -3,8 +3,8 @@
 The architecture is that of `config.model.path` (a folder, a published name or a hub name), the weights are random, and so is
 the tokenizer where none is there: trained on the task's own prompts. Prompts, verification, store and update are the run's.
 Random weights never end a response and are never right, so every response runs to the limit, and after it has been judged
-half of each group counts as right: all prompts are learnt from, which is the largest update there is. The cloud is a
-stand-in behind the real store; nothing is bought.
+half of each group counts as right: all prompts are learnt from, which is the largest update there is. The cloud is simulated
+behind the real store; nothing is bought.
 """
 
 import pathlib
@@ -20,7 +20,6 @@ from ml_collections import ConfigDict, config_flags
 from collab_jax import gapg, memory, page, parallel, process, rollout, train
 from collab_jax import run as runs
 from collab_jax.bench import measure, work
-from collab_jax.cloud import CachedCloud, SimulatedCloud, Store
 from collab_jax.errors import UserError
 from collab_jax.models import hf
 from collab_jax.tasks import make_task
@@ -91,14 +90,6 @@ def make_folder(config: ConfigDict, architecture: dict, folder: pathlib.Path) ->
     return f"{cfg.num_layers} blocks, random weights, {'its own' if known else 'a made-up'} tokenizer"
 
 
-def stand_in_cloud(config: ConfigDict, task, store: pathlib.Path) -> CachedCloud:
-    """The task's solver where it has one, else an answer that the verifier must compare all the same."""
-    c = config.cloud
-    prices = c.seconds, c.usd_per_million_input, c.usd_per_million_output
-    solve = task.solve_prompt or (lambda _: "<answer> \\frac{355}{113} </answer>")
-    return CachedCloud(SimulatedCloud("rehearsal", solve, 0.0, *map(float, prices)), Store(store))
-
-
 def half_right(found: gapg.Rollout) -> gapg.Rollout:
     """The rollout, with axis D, as if every other response of each group were right."""
     right = np.broadcast_to(np.arange(found.correct.shape[-1]) % 2 == 0, found.correct.shape)
@@ -115,8 +106,8 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
         shown = memory.check_here(cfg, config)
         made = make_folder(config, architecture, folder / "model")
-        config.model.path = str(folder / "model")
-        run = runs.prepare(config, folder / "run", stand_in_cloud)
+        config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
+        run = runs.prepare(config, folder / "run")
         ceiling = measure.matmul_ceiling(config.model.dtype)
         examples, Q = runs.examples(run, "train"), config.prompts_per_step
         prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)

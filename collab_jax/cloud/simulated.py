@@ -76,6 +76,8 @@ def from_config(config, task) -> SimulatedCloud:
         seconds=float(config.seconds),
         usd_per_million_input=float(config.usd_per_million_input),
         usd_per_million_output=float(config.usd_per_million_output),
+        # A question's gold answer may be 0; no answer at all is wrong for each.
+        **({"wrong": "<answer></answer>"} if task.gold else {}),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from collab_jax.errors import UserError
@@ -16,11 +16,16 @@ class TaskError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One prompt's problem. id: unique in its split; stratum: its difficulty class; problem: the task's own data."""
+    """One prompt's problem. id: unique in its split; stratum: its difficulty class; problem: the task's own data.
+
+    task: the name of its task, in a mix the part's. seen: the training task that holds the same problem, if one does.
+    """
 
     id: str
     stratum: str
     problem: Any
+    task: str = ""
+    seen: str = ""
 
 
 class Verdict(NamedTuple):
@@ -30,6 +35,7 @@ class Verdict(NamedTuple):
     called: bool
     formatted: bool
     timed_out: bool = False  # the verifier did not get to an end, and `correct` is False for that
+    unjudged: bool = False  # nor is it known: a judge's call failed, or a reward said None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Task:
     load(split) -> list[Example], split "train" or "test"; prompt(example) -> the device model's chat messages;
     cloud_prompt(example) -> the cloud's; verify(examples, responses) -> a Verdict of each *finished* response;
     solve_prompt(messages) -> a right response to a cloud prompt (None: the task has no exact solver);
+    gold(example) -> its right answer, or None where it has none (None: the task keeps no answers);
+    weights: of a mix, each part's share of the training prompts;
     demonstrations(seed) -> endless (example, response) pairs for the warm start (None: the task makes none).
     """
 
@@ -48,6 +56,8 @@ class Task:
     cloud_prompt: Callable[[Example], Messages]
     verify: Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
     solve_prompt: Callable[[Messages], str] | None = None
+    gold: Callable[[Example], str | None] | None = None
+    weights: Mapping[str, float] | None = None
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None
 
 

@@ -2,10 +2,9 @@
 
 import pathlib
 import re
-from collections.abc import Sequence
 
-from collab_jax.tasks import base, math, rows
-from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
+from collab_jax.tasks import math, rows
+from collab_jax.tasks.base import Example, Task, TaskError
 
 LETTERS = "ABCDEFGHIJ"
 _CLOUD_PROMPT = (
@@ -22,41 +21,39 @@ def letter(response: str) -> str | None:
 
 
 def load(task, split: str) -> list[Example]:
-    """The examples of `mmlu_test`; problem: (question, choices, letter). There is no training split."""
+    """The examples of `mmlu_test`; problem: (question, choices, letter). There is no training split.
+
+    Some of its high-school mathematics are problems of MATH's training split: these say so (`Example.seen`).
+    """
     if split != "test":
         raise TaskError(f"task {task.name!r} has no {split} split: it is for evaluation alone")
     name = f"{task.name}_test"
     found = []
-    for row in rows.read(pathlib.Path(task.data_dir).expanduser(), name, ("choices",)):
+    for row in rows.read(pathlib.Path(task.data_dir).expanduser(), name, ("answer", "choices")):
         if row["answer"] not in LETTERS[: len(row["choices"])]:
             raise TaskError(
                 f"{name}, row {row['id']}: the answer {row['answer']!r} is not the letter of one of its choices"
             )
         problem = row["problem"], tuple(row["choices"]), row["answer"]
-        found.append(Example(row["id"], math.stratum(row), problem))
+        seen = "math" if row.get("math_train_id") else ""
+        found.append(Example(row["id"], rows.stratum(row), problem, seen=seen))
     return found
 
 
 def make_task(config) -> Task:
     """MMLU; `config.task.prompt` has {problem} where question and choices go."""
-    task, marker = config.task, config.text.marker
-    math.check_prompt(task.prompt)
 
-    def messages(template: str, example: Example) -> Messages:
+    def problem(example: Example) -> str:
         question, choices, _ = example.problem
-        lines = [question, *(f"{x}. {choice}" for x, choice in zip(LETTERS, choices, strict=False))]
-        return [{"role": "user", "content": template.replace("{problem}", "\n".join(lines))}]
+        return "\n".join([question, *(f"{x}. {choice}" for x, choice in zip(LETTERS, choices, strict=False))])
 
-    def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
-        return [
-            Verdict(letter(r) == e.problem[2], base.called(r, marker), base.formatted(r))
-            for e, r in zip(examples, responses, strict=True)
-        ]
-
-    return Task(
-        name=task.name,
-        load=lambda split: load(task, split),
-        prompt=lambda example: messages(task.prompt, example),
-        cloud_prompt=lambda example: messages(_CLOUD_PROMPT, example),
-        verify=verify,
+    return rows.make_task(
+        config,
+        load=lambda split: load(config.task, split),
+        problem=problem,
+        gold=lambda example: example.problem[2],
+        compare=lambda examples, responses: [
+            letter(r) == e.problem[2] for e, r in zip(examples, responses, strict=True)
+        ],
+        cloud_prompt=_CLOUD_PROMPT,
     )

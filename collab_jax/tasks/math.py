@@ -1,7 +1,7 @@
 """Mathematics with a final answer: MATH, GSM8K and the benchmarks that are only for evaluation.
 
-How an answer is found in a response (`extract`), when two answers are the same (`equal`), and the tasks. Most answers are compared as text, in one spelling, or as exact rational numbers. What that does not settle goes to
-math-verify (`verifier.py`).
+How an answer is found in a response (`extract`), when two answers are the same (`equal`), and the tasks. Most answers are
+compared as text, in one spelling, or as exact rational numbers. What that does not settle goes to math-verify (`verifier.py`).
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from collab_jax.tasks import base, rows, verifier
-from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
+from collab_jax.tasks.base import Example, Task, TaskError
 
 MAX_ANSWER = 500  # characters; a longer prediction is wrong, unread
 
@@ -135,9 +135,11 @@ def equal_all(pairs: Sequence[tuple[str, str | None]]) -> list[bool | None]:
         elif not _both_numbers(gold, prediction):  # two numbers that differ need no algebra
             unsettled.append(i)
     if unsettled:
-        slow = verifier.shared().equal([(normal(pairs[i][0]), normal(pairs[i][1])) for i in unsettled])
-        for i, same in zip(unsettled, slow, strict=True):
-            found[i] = same
+        spelt = [(normal(pairs[i][0]), normal(pairs[i][1])) for i in unsettled]
+        distinct = list(dict.fromkeys(spelt))  # the responses of a group often agree
+        slow = dict(zip(distinct, verifier.shared().equal(distinct), strict=True))
+        for i, pair in zip(unsettled, spelt, strict=True):
+            found[i] = slow[pair]
     return found
 
 
@@ -172,40 +174,21 @@ def load(task, split: str) -> list[Example]:
     found = rows.read(pathlib.Path(task.data_dir).expanduser(), name)
     if split == "train":
         found = [row for row in found if not row.get("boxed_all")]
-    return [Example(row["id"], stratum(row), (row["problem"], row["answer"])) for row in found]
-
-
-def stratum(row: dict) -> str:
-    """The difficulty class of a row: its level, else its type, else nothing."""
-    return f"level {row['level']}" if row.get("level") else row.get("type") or ""
-
-
-def check_prompt(template: str) -> None:
-    """Raises TaskError for a prompt without {problem}."""
-    if "{problem}" not in template:
-        raise TaskError(f"config.task.prompt={template!r} needs {{problem}}, where the problem goes")
+    return [Example(row["id"], rows.stratum(row), (row["problem"], row["answer"])) for row in found]
 
 
 def make_task(config) -> Task:
     """The task of FILES that `config.task.name` names; `config.task.prompt` has {problem} where the problem goes."""
-    task, marker = config.task, config.text.marker
-    check_prompt(task.prompt)
 
-    def messages(template: str, example: Example) -> Messages:
-        return [{"role": "user", "content": template.replace("{problem}", example.problem[0])}]
-
-    def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
+    def compare(examples: Sequence[Example], responses: Sequence[str]) -> list[bool | None]:
         golds = [example.problem[1] for example in examples]
-        same = equal_all(list(zip(golds, map(extract, responses), strict=True)))
-        return [
-            Verdict(x is True, base.called(r, marker), base.formatted(r), x is None)
-            for x, r in zip(same, responses, strict=True)
-        ]
+        return equal_all(list(zip(golds, map(extract, responses), strict=True)))
 
-    return Task(
-        name=task.name,
-        load=lambda split: load(task, split),
-        prompt=lambda example: messages(task.prompt, example),
-        cloud_prompt=lambda example: messages(_CLOUD_PROMPT, example),
-        verify=verify,
+    return rows.make_task(
+        config,
+        load=lambda split: load(config.task, split),
+        problem=lambda example: example.problem[0],
+        gold=lambda example: example.problem[1],
+        compare=compare,
+        cloud_prompt=_CLOUD_PROMPT,
     )

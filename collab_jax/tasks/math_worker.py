@@ -4,6 +4,7 @@ Run as a script; imports no jax.
 It may be killed at any moment; a pair that takes too long, or too much memory, costs its answer alone.
 """
 
+import functools
 import json
 import resource
 import sys
@@ -14,6 +15,7 @@ MEMORY = 4 << 30  # bytes; beyond, a pair is not equal
 CONFIG = [LatexExtractionConfig(), ExprExtractionConfig()]
 
 
+@functools.lru_cache(4096)  # a gold answer is compared with every response of its group
 def read(answer: str) -> list:
     """What math-verify makes of an answer, written as the content of a box."""
     return parse(f"\\boxed{{{answer}}}", extraction_config=CONFIG, parsing_timeout=None)

@@ -1,20 +1,28 @@
-"""Benchmark rows from JSON lines, plain or gzip-compressed: one object a line with `id`, `problem`, `answer`."""
+"""Questions with an answer each, a row a question: where the rows come from, and the task that they make.
 
+Rows are JSON lines, plain or gzip-compressed, one object a line with `id`, `problem`, `answer` and whatever else.
+"""
+
+import functools
 import gzip
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from collab_jax.tasks.base import TaskError
+from collab_jax.tasks import base, benchmarks
+from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
 
 
-def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ()) -> list[dict]:
-    """The rows of NAME.jsonl or NAME.jsonl.gz in `folder`, each with these fields besides id, problem and answer.
+def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
+    """The rows of NAME.jsonl or NAME.jsonl.gz in `folder`, each with these fields besides id and problem.
 
+    Where neither is there, a benchmark's come from the TFDS data set below `folder`, built on first use (`benchmarks.py`).
     Raises TaskError, naming file and line, for what is missing, empty, twice there, or no JSON.
     """
     places = [folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"]
     path = next((place for place in places if place.exists()), None)
+    if path is None and name in benchmarks.SPLITS:
+        return benchmarks.read(folder, name)
     if path is None:
         raise TaskError(
             f"no {name}.jsonl or {name}.jsonl.gz in {folder}: set config.task.data_dir to the folder that has it"
@@ -25,7 +33,7 @@ def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ()) -> list[di
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                row = _row(path, number, line, ("id", "problem", "answer", *fields))
+                row = _row(path, number, line, ("id", "problem", *fields))
                 if row["id"] in ids:
                     raise TaskError(f"{path}, line {number}: the id {row['id']!r} is there twice")
                 ids.add(row["id"])
@@ -48,3 +56,61 @@ def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> d
         if row.get(field) in (None, "", []):
             raise TaskError(f"{path}, line {number} has no {field}: mend the row, or leave it out")
     return row
+
+
+def stratum(row: dict) -> str:
+    """The difficulty class of a row: its level, else its type, else nothing."""
+    return f"level {row['level']}" if row.get("level") else str(row.get("type") or "")
+
+
+def make_task(
+    config,
+    load: Callable[[str], list[Example]],
+    problem: Callable[[Example], str],
+    gold: Callable[[Example], str | None],
+    compare: Callable[[Sequence[Example], Sequence[str]], Sequence[bool | None]],
+    cloud_prompt: str,
+) -> Task:
+    """The task of `config.task.name`, whose prompts are two templates with {problem} in them, `config.task.prompt` the device's.
+
+    compare(examples, responses) -> whether each response's answer is right; None where the verifier ran out of time.
+    Raises TaskError for a prompt without {problem}.
+    """
+    template, marker = config.task.prompt, config.text.marker
+    if "{problem}" not in template:
+        raise TaskError(f"config.task.prompt={template!r} needs {{problem}}, where the problem goes")
+
+    def messages(template: str, example: Example) -> Messages:
+        return [{"role": "user", "content": template.replace("{problem}", problem(example))}]
+
+    def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
+        return [
+            Verdict(x is True, base.called(r, marker), base.formatted(r), x is None)
+            for x, r in zip(compare(examples, responses), responses, strict=True)
+        ]
+
+    @functools.cache
+    def golds(split: str) -> dict[str, str | None]:
+        """Right answers by the cloud's prompt; none of a split that is not there."""
+        try:
+            return {messages(cloud_prompt, e)[0]["content"]: gold(e) for e in load(split)}
+        except TaskError:
+            return {}
+
+    def solve_prompt(found: Messages) -> str:
+        """The gold answer of a cloud prompt of this task. Raises TaskError for any other prompt."""
+        content = found[-1]["content"]
+        for split in ("test", "train"):
+            if (answer := golds(split).get(content)) is not None:
+                return f"<answer>{answer}</answer>"
+        raise TaskError(f"not a prompt of the task {config.task.name!r}, or one without an answer")
+
+    return Task(
+        name=config.task.name,
+        load=load,
+        prompt=lambda example: messages(template, example),
+        cloud_prompt=lambda example: messages(cloud_prompt, example),
+        verify=verify,
+        solve_prompt=solve_prompt,
+        gold=gold,
+    )

@@ -1,0 +1,165 @@
+"""The suite of benchmarks, and a mix, on a tiny random model that reads and writes characters; the suite's arithmetic."""
+
+import json
+import runpy
+import string
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL
+from tables import make
+
+from collab_jax import evaluate, measures, parallel, records, rollout, suite, train
+from collab_jax import run as runs
+from collab_jax.errors import UserError
+from collab_jax.models import decoder, hf
+from collab_jax.models import text as text_lib
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need external assistance ", "</unknown>")
+ARCHITECTURE = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 128,
+}  # fmt: skip
+SIZES = {"math_train": 9, "gsm8k_train": 5, "math_test": 6, "gsm8k_test": 6, "math500": 5, "amc23": 3, "aime24": 2, "minerva_math": 4, "agieval_math": 5}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(config, folder): a random model that knows each character, and a few rows of every benchmark."""
+    folder = tmp_path_factory.mktemp("suite")
+    characters = sorted(set(string.printable) - set("\r\x0b\x0c"))
+    text_lib.word_tokenizer([*TAGS, *characters], "<pad>", "<eos>", "<unk>").save_pretrained(folder / "words")
+    cfg = hf.config_from_hf(ARCHITECTURE | {"vocab_size": 3 + len(TAGS) + len(characters)})
+    params = decoder.init(cfg, jax.random.key(0))
+    hf.save(folder / "model", params, ARCHITECTURE | {"vocab_size": cfg.vocab_size}, "float32", folder / "words")
+    for name, count in SIZES.items():
+        rows = [{"id": f"{name}/{i}", "problem": f"{i}+{i}?", "answer": str(2 * i), "level": 1} for i in range(count)]
+        rows.append(rows[0] | {"id": "long", "problem": "1+" * 30})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choices = {"choices": ["1", "2"], "answer": "B"}
+    rows = [
+        {"id": f"c{i}", "problem": f"{i}?", **choices, **({"math_train_id": "x"} if i == 1 else {})} for i in range(4)
+    ]
+    (folder / "mmlu_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = SMALL | {
+        "model.path": str(folder / "model"), "task.name": "mix", "task.mix": (("math", 3), ("gsm8k", 1)),
+        "task.data_dir": str(folder), "task.prompt": "{problem}", "budget": 0.4, "prompt_length": 20, "max_new_tokens": 8,
+        "eval.prompts": 8, "eval.batch_size": 8, "eval.samples": 3, "eval.temperature": 1.0, "decode.slot_counts": 1,
+    }  # fmt: skip
+    (folder / "config.py").write_text(
+        f"import runpy\ndef get_config():\n    config = runpy.run_path({str(ROOT / 'configs' / 'common.py')!r})['get_config']()\n"
+        f"    config.update_from_flattened_dict({settings!r})\n    return config\n"
+    )
+    return runpy.run_path(str(folder / "config.py"))["get_config"]().lock(), folder
+
+
+def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(made, tmp_path):
+    run = runs.prepare(made[0], tmp_path)
+    examples = runs.examples(run, "train")
+    assert len(examples) == 14  # one too long in each task
+    choose = train.chooser(run, examples)
+    for step in range(3):  # 8 prompts a step: 6 and 2
+        assert sorted(examples[i].task for i in choose(step, 8)) == ["gsm8k"] * 2 + ["math"] * 6
+    config = made[0].copy_and_resolve_references()
+    config.eval.fit_prompts, config.train.steps = 2, 1
+    left = train.fit_examples(run._replace(config=config))
+    used = {examples[i].id for i in choose(0, 8)}
+    assert len(left) == 2 and not used & {e.id for e in left}
+
+    sample = rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=1.0)
+    params = parallel.replicate(runs.load_state(run)).params
+    batch = [examples[i] for i in choose(0, 8)]
+    prompts = run.text.prompt_batch([run.task.prompt(e) for e in batch], run.config.prompt_length)
+    got = rollout.collect(sample, params, run.text, run.task, run.cloud, batch, *prompts, 0, 0)
+    assert got.cloud_asked == 8 and got.verifier_failures == got.verifier_timeouts == 0
+    assert parallel.gather(got.rollout).cloud_correct.sum() >= 6  # the simulated cloud knows both tasks
+
+    held = evaluate.held_out(run)
+    table = evaluate.evaluate(sample, params, run.text, run.task, run.cloud, held, run.config, "mix", seed=1)
+    assert table["task"].tolist() == ["math", "math", "gsm8k", "math", "math", "math", "gsm8k", "math"]
+    assert set(table["stratum"]) == {"math, level 1", "gsm8k, level 1"}
+
+
+@pytest.fixture(scope="module")
+def workdir(made, tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+def test_the_papers_table_in_one_command(made, workdir):
+    done = subprocess.run(
+        [sys.executable, "-m", "collab_jax.evaluate", "--suite", "paper", "--config", str(made[1] / "config.py"), "--workdir", str(workdir)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = workdir / "suite-paper"
+    result = json.loads((out / "table.json").read_text())
+    assert list(result["benchmarks"]) == list(suite.SUITES["paper"]) and result["step"] == 0
+    sizes = {name: (of["prompts"], of["samples"], of["too_long"]) for name, of in result["benchmarks"].items()}
+    assert sizes == {name: (SIZES[name], 3 if name in suite.SMALL else 1, 1) for name in suite.SUITES["paper"]}
+    for name, of in result["benchmarks"].items():
+        table = records.read(out / f"{name}.parquet")
+        assert set(table["task"]) == {name} and len(set(table["id"])) == of["prompts"] * of["samples"]
+        assert of["device"]["value"] == table["local_correct"].mean() and of["cloud"]["value"] == pytest.approx(table["cloud_correct"].mean())  # fmt: skip
+        assert of["calls"]["value"] == pytest.approx(table["natural_called"].mean())
+    drawn = records.read(out / "amc23.parquet")
+    assert drawn["id"].tolist() == [f"amc23/{i}#{s}" for s in (1, 2, 3) for i in range(3)]
+    assert len(set(drawn["text"])) > 3  # samples of a prompt differ
+    for column in suite.COLUMNS:
+        values = [of[column]["value"] for of in result["benchmarks"].values()]
+        assert result["average"][column]["value"] == pytest.approx(np.mean(values))
+    text = (out / "table.md").read_text()
+    assert text in done.stdout
+    assert "40 % calls: margin" in text and "3 x 3" in text and "102 of them in math500" in text
+    assert "amc23: left out 1 prompts over config.prompt_length" in text and "80.4" in text
+
+
+def test_rows_that_the_run_was_trained_on_are_left_out(made, workdir):
+    assert suite.main(made[0], workdir, "mmlu,gsm8k") == 0
+    result = json.loads((workdir / "suite-mmlu+gsm8k" / "table.json").read_text())
+    assert result["benchmarks"]["mmlu"]["prompts"] == 3 and result["benchmarks"]["mmlu"]["seen_in_training"] == 1
+    assert any(
+        "left out 1 problems that stand in the training data of this run (gsm8k, math)" in n for n in result["notes"]
+    )
+    assert not records.read(workdir / "suite-mmlu+gsm8k" / "mmlu.parquet")["local_correct"].any()
+
+
+def test_an_unknown_suite_is_named(made, workdir):
+    with pytest.raises(UserError, match=r"--suite papers: no 'papers' among the suites \['paper'\] and the tasks"):
+        suite.main(made[0], workdir, "papers")
+    with pytest.raises(UserError, match="'chess'"):
+        suite.benchmarks("math,chess")
+
+
+# ---- its arithmetic
+
+
+def test_figures_by_hand():
+    table = make()  # local T F F T F, cloud T T F F T, margin -3 2 1 -1 and no answer first
+    of = suite.figures([table], 0.4, seed=0)
+    at = {name: values[0] for name, values in of.items()}
+    # 40 % of five: the unanswered one (rescued) and the margin of 2 (rescued)
+    assert at == pytest.approx(
+        {"device": 0.4, "calls": 0.4, "overall": 0.6, "margin": 0.8, "random": 0.48, "cloud": 0.6}
+    )
+    worse = make(local_correct=[False] * 5, natural_called=[False] * 5, natural_correct=[False] * 5)
+    both = {name: values[0] for name, values in suite.figures([table, worse], 0.4, seed=0).items()}
+    assert both["device"] == pytest.approx(0.2) and both["calls"] == pytest.approx(0.2)
+    assert both["margin"] == pytest.approx((0.8 + 0.4) / 2)
+
+
+def test_intervals_are_of_prompts_not_of_samples():
+    one = make(50, seed=1)
+    alone, twice = (suite.figures([one] * k, 0.3, seed=0) for k in (1, 2))
+    for name in suite.COLUMNS:  # the same sample twice says no more than once
+        assert np.allclose(alone[name], twice[name])
+    width = lambda rate: rate["high"] - rate["low"]  # noqa: E731
+    counts = {"samples": 1}
+    result = suite.summarize({f"b{i}": (make(100, seed=i), counts) for i in range(4)}, 0.3)
+    widths = [width(of["device"]) for of in result["benchmarks"].values()]
+    assert width(result["average"]["device"]) == pytest.approx(np.mean(widths) / 2, rel=0.2)  # four independent ones
+    assert result["benchmarks"]["b1"]["device"] == measures.estimate(
+        suite.figures([make(100, seed=1)], 0.3, 1)["device"]
+    )
