@@ -88,6 +88,10 @@ def check_config(config: ConfigDict) -> None:
         f"config.algorithm.solo={algorithm.solo} goes with advantage gapg or standard, whose sizes are alike",
     )
     need(
+        algorithm.solo == 0 or config.text.decision_token,
+        f"config.algorithm.solo={algorithm.solo} needs a config.text.decision_token: it bars one token",
+    )
+    need(
         algorithm.filter != "zero_variance" or algorithm.control != "lagrangian",
         "config.algorithm: zero_variance looks at rewards, not at what lagrangian charges for calls: use filter=none with it",
     )

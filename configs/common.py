@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()
     config.text.marker = "<unknown> I need external assistance </unknown>"  # the call, as text
-    config.text.decision_token = "<unknown>"  # the token that decides a call: the marker's first, or a reserved one
+    config.text.decision_token = (
+        "<unknown>"  # that decides a call: the marker's first, or a reserved one; "": plain text
+    )
     config.text.pad = "<pad>"  # token that fills rows
     config.text.eos = ("<eos>",)  # every token that ends a response
 
