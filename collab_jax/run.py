@@ -168,13 +168,13 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     )
 
 
-def examples(run: Run, split: str) -> list[Example]:
+def fitting(task: Task, text: Text, config: ConfigDict, split: str) -> list[Example]:
     """The examples of a split, "train" or "test", whose prompts have at most `config.prompt_length` tokens.
 
     The others are told and left out, never cut. Raises UserError where none is left.
     """
-    found, limit = run.task.load(split), run.config.prompt_length
-    fitting = [e for e in found if len(run.text.prompt_ids(run.task.prompt(e))) <= limit]
+    found, limit = task.load(split), config.prompt_length
+    fitting = [e for e in found if len(text.prompt_ids(task.prompt(e))) <= limit]
     if not fitting:
         raise UserError(f"all {len(found)} {split} prompts have more than {limit} tokens: raise config.prompt_length")
     if len(fitting) < len(found):
@@ -183,6 +183,11 @@ def examples(run: Run, split: str) -> list[Example]:
             f"config.prompt_length={limit} tokens"
         )
     return fitting
+
+
+def examples(run: Run, split: str) -> list[Example]:
+    """`fitting` of a run's parts."""
+    return fitting(run.task, run.text, run.config, split)
 
 
 def load_state(run: Run) -> TrainState:
