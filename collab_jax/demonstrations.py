@@ -219,7 +219,6 @@ def own(
     lines = file.read_text().splitlines() if file.exists() else []
     lines = lines[1:] if lines[:1] == [head] else []
     lines = lines[: len(lines) // size * size]  # whole batches; so a line cut short by a kill is none of them
-    workdir.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in [head, *lines]))
     rows = [json.loads(line) for line in lines]
     more = draw(sample, params, text, task, examples[len(rows) :], config, len(rows) // size, -np.inf)

@@ -213,6 +213,7 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
     examples = [Example(f"train-{i}", "3 numbers", ((3, 4, 5), 12)) for i in range(7)]
 
     def own(name, scripted, config=config):
+        (tmp_path / name).mkdir(exist_ok=True)
         return demonstrations.own(scripted, None, text, task, examples, config, tmp_path / name).read_text()
 
     straight = own("straight", Scripted(text))
@@ -279,6 +280,12 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
 def test_bad_settings(small, tmp_path, overrides, says):
     with pytest.raises(UserError, match=says):
         sft.run(small(**overrides), tmp_path)
+
+
+def test_workdir_that_cannot_be_made(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*: choose another --workdir"):
+        sft.run(small(), tmp_path / "file" / "start")
 
 
 def test_what_would_keep_training_from_learning_is_told():
