@@ -208,6 +208,7 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"algorithm__filter": "d3"}, r"\['d1d2', 'mixed', 'none', 'zero_variance'\]"),
         ({"algorithm__control_rate": -1.0}, "control_rate"),
         ({"algorithm__solo": 3}, "algorithm.solo=3 must be 0, or leave"),
+        ({"algorithm__solo": 2, "text__decision_token": ""}, "algorithm.solo=2 needs a config.text.decision_token"),
         ({"temperature": 0.0}, "temperature"),
         ({"optim__learning_rate": float("nan")}, "learning_rate=nan must be finite"),
         ({"train__steps": 0}, "at least 1"),
