@@ -25,7 +25,12 @@ _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapter alone, as PEFT
 def model_card(run: Run, step: int, adapter: bool) -> str:
     """README.md of the exported folder."""
     config, text = run.config, run.text
-    decision = text.tokenizer.convert_ids_to_tokens(text.decision_id)
+    begins = "The call is plain text, which several tokens may begin, so that a server's `logit_bias` does not set the share of calls."
+    if text.decision_id is not None:
+        begins = (
+            f"The call begins with one token, `{text.tokenizer.convert_ids_to_tokens(text.decision_id)}` (id {text.decision_id}); a "
+            "`logit_bias` on it,\nbefore the answer opens, sets the share of calls."
+        )
     example = json.dumps(config.task.prompt)
     file = run.workdir / "report.json"
     measured = "The run had no report: nothing is known of how good it is."
@@ -51,9 +56,9 @@ end with `{text.marker}` where a larger model should answer instead.
 ## How to call it
 
 Prompt it by its chat template with {example}. A response is `<think> ... </think><answer> ... </answer>`, or it ends with the
-marker: then send the question to the cloud. The call begins with one token, `{decision}` (id {text.decision_id}); a `logit_bias` on it,
-before the answer opens, sets the share of calls. `python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out
-FOLDER` finds that bias and writes collab_config.json beside this file.
+marker: then send the question to the cloud. {begins}
+`python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out FOLDER` finds the bias for a budget and writes
+collab_config.json beside this file.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

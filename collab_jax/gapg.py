@@ -441,6 +441,7 @@ def make_step(
             "formatted": batch.formatted.mean(),
             "d1": d1.sum(),
             "d2": d2.sum(),
+            "d2_called": (d2 & batch.called.any(axis=1)).sum(),  # from these the call can be learnt
             "kept": kept,
             "dropped": Q - kept,
             "no_signal": (keep & ~signal).sum(),  # kept groups whose responses all earned the same

@@ -57,9 +57,15 @@ def alarm(rows: list[dict[str, Any]], window: int = 10) -> str | None:
     last = rows[-window:]
     if len(last) < window:
         return None
-    mean = {name: float(np.mean([row[name] for row in last])) for name in ("call_rate", "entropy", "cut_off")}
+    names = ("call_rate", "entropy", "cut_off", "d2", "d2_called")
+    mean = {name: float(np.mean([row[name] for row in last])) for name in names}
     if mean["call_rate"] == 0:
         return "no response calls the cloud any more: nothing is left to learn calling from"
+    if mean["d2"] > 0 and mean["d2_called"] == 0:
+        return (
+            "no prompt that only the cloud solves had a response that calls, so when to call cannot be learnt: show more calls "
+            "in the warm start (config.sft.marker_share), or raise config.group"
+        )
     if mean["call_rate"] > 0.99:
         return "nearly every response calls the cloud: the device has stopped solving"
     if mean["entropy"] < 0.005:

@@ -24,7 +24,7 @@ from collab_jax.cloud import CachedCloud
 from collab_jax.gapg import Rollout
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.text import Text
-from collab_jax.sampler import Marker, Sampler
+from collab_jax.sampler import Marker, PlainMarker, Sampler
 from collab_jax.tasks import Example, Task, Verdict
 
 
@@ -69,7 +69,7 @@ def make_sampler(
         top_p=1.0,
         eos_ids=text.eos_ids,
         pad_id=text.pad_id,
-        marker=Marker(text.decision_id, text.answer_open),
+        marker=Marker(text.decision_id, text.answer_open, PlainMarker(*text.plain) if text.plain else None),
         segments=config.decode.segments,
         slot_counts=slot_counts,
         cache_dtype=config.decode.cache_dtype,
@@ -88,14 +88,14 @@ def make_sampler(
 def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, ended) -> Verdicts:
     """Verdicts of responses [R, T], one example each. One that was cut off is nothing.
 
-    A call needs the decision token: the marker spelt out in other tokens would escape margins and biases.
+    A call needs the decision token, where there is one: the marker spelt out in other tokens would escape margins and biases.
     """
     texts = text.decode(tokens, mask)
     found = np.zeros((len(texts), len(Verdict._fields)), bool)
     if (rows := np.flatnonzero(ended)).size:
         found[rows] = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
     correct, called, formatted, timed_out, unjudged = found.T
-    decided = ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
+    decided = text.plain is not None or ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
     return Verdicts(texts, correct, called & decided, formatted, timed_out, unjudged)
 
 

@@ -92,6 +92,10 @@ def check_config(config: ConfigDict) -> None:
         f"config.algorithm.solo={algorithm.solo} goes with advantage gapg or standard, whose sizes are alike",
     )
     need(
+        algorithm.solo == 0 or config.text.decision_token,
+        f"config.algorithm.solo={algorithm.solo} needs a config.text.decision_token: it bars one token",
+    )
+    need(
         algorithm.filter != "zero_variance" or algorithm.control != "lagrangian",
         "config.algorithm: zero_variance looks at rewards, not at what lagrangian charges for calls: use filter=none with it",
     )
@@ -189,13 +193,13 @@ def with_config(run: Run, config: ConfigDict) -> Run:
     return run._replace(config=config, task=task, cloud=cloud)
 
 
-def examples(run: Run, split: str) -> list[Example]:
+def fitting(task: Task, text: Text, config: ConfigDict, split: str) -> list[Example]:
     """The examples of a split, "train" or "test", whose prompts have at most `config.prompt_length` tokens.
 
     The others are told and left out, never cut. Raises UserError where none is left.
     """
-    found, limit = run.task.load(split), run.config.prompt_length
-    fitting = [e for e in found if len(run.text.prompt_ids(run.task.prompt(e))) <= limit]
+    found, limit = task.load(split), config.prompt_length
+    fitting = [e for e in found if len(text.prompt_ids(task.prompt(e))) <= limit]
     if not fitting:
         raise UserError(f"all {len(found)} {split} prompts have more than {limit} tokens: raise config.prompt_length")
     if len(fitting) < len(found):
@@ -204,6 +208,11 @@ def examples(run: Run, split: str) -> list[Example]:
             f"config.prompt_length={limit} tokens"
         )
     return fitting
+
+
+def examples(run: Run, split: str) -> list[Example]:
+    """`fitting` of a run's parts."""
+    return fitting(run.task, run.text, run.config, split)
 
 
 def load_state(run: Run) -> TrainState:

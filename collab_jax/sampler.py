@@ -33,11 +33,30 @@ from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig, Params, Segment
 
 
-class Marker(NamedTuple):
-    """What the sampler knows of the call. decision_id: one token; answer_open: each token sequence that opens an answer."""
+class PlainMarker(NamedTuple):
+    """Tokens that decide a call spelt out in plain text: anywhere, and after one of stems (`models/text.py` finds them)."""
 
-    decision_id: int
+    anywhere: tuple[int, ...]
+    stems: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def deciding(self, last: jax.Array, vocabulary: int) -> jax.Array:
+        """bool[R, V]: the tokens that decide a call after the tokens last i32[R]; -1 at the beginning."""
+        member = lambda ids: jnp.asarray(np.isin(np.arange(vocabulary), ids))  # noqa: E731
+        after_stem = member(self.stems)[last] & (last >= 0)
+        return member(self.anywhere) | (after_stem[:, None] & member(self.after))
+
+
+class Marker(NamedTuple):
+    """What the sampler knows of the call. answer_open: each token sequence that opens an answer.
+
+    decision_id: the one token that decides, or None with `plain`: then m_t is the best deciding token's logit less the best
+    other's, -inf where no token would decide, and a bias is added to all that would.
+    """
+
+    decision_id: int | None
     answer_open: tuple[tuple[int, ...], ...]
+    plain: PlainMarker | None = None
 
 
 class Settings(NamedTuple):
@@ -123,9 +142,14 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
 
 def _pick(state: SampleState, context: Context, logits: jax.Array, marker_bias: jax.Array, s: Settings) -> SampleState:
     """The state after one more token, from logits f32[R, V]."""
-    is_decision = jnp.arange(logits.shape[1]) == s.marker.decision_id
-    others = jnp.where(is_decision, -jnp.inf, logits)
-    gap = logits[:, s.marker.decision_id] - others.max(-1)
+    if s.marker.plain is None:
+        is_decision = jnp.arange(logits.shape[1]) == s.marker.decision_id
+        others = jnp.where(is_decision, -jnp.inf, logits)
+        call, gap = s.marker.decision_id, logits[:, s.marker.decision_id] - others.max(-1)
+    else:
+        is_decision = s.marker.plain.deciding(state.window[:, -1], logits.shape[1])
+        others, calls = jnp.where(is_decision, -jnp.inf, logits), jnp.where(is_decision, logits, -jnp.inf)
+        call, gap = jnp.argmax(calls, axis=-1), calls.max(-1) - others.max(-1)
     bias = jnp.where(context.row % s.group < s.solo, -jnp.inf, marker_bias)
     bias = jnp.where(state.opened, 0.0, bias)
     scaled = jnp.where(is_decision, logits + bias[:, None], logits)
@@ -136,7 +160,7 @@ def _pick(state: SampleState, context: Context, logits: jax.Array, marker_bias: 
         token = jax.vmap(jax.random.categorical)(now, scaled)
     else:
         # The comparison of `call_at`; argmax of `scaled` differs from it at a tie and where the sum is rounded.
-        token = jnp.where(gap > -bias, s.marker.decision_id, jnp.argmax(others, axis=-1))
+        token = jnp.where(gap > -bias, call, jnp.argmax(others, axis=-1))
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
     logp = chosen - jax.nn.logsumexp(scaled, axis=-1)
 

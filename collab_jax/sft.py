@@ -1,16 +1,22 @@
-"""Warm start: supervised tuning on the task's demonstrations, so that format and marker are within reach of exploration.
+"""Warm start: supervised tuning on demonstrations, so that format and marker are within reach of exploration.
 
     python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir FOLDER
 
 writes a Hugging Face folder. With `config.sft.architecture` the model and its vocabulary are made from nothing, else
-tuning starts from `config.model.path`. The same command gives the same weights on the same machine.
+tuning starts from `config.model.path`. The demonstrations are the task's, those of a file, or the model's own
+(`config.sft.source`; `demonstrations.py`). The same command gives the same weights on the same machine.
+
+Last it writes sft.json: what the tuned model does on some training prompts. Training can only learn from calls that occur.
 """
 
 import itertools
+import json
 import math
 import pathlib
+import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,11 +26,18 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import cli, optim, parallel
+from collab_jax import cli, demonstrations, optim, parallel, rollout
+from collab_jax import run as runs
+from collab_jax.demonstrations import Demonstration
 from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
-from collab_jax.tasks import make_task
+from collab_jax.models.text import Text
+from collab_jax.sampler import Sampler
+from collab_jax.tasks import Example, Task, judge, make_task
+
+SOURCES = ("task", "file", "self")
+CHECK = 1 << 20  # the step whose keys the last check samples with: none of training's
 
 
 class Batch(NamedTuple):
@@ -36,13 +49,13 @@ class Batch(NamedTuple):
     response_mask: np.ndarray
 
 
-def batches(task, text, config: ConfigDict):
+def batches(source: Iterator[Demonstration], text: Text, config: ConfigDict) -> Iterator[Batch]:
     """Endless Batches of `config.sft.batch_size` demonstrations that fit `max_new_tokens`; the others are left out."""
-    T, source = config.max_new_tokens, task.demonstrations(config.seed)
-    fitting = ((e, ids) for e, r in source if len(ids := text.response_ids(r)) <= T)
+    T = config.max_new_tokens
+    fitting = ((messages, ids) for messages, r in source if len(ids := text.response_ids(r)) <= T)
     while True:
         pairs = list(itertools.islice(fitting, config.sft.batch_size))
-        prompts, prompt_mask = text.prompt_batch([task.prompt(example) for example, _ in pairs], config.prompt_length)
+        prompts, prompt_mask = text.prompt_batch([messages for messages, _ in pairs], config.prompt_length)
         responses = np.full((len(pairs), T), text.pad_id, np.int32)
         mask = np.zeros((len(pairs), T), bool)
         for i, (_, ids) in enumerate(pairs):
@@ -75,15 +88,42 @@ def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformatio
     return parallel.pmap(body, donate=(0, 1))
 
 
+def check(config: ConfigDict) -> None:
+    """Raises UserError for settings that no warm start could use, with the fix."""
+    sft = config.sft
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise UserError(message)
+
+    need(sft.source in SOURCES, f"config.sft.source={sft.source!r}: use one of {SOURCES}")
+    need(
+        (sft.source == "file") == bool(sft.demonstrations),
+        f"config.sft.source={sft.source!r}, demonstrations={sft.demonstrations!r}: source=file names a file, the others none",
+    )
+    need(
+        sft.steps >= 1, "config.sft.steps must be at least 1: start from a config such as configs/countdown_tiny_sft.py"
+    )
+    devices, sizes = jax.local_device_count(), (sft.batch_size, config.prompts_per_step)
+    need(
+        all(size >= 1 and size % devices == 0 for size in sizes),
+        f"config.sft.batch_size={sizes[0]} and prompts_per_step={sizes[1]} must be positive multiples of the {devices} devices",
+    )
+    need(sft.keep >= 1, f"config.sft.keep={sft.keep} must be at least 1")
+    need(0 <= sft.marker_share < 1, f"config.sft.marker_share={sft.marker_share} must lie in [0, 1)")
+    need(min(sft.prompts, sft.check_prompts) >= 0, "config.sft.prompts and check_prompts must be at least 0")
+
+
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Tunes, and writes the model folder to `workdir`."""
-    task = make_task(config)
-    if task.demonstrations is None:
-        raise UserError(f"task {task.name!r} makes no demonstrations")
-    if config.sft.steps < 1:
-        raise UserError(
-            "config.sft.steps must be at least 1: start from a config such as configs/countdown_tiny_sft.py"
-        )
+    """Tunes, and writes the model folder to `workdir`, with sft.json as its last file."""
+    check(config)
+    task = judge.judged(config, make_task(config), runs.store_path(config, workdir))
+    if config.sft.source == "task" and task.demonstrations is None:
+        raise UserError(f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)  # now, not after hours
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
     with tempfile.TemporaryDirectory() as scratch:
         if config.sft.architecture:
             tokenizer_folder, hf_config = pathlib.Path(scratch), dict(config.sft.architecture)
@@ -97,10 +137,93 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
             cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
             params = hf.load(tokenizer_folder, cfg, config.model.param_dtype)
         text = text_lib.load(tokenizer_folder, config.text)
-        params = tune(params, cfg, batches(task, text, config), config)
+        sample = rollout.make_sampler(cfg, text, config, group=config.group, temperature=config.temperature)
+        source = shown(sample, params, text, task, config, workdir)
+        params = tune(params, cfg, batches(source, text, config), config)
         hf.save(workdir, params, hf_config, config.model.param_dtype, tokenizer_folder)
+    figures = {"steps": config.sft.steps}
+    if config.sft.check_prompts:
+        examples = runs.fitting(task, text, config, "train")[-config.sft.check_prompts :]
+        figures |= reach(sample, params, text, task, examples, config)
+        print(told(figures))
+        for warning in warnings(figures):
+            print(f"warning: {warning}", file=sys.stderr)
+    (workdir / "sft.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"wrote {workdir}")
     return 0
+
+
+def shown(
+    sample: Sampler, params, text: Text, task: Task, config: ConfigDict, workdir: pathlib.Path
+) -> Iterator[Demonstration]:
+    """The demonstrations of `config.sft.source`, endless."""
+    if config.sft.source == "task":
+        return ((task.prompt(example), response) for example, response in task.demonstrations(config.seed))
+    path = pathlib.Path(config.sft.demonstrations).expanduser()
+    if config.sft.source == "self":
+        examples = runs.fitting(task, text, config, "train")[: config.sft.prompts or None]
+        path = demonstrations.own(sample, parallel.replicate(params), text, task, examples, config, workdir)
+    prompts = lambda: {e.id: task.prompt(e) for e in task.load("train")}  # noqa: E731
+    found = demonstrations.fitting(demonstrations.read(path, prompts), text, config)
+    return demonstrations.endless(found, config.seed)
+
+
+def reach(
+    sample: Sampler, params, text: Text, task: Task, examples: Sequence[Example], config: ConfigDict
+) -> dict[str, float | None]:
+    """What training would start from: `config.group` natural responses to each of the examples, in shares of responses.
+
+    margin: mean over responses of max_t m_t (sampler.py), by how many nats the call loses where it is nearest; best_margin:
+    the largest. unsolved_called: of the prompts that no response solves, the share with a call; None without such prompts.
+    """
+    found, margins = [], []
+    for batch, s in demonstrations.draw(sample, parallel.replicate(params), text, task, examples, config, CHECK, 0.0):
+        P, G, T = s.tokens.shape
+        each = [example for example in batch for _ in range(G)]
+        v = rollout.judge(task, text, each, s.tokens.reshape(-1, T), s.mask.reshape(-1, T), s.ended.reshape(-1))
+        found.append(np.stack([v.correct, v.called, v.formatted, ~s.ended.reshape(-1)]).reshape(4, P, G))
+        margins.append(s.margins.max(-1).reshape(-1))
+    correct, called, formatted, cut_off = np.concatenate(found, axis=1)
+    margin = np.concatenate(margins)
+    margin = margin[np.isfinite(margin)]  # -inf: a response without a decision state, of a marker in plain text
+    unsolved = ~correct.any(1)
+    return {
+        "prompts": len(correct),
+        "responses": correct.size,
+        "local_accuracy": float(correct.mean()),
+        "called": float(called.mean()),
+        "formatted": float(formatted.mean()),
+        "cut_off": float(cut_off.mean()),
+        "margin": float(margin.mean()) if margin.size else None,
+        "best_margin": float(margin.max()) if margin.size else None,
+        "unsolved_called": float(called[unsolved].any(1).mean()) if unsolved.any() else None,
+    }
+
+
+def told(figures: dict) -> str:
+    """The figures of `reach` as a line."""
+    margin = "no decision state" if figures["margin"] is None else f"the call's margin {figures['margin']:+.1f}"
+    return (
+        f"{figures['responses']} responses to {figures['prompts']} training prompts: {figures['formatted']:.1%} well formed, "
+        f"{figures['called']:.1%} calls, {figures['cut_off']:.1%} cut off, {figures['local_accuracy']:.1%} right on the device; {margin}"
+    )
+
+
+def warnings(figures: dict) -> list[str]:
+    """What would keep training from learning, with what to do."""
+    found = []
+    if figures["called"] == 0:
+        found.append(
+            "no response calls, so training will find no call to learn from: show more calls (config.sft.marker_share), "
+            "or raise config.sft.steps or learning_rate"
+        )
+    if figures["formatted"] + figures["called"] < 0.5:
+        found.append(
+            "most responses neither answer in the format nor call: raise config.sft.steps, or max_new_tokens if they are cut off"
+        )
+    if figures["local_accuracy"] == 0:
+        found.append("no response is right, so training will stop for want of a solved prompt: choose easier prompts")
+    return found
 
 
 def tune(params, cfg, source, config: ConfigDict):

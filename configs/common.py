@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()
     config.text.marker = "<unknown> I need external assistance </unknown>"  # the call, as text
-    config.text.decision_token = "<unknown>"  # the token that decides a call: the marker's first, or a reserved one
+    config.text.decision_token = "<unknown>"  # decides a call: the marker's first, or a reserved one; "": plain text
     config.text.pad = "<pad>"  # token that fills rows
     config.text.eos = ("<eos>",)  # every token that ends a response
 
@@ -114,6 +114,12 @@ def get_config() -> ConfigDict:
     config.routers.no = "No"  # and wrong; the first tokens are compared
 
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
+    config.sft.source = "task"  # of demonstrations: task | file | self (own right samples, and calls where it fails)
+    config.sft.demonstrations = ""  # file: JSON lines, as collab_jax/demonstrations.py says
+    config.sft.prompts = 0  # self: training prompts to answer, `group` times each; 0: all
+    config.sft.keep = 2  # self: right responses kept of a prompt
+    config.sft.marker_share = 0.2  # self: largest share of demonstrations that call, in [0, 1)
+    config.sft.check_prompts = 64  # training prompts, the last ones, to try the tuned model on (sft.json); 0: none
     config.sft.steps = 0  # updates
     config.sft.batch_size = 256  # demonstrations of an update
     config.sft.micro_rows = 32  # demonstrations of one backward pass on one device

@@ -1,12 +1,19 @@
 """The paper's Countdown run (arXiv 2509.24050): Qwen2.5-3B-Instruct, G = 8, 32 prompts a step, 800 steps, lr 5e-6,
 256 prompt and 720 response tokens, rewards 2.0 / 0.5 / 0.2, 5,000 training and 1,000 test prompts, 30 % calls.
 
-    python -m collab_jax.sft   --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen_start
-    python -m collab_jax.train --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen --config.model.path=runs/qwen_start
+    python -m collab_jax.sft       --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/start
+    python -m collab_jax.train     --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start
+    python -m collab_jax.evaluate  --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start
+    python -m collab_jax.export    --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start --out runs/qwen/model
+    python -m collab_jax.calibrate --records runs/qwen/run/eval.parquet --rate 0.3 --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" --out runs/qwen/model
 
+`launch/gpu.sh configs/countdown_qwen2p5_3b.py runs/qwen` (or tpu_vm.sh) is all of it, installation and resuming included.
 Not run yet: it needs accelerators (parameters and Adam's moments in float32 alone are 37 GB) and the weights from
-the hub. The call is one token of Qwen2.5's vocabulary that its text models never use, rendered as the marker; the first
-command, a short warm start, brings it and the format within reach of sampling.
+the hub. The call is one token of Qwen2.5's vocabulary that its text models never use, rendered as the marker. The warm
+start is ours: the model's own right answers to 1,024 training prompts, and calls where it has none, bring the token and the
+format within reach of sampling; its sft.json tells whether they are.
+
+Memory plan for one 80 GB GPU, one 140 GB GPU and a v5e-8:
 """
 
 import pathlib
@@ -46,6 +53,9 @@ def get_config():
     config.eval.prompts = 1000
     config.eval.batch_size = 128
 
+    config.sft.source = "self"
+    config.sft.prompts = 1024
+    config.sft.check_prompts = 128
     config.sft.steps = 100
     config.sft.batch_size = 32
     config.sft.micro_rows = 4

@@ -19,6 +19,7 @@ SMALL = {
     "task.test_examples": 32,
     "sft.batch_size": 8,
     "sft.steps": 2,
+    "sft.check_prompts": 0,
     "decode.slot_counts": 2,  # fewer programs to compile
     "decode.segments": 1,
     "train.lengths": 2,

@@ -6,6 +6,9 @@ import runpy
 import pytest
 from conftest import ROOT
 
+from collab_jax import run, sft
+from collab_jax.tasks import make_task
+
 FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -17,6 +20,15 @@ def test_config_has_the_common_keys_and_no_others(file: pathlib.Path):
     assert keys(config) == keys(common)
     for section in ("model", "lora", "text", "task", "cloud", "reward", "algorithm", "optim", "train", "eval", "sft"):
         assert keys(config[section]) == keys(common[section])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_settings_are_possible(file: pathlib.Path):
+    config = runpy.run_path(str(file))["get_config"]()
+    run.check_config(config)
+    make_task(config)
+    if config.sft.steps:
+        sft.check(config)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem != "common"], ids=lambda f: f.stem)

@@ -21,6 +21,7 @@ echo "$PWD: $*" >>"$CALLS"
 case "$2" in
   venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   pip) if [ "$3" = install ]; then eval "$ON_INSTALL"; fi ;;
+  collab_jax.*) eval "$ON_MODULE" ;;
 esac
 """
 
@@ -52,7 +53,7 @@ class Tree:
         self.calls_file.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
         clean |= {"PYTHON": str(self.python), "PATH": self.path, "CALLS": str(self.calls_file)}
-        clean |= {"BEFORE": "", "ON_INSTALL": ""} | env
+        clean |= {"BEFORE": "", "ON_INSTALL": "", "ON_MODULE": ""} | env
         done = subprocess.run(
             [self.root / script, *args],
             cwd=self.elsewhere,
@@ -198,3 +199,76 @@ def test_relative_python_is_meant_from_where_the_user_stands(tree):
     tree.executable(tree.elsewhere / "bin/stand-in", STAND_IN)
     done, calls = tree.run(PYTHON="bin/stand-in")
     assert done.returncode == 0 and makes_venv(calls)
+
+
+# ---------------------------------------------------------------- from a config to a model, on accelerators
+
+MAKES = """
+module="$2" before=
+for word in "$@"; do
+  case "$before" in --workdir) work="$word" ;; --out) out="$word" ;; esac
+  before="$word"
+done
+case "$module" in
+  collab_jax.sft) mkdir -p "$work" && touch "$work/sft.json" ;;
+  collab_jax.train)
+    mkdir -p "$work" && touch "$work/report.json"
+    echo '{"budget": 0.3, "text": {"marker": "<no> I pass </no>", "decision_token": "<|spare|>"}}' >"$work/config.json" ;;
+  collab_jax.evaluate) touch "$work/eval.json" ;;
+  collab_jax.export) mkdir -p "$out" && touch "$out/README.md" ;;
+  collab_jax.calibrate) touch "$out/collab_config.json" ;;
+esac
+"""
+MACHINES = {"launch/gpu.sh": "gpu", "launch/tpu_vm.sh": "tpu"}
+
+
+def finds(backend):
+    return f"import types; sys.modules['jax'] = types.SimpleNamespace(default_backend=lambda: '{backend}')"
+
+
+def modules(calls):
+    return [call.split()[1] for call in calls if call.startswith("-m collab_jax.")]
+
+
+STAGES = [f"collab_jax.{name}" for name in ("sft", "train", "evaluate", "export", "calibrate")]
+
+
+@pytest.mark.parametrize("script", MACHINES)
+def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script):
+    machine = {"BEFORE": finds(MACHINES[script]), "ON_MODULE": MAKES}
+    arguments = "configs/x.py", "runs/a b", "--config.seed=3"
+    done, calls = tree.run(script, *arguments, **machine)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert installs(calls) == [f".[{MACHINES[script]}]"] and modules(calls) == STAGES
+    sft, train, evaluate, export, calibrate = calls[-5:]
+    assert sft == "-m collab_jax.sft --workdir runs/a b/start --config configs/x.py --config.seed=3"
+    same = "--workdir runs/a b/run --config configs/x.py --config.model.path=runs/a b/start --config.seed=3"
+    assert train.endswith(f"train {same}") and evaluate.endswith(f"evaluate {same}")
+    assert export.endswith(f"export --out runs/a b/model {same}")
+    assert "--records runs/a b/run/eval.parquet --out runs/a b/model --rate 0.3 --delta" in calibrate
+    assert calibrate.endswith("--marker <no> I pass </no> --decision_token <|spare|>")
+
+    (tree.root / "runs/a b/run/eval.json").unlink()
+    done, calls = tree.run(script, *arguments, **machine)
+    assert done.returncode == 0 and modules(calls) == ["collab_jax.evaluate"]
+    assert "runs/a b/start/sft.json is there" in done.stdout
+
+
+def test_a_stage_that_fails_or_was_stopped_ends_it(tree):
+    failing = MAKES.replace('case "$module"', '[ "$module" != collab_jax.train ] || exit 3; case "$module"')
+    stopped = MAKES.replace("report.json", "metrics.jsonl")  # saved, and status 0
+    for on_module, status in ((failing, 3), (stopped, 1)):
+        done, calls = tree.run("launch/gpu.sh", "configs/x.py", "runs/x", BEFORE=finds("gpu"), ON_MODULE=on_module)
+        assert done.returncode == status and modules(calls)[-1] == "collab_jax.train"
+    assert_fails_with_one_line(done, "runs/x/run/report.json was not made", "again")
+    done, calls = tree.run("launch/gpu.sh", "configs/x.py", "runs/x", BEFORE=finds("gpu"), ON_MODULE=MAKES)
+    assert done.returncode == 0 and modules(calls) == STAGES[1:]
+
+
+@pytest.mark.parametrize("script", MACHINES)
+def test_no_accelerator_or_no_workdir(tree, script):
+    done, calls = tree.run(script, "configs/x.py", "runs/x", BEFORE=finds("cpu"))
+    assert_fails_with_one_line(done, f"jax finds no {MACHINES[script]} here, only cpu")
+    assert modules(calls) == []
+    done, calls = tree.run(script, "configs/x.py", BEFORE=finds("cpu"))
+    assert_fails_with_one_line(done, "usage:", "CONFIG WORKDIR")

@@ -12,6 +12,8 @@ import types
 import pytest
 from conftest import ROOT, SMALL
 
+from collab_jax import calibrate
+
 NOTEBOOK = ROOT / "notebooks" / "01_quickstart_colab.ipynb"
 
 
@@ -114,6 +116,25 @@ def test_results_are_read_as_they_were_published(run_notebook):
         assert abs(float(calls.split()[0]) - float(budget[:-1])) < 5 and float(safe.split()[0]) < float(budget[:-1]) + 3
     fixed, online = map(float, re.search(r"fixed bias ([\d.]+)%, online rule ([\d.]+)%", out["stream"][-1]).groups())
     assert fixed > 35 and abs(online - 30) < 3
+
+
+def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook, tmp_path):
+    """By the notebook's small stand-in, taught for a shorter time: each stage leaves what the next one and a server need."""
+    names = {"WORKDIR": str(tmp_path), "SCHOOL": "150"}
+    out = run_notebook(
+        NOTEBOOK.parent / "04_bring_your_model.ipynb", **{f"COLLAB_JAX_NOTEBOOK_{k}": v for k, v in names.items()}
+    )
+    assert [row[0] for row in rows(out["memory"])] == ["1", "8"]
+    kinds = dict(re.findall(r"(\d+) x (answer|call), for example", out["warm"][-1]))
+    assert sorted(kinds.values()) == ["answer", "call"]
+    assert dict(rows(out["reach"]))["prompts"] == "32"
+    assert "| accuracy on the device" in (tmp_path / "run" / "report.md").read_text()
+    config = calibrate.read(tmp_path / "model")
+    assert config["decision_token"] == "<|quad_start|>" and config["marker"].startswith("<unknown>")
+    assert (config["target"], config["value"]) == ("rate", 0.3)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "The call begins with one token, `<|quad_start|>`" in card and "before and after training" in card
+    assert re.match(r"\d+ parameters, ", out["use"][0]) and "model.safetensors" in out["use"][0]
 
 
 def test_runs_the_checkout_around_it_and_shows_the_command(executed):

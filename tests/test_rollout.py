@@ -39,6 +39,16 @@ def test_verdicts_of_finished_responses(parts):
     assert texts[:3] == [RIGHT, WRONG, CALL]
 
 
+def test_a_marker_in_plain_text_is_sampled_and_judged_as_one_token_is(parts, small):
+    """The tiny model writes the marker's opening as one word, so both ways to say so come to the same."""
+    config = small(text__decision_token="")
+    text = text_lib.load(hf.locate(config.model.path), config.text)
+    assert verdicts((parts[0], text), [RIGHT, WRONG, CALL]) == verdicts(parts, [RIGHT, WRONG, CALL])
+    cfg = hf.config_from_hf(hf.read_config(hf.locate(config.model.path)))
+    marker = rollout.make_sampler(cfg, text, config, group=4, temperature=1.0).settings.marker
+    assert marker.decision_id is None and marker.plain == ((parts[1].decision_id,), (), ())
+
+
 def test_a_response_that_was_cut_off_is_nothing(parts):
     got, _ = verdicts(parts, [RIGHT, WRONG, CALL], ended=False, change=lambda ids: ids[:-1])
     assert got == [(False, False, False)] * 3

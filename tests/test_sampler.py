@@ -12,7 +12,7 @@ from flax import traverse_util
 from collab_jax import sampler
 from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.sampler import Marker, Settings
+from collab_jax.sampler import Marker, PlainMarker, Settings
 
 # Compiling is most of the time here; this halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -485,6 +485,70 @@ def test_call_at_holds_the_bias_as_the_device_does():
     """0.7 as float64 is above float32's 0.7, which is what the device adds."""
     margins = np.array([[-0.7]], np.float32)
     assert sampler.call_at(margins, 0.7).tolist() == sampler.call_at(margins, np.float64(0.7)).tolist() == [-1]
+
+
+# ---------------------------------------------------------------- a marker in plain text
+
+STEMS, AFTER = (8, 9, 10, A, 12), (B, 13, 14, 15)
+PLAIN = Marker(None, ((ANSWER,),), PlainMarker(anywhere=(DECISION,), stems=STEMS, after=AFTER))
+
+
+@functools.cache
+def plain(beta=float(DISALLOWED)):
+    samples = run(PARAMS, CFG, *prompts(), keys(), np.float32(beta), **{**GREEDY, "marker": PLAIN})
+    return jax.tree.map(lambda x: np.asarray(x)[:, 0], samples)
+
+
+def deciding(samples):
+    """bool[P, T, V]: by hand, from the definition."""
+    table = np.zeros((*samples.tokens.shape, V), bool)
+    table[..., DECISION] = True
+    after = np.isin(samples.tokens[:, :-1], STEMS)
+    table[:, 1:, list(AFTER)] = after[..., None]
+    return table & ~opened_before(samples)[..., None]
+
+
+def test_plain_margins_are_of_the_best_continuing_token_against_the_best_other():
+    samples = plain()
+    logits = recomputed_logits(jax.tree.map(lambda x: x[:, None], samples))[:, 0]
+    table = deciding(samples)
+    margins = np.where(table, logits, -np.inf).max(-1) - np.where(table, -np.inf, logits).max(-1)
+    state = samples.mask & table.any(-1)
+    np.testing.assert_allclose(samples.margins[state], margins[state], atol=5e-5)
+    assert (samples.margins[~state] == -np.inf).all()
+    assert (np.isin(samples.tokens, STEMS) & samples.mask).any()
+    chosen = np.take_along_axis(table, samples.tokens[..., None], -1)[..., 0]
+    assert not (chosen & samples.mask).any()  # disallowed: no continuing token is ever written where it would decide
+
+
+def test_one_disallowed_pass_holds_the_plain_decision_at_every_bias():
+    base = plain()
+    steps = np.unique(base.margins[np.isfinite(base.margins)])
+    called_after, shares = set(), set()
+    for beta in [0.0, 1e9, *(-steps[:: len(steps) // 6] + 1e-4).tolist()]:
+        decoded, crossing = plain(beta), np.asarray(sampler.call_at(base.margins, beta))
+        table = np.take_along_axis(deciding(decoded), decoded.tokens[..., None], -1)[..., 0] & decoded.mask
+        np.testing.assert_array_equal(np.where(table.any(-1), table.argmax(-1), -1), crossing)
+        for i, t in enumerate(crossing):
+            np.testing.assert_array_equal(
+                decoded.tokens[i, :t], base.tokens[i, :t]
+            )  # all but the last where it never calls
+            called_after |= {int(decoded.tokens[i, t])} if t >= 0 else set()
+        shares.add((crossing >= 0).mean())
+    assert len(shares) >= 3 and DECISION in called_after and called_after & set(AFTER)
+
+
+def test_plain_marker_without_a_token_that_decides_at_once():
+    """Where no token decides, there is no decision state, and no bias brings a call."""
+    marker = Marker(None, ((ANSWER,),), PlainMarker((), (9,), (10, 11)))
+    tokens = np.array([[5]], np.int32)
+    table = walk(_5=9, _9=12, _12=13, _13=EOS)
+    table[9, 11] = 4.0
+    for beta, want in ((-np.inf, [9, 12, 13, EOS]), (5.0, [9, 12, 13, EOS]), (6.5, [9, 11]), (np.inf, [9, 11])):
+        settings = {**CHAIN_SETTINGS, "marker": marker}
+        samples = run(chain_params(table), CHAIN, tokens, tokens >= 0, keys(1), beta, **settings)
+        assert samples.tokens[0, 0, : len(want)].tolist() == want
+        np.testing.assert_allclose(samples.margins[0, 0, :3], [-np.inf, 4.0 - 10.0, -np.inf])
 
 
 # ---------------------------------------------------------------- other machines

@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collab_jax.models import text as text_lib
+from collab_jax.sampler import PlainMarker
 
 MARKER = "<unknown> I need external assistance </unknown>"
 WORDS = (
@@ -16,10 +18,12 @@ WORDS = (
 )  # fmt: skip
 CONFIG = dict(marker=MARKER, decision_token="<unknown>", pad="<pad>", eos=("<eos>",))
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
-# How GPT-2 and Qwen cut text before BPE; the second joins a sign with the letters after it.
+# How GPT-2, Llama 3 and Qwen2.5 cut text before BPE; the last two join a sign with the letters after it.
+_MODERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "qwen": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama3": _MODERN % r"\p{N}{1,3}",
+    "qwen2.5": _MODERN % r"\p{N}",
 }
 
 
@@ -44,9 +48,10 @@ def bpe_folder(request, tmp_path_factory):
     corpus = [
         "<think> we answer 12 </think><answer> 3 </answer>\n",
         "is it.<answer>\n\n<think>\n<answer>5</answer>",
+        "so\n<unknown> .<unknown> know <unknown> </think><unknown> 12<unknown> .<",
     ] * 9
     trainer = trainers.BpeTrainer(
-        vocab_size=340,
+        vocab_size=365,
         min_frequency=5,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|pad|>", "<|end|>", "<|eot|>", "<|reserved_5|>"],
@@ -244,3 +249,115 @@ def test_answer_as_one_added_token(bpe_folder, tmp_path):
     text = load_bpe(tmp_path)
     assert text.answer_open == ((text.tokenizer.convert_tokens_to_ids("<answer>"),),)
     assert round_trip(text, "</think><answer>5</answer>") == "</think><answer>5</answer>"
+
+
+# ---------------------------------------------------------------- a marker in plain text
+
+CONTEXTS = ["", " ", "so ", "so", "\n", "\n\n", "</think>", "</think>\n", "</think>\n\n", "it is.", "12", "x <", "<<"]
+
+
+def decides(text, ids) -> list[bool]:
+    """Which of the tokens decide a call, each after the one before."""
+    table = PlainMarker(*text.plain).deciding(jnp.array([-1, *ids[:-1]]), len(text.tokenizer))
+    return np.asarray(table)[np.arange(len(ids)), ids].tolist()
+
+
+@pytest.mark.parametrize("before", CONTEXTS)
+def test_plain_marker_is_decided_where_it_parts_from_the_tags(bpe_folder, before):
+    """By the first token that leaves "<u" or more of the marker at the end of the text, however BPE cuts it there."""
+    text = load_bpe(bpe_folder, decision_token="")
+    assert text.decision_id is None and text.marker_ids[-1] != text.marker_ids[0]
+    ids = text.response_ids(before + MARKER)[:-1]
+    written = [text.tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+    expected = next(n for n, w in enumerate(written) if w.startswith(f"{before}<u"))
+    assert decides(text, ids).index(True) == expected
+    for tag in text_lib.TAGS:
+        assert not any(decides(text, text.response_ids(before + tag + "5")[:-1]))
+    assert round_trip(text, f"<think>1{before}{MARKER}") == f"<think>1{before}{MARKER}"
+
+
+def test_plain_marker_spelt_otherwise_than_bpe_would(bpe_folder):
+    text = load_bpe(bpe_folder, decision_token="")
+    letter = text.tokenizer.convert_tokens_to_ids
+    assert decides(text, [letter(c) for c in ".<unk"]) == [False, False, True, False, False]
+    assert decides(text, [letter(c) for c in "<<u"]) == [False, False, True]
+    assert decides(text, [letter(c) for c in "unu<answer"]) == [False] * 10
+
+
+def test_no_one_token_begins_the_plain_marker_everywhere(bpe_folder):
+    text = load_bpe(bpe_folder, decision_token="")
+    after = lambda before: text.response_ids(before + MARKER)[len(text.response_ids(before)) - 1]  # noqa: E731
+    assert after("\n") != after("so ")
+
+
+def test_plain_marker_of_one_word_is_decided_by_that_word_alone(words_folder):
+    text = load(words_folder, decision_token="")
+    assert text.plain == ((load(words_folder).decision_id,), (text.tokenizer.convert_tokens_to_ids("<"),), ())
+
+
+@pytest.mark.parametrize("marker", ["<ask> the cloud", "<answer>?", "<"])
+def test_plain_marker_that_begins_like_a_tag(bpe_folder, marker):
+    with pytest.raises(text_lib.TextError, match="begins like a tag"):
+        load_bpe(bpe_folder, decision_token="", marker=marker)
+
+
+# ---------------------------------------------------------------- chat templates
+
+LLAMA3 = (
+    "{{- bos_token }}{%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set messages = messages[1:] %}"
+    "{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' + system + '<|eot|>' }}"
+    "{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot|>' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+QWEN25 = (
+    "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{%- endif %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+FAMILIES = {
+    "llama3": (LLAMA3, ["<|bos|>", "<|start_header_id|>", "<|end_header_id|>"], {"bos_token": "<|bos|>"}),
+    "qwen2.5": (QWEN25, ["<|im_start|>", "<|im_end|>"], {}),
+}
+HI = "<think> is it 12?"
+WANTED = {
+    ("llama3", False): "<|bos|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot|>",
+    (
+        "llama3",
+        True,
+    ): "<|bos|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\nBe brief.<|eot|>",
+    ("qwen2.5", False): "<|im_start|>system\nYou are helpful.<|im_end|>\n",
+    ("qwen2.5", True): "<|im_start|>system\nBe brief.<|im_end|>\n",
+}
+REST = {
+    "llama3": f"<|start_header_id|>user<|end_header_id|>\n\n{HI}<|eot|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen2.5": f"<|im_start|>user\n{HI}<|im_end|>\n<|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize(("bpe_folder", "family"), [(name, name) for name in FAMILIES], indirect=["bpe_folder"])
+def test_chat_template_of_each_family(bpe_folder, tmp_path, family, system):
+    """Special tokens, system prompt and generation prompt are the template's; Llama's BOS stands once, its date still."""
+    template, special, names = FAMILIES[family]
+    tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": special, **names})
+    if names:  # as Llama's own: a post-processor writes BOS before what is encoded with special tokens
+        bos = tokenizer.convert_tokens_to_ids("<|bos|>")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+        )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    text = load_bpe(tmp_path)
+    messages = [{"role": "system", "content": "Be brief."}] * system + prompt(HI)
+    ids = text.prompt_ids(messages)
+    theirs = text.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, date_string=text_lib.DATE
+    )
+    assert text.tokenizer.decode(ids) == theirs == WANTED[family, system] + REST[family]
+    for token in special:
+        assert ids.count(text.tokenizer.convert_tokens_to_ids(token)) == theirs.count(token) > 0
+    assert ids.count(text.tokenizer.convert_tokens_to_ids("<|bos|>")) == (1 if names else 0)
+    assert text.response_ids("so")[:-1] == text.tokenizer.encode("so", add_special_tokens=False)  # none in a response

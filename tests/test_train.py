@@ -208,6 +208,7 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"algorithm__filter": "d3"}, r"\['d1d2', 'mixed', 'none', 'zero_variance'\]"),
         ({"algorithm__control_rate": -1.0}, "control_rate"),
         ({"algorithm__solo": 3}, "algorithm.solo=3 must be 0, or leave"),
+        ({"algorithm__solo": 2, "text__decision_token": ""}, "algorithm.solo=2 needs a config.text.decision_token"),
         ({"temperature": 0.0}, "temperature"),
         ({"optim__learning_rate": float("nan")}, "learning_rate=nan must be finite"),
         ({"train__steps": 0}, "at least 1"),
@@ -323,10 +324,13 @@ def test_metrics_file_is_cut_to_the_restored_step(tmp_path):
 
 
 def test_alarm_names_the_collapse():
-    row = {"call_rate": 0.2, "entropy": 0.3, "cut_off": 0.0}
+    row = {"call_rate": 0.2, "entropy": 0.3, "cut_off": 0.0, "d2": 3, "d2_called": 1}
     assert metrics.alarm([row] * 10) is None
     assert "no response calls" in metrics.alarm([row | {"call_rate": 0.0}] * 10)
     assert "nearly every response calls" in metrics.alarm([row | {"call_rate": 1.0}] * 10)
     assert "entropy is gone" in metrics.alarm([row | {"entropy": 0.0}] * 10)
     assert "cut off" in metrics.alarm([row | {"cut_off": 0.9}] * 10)
+    uncalled = row | {"d2_called": 0}
+    assert "no prompt that only the cloud solves had a response that calls" in metrics.alarm([uncalled] * 10)
+    assert metrics.alarm([uncalled] * 9 + [row]) is None and metrics.alarm([uncalled | {"d2": 0}] * 10) is None
     assert metrics.alarm([row | {"call_rate": 0.0}] * 9) is None

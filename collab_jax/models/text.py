@@ -14,6 +14,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to i
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 Messages = list[dict[str, str]]
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of a response, beside the marker
+DATE = "26 Jul 2024"  # for templates that write today's (Llama 3.2), which would make each day's prompts others
 
 
 class TextError(UserError):
@@ -28,26 +30,32 @@ class Text:
     decision_id: the first token of the marker, the only one whose logit decides a call (design: the decision token).
     marker: the call as text. marker_ids: as tokens, decision_id first; one token where a reserved token stands for all.
     answer_open: token sequences that open the answer; from there on no call is possible.
+    plain: where no one token decides (decision_id is None), those that do: the fields of `sampler.PlainMarker`.
     """
 
     tokenizer: PreTrainedTokenizerFast
     pad_id: int
     eos_ids: tuple[int, ...]
-    decision_id: int
+    decision_id: int | None
     marker: str
     marker_ids: tuple[int, ...]
     answer_open: tuple[tuple[int, ...], ...]
+    plain: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None
 
     @property
     def _marker_written(self) -> str:
         """The marker as the tokenizer sees it: itself, or the reserved token that stands for it."""
+        if self.decision_id is None:
+            return self.marker
         decision = self.tokenizer.convert_ids_to_tokens(self.decision_id)
         return self.marker if self.marker.startswith(decision) else decision
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Tokens of a chat prompt, ending where the response begins."""
         written = [{**m, "content": m["content"].replace(self.marker, self._marker_written)} for m in messages]
-        return self.tokenizer.apply_chat_template(written, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return self.tokenizer.apply_chat_template(
+            written, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+        )
 
     def prompt_batch(self, prompts: Sequence[Messages], length: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens i32[Q, L], real bool[Q, L]), padded on the left. Raises TextError where a prompt is longer than L."""
@@ -96,6 +104,30 @@ def _answer_open(tokenizer, opening: str) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(found))
 
 
+def _plain(tokenizer, marker: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(anywhere, stems, after): the tokens that decide for a marker in plain text, "<unknown> ...".
+
+    BPE cuts it otherwise after each text ("<" "unknown", "><" "unknown", "<un" "known", ...), and a model may cut as it
+    likes. So the text counts: a call is decided by the first token after which the marker can be told from the other tags,
+    here once its "<u" is written. anywhere: tokens that end with "<u", "<un", ...; after: "u", "un", "unknown", ..., which
+    decide after one of stems: tokens that end with "<", from where "<answer>" and "</think>" go on too.
+    """
+    shared = max(len(os.path.commonprefix([marker, tag])) for tag in TAGS)
+    if shared > 1 or len(marker) <= shared:
+        raise TextError(f"config.text.marker={marker!r} begins like a tag: let it differ by its second character")
+    stem, rest = marker[:shared], marker[shared:]
+    rows = [[i] for i in range(len(tokenizer))]
+    pieces = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def opens(piece: str, tail: str) -> bool:
+        return bool(piece) and (tail.startswith(piece) or piece.startswith(tail))
+
+    anywhere = [i for i, p in enumerate(pieces) if any(opens(p[j:], marker) for j in range(len(p) - shared))]
+    stems = [i for i, p in enumerate(pieces) if stem and p.endswith(stem)]
+    after = [i for i, p in enumerate(pieces) if stem and opens(p, rest)]
+    return tuple(anywhere), tuple(stems), tuple(after)
+
+
 def load(folder: pathlib.Path, config) -> Text:
     """Text from a model folder and `config.text` (pad, eos, decision_token, marker). Raises TextError by name."""
     try:
@@ -111,10 +143,10 @@ def load(folder: pathlib.Path, config) -> Text:
             raise TextError(f"config.text.{key}={token!r} is not one token of the tokenizer in {folder}")
         return found
 
-    decision_id = token_id(config.decision_token, "decision_token")
+    decision_id = token_id(config.decision_token, "decision_token") if config.decision_token else None
     written = config.marker if config.marker.startswith(config.decision_token) else config.decision_token
     marker_ids = tuple(tokenizer.encode(written, add_special_tokens=False))
-    if marker_ids[:1] != (decision_id,):
+    if decision_id is not None and marker_ids[:1] != (decision_id,):
         raise TextError(f"config.text.marker={config.marker!r} does not begin with the token {config.decision_token!r}")
     answer_open = _answer_open(tokenizer, "<answer>")
     if not answer_open:
@@ -127,6 +159,7 @@ def load(folder: pathlib.Path, config) -> Text:
         marker=config.marker,
         marker_ids=marker_ids,
         answer_open=answer_open,
+        plain=None if config.decision_token else _plain(tokenizer, config.marker),
     )
 
 

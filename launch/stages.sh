@@ -1,0 +1,44 @@
+# Sourced by gpu.sh and tpu_vm.sh, after env.sh. Offers
+#   stages BACKEND CONFIG WORKDIR [FLAG ...]   from a config to an exported, calibrated model
+# below WORKDIR: start (the warm-started model), run (training and evaluation), model (what is delivered). A stage whose
+# result is there is not run again, and training goes on from its last checkpoint: the same command resumes, whatever
+# stopped it. Flags (--config.KEY=VALUE) go to every stage that reads the config; keep them the same.
+
+# stage RESULT MODULE [ARGUMENT ...]
+stage() {
+  local result="$1"
+  shift
+  if [ -e "$result" ]; then
+    say "$result is there"
+    return
+  fi
+  say "making $result: $1"
+  .venv/bin/python -m "$@"
+  # Training that was asked to stop saves and exits with 0.
+  [ -e "$result" ] || fail "$result was not made: run the same command again to go on"
+}
+
+stages() {
+  [ $# -ge 3 ] || fail "usage: $0 CONFIG WORKDIR [--config.KEY=VALUE ...]"
+  local backend="$1" config="$2" work="$3" found settings note=()
+  shift 3
+  found="$(.venv/bin/python -c 'import jax; print(jax.default_backend())')"
+  [ "$found" = "$backend" ] || fail "jax finds no $backend here, only $found: check the driver, and that no other program holds the device"
+
+  local first=(--config "$config" "$@") rest=(--workdir "$work/run" --config "$config" "--config.model.path=$work/start" "$@")
+  stage "$work/start/sft.json" collab_jax.sft --workdir "$work/start" "${first[@]}"
+  stage "$work/run/report.json" collab_jax.train "${rest[@]}"
+  stage "$work/run/eval.json" collab_jax.evaluate "${rest[@]}"
+  stage "$work/model/README.md" collab_jax.export --out "$work/model" "${rest[@]}"
+
+  settings="$(.venv/bin/python -c '
+import json, sys
+config = json.load(open(sys.argv[1]))
+print(config["budget"], config["text"]["marker"], config["text"]["decision_token"], sep="\n")' "$work/run/config.json")"
+  mapfile -t settings <<<"$settings"
+  note=(--marker "${settings[1]}")
+  if [ -n "${settings[2]}" ]; then note+=(--decision_token "${settings[2]}"); fi
+  stage "$work/model/collab_config.json" collab_jax.calibrate --records "$work/run/eval.parquet" --out "$work/model" \
+    --rate "${settings[0]}" --delta 0.05 --hold_out 0.5 "${note[@]}"
+  say "$work/model is ready"
+}
