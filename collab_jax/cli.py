@@ -15,18 +15,29 @@ from collab_jax import process
 from collab_jax.errors import UserError
 
 
-def main(run: Callable[[ConfigDict, pathlib.Path], int]) -> None:
-    """Parses the flags and exits with run(config, workdir)'s status; a UserError is one line and status 1."""
+Command = Callable[[ConfigDict, pathlib.Path], int]
+
+
+def main(run: Command | dict[str, Command]) -> None:
+    """Parses the flags and exits with run(config, workdir)'s status; a UserError is one line and status 1.
+
+    With several commands, by name, the first argument is the name of the one to run.
+    """
     config_flag = config_flags.DEFINE_config_file("config", None, "The experiment's file.", lock_config=True)
     workdir_flag = flags.DEFINE_string("workdir", None, "Where everything of this run is kept; made if absent.")
     flags.mark_flags_as_required(["config", "workdir"])
 
     def start(argv):
         try:
+            command = run
+            if isinstance(run, dict):
+                if (name := argv.pop(1) if len(argv) > 1 else None) not in run:
+                    raise UserError(f"which of {', '.join(run)}? It comes first, before the flags")
+                command = run[name]
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE")
             process.set_up(config_flag.value.cpu_devices)
-            sys.exit(run(config_flag.value, pathlib.Path(workdir_flag.value).expanduser()))
+            sys.exit(command(config_flag.value, pathlib.Path(workdir_flag.value).expanduser()))
         except UserError as error:
             sys.exit(f"error: {error}")
 

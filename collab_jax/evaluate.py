@@ -19,6 +19,7 @@ from tqdm import tqdm
 from collab_jax import cli, parallel, records, rollout, summary
 from collab_jax import run as runs
 from collab_jax.cloud import CachedCloud
+from collab_jax.cloud.share import with_attempt
 from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
 from collab_jax.models.text import Text
@@ -57,10 +58,15 @@ def evaluate(
                 samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
                 passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
-            rows += [
-                _row(task, e, i, passes) | c
-                for i, (e, c) in enumerate(zip(batch, cloud_answers(task, cloud, batch), strict=True))
-            ]
+            answers = cloud_answers(task, cloud, batch)
+            if config.cloud.share_attempt and natural and cloud is not None:
+                answers = [
+                    a | s
+                    for a, s in zip(
+                        answers, shared_answers(task, cloud, text, batch, passes["natural"][0]), strict=True
+                    )
+                ]
+            rows += [_row(task, e, i, passes) | a for i, (e, a) in enumerate(zip(batch, answers, strict=True))]
             bar.update(len(batch))
     return records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
 
@@ -82,6 +88,31 @@ def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]
         else nothing
         for c, k, reply in zip(correct, known, answers.replies, strict=True)
     ]
+
+
+def shared_answers(task: Task, cloud: CachedCloud, text: Text, examples: list[Example], natural) -> list[dict]:
+    """Columns of the cloud's answers with the device's attempt, where the natural pass called.
+
+    The attempt is what was written before the decision token. `shared_extra_tokens`: input tokens more than without it.
+    """
+    calls = [i for i in range(len(examples)) if (natural.margins[i] > 0).any()]
+    firsts = [int((natural.margins[i] > 0).argmax()) for i in calls]
+    attempts = [
+        text.decode(natural.tokens[i : i + 1, :t], natural.mask[i : i + 1, :t])[0]
+        for i, t in zip(calls, firsts, strict=True)
+    ]
+    called = [examples[i] for i in calls]
+    alone, names = rollout.cloud_prompts(task, called)
+    answers = cloud.answer([with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names)
+    correct, known = rollout.cloud_verdicts(task, called, answers)
+    rows = [{"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples]
+    for i, c, k, reply, without in zip(
+        calls, correct, known, answers.replies, cloud.answer(alone).replies, strict=True
+    ):
+        if k and without:
+            extra = reply.input_tokens - without.input_tokens
+            rows[i] = {"shared_known": True, "shared_correct": c, "shared_extra_tokens": extra}
+    return rows
 
 
 def _row(task: Task, example: Example, i: int, passes) -> dict:

@@ -27,6 +27,8 @@ class SimulatedCloud:
     usd_per_million_input: float
     usd_per_million_output: float
     wrong: str = "<answer>0</answer>"  # must be wrong for every prompt of the task
+    batch: int = 4096
+    workers: int = 1
 
     def __post_init__(self):
         if not 0 <= self.error_rate <= 1:
@@ -36,7 +38,10 @@ class SimulatedCloud:
     def parameters(self) -> dict:
         return {"error_rate": self.error_rate, "wrong": self.wrong}
 
-    def answer(self, prompts: Sequence[Messages]) -> list[Reply | None]:
+    def highest_usd(self, messages: Messages) -> float:
+        return self._reply(messages).usd
+
+    def answer(self, prompts: Sequence[Messages]) -> list[Reply]:
         return [self._reply(messages) for messages in prompts]
 
     def _reply(self, messages: Messages) -> Reply:
