@@ -12,7 +12,7 @@ from conftest import ROOT
 from test_cloud import cloud_config, prompt, texts
 
 from collab_jax.bench.faults import FaultServer
-from collab_jax.cloud import BudgetSpent, CloudError, Ledger, Store, attempts, cached, ledger, leases, make_cloud
+from collab_jax.cloud import BudgetSpent, CloudError, Ledger, Store, attempts, cached, leases, ledger, make_cloud
 
 SECRET = "sk-very-secret"
 
