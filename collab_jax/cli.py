@@ -14,7 +14,6 @@ from ml_collections import ConfigDict, config_flags
 from collab_jax import process
 from collab_jax.errors import UserError
 
-
 Command = Callable[[ConfigDict, pathlib.Path], int]
 
 

@@ -143,6 +143,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     step = make_step(run)
     cloud = run.cloud if algorithms.needs_cloud(config) else None
     unknown = Unknown(run.workdir / "unknown.jsonl")
+    run.cloud.take_tally()  # what an evaluation bought is not a step's
     prefetched = first  # steps before it whose prompts the cloud has been asked ahead of time
     writer = metrics.MetricsWriter(run.workdir, first)
     warned: set[str] = set()

@@ -138,8 +138,14 @@ def test_no_key_no_price_no_highest_price(tmp_path, monkeypatch):
         make("http://127.0.0.1:9", tmp_path / "s.db", model="other")
     with pytest.raises(CloudError, match="max_usd needs parameters.max_tokens"):
         make("http://127.0.0.1:9", tmp_path / "s.db", max_usd=1.0, parameters={"temperature": 0.5})
-    with pytest.raises(CloudError, match="base_url"):
-        make("127.0.0.1", tmp_path / "s.db")
+    for url in ("127.0.0.1", "https://", f"https://me:{SECRET}@127.0.0.1/v1", f"https://127.0.0.1/v1?key={SECRET}"):
+        with pytest.raises(CloudError, match="base_url") as caught:
+            make(url, tmp_path / "s.db")
+        assert SECRET not in str(caught.value)
+    with pytest.raises(CloudError, match="parameters may not hold stream"):
+        make("http://127.0.0.1:9", tmp_path / "s.db", parameters={"stream": True})
+    with pytest.raises(CloudError, match="prices_date='soon' must be a date"):
+        make("http://127.0.0.1:9", tmp_path / "s.db", prices_date="soon")
 
 
 def test_a_host_that_is_not_there_opens_the_circuit_and_closes_it_again(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from test_runs import saved, told
 
-from collab_jax import metrics, train
+from collab_jax import metrics, rollout, train
 from collab_jax import run as runs
 from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import __main__ as commands
@@ -36,13 +36,26 @@ def solve(content):
     return countdown.solve_prompt([{"role": "user", "content": content}])
 
 
+def once(make):
+    """`make` at its first call, and what that gave at every other."""
+    made = []
+
+    def get(*args, **kwargs):
+        made[:] = made or [make(*args, **kwargs)]
+        return made[0]
+
+    return get
+
+
 @pytest.fixture(scope="module", autouse=True)
-def parsed():
-    """The command line's flags, as given by a test."""
+def shared():
+    """No long pauses, flags with their defaults, and programs that are compiled once, as all runs here have one shape."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
     quick = pytest.MonkeyPatch()
     quick.setattr(attempts, "BACKOFF_SECONDS", (0.01, 0.05))
+    quick.setattr(rollout, "make_sampler", once(rollout.make_sampler))
+    quick.setattr(train, "make_step", once(train.make_step))
     quick.setenv("NO_PROXY", "127.0.0.1")
     yield
     quick.undo()

@@ -5,6 +5,7 @@
     python -m collab_jax.bench step                one full training step of configs/countdown_tiny.py
     python -m collab_jax.bench peers               all three against transformers and TRL (pip install -e .[peers])
     python -m collab_jax.bench settings            the step with and without the settings of process.py
+    python -m collab_jax.bench cloud               the cloud's store and client against faults and kills (cloud.py)
 
 prints a table and, with --json FILE, writes every figure. Whatever is compared runs in turn, round by round.
 """
@@ -253,6 +254,10 @@ def serve_steps(args: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """The command line."""
+    if argv[:1] == ["cloud"]:
+        from collab_jax.bench import cloud
+
+        return cloud.main(argv[1:])
     args = parse(argv)
     process.set_up(args.cpu_devices)
     import jax

@@ -5,7 +5,7 @@ import threading
 import time
 
 BACKOFF_SECONDS = 1.0, 60.0  # before the second attempt, and at most; doubled each time
-OUTAGE = 8  # failures in a row that look like an outage before the circuit opens
+OUTAGE = 8  # failures in a row that look like an outage before the circuit opens, at least
 COOL_SECONDS = 15.0  # how long it stays open before one call may try
 
 
@@ -17,15 +17,18 @@ def pause(attempt: int, retry_after: float | None) -> float:
 
 
 class Breaker:
-    """Open after OUTAGE failures in a row: calls fail at once, but for one each COOL_SECONDS, whose success closes it."""
+    """Open after some failures in a row: calls fail at once, but for one each COOL_SECONDS, whose success closes it.
 
-    def __init__(self):
-        self._lock = threading.Lock()
+    Some: OUTAGE, or twice the `workers`, as what is in flight in one bad moment all fails.
+    """
+
+    def __init__(self, workers: int):
+        self._lock, self._limit = threading.Lock(), max(OUTAGE, 2 * workers)
         self._failures, self._next_try = 0, 0.0
 
     @property
     def is_open(self) -> bool:
-        return self._failures >= OUTAGE
+        return self._failures >= self._limit
 
     def allows(self) -> bool:
         """Whether a call may be made now."""
@@ -40,7 +43,7 @@ class Breaker:
     def note(self, outage: bool, at_once: bool = False) -> None:
         """A call came to its end; at_once: every other call must fail too."""
         with self._lock:
-            self._failures = (OUTAGE if at_once else self._failures + 1) if outage else 0
+            self._failures = (self._limit if at_once else self._failures + 1) if outage else 0
             self._next_try = time.monotonic() + COOL_SECONDS
 
     def seconds_left(self) -> float:

@@ -106,7 +106,7 @@ class CachedCloud:
         self.cloud, self.store, self.policy = cloud, store, policy
         self.budget = Budget(store, policy.max_calls, policy.max_usd)
         self.reasons: Counter[str] = Counter()  # why calls failed, retried ones included
-        self.breaker = Breaker()
+        self.breaker = Breaker(cloud.workers)
         self._leases = Leases(store)
         self._lock = threading.Lock()
         self._chunks: queue.SimpleQueue[list[Order]] = queue.SimpleQueue()

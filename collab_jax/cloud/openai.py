@@ -11,12 +11,14 @@ import json
 import os
 import threading
 import time
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from collab_jax.cloud.protocol import CloudError, Failure, Messages, Reply
 
 LONGEST_WAIT = 120.0  # seconds; a provider that asks for more has no room for us
+OURS = {"model", "messages", "stream", "n"}  # fields of a request that are not the user's
 RETRIED = {408, 409, 429}  # and 5xx
 FRAME_TOKENS = 32  # at most, that a chat template puts around a message
 
@@ -176,8 +178,15 @@ def from_config(config, task) -> OpenAICloud:
     )
     if min(cloud.timeouts) <= 0 or len(cloud.timeouts) != 3:
         raise CloudError(f"config.cloud.timeouts={config.timeouts} must be three numbers of seconds above 0")
-    if not config.base_url.startswith(("http://", "https://")):
-        raise CloudError(f"config.cloud.base_url={config.base_url!r} must begin with http:// or https://")
+    url = urllib.parse.urlsplit(config.base_url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise CloudError("config.cloud.base_url must begin with http:// or https:// and name a host")
+    if url.username or url.password or url.query:
+        raise CloudError(
+            "config.cloud.base_url holds more than an address: a key belongs into the environment (key_env)"
+        )
+    if ours := sorted(OURS & cloud.parameters.keys()):
+        raise CloudError(f"config.cloud.parameters may not hold {', '.join(ours)}, which the client sets")
     if config.max_usd is not None and cloud.max_tokens is None:
         raise CloudError("config.cloud.max_usd needs parameters.max_tokens: without it a call has no highest price")
     return cloud
