@@ -5,7 +5,7 @@ Layout of a Rollout (Q = D * P prompts in order; device d holds prompts d * P ..
     prompts [Q, L]      |pad pad  the prompt |
     tokens  [Q, G, T]                        | a response EOS pad pad |   mask: True up to EOS, EOS in
     verdicts [Q, G]     correct, called, formatted: what the text is
-    cloud [Q]           cloud_correct, cloud_known: the cloud's constant verdict on the prompt, where it was needed
+    cloud [Q]           cloud_correct, cloud_known: the cloud's constant verdict on the prompt, where it was needed and came
 
 The cloud's verdict is needed where a response called, or where none was right (the filter must know D2); elsewhere the
 cloud is not asked.

@@ -1,7 +1,9 @@
 """Training and the cloud's command line against a server that fails: the same parameters, bit for bit, or an exact resume."""
 
+import os
 import shutil
-import types
+import signal
+import threading
 
 import jax
 import numpy as np
@@ -16,8 +18,6 @@ from collab_jax.cloud import __main__ as commands
 from collab_jax.cloud import attempts, ledger
 from collab_jax.errors import UserError
 from collab_jax.tasks import countdown
-
-STOP = types.SimpleNamespace(requested=False, __enter__=None)
 
 
 class NoStop:
@@ -67,7 +67,7 @@ def configure(small):
 
     def make(server, **overrides):
         settings = dict(kind="openai", model="deepseek-reasoner", base_url=server.url, key_env="", retries=20)
-        settings |= dict(timeouts=(2.0, 2.0, 2.0), concurrency=4)
+        settings |= dict(timeouts=(30.0, 30.0, 30.0), concurrency=4)
         settings = {f"cloud__{name}": value for name, value in settings.items()}
         return small(**settings | {"eval__prompts": 0} | overrides)
 
@@ -82,13 +82,10 @@ def test_prefetched_behind_faults_equals_healthy_bit_for_bit(configure, tmp_path
 
     with FaultServer(solve, share=0.3, faults=("429", "500", "reset", "truncated", "empty")) as faulty:
         config, folder = configure(faulty, cloud__wait=0.0), tmp_path / "faulty"
-        assert commands.prefetch(config, folder) == 1 and faulty.requests == 0  # without --yes it only tells
+        assert commands.prefetch(config, folder) == 0 and faulty.requests == 0  # without --yes it only tells
         assert "64 are missing: about " in capsys.readouterr().out
-        monkeypatch.setattr(commands.YES, "_value", True, raising=False)
-        monkeypatch.setattr(type(commands.YES), "value", property(lambda flag: flags.FLAGS[flag.name].value))
-        flags.FLAGS.yes = True
+        monkeypatch.setattr(flags.FLAGS["yes"], "value", True)
         assert commands.prefetch(config, folder) == commands.prefetch(config, folder) == 0
-        flags.FLAGS.yes = False
         assert set(faulty.whole.values()) == {1} and len(faulty.whole) == 64
         assert commands.status(config, folder) == commands.verify(config, folder) == 0
         assert "train: 0 of 64 prompts have no answer" in capsys.readouterr().out
@@ -119,6 +116,37 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "resumed", 4), saved(tmp_path / "straight", 4))
     assert told(tmp_path / "resumed") == told(tmp_path / "straight")
     assert (tmp_path / "resumed" / "unknown.jsonl").read_bytes() == unknown
+
+
+def test_ctrl_c_keeps_what_is_paid_and_the_same_command_continues(configure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flags.FLAGS["yes"], "value", True)
+    handler = signal.getsignal(signal.SIGINT)
+    with FaultServer(solve, delay=0.1) as server:
+        config = configure(server, cloud__concurrency=2)
+        threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+        assert commands.prefetch(config, tmp_path) == 130 and signal.getsignal(signal.SIGINT) is handler
+        assert "stopped; the same command continues" in capsys.readouterr().out and server.requests < 64
+        assert server.requests == server.whole.total() == ledger(runs.prepare(config, tmp_path).cloud.store).calls
+        server.delay = 0.0
+        assert commands.prefetch(config, tmp_path) == 0 and server.requests == 64
+        monkeypatch.setattr(flags.FLAGS["file"], "value", str(tmp_path / "answers.jsonl"))
+        assert commands.export(config, tmp_path) == 0
+    config = configure(server, cloud__mode="replay")  # nobody listens there any more
+    assert commands.import_(config, tmp_path / "other") == commands.prefetch(config, tmp_path / "other") == 0
+    assert "64 answers are new; 0 were there already" in capsys.readouterr().out
+
+
+def test_a_prefetch_that_cannot_succeed_says_why(configure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flags.FLAGS["yes"], "value", True)
+    with FaultServer(solve, share=1.0, faults=("400",)) as server:
+        assert commands.prefetch(configure(server), tmp_path / "refused") == 1
+        assert server.requests == commands.FRUITLESS * 64 and "failed: 400 192 times" in capsys.readouterr().out
+    with FaultServer(solve) as server:
+        with pytest.raises(UserError, match="10 calls of config.cloud.max_calls=10"):
+            commands.prefetch(configure(server, cloud__max_calls=10), tmp_path / "budget")
+        assert server.requests == 10
+    with pytest.raises(UserError, match="--file"):
+        commands.export(configure(server), tmp_path / "refused")
 
 
 def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes_on(configure, tmp_path):

@@ -39,7 +39,7 @@ FILE = flags.DEFINE_string("file", None, "export, import: the file of JSON lines
 
 
 def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Buys the answers of a split; 0 when the store has them all, 130 after Ctrl-C, 1 otherwise."""
+    """Buys the answers of a split; 0 when it has them all or was only to tell, 130 after Ctrl-C, 1 otherwise."""
     run = runs.prepare(config, workdir)
     missing = missing_prompts(run, SPLIT.value)
     total = len(runs.examples(run, SPLIT.value))
@@ -51,7 +51,7 @@ def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
     print(estimate(run, [messages for _, messages in missing]))
     if not YES.value:
         print("nothing was bought: add --yes to buy them")
-        return 1
+        return 0
     stopped = []
     previous = signal.getsignal(signal.SIGINT)
 

@@ -227,8 +227,12 @@ class CachedCloud:
             granted = self.budget.reserve(prices)
             refused, orders = orders[granted:], orders[:granted]
             outcomes = self._call(orders, prices[:granted]) if orders else []
-            again = [o for o, r in outcomes if isinstance(r, Failure) and r.retry and attempt < self.policy.retries]
-            yield from ((order, outcome) for order, outcome in outcomes if order not in again)
+            again = []
+            for order, outcome in outcomes:
+                if isinstance(outcome, Failure) and outcome.retry and attempt < self.policy.retries:
+                    again.append(order)
+                else:
+                    yield order, outcome
             if refused and self.policy.stop:
                 raise BudgetSpent(self.budget.message())
             if refused:
