@@ -58,15 +58,11 @@ def evaluate(
                 samples = sample(params, *prompts, zero, zero, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
                 passes[key] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
-            answers = cloud_answers(task, cloud, batch)
+            shared = [{}] * len(batch)
             if config.cloud.share_attempt and natural and cloud is not None:
-                answers = [
-                    a | s
-                    for a, s in zip(
-                        answers, shared_answers(task, cloud, text, batch, passes["natural"][0]), strict=True
-                    )
-                ]
-            rows += [_row(task, e, i, passes) | a for i, (e, a) in enumerate(zip(batch, answers, strict=True))]
+                shared = shared_answers(task, cloud, text, batch, passes["natural"][0])
+            columns = zip(batch, cloud_answers(task, cloud, batch), shared, strict=True)
+            rows += [_row(task, e, i, passes) | c | s for i, (e, c, s) in enumerate(columns)]
             bar.update(len(batch))
     return records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
 
@@ -106,11 +102,10 @@ def shared_answers(task: Task, cloud: CachedCloud, text: Text, examples: list[Ex
     answers = cloud.answer([with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names)
     correct, known = rollout.cloud_verdicts(task, called, answers)
     rows = [{"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples]
-    for i, c, k, reply, without in zip(
-        calls, correct, known, answers.replies, cloud.answer(alone).replies, strict=True
-    ):
-        if k and without:
-            extra = reply.input_tokens - without.input_tokens
+    without = cloud.answer(alone).replies
+    for i, c, k, reply, bare in zip(calls, correct, known, answers.replies, without, strict=True):
+        if k and bare:
+            extra = reply.input_tokens - bare.input_tokens
             rows[i] = {"shared_known": True, "shared_correct": c, "shared_extra_tokens": extra}
     return rows
 
@@ -191,6 +186,11 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         f"step {figures['step']}, {figures['n']} prompts: local accuracy {figures['local_accuracy']['value']:.1%}, natural calls "
         f"{natural['call_rate']['value']:.1%}, overall {natural['overall_accuracy']['value']:.1%}; wrote {workdir / 'eval.json'}"
     )
+    if shared := figures["share_attempt"]:
+        print(
+            f"with the device's attempt the cloud is right on {shared['accuracy_shared']['value']:.1%} of {shared['n']} calls, "
+            f"without on {shared['accuracy']['value']:.1%}, for {shared['extra_input_tokens']:.0f} input tokens more a call"
+        )
     return 0
 
 
