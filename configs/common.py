@@ -51,30 +51,16 @@ def get_config() -> ConfigDict:
     config.cloud = ConfigDict()
     config.cloud.kind = "simulated"  # simulated (the task's exact solver) | openai (any compatible API) | local
     config.cloud.model = "simulated-r1"  # part of each stored answer's key; local: a Hugging Face folder or hub name
-    config.cloud.parameters = ConfigDict(
-        {"temperature": 0.6, "max_tokens": 8192}
-    )  # openai: of the request; local: these
+    config.cloud.parameters = ConfigDict({"temperature": 0.6, "max_tokens": 8192})  # of its sampling; openai: any
     config.cloud.store = ""  # SQLite file of all answers; "": cloud.sqlite in the workdir
-    config.cloud.mode = (
-        "live"  # live | record: a failed call is an error | replay: a missing answer is one, none is bought
-    )
+    config.cloud.mode = "live"  # live | record: a failed call is an error | replay: nothing is bought
     config.cloud.wait = 60.0  # seconds a training step waits for verdicts after sampling; the rest are unknown to it
-    config.cloud.prefetch = (
-        0  # steps ahead whose prompts are all asked; 0: only those whose verdict is needed, when it is
-    )
+    config.cloud.prefetch = 0  # steps ahead whose prompts are all asked; 0: only needed ones, when they are
     config.cloud.retries = 5  # of a failed call
-    config.cloud.max_calls = placeholder(
-        int
-    )  # hard limit of requests the store ever pays for, retries included; none: no limit
-    config.cloud.max_usd = placeholder(
-        float
-    )  # hard limit of USD, calls in flight at their highest price; none: no limit
-    config.cloud.when_spent = (
-        "continue"  # continue: verdicts not bought are unknown | stop: save, and end with an error
-    )
-    config.cloud.share_attempt = (
-        False  # evaluation also hands calls over with the device's reasoning so far, and compares
-    )
+    config.cloud.max_calls = placeholder(int)  # hard limit of a store's requests, retries included; none: no limit
+    config.cloud.max_usd = placeholder(float)  # hard limit of a store's spending; none: no limit
+    config.cloud.when_spent = "continue"  # continue: what is not bought is unknown | stop: save, end with an error
+    config.cloud.share_attempt = False  # evaluation also hands calls over with the device's reasoning, and compares
     config.cloud.error_rate = 0.062  # simulated: share it gets wrong, by a hash (DeepSeek-R1 had 93.8 % in the paper)
     config.cloud.seconds = 8.0  # simulated latency of a call; booked, not waited for
     config.cloud.usd_per_million_input = 0.55  # simulated price
