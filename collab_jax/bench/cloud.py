@@ -10,6 +10,7 @@ The server is `faults.py` on the loopback interface. What does not hold is an er
 """
 
 import argparse
+import logging
 import os
 import pathlib
 import random
@@ -184,6 +185,7 @@ PARTS = {"store": store, "faults": faults, "kills": kills, "budget": budget, "tr
 
 def main(argv: list[str]) -> int:
     """The command line."""
+    logging.getLogger("collab_jax").setLevel(logging.ERROR)  # failed calls are the exercise
     if argv[:1] == ["--buy"]:
         return buy(*argv[1:])
     parser = argparse.ArgumentParser(prog="python -m collab_jax.bench cloud", description="The cloud's promises.")
