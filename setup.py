@@ -31,6 +31,7 @@ setup(
         "jinja2>=3.1",
         "markdown>=3.5",
         "math-verify[antlr4_13_2]>=0.8",
+        "openai>=3",
         "numpy>=2",
         "scipy>=1.12",
         "scikit-learn>=1.5",

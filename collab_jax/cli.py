@@ -14,9 +14,14 @@ from ml_collections import config_flags
 from collab_jax import process
 from collab_jax.errors import UserError
 
+Command = Callable[..., int]
 
-def main(run: Callable[..., int], workdir: bool = True) -> None:
-    """Parses the flags and exits with run(config, workdir)'s status, or run(config)'s; a UserError is told, and status 1."""
+
+def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
+    """Parses the flags and exits with run(config, workdir)'s status, or run(config)'s; a UserError is told, and status 1.
+
+    With several commands, by name, the first argument is the name of the one to run.
+    """
     config_flag = config_flags.DEFINE_config_file("config", None, "The experiment's file.", lock_config=True)
     flags.mark_flag_as_required("config")
     if workdir:
@@ -25,11 +30,16 @@ def main(run: Callable[..., int], workdir: bool = True) -> None:
 
     def start(argv):
         try:
+            command = run
+            if isinstance(run, dict):
+                if (name := argv.pop(1) if len(argv) > 1 else None) not in run:
+                    raise UserError(f"which of {', '.join(run)}? It comes first, before the flags")
+                command = run[name]
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE")
             process.set_up(config_flag.value.cpu_devices)
             folder = [pathlib.Path(workdir_flag.value).expanduser()] if workdir else []
-            sys.exit(run(config_flag.value, *folder))
+            sys.exit(command(config_flag.value, *folder))
         except UserError as error:
             sys.exit(f"error: {error}")
 

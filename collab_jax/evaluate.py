@@ -20,6 +20,7 @@ from tqdm import tqdm
 from collab_jax import cli, parallel, records, rollout, summary
 from collab_jax import run as runs
 from collab_jax.cloud import CachedCloud
+from collab_jax.cloud.share import with_attempt
 from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
 from collab_jax.models.text import Text
@@ -60,10 +61,11 @@ def evaluate(
                 samples = sample(params, *prompts, *key, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
                 passes[kind] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
-            rows += [
-                _row(task, e, i, passes, seed is not None) | c
-                for i, (e, c) in enumerate(zip(batch, cloud_answers(task, cloud, batch), strict=True))
-            ]
+            shared, drawn = [{}] * len(batch), seed is not None
+            if config.cloud.share_attempt and natural and not drawn and cloud is not None:
+                shared = shared_answers(task, cloud, text, batch, passes["natural"][0])
+            columns = zip(batch, cloud_answers(task, cloud, batch), shared, strict=True)
+            rows += [_row(task, e, i, passes, drawn) | c | s for i, (e, c, s) in enumerate(columns)]
             bar.update(len(batch))
     return records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
 
@@ -85,6 +87,30 @@ def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]
         else nothing
         for c, k, reply in zip(correct, known, answers.replies, strict=True)
     ]
+
+
+def shared_answers(task: Task, cloud: CachedCloud, text: Text, examples: list[Example], natural) -> list[dict]:
+    """Columns of the cloud's answers with the device's attempt, where the natural pass called.
+
+    The attempt is what was written before the decision token. `shared_extra_tokens`: input tokens more than without it.
+    """
+    calls = [i for i in range(len(examples)) if (natural.margins[i] > 0).any()]
+    firsts = [int((natural.margins[i] > 0).argmax()) for i in calls]
+    attempts = [
+        text.decode(natural.tokens[i : i + 1, :t], natural.mask[i : i + 1, :t])[0]
+        for i, t in zip(calls, firsts, strict=True)
+    ]
+    called = [examples[i] for i in calls]
+    alone, names = rollout.cloud_prompts(task, called)
+    answers = cloud.answer([with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names)
+    correct, known = rollout.cloud_verdicts(task, called, answers)
+    rows = [{"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples]
+    without = cloud.answer(alone).replies
+    for i, c, k, reply, bare in zip(calls, correct, known, answers.replies, without, strict=True):
+        if k and bare:
+            extra = reply.input_tokens - bare.input_tokens
+            rows[i] = {"shared_known": True, "shared_correct": c, "shared_extra_tokens": extra}
+    return rows
 
 
 def _row(task: Task, example: Example, i: int, passes, drawn: bool) -> dict:
@@ -164,6 +190,11 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         f"step {figures['step']}, {figures['n']} prompts: local accuracy {figures['local_accuracy']['value']:.1%}, natural calls "
         f"{natural['call_rate']['value']:.1%}, overall {natural['overall_accuracy']['value']:.1%}; wrote {workdir / 'eval.json'}"
     )
+    if shared := figures["share_attempt"]:
+        print(
+            f"with the device's attempt the cloud is right on {shared['accuracy_shared']['value']:.1%} of {shared['n']} calls, "
+            f"without on {shared['accuracy']['value']:.1%}, for {shared['extra_input_tokens']:.0f} input tokens more a call"
+        )
     return 0
 
 

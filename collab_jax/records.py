@@ -17,6 +17,9 @@
     ms                 float      ms       the device took for it
     cloud_tokens       int        tokens   of the cloud's call, input + output
     cloud_usd          float      USD      price of the cloud's call
+    shared_correct     bool                with the device's attempt beside the prompt, where the natural pass called
+    shared_known       bool                that call did not fail, nor the one without
+    shared_extra_tokens int       tokens   of its input, more than without
     logp               float      nats     summed log-probability of the response
     margin             float      logits   max_t m_t, the trained decision (`sampler.py`)
     margins            f32 list   logits   the trace m_t, one a token, -inf off decision states
@@ -70,6 +73,9 @@ TYPES = {
     "ms": "float",
     "cloud_tokens": "int",
     "cloud_usd": "float",
+    "shared_correct": "bool",
+    "shared_known": "bool",
+    "shared_extra_tokens": "int",
     "logp": "float",
     "margin": "float",
     "margins": "f32 list",

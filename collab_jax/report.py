@@ -2,14 +2,23 @@
 
 import json
 import pathlib
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from collab_jax import figures, page, summary
-from collab_jax.cloud import Ledger
+from collab_jax.cloud import Ledger, Spent
 from collab_jax.page import percent, points
 from collab_jax.records import Records
 from collab_jax.routers import ROUTERS
+
+
+class CloudCosts(NamedTuple):
+    """Answers in the store; those to prompts of the training split; and requests ever sent, those that failed included."""
+
+    everything: Ledger
+    training: Ledger
+    spent: Spent
 
 
 def write(
@@ -19,7 +28,7 @@ def write(
     rows: list[dict],
     before: Records,
     after: Records,
-    cost: Ledger,
+    cost: CloudCosts,
     machine: dict[str, str],
 ) -> str:
     """Writes the report's files into `workdir`; returns the summary for the screen."""
@@ -33,13 +42,8 @@ def write(
         "seconds": sum(row["seconds"] for row in rows),
         "filter_dropped": 1 - int(filter_state.kept) / prompts,
         "filter": {name: int(getattr(filter_state, name)) for name in ("prompts", "d1", "d2", "kept", "kept_d2")},
-        "cloud_calls": cost.calls,
-        "cloud": {
-            "usd": cost.usd,
-            "seconds": cost.seconds,
-            "input_tokens": cost.input_tokens,
-            "output_tokens": cost.output_tokens,
-        },
+        "cloud_calls": cost.everything.calls,
+        "cloud": {**cost.everything._asdict(), "training": cost.training._asdict(), "spent": cost.spent._asdict()},
         "config": json.loads(config.to_json_best_effort()),
         "machine": machine,
     }
@@ -76,7 +80,8 @@ def markdown_table(report: dict) -> str:
 
 
 def closing(report: dict) -> str:
-    """What changed, in three lines."""
+    """What changed and what it cost, in four lines."""
+    training = report["cloud"]["training"]
     gain, at = report["gain"], report["after"]["at_budget"]["0.3"]
     first = report["after"]["no_answer"]["value"]
     ties = (
@@ -90,8 +95,16 @@ def closing(report: dict) -> str:
         f"{'all' if at['perfect_gain_share']['value'] is None else format(at['perfect_gain_share']['value'], '.0%')} of the perfect router's gain.\n"
         f"On the device alone: {points(gain['local_accuracy'])} points.\n"
         f"{report['steps']} steps in {report['seconds']:.0f} s; the filter dropped {report['filter_dropped']:.1%} of the prompts; "
-        f"{report['cloud_calls']} cloud answers in the store, evaluation included ({report['cloud']['usd']:.2f} USD).{ties}"
+        f"{report['cloud_calls']} cloud answers in the store, evaluation included ({report['cloud']['usd']:.2f} USD).\n"
+        f"Training took {training['calls']} of them: {training['input_tokens'] + training['output_tokens']} tokens, "
+        f"{training['usd']:.2f} USD{_dated(report)}; {report['cloud']['spent']['calls']} requests were sent in all.{ties}"
     )
+
+
+def _dated(report: dict) -> str:
+    """When the prices were looked up, where they are a provider's."""
+    cloud = report["config"]["cloud"]
+    return f" at the prices of {cloud['prices_date']}" if cloud["kind"] == "openai" else ""
 
 
 def markdown(report: dict, table: str, after: Records) -> str:

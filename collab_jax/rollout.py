@@ -5,13 +5,14 @@ Layout of a Rollout (Q = D * P prompts in order; device d holds prompts d * P ..
     prompts [Q, L]      |pad pad  the prompt |
     tokens  [Q, G, T]                        | a response EOS pad pad |   mask: True up to EOS, EOS in
     verdicts [Q, G]     correct, called, formatted: what the text is
-    cloud [Q]           cloud_correct, cloud_known: the cloud's constant verdict on the prompt, where it was needed
+    cloud [Q]           cloud_correct, cloud_known: the cloud's constant verdict on the prompt, where it was needed and came
 
 The cloud's verdict is needed where a response called, or where none was right (the filter must know D2); elsewhere the
 cloud is not asked.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from collab_jax import parallel, sampler
-from collab_jax.cloud import CachedCloud
+from collab_jax.cloud import Answers, CachedCloud, Messages, Pending
 from collab_jax.gapg import Rollout
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.text import Text
@@ -46,8 +47,7 @@ class Collected(NamedTuple):
     texts: list[str]
     cut_off: float  # share of responses that hit the length limit
     cloud_asked: int  # distinct prompts whose verdict was needed
-    cloud_bought: int  # of those, not in the store yet
-    cloud_failed: int
+    unknown: list[str]  # ids of those of them without one
     verifier_timeouts: int  # responses
     verifier_failures: int  # responses that could not be judged for another reason
 
@@ -100,16 +100,25 @@ def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, end
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
-    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the store.
+    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the store."""
+    answers = cloud.answer(*cloud_prompts(task, examples))
+    return *cloud_verdicts(task, examples, answers), answers
+
+
+def cloud_prompts(task: Task, examples: Sequence[Example]) -> tuple[list[Messages], list[str]]:
+    """What the cloud is asked on `examples`, and what messages call these prompts."""
+    return [task.cloud_prompt(example) for example in examples], [example.id for example in examples]
+
+
+def cloud_verdicts(task: Task, examples: Sequence[Example], answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+    """(correct bool[n], known bool[n]) of the cloud's answers on `examples`; what is not known is not correct.
 
     Not known: the call failed, or its answer could not be judged.
     """
-    answers = cloud.answer([task.cloud_prompt(example) for example in examples])
     known = np.array([reply is not None for reply in answers.replies], bool)
     found = task.verify(examples, ["" if reply is None else reply.text for reply in answers.replies])
     known &= ~np.array([verdict.unjudged for verdict in found], bool)
-    correct = np.array([verdict.correct for verdict in found], bool) & known
-    return correct, known, answers
+    return np.array([verdict.correct for verdict in found], bool) & known, known
 
 
 def collect(
@@ -124,19 +133,33 @@ def collect(
     seed: int,
     step: int,
     meanwhile: Callable[[], None] = lambda: None,
+    wait: float | None = None,
+    skip: Collection[str] = (),
 ) -> Collected:
     """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled with the key of (seed, step).
 
     Responses are judged, and the cloud is asked on a prompt whose responses have all ended, while the devices sample the
     rest; without a cloud none is asked, and none is right. `meanwhile` is called once, when they have just begun.
+    wait: seconds after sampling until a verdict is unknown to this batch (None: until it is there or has failed).
+    skip: ids of prompts that are not asked and whose verdict is unknown.
     """
     D, Q, G = jax.local_device_count(), len(examples), sample.settings.group
     prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
     verdicts = np.zeros((3, Q, G), bool)  # correct, called, formatted
     texts = np.empty((Q, G), object)
     cloud_correct, cloud_known, open_rows = np.zeros(Q, bool), np.ones(Q, bool), np.full(Q, G)
-    totals = np.zeros(5, int)  # asked, bought, failed; timed out, unjudged
-    todo = [meanwhile]
+    asked, unsettled, todo = [], np.zeros(2, int), [meanwhile]  # unsettled: responses timed out, or else not judged
+    on_their_way: list[tuple[np.ndarray, Pending]] = []  # which prompts, and their answers
+
+    def hear(last: bool) -> None:
+        """Judges the cloud's answers that are there; the last time, waits for the others."""
+        end = None if wait is None else time.monotonic() + wait
+        for entry in list(on_their_way):
+            q, pending = entry
+            if last or pending.done():
+                answers = pending.answers(None if end is None else max(0.0, end - time.monotonic()))
+                cloud_correct[q], cloud_known[q] = cloud_verdicts(task, [examples[i] for i in q], answers)
+                on_their_way[:] = [other for other in on_their_way if other is not entry]
 
     def finished(tokens, mask, ended, now):
         while todo:
@@ -146,14 +169,18 @@ def collect(
             return
         found = judge(task, text, [examples[q] for q in np.nonzero(now)[0]], tokens[now], mask[now], ended[now])
         verdicts[:, now] = found[1:4]
-        totals[3:] += found.timed_out.sum(), found.unjudged.sum()
+        unsettled[:] += found.timed_out.sum(), found.unjudged.sum()
         texts[now] = found.texts
         open_rows[:] -= now.sum(1)
         correct, called, _ = verdicts
         needed = np.flatnonzero((open_rows == 0) & now.any(1) & (called.any(1) | ~correct.any(1)))
         if needed.size and cloud:
-            cloud_correct[needed], cloud_known[needed], answers = ask_cloud(task, cloud, [examples[q] for q in needed])
-            totals[:3] += len(needed), answers.bought, answers.failed
+            asked.extend(needed)
+            skipped = np.array([examples[q].id in skip for q in needed])
+            cloud_known[needed[skipped]] = False
+            if len(needed := needed[~skipped]):
+                on_their_way.append((needed, cloud.submit(*cloud_prompts(task, [examples[q] for q in needed]))))
+        hear(last=False)
 
     zeros = np.zeros(D, np.float32)
     samples = sample(
@@ -165,6 +192,7 @@ def collect(
         bias=zeros,
         finished=finished,
     )
+    hear(last=True)
     s = sample.settings
     barred = None
     if s.solo:
@@ -190,4 +218,5 @@ def collect(
         ),
     )
     cut_off = 1 - np.asarray(samples.ended).mean()
-    return Collected(rollout, list(texts.reshape(-1)), cut_off, *(int(n) for n in totals))
+    unknown = sorted({examples[q].id for q in asked if not cloud_known[q]})
+    return Collected(rollout, list(texts.reshape(-1)), cut_off, len(asked), unknown, *map(int, unsettled))

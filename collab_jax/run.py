@@ -20,6 +20,13 @@ from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
 from collab_jax.tasks import Example, Task, judge, make_task
 
+# What may differ between two starts of one run: how the cloud is bought from, not what it answers.
+FREE = {
+    f"cloud.{key}"
+    for key in ("mode", "wait", "prefetch", "retries", "max_calls", "max_usd", "when_spent", "base_url", "key_env",
+                "concurrency", "timeouts", "prices", "prices_date")
+}  # fmt: skip
+
 
 class Run(NamedTuple):
     """The parts of a run. `folder` is the Hugging Face folder it starts from."""
@@ -133,14 +140,14 @@ def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
 def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -> str:
     """How the settings in `file`, a config.json, differ from `config`: the first five, or "".
 
-    Without `all_keys` only those count that both have. Raises UserError where the file cannot be read.
+    FREE ones do not count, and without `all_keys` only those that both have. Raises UserError where the file cannot be read.
     """
     try:
         theirs = json.loads(file.read_text())
     except (OSError, ValueError):
         raise UserError(f"{file} is not readable JSON: restore it, or choose another --workdir") from None
     old, new = _flat(theirs), _flat(json.loads(config.to_json_best_effort()))
-    keys = sorted(old | new) if all_keys else sorted(old.keys() & new.keys())
+    keys = sorted((old.keys() | new.keys() if all_keys else old.keys() & new.keys()) - FREE)
     found = [f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
     return "; ".join(found[:5])
 

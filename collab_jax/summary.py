@@ -51,11 +51,25 @@ def summary(table: Records) -> dict:
         },
         "no_answer": rate(no_answer(table)),
         "cloud_unknown": rate(~table["cloud_known"]),  # failed calls; they count as wrong
+        "share_attempt": shared(table),
         "auc": aucs(table),
         "auc_answered": aucs(answered),
         "local_accuracy_by_stratum": {
             str(s): rate(table["local_correct"][table["stratum"] == s]) for s in np.unique(table["stratum"])
         },
+    }
+
+
+def shared(table: Records) -> dict | None:
+    """The cloud's accuracy on what the device handed over, with its attempt and without; None where that was not asked."""
+    if "shared_known" not in table or not table["shared_known"].any():
+        return None
+    both = table["shared_known"]
+    return {
+        "n": int(both.sum()),
+        "accuracy": rate(table["cloud_correct"][both]),
+        "accuracy_shared": rate(table["shared_correct"][both]),
+        "extra_input_tokens": float(table["shared_extra_tokens"][both].mean()),
     }
 
 

@@ -4,7 +4,8 @@
 
 evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit on a CPU, whatever
 stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json, metrics.jsonl (with TensorBoard events
-beside it), checkpoints/, cloud.sqlite, before.parquet, after.parquet (and fit.parquet) and the report (report.json, report.md, report.html, figures).
+beside it), checkpoints/, cloud.sqlite, unknown.jsonl (cloud verdicts that a step did without), before.parquet, after.parquet
+(and fit.parquet) and the report (report.json, report.md, report.html, figures).
 """
 
 import functools
@@ -34,7 +35,8 @@ from collab_jax import (
     summary,
 )
 from collab_jax import run as runs
-from collab_jax.cloud import ledger
+from collab_jax.cloud import BudgetSpent, ledger
+from collab_jax.cloud.unknown import Unknown
 from collab_jax.errors import UserError
 from collab_jax.routers import recorded
 from collab_jax.run import Run
@@ -158,6 +160,9 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
     step = make_step(run)
     cloud = run.cloud if algorithms.needs_cloud(config) else None
+    unknown = Unknown(run.workdir / "unknown.jsonl")
+    run.cloud.take_tally()  # what an evaluation bought is not a step's
+    prefetched = first  # steps before it whose prompts the cloud has been asked ahead of time
     writer = metrics.MetricsWriter(run.workdir, first)
     warned: set[str] = set()
     ready = time.monotonic()  # when the devices were done with the last update
@@ -169,7 +174,8 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             out = parallel.unreplicate(out)  # waits for the update
             row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
             row |= {"cut_off": collected.cut_off, "cloud_asked": collected.cloud_asked}
-            row |= {"cloud_bought": collected.cloud_bought, "cloud_failed": collected.cloud_failed}
+            row |= {"cloud_unknown": len(collected.unknown)}
+            row |= {f"cloud_{name}": value for name, value in run.cloud.take_tally()._asdict().items()}
             row |= {"verifier_timeouts": collected.verifier_timeouts, "verifier_failures": collected.verifier_failures}
             row |= {"seconds_rollout": sampled - ready, "seconds": (now := time.monotonic()) - ready}
             ready = now
@@ -186,12 +192,22 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
 
         previous: Callable[[], None] = lambda: None  # noqa: E731
         for i in range(first, config.train.steps):
+            # ------------------------------------------------------------------------------ the cloud, ahead of time
+            for j in range(max(i, prefetched), min(i + config.cloud.prefetch, config.train.steps) if cloud else 0):
+                coming = [examples[k] for k in choose(j, Q)]
+                cloud.submit(*rollout.cloud_prompts(run.task, coming))
+                prefetched = j + 1
             # ---------------------------------------------------------------------------------------- rollout
             chosen = choose(i, Q)
             batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
-            collected = rollout.collect(
-                sample, state.behaviour, run.text, run.task, cloud, *batch, config.seed, i, meanwhile=previous
-            )
+            late = {"wait": config.cloud.wait, "skip": unknown.at(i)}
+            parts = state.behaviour, run.text, run.task, cloud, *batch, config.seed, i
+            try:
+                collected = rollout.collect(sample, *parts, meanwhile=previous, **late)
+            except BudgetSpent:
+                run.checkpoints.save(i, parallel.unreplicate(state.replace(frozen=None)))
+                raise
+            unknown.write(i, collected.unknown)
             sampled = time.monotonic()
             # ----------------------------------------------------------------------------------------- update
             state, out = step(state, collected.rollout)
@@ -205,6 +221,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
                 writer.close()
                 return None
     writer.close()
+    unknown.close()
     return state
 
 
@@ -214,6 +231,13 @@ def progress(row: dict, budget: float) -> str:
         f"reward {row['reward']:.2f}, local {row['local_accuracy']:.0%}, calls {row['call_rate']:.0%} (budget {budget:.0%}), "
         f"D1/D2/dropped {row['d1']}/{row['d2']}/{row['dropped']}, {row['tokens'] / row['seconds']:.0f} tok/s"
     )
+
+
+def costs_of_cloud(run: Run) -> report.CloudCosts:
+    """What the cloud has cost: all of it, and the answers to training prompts, whoever bought them."""
+    training, _ = rollout.cloud_prompts(run.task, runs.examples(run, "train"))
+    of_training = ledger(run.cloud.store, map(run.cloud.key, training))
+    return report.CloudCosts(ledger(run.cloud.store), of_training, run.cloud.budget.spent())
 
 
 def kept(path: pathlib.Path, make: Callable[[], records.Records]) -> records.Records:
@@ -260,8 +284,8 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
             print(f"  {kind}: {after['prompt'][i]} -> {after['natural_text'][i]}")
         filter_state = parallel.unreplicate(state.filter)
         rows = metrics.read(workdir / "metrics.jsonl")
-        cost, machine = ledger(run.cloud.store), process.machine()
-        print(report.write(workdir, config, filter_state, rows, before, after, cost, machine))
+        machine = process.machine()
+        print(report.write(workdir, config, filter_state, rows, before, after, costs_of_cloud(run), machine))
     return 0
 
 

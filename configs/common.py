@@ -57,13 +57,30 @@ def get_config() -> ConfigDict:
     config.task.demo_guess = 0.2  # share that answer with an attempt that failed, and claim it where it came near
 
     config.cloud = ConfigDict()
-    config.cloud.kind = "simulated"  # the task's exact solver
-    config.cloud.model = "simulated-r1"  # part of each stored answer's key
-    config.cloud.error_rate = 0.062  # share of prompts it gets wrong, by a hash (DeepSeek-R1 had 93.8 % in the paper)
+    config.cloud.kind = "simulated"  # simulated (the task's exact solver) | openai (any compatible API) | local
+    config.cloud.model = "simulated-r1"  # part of each stored answer's key; local: a Hugging Face folder or hub name
+    config.cloud.parameters = ConfigDict({"temperature": 0.6, "max_tokens": 8192})  # of its sampling; openai: any
+    config.cloud.store = ""  # SQLite file of all answers; "": cloud.sqlite in the workdir
+    config.cloud.mode = "live"  # live | record: a failed call is an error | replay: nothing is bought
+    config.cloud.wait = 60.0  # seconds a training step waits for verdicts after sampling; the rest are unknown to it
+    config.cloud.prefetch = 0  # steps ahead whose prompts are all asked; 0: only needed ones, when they are
+    config.cloud.retries = 5  # of a failed call
+    config.cloud.max_calls = placeholder(int)  # hard limit of a store's requests, retries included; none: no limit
+    config.cloud.max_usd = placeholder(float)  # hard limit of a store's spending; none: no limit
+    config.cloud.when_spent = "continue"  # continue: what is not bought is unknown | stop: save, end with an error
+    config.cloud.share_attempt = False  # evaluation also hands calls over with the device's reasoning, and compares
+    config.cloud.error_rate = 0.062  # simulated: share it gets wrong, by a hash (DeepSeek-R1 had 93.8 % in the paper)
     config.cloud.seconds = 8.0  # simulated latency of a call; booked, not waited for
     config.cloud.usd_per_million_input = 0.55  # simulated price
     config.cloud.usd_per_million_output = 2.19  # simulated price
-    config.cloud.store = ""  # SQLite file of all answers; "": cloud.sqlite in the workdir
+    config.cloud.base_url = "https://api.openai.com/v1"  # openai: of the provider, or of your own server
+    config.cloud.key_env = "OPENAI_API_KEY"  # openai: environment variable that holds the key; "": none is needed
+    config.cloud.concurrency = 16  # openai: calls in flight
+    config.cloud.timeouts = (10.0, 600.0, 900.0)  # openai: seconds to connect, without a byte, of a whole call
+    config.cloud.prices = (("deepseek-reasoner", 0.55, 2.19),)  # openai: model, USD per million input and output tokens
+    config.cloud.prices_date = "2025-01-20"  # when they were looked up; told beside every sum
+    config.cloud.batch_size = 16  # local: prompts sampled at a time
+    config.cloud.prompt_length = 1024  # local: tokens; a longer prompt fails
 
     config.reward = ConfigDict()  # alpha_a > alpha_c > alpha_f >= 0
     config.reward.alpha_a = 2.0  # correct on the device

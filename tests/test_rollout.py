@@ -60,7 +60,7 @@ def test_the_cloud_is_asked_where_its_verdict_matters(parts):
     asked = []
 
     class Sometimes:
-        def answer(self, prompts):
+        def answer(self, prompts, names):
             asked.extend(prompts)
             reply = Reply("<answer>3+4+5</answer>", 1, 1, 0.0, 0.0)
             return Answers([reply, None], bought=1, failed=1)

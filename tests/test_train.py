@@ -11,14 +11,17 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from test_cloud import FakeCloud
 
 from collab_jax import metrics, parallel, records, rollout, routers, sft, train
 from collab_jax import run as runs
-from collab_jax.cloud import Answers
+from collab_jax.cloud import CachedCloud, Failure, make_cloud
 from collab_jax.errors import UserError
 from collab_jax.models import hf
 from collab_jax.routers import classifier
 from collab_jax.tasks import Verdict
+
+OTHER_CLOUDS = {"openai": "deepseek-reasoner", "local": "countdown-tiny"}  # kind -> model
 
 
 @pytest.fixture(scope="module")
@@ -149,18 +152,21 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, sm
     assert sft.run(warm, tmp_path / "model") == sft.run(warm, tmp_path / "again") == 0
     made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
     assert made == again
+    others = [warm, *(small(cloud__kind=kind, cloud__model=model) for kind, model in OTHER_CLOUDS.items())]
+    for other in others[1:]:
+        make_cloud(other, runs.make_task(other), tmp_path / "other.sqlite")
     classifier.check(runs.prepare(config, tmp_path / "classified"))  # its one key is read where it is recorded
     unread = []
 
-    def walk(c, other, prefix=""):
+    def walk(c, others, prefix=""):
         for key in c.keys():
             value = dict.get(c._fields, key) if isinstance(c._fields, dict) else None
             if isinstance(value, ConfigDict):
-                walk(value, other._fields[key], f"{prefix}{key}.")
-            elif (id(c), key) not in reads and (id(other), key) not in reads:
+                walk(value, [other._fields[key] for other in others], f"{prefix}{key}.")
+            elif not any((id(other), key) in reads for other in (c, *others)):
                 unread.append(prefix + key)
 
-    walk(config, warm)
+    walk(config, others)
     assert unread == ["cpu_devices"]  # read by cli.py, before jax starts
     model = runs.prepare(small(model__path=str(tmp_path / "model"), task__train_examples=64), tmp_path / "run")
     assert runs.load_state(model).step == 0  # what sft wrote can be trained
@@ -176,18 +182,17 @@ def test_prompts_depend_on_seed_and_step_alone_and_cover_an_epoch():
 def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, small, tmp_path):
     run = runs.prepare(small(), tmp_path)
 
-    class Down:
-        def answer(self, prompts):
-            return Answers([None] * len(prompts), 0, len(prompts))
-
+    down = FakeCloud()
+    down.answer = lambda prompts: [Failure("down")] * len(prompts)
+    cloud = CachedCloud(down, run.cloud.store)
     sample = rollout.make_sampler(run.cfg, run.text, run.config, group=4, temperature=1.0)
     params = parallel.replicate(runs.load_state(run)).params
     examples = run.task.load("train")[:8]
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], 16)
-    got = rollout.collect(sample, params, run.text, run.task, Down(), examples, *prompts, 0, 0)
+    got = rollout.collect(sample, params, run.text, run.task, cloud, examples, *prompts, 0, 0)
     flat = parallel.gather(got.rollout)
     needed = flat.called.any(1) | ~flat.correct.any(1)
-    assert got.cloud_asked == got.cloud_failed == needed.sum() > 0
+    assert got.cloud_asked == len(got.unknown) == cloud.take_tally().failed == needed.sum() > 0
     assert (flat.cloud_known == ~needed).all() and not flat.cloud_correct.any()
 
 

@@ -7,6 +7,7 @@
     python -m collab_jax.bench settings            the step with and without the settings of process.py
     python -m collab_jax.bench rehearse --config configs/countdown_qwen2p5_3b.py [--layers N] [--config.KEY=VALUE ...]
                                                    some steps of a real run at its full shape, with random weights
+    python -m collab_jax.bench cloud               the cloud's store and client against faults and kills (cloud.py)
 
 prints a table and, with --json FILE, writes every figure. Whatever is compared runs in turn, round by round.
 """
@@ -264,6 +265,10 @@ def serve_steps(args: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """The command line."""
+    if argv[:1] == ["cloud"]:
+        from collab_jax.bench import cloud
+
+        return cloud.main(argv[1:])
     args = parse(argv)
     if args.command == REHEARSE:
         from collab_jax.bench import rehearse

@@ -1,28 +1,57 @@
-"""The cloud: who answers what the device does not, the store of every answer bought, and what they cost."""
+"""The cloud: who answers what the device does not, the store of every answer bought, and what they cost.
+
+protocol    what a cloud is            simulated, openai, local    the three kinds
+store       every answer bought        leases, budget, attempts    who may buy, for how much, and when again
+cached      the cloud in front of its store: what the rest of the program uses
+ledger      what it has cost           transfer, __main__          export, import, verify; the command line
+"""
 
 from pathlib import Path
 
-from collab_jax.cloud import simulated
-from collab_jax.cloud.cached import Answers, CachedCloud
+from collab_jax.cloud import openai, simulated
+from collab_jax.cloud.budget import BudgetSpent, Spent
+from collab_jax.cloud.cached import MODES, Answers, CachedCloud, Pending, Policy
 from collab_jax.cloud.ledger import Ledger, ledger
-from collab_jax.cloud.protocol import Cloud, Messages, Reply
+from collab_jax.cloud.protocol import Cloud, CloudError, Failure, Messages, Reply
 from collab_jax.cloud.simulated import SimulatedCloud
 from collab_jax.cloud.store import Store, StoreError
 from collab_jax.errors import UserError
 
 __all__ = [
-    "Answers", "CachedCloud", "Cloud", "Ledger", "Messages", "Reply", "SimulatedCloud", "Store", "StoreError",
-    "ledger", "make_cloud",
+    "Answers", "BudgetSpent", "CachedCloud", "Cloud", "CloudError", "Failure", "Ledger", "Messages", "Pending", "Policy",
+    "Reply", "SimulatedCloud", "Spent", "Store", "StoreError", "ledger", "make_cloud",
 ]  # fmt: skip
 
-KINDS = {"simulated": simulated.from_config}  # cloud.kind -> (config.cloud, task) -> Cloud
+
+def _local(config, task) -> Cloud:
+    from collab_jax.cloud import local  # the only kind that needs jax
+
+    return local.from_config(config, task)
+
+
+KINDS = {  # cloud.kind -> (config.cloud, task) -> Cloud
+    "simulated": simulated.from_config,
+    "openai": openai.from_config,
+    "local": _local,
+}
 
 
 def make_cloud(config, task, store_path: Path) -> CachedCloud:
     """Builds the cloud that `config.cloud` describes, behind the store at `store_path` (made if missing).
 
-    Raises UserError for an unknown `cloud.kind`, or a task that this kind cannot serve; StoreError for a bad store.
+    Raises UserError for a setting that cannot be used, or a task that this kind cannot serve; StoreError for a bad store.
     """
-    if config.cloud.kind not in KINDS:
-        raise UserError(f"config.cloud.kind={config.cloud.kind!r} is unknown: choose one of {', '.join(KINDS)}")
-    return CachedCloud(KINDS[config.cloud.kind](config.cloud, task), Store(store_path))
+    c = config.cloud
+    if c.kind not in KINDS:
+        raise UserError(f"config.cloud.kind={c.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    if c.mode not in MODES:
+        raise UserError(f"config.cloud.mode={c.mode!r} is unknown: choose one of {', '.join(MODES)}")
+    if c.when_spent not in ("continue", "stop"):
+        raise UserError(f"config.cloud.when_spent={c.when_spent!r} is unknown: choose continue or stop")
+    if min(c.retries, c.wait, c.prefetch, c.concurrency - 1, c.batch_size - 1) < 0:
+        raise UserError(
+            "config.cloud: retries, wait and prefetch must be at least 0, concurrency and batch_size at least 1"
+        )
+    cloud = KINDS[c.kind](c, task)
+    policy = Policy(c.mode, c.retries, c.max_calls, c.max_usd, stop=c.when_spent == "stop")
+    return CachedCloud(cloud, Store(store_path), policy)

@@ -4,8 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from collab_jax.errors import UserError
+
 Messages = list[dict[str, str]]
 """One prompt as chat messages: `[{"role": "user", "content": "..."}, ...]`."""
+
+
+class CloudError(UserError):
+    """The cloud cannot be used as configured, its budget is spent, or an answer is missing in replay; what to do."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,18 @@ class Reply:
     finish_reason: str = "stop"  # as the provider names it
 
 
+@dataclass(frozen=True)
+class Failure:
+    """One call without an answer. `reason` is short and holds neither prompt nor key."""
+
+    reason: str
+    retry: bool = False  # the same call may succeed later
+    retry_after: float | None = None  # seconds the provider wants us to wait
+    usd: float | None = 0.0  # what it cost; None: not known, and booked at the highest price
+    outage: bool = False  # the provider does not work at all, as far as one can see
+    fix: str = ""  # what the user has to mend, where every other call must fail too
+
+
 class Cloud(Protocol):
     """A source of answers that may cost money and may fail."""
 
@@ -32,5 +50,16 @@ class Cloud(Protocol):
     def parameters(self) -> dict:
         """Everything besides model and prompt that changes an answer; JSON-able, without secrets."""
 
-    def answer(self, prompts: Sequence[Messages]) -> list[Reply | None]:
-        """Answers each prompt, in order. None is a failed call; a failed call never raises."""
+    @property
+    def batch(self) -> int:
+        """Prompts of one call of `answer`; what it returned is stored before the next call."""
+
+    @property
+    def workers(self) -> int:
+        """Threads that may be in `answer` at the same time."""
+
+    def highest_usd(self, messages: Messages) -> float:
+        """A price that one call on this prompt does not exceed."""
+
+    def answer(self, prompts: Sequence[Messages]) -> list[Reply | Failure]:
+        """Asks once for each prompt, in order: no retries. A failed call is a Failure and never raises."""

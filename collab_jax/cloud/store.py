@@ -1,6 +1,7 @@
 """The answers ever bought, in one SQLite file: durable before use, shared by the processes of one machine.
 
-An answer is filed under a hash of (model, prompt, parameters). The first one stays; nothing is updated or deleted.
+An answer is filed under a hash of (model, prompt, parameters). The first one stays; nothing is updated or deleted. Beside
+them lie the keys that some process is about to buy (`leases.py`) and what has been spent (`budget.py`).
 """
 
 import contextlib
@@ -16,14 +17,14 @@ from pathlib import Path
 from collab_jax.cloud.protocol import Messages, Reply
 from collab_jax.errors import UserError
 
-SCHEMA_VERSION = 1  # PRAGMA user_version
+SCHEMA_VERSION = 2  # PRAGMA user_version
 APPLICATION_ID = 0x636A6178  # PRAGMA application_id, "cjax": tells a store from any other SQLite file
 BUSY_SECONDS = 60.0  # how long to wait for another process's write
 CHUNK = 500  # keys in one SELECT; older SQLite takes 999 at most
 
 # An ordinary rowid table: rows are long (whole texts), which WITHOUT ROWID does badly. The small columns come first, so
-# that summing them does not read a long row's overflow pages.
-SCHEMA = """
+# that summing them does not read a long row's overflow pages; the checksum is last, as version 1 did not have it.
+ANSWERS = """
 CREATE TABLE answers (
     key           TEXT PRIMARY KEY NOT NULL,  -- sha256, see key()
     model         TEXT NOT NULL,
@@ -36,8 +37,16 @@ CREATE TABLE answers (
     parameters    TEXT NOT NULL,              -- JSON object
     prompt        TEXT NOT NULL,              -- JSON list of chat messages
     text          TEXT NOT NULL,
-    reasoning     TEXT NOT NULL
+    reasoning     TEXT NOT NULL,
+    checksum      TEXT NOT NULL DEFAULT ''    -- of key and reply, see checksum()
 )"""
+SINCE_VERSION_2 = (
+    # A key is held until `expires`, in seconds of the Unix clock, which the holder moves on.
+    "CREATE TABLE leases (key TEXT PRIMARY KEY NOT NULL, owner TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
+    # One row. Calls sent, and USD; a call in flight stands in it with its highest price.
+    "CREATE TABLE spent (calls INTEGER NOT NULL, usd REAL NOT NULL)",
+    "INSERT INTO spent SELECT COUNT(*), TOTAL(usd) FROM answers",
+)
 
 REPLY_COLUMNS = "text, input_tokens, output_tokens, seconds, usd, reasoning, finish_reason"  # the order of Reply
 
@@ -62,6 +71,11 @@ def key(model: str, messages: Messages, parameters: dict) -> str:
     Raises TypeError or ValueError when something is not JSON-able (NaN included).
     """
     return hashlib.sha256(_canonical([model, messages, parameters]).encode()).hexdigest()
+
+
+def checksum(name: str, *reply) -> str:
+    """16 hex digits over an answer's key and the columns of REPLY_COLUMNS; the key covers model, prompt and parameters."""
+    return hashlib.blake2b(_canonical([name, *reply]).encode(), digest_size=8).hexdigest()
 
 
 class Store:
@@ -94,6 +108,22 @@ class Store:
         with self._lock, self._errors():
             return self._db.execute(sql, values).fetchall()
 
+    @contextlib.contextmanager
+    def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """What is done inside is on disk, whole, when the block ends; nothing of it where the block raises.
+
+        Without `durable` it outlives the process, but perhaps not a power cut; that spares waiting for the disk.
+        """
+        with self._lock, self._errors():
+            if not durable:
+                self._db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with _transaction(self._db):
+                    yield self._db
+            finally:
+                if not durable:
+                    self._db.execute("PRAGMA synchronous = FULL")
+
     def get_many(self, keys: Iterable[str]) -> dict[str, Reply]:
         """The stored replies among `keys`; a key without an answer is absent."""
         keys = list(keys)
@@ -101,8 +131,11 @@ class Store:
         for start in range(0, len(keys), CHUNK):
             chunk = keys[start : start + CHUNK]
             marks = ",".join("?" * len(chunk))
-            rows = self.query(f"SELECT key, {REPLY_COLUMNS} FROM answers WHERE key IN ({marks})", chunk)
-            found.update((name, Reply(*reply)) for name, *reply in rows)
+            rows = self.query(f"SELECT checksum, key, {REPLY_COLUMNS} FROM answers WHERE key IN ({marks})", chunk)
+            for stored, name, *reply in rows:
+                if stored != checksum(name, *reply):
+                    raise _damaged(self.path, f"the answer {name[:12]} is not what was stored")
+                found[name] = Reply(*reply)
         return found
 
     def put_many(self, model: str, parameters: dict, answers: Iterable[tuple[Messages, Reply]]) -> dict[str, Reply]:
@@ -110,12 +143,10 @@ class Store:
 
         Where an answer was there already, that one stays and is returned.
         """
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        rows = [_row(model, parameters, messages, reply, created) for messages, reply in answers]
-        with self._lock, self._errors(), _transaction(self._db):
-            marks = ",".join("?" * 12)
-            self._db.executemany(f"INSERT INTO answers VALUES ({marks}) ON CONFLICT (key) DO NOTHING", rows)
-        return self.get_many(row[0] for row in rows)
+        rows = [row(model, parameters, messages, reply) for messages, reply in answers]
+        with self.transaction() as db:
+            insert(db, rows)
+        return self.get_many(values[0] for values in rows)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -153,9 +184,17 @@ def _damaged(path: Path, why: str) -> StoreError:
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
     """Sets up a new file, refuses one that is not a store of ours, and makes every commit durable."""
     with _transaction(db):
-        if _is_new(db, path):
-            db.execute(SCHEMA)
+        version = _version(db, path)
+        if version == 0:
+            db.execute(ANSWERS)
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        if version == 1:
+            db.execute("ALTER TABLE answers ADD COLUMN checksum TEXT NOT NULL DEFAULT ''")
+            db.create_function("checksum", -1, checksum, deterministic=True)
+            db.execute(f"UPDATE answers SET checksum = checksum(key, {REPLY_COLUMNS})")
+        if version < 2:
+            for statement in SINCE_VERSION_2:
+                db.execute(statement)
         # Written at every opening: a file that cannot be written is found out before an answer is paid for.
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     _switch_to_wal(db)
@@ -175,8 +214,8 @@ def _switch_to_wal(db: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
-def _is_new(db: sqlite3.Connection, path: Path) -> bool:
-    """True for an empty database, False for a store of this version; StoreError for any other file.
+def _version(db: sqlite3.Connection, path: Path) -> int:
+    """The schema version of a store, 0 of an empty database; StoreError for any other file.
 
     To be called inside a transaction: the three reads belong together.
     """
@@ -185,7 +224,7 @@ def _is_new(db: sqlite3.Connection, path: Path) -> bool:
         for sql in ("PRAGMA application_id", "PRAGMA user_version", "SELECT COUNT(*) FROM sqlite_master")
     )
     if (application, version, tables) == (0, 0, 0):
-        return True
+        return 0
     if application != APPLICATION_ID:
         raise StoreError(f"answer store {path}: another program's SQLite file; {ADVICE[sqlite3.SQLITE_NOTADB]}")
     if version > SCHEMA_VERSION:
@@ -193,7 +232,7 @@ def _is_new(db: sqlite3.Connection, path: Path) -> bool:
             f"answer store {path}: schema version {version}, and this collab_jax reads up to {SCHEMA_VERSION}; "
             "install a newer collab_jax, or name another file"
         )
-    return False
+    return version
 
 
 @contextlib.contextmanager
@@ -208,21 +247,30 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _row(model: str, parameters: dict, messages: Messages, reply: Reply, created: str) -> tuple:
+def row(model: str, parameters: dict, messages: Messages, reply: Reply, created: str | None = None) -> tuple:
+    """A row of `answers`; created: UTC in ISO 8601, now where it is None."""
+    name = key(model, messages, parameters)
+    text, reasoning, reason = map(_storable, (reply.text, reply.reasoning, reply.finish_reason))
+    figures = reply.input_tokens, reply.output_tokens, float(reply.seconds), float(reply.usd)
     return (
-        key(model, messages, parameters),
-        model,
-        created,
-        reply.input_tokens,
-        reply.output_tokens,
-        reply.seconds,
-        reply.usd,
-        _storable(reply.finish_reason),
+        name,
+        _storable(model),
+        created or datetime.now(UTC).isoformat(timespec="seconds"),
+        *figures,
+        reason,
         _canonical(parameters),
         _canonical(messages),
-        _storable(reply.text),
-        _storable(reply.reasoning),
+        text,
+        reasoning,
+        checksum(name, text, *figures, reasoning, reason),  # in the order of REPLY_COLUMNS
     )
+
+
+def insert(db: sqlite3.Connection, rows: Sequence[tuple]) -> int:
+    """Adds rows of `answers` where their keys are new; how many were."""
+    marks, before = ",".join("?" * 13), db.total_changes
+    db.executemany(f"INSERT INTO answers VALUES ({marks}) ON CONFLICT (key) DO NOTHING", rows)
+    return db.total_changes - before
 
 
 def _storable(text: str) -> str:
@@ -230,5 +278,4 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _canonical(value) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode  # made once: it is quick

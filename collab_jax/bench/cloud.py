@@ -1,0 +1,203 @@
+"""The cloud's promises at full size, on this machine: `python -m collab_jax.bench cloud [--only store faults kills budget training]`.
+
+    store      look-ups a second, one by one and by hundreds, as the store grows to a million answers
+    faults     500 prompts, 64 calls in flight, 30 % of the requests fail, a sixth of those by a stall of 20 s
+    kills      500 prompts whose buyer is killed at 20 random moments and started again
+    budget     64 workers against max_calls=100
+    training   50 steps of a small run: prefetched behind the faults, without prefetch, resumed, and beside a healthy server
+
+The server is `faults.py` on the loopback interface. What does not hold is an error.
+"""
+
+import argparse
+import logging
+import os
+import pathlib
+import random
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from collab_jax import process
+from collab_jax.bench.faults import FaultServer
+from collab_jax.cloud import CachedCloud, Messages, Policy, Reply, Store, ledger
+from collab_jax.cloud.openai import OpenAICloud
+from collab_jax.errors import UserError
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
+
+
+def hold(holds: bool, promise: str) -> None:
+    if not holds:
+        raise UserError(f"this does not hold: {promise}")
+
+
+def prompts(*numbers: int) -> list[Messages]:
+    return [[{"role": "user", "content": f"What is {i} + {i}?"}] for i in range(*numbers)]
+
+
+def client(url: str, path: pathlib.Path, workers: int, total: float = 60.0, **policy) -> CachedCloud:
+    """A cloud at the server of a bench; no pause before a retry but the server's and the usual backoff."""
+    cloud = OpenAICloud("m", {"max_tokens": 50}, url, "", (1.0, 2.0), (10.0, total, total), workers)
+    return CachedCloud(cloud, Store(path), Policy(**{"retries": 20} | policy))
+
+
+def store(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """Look-ups as the file grows."""
+    rows = args.rows
+    db, reply = Store(folder / "store.sqlite"), Reply("x" * 400, 100, 100, 5.0, 0.001)
+    draw, size, size_before, start = random.Random(0), rows // 100, 0, time.perf_counter()
+    keys: list[str] = []
+    while size <= rows:
+        for first in range(size_before, size, 5000):
+            keys += db.put_many("m", {}, [(messages, reply) for messages in prompts(first, min(first + 5000, size))])
+        filled = time.perf_counter() - start
+        rates = []
+        for batch in (1, 500):
+            sought = draw.choices(keys, k=20_000)
+            begin = time.perf_counter()
+            for i in range(0, len(sought), batch):
+                hold(
+                    len(db.get_many(sought[i : i + batch])) == len(set(sought[i : i + batch])),
+                    "what was stored is found",
+                )
+            rates.append(len(sought) / (time.perf_counter() - begin))
+        mib = db.path.stat().st_size / 2**20
+        print(
+            f"store of {size:9,} answers ({mib:6.0f} MiB, {filled:5.0f} s): {rates[0]:7,.0f} look-ups/s one by one, {rates[1]:7,.0f} by 500"
+        )
+        size_before, size = size, size * 10
+    begin = time.perf_counter()
+    hold(ledger(db).calls == rows, "every answer is in the ledger")
+    print(f"ledger over all of them: {time.perf_counter() - begin:.1f} s")
+
+
+def faults(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """Nothing is bought twice behind faults."""
+    count = args.prompts
+    with FaultServer(str.upper, share=0.3) as server:
+        start = time.perf_counter()
+        answers = client(server.url, folder / "faults.sqlite", 64, total=10.0).answer(prompts(count))
+        seconds = time.perf_counter() - start
+        hold(answers.bought == count and None not in answers.replies, "every prompt is answered behind faults")
+        hold(set(server.whole.values()) == {1}, "no reply that was sent whole is bought twice")
+        print(f"faults: {count} answers for {server.requests} requests in {seconds:.1f} s; {dict(server.met)}")
+
+
+def kills(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """A killed buyer loses at most what was in flight."""
+    draw, count, workers = random.Random(0), args.prompts, 16
+    with FaultServer(str.upper, share=0.3, faults=("429", "500", "reset", "truncated", "empty"), delay=0.05) as server:
+        command = [sys.executable, "-m", "collab_jax.bench", "cloud", "--buy", server.url, str(folder / "kills.sqlite")]
+        for _ in range(args.kills):
+            child, before = subprocess.Popen([*command, str(count), str(workers)]), server.requests
+            while server.requests == before and child.poll() is None:
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.6))
+            child.kill()
+            child.wait()
+        done = subprocess.run([*command, str(count), str(workers)], timeout=300)
+        hold(done.returncode == 0, "the last start answers everything")
+        whole, in_flight = server.whole.total(), args.kills * workers
+        hold(len(server.whole) == count and whole <= count + in_flight, "a kill loses the calls in flight alone")
+        print(f"kills: {args.kills} kills; {count} answers, {whole} replies sent whole (allowed {count + in_flight})")
+
+
+def buy(url: str, path: str, count: str, workers: str) -> int:
+    """What `kills` kills."""
+    answers = client(url, pathlib.Path(path), int(workers)).answer(prompts(int(count)))
+    return int(None in answers.replies)
+
+
+def budget(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """The server sees no request too many."""
+    with FaultServer(str.upper, share=0.3, faults=("429", "500", "truncated", "empty")) as server:
+        answers = client(server.url, folder / "budget.sqlite", 64, max_calls=100).answer(prompts(args.prompts))
+        hold(server.requests <= 100, "64 workers stay within max_calls=100")
+        print(f"budget: 64 workers, max_calls=100: {server.requests} requests, {answers.bought} answers")
+
+
+def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """Verdicts and parameters behind faults are those of a healthy server, or the resume is exact."""
+    import jax
+    import numpy as np
+
+    process.set_up(2)
+    steps = args.steps
+    from collab_jax import metrics, rollout, train
+    from collab_jax import run as runs
+    from collab_jax.tasks import countdown
+
+    class NoStop:
+        requested = False
+        __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
+
+    def solve(content: str) -> str:
+        return countdown.solve_prompt([{"role": "user", "content": content}])
+
+    def prepare(server: FaultServer, name: str, **cloud):
+        config = runpy.run_path(str(CONFIG))["get_config"]()
+        config.update_from_flattened_dict(
+            {"prompts_per_step": 8, "group": 4, "train.steps": steps, "train.checkpoint_every": 10, "eval.prompts": 0}
+        )
+        config.cloud.update(dict(kind="openai", model="deepseek-reasoner", base_url=server.url, key_env="", retries=20))
+        config.cloud.update(dict(timeouts=(10.0, 10.0, 10.0), concurrency=32) | cloud)
+        return runs.prepare(config.lock(), folder / name)
+
+    def state(run) -> list:
+        return jax.tree.leaves(runs.load_state(run))
+
+    def same(a: list, b: list) -> bool:
+        return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+    with FaultServer(solve) as server:
+        healthy = prepare(server, "healthy")
+        train.train(healthy, NoStop())
+    with FaultServer(solve, share=0.3) as server:
+        run = prepare(server, "prefetched")
+        examples = runs.examples(run, "train")
+        used = [examples[i] for i in train.prompt_indices(run.config.seed, 0, 8 * steps, len(examples))]
+        hold(None not in run.cloud.answer(*rollout.cloud_prompts(run.task, used)).replies, "prefetch completes")
+        train.train(run, NoStop())
+        hold(same(state(run), state(healthy)), "prefetched behind faults, the parameters are those of a healthy server")
+        hold(set(server.whole.values()) == {1}, "no reply that was sent whole is bought twice")
+        print(f"training: {steps} steps, prefetched behind faults: the same parameters, bit for bit")
+    with FaultServer(solve, share=0.3) as server:
+        run = prepare(server, "straight", wait=0.2, retries=1)
+        train.train(run, NoStop())
+        straight, rows = state(run), metrics.read(folder / "straight" / "metrics.jsonl")
+        missing = sum(row["cloud_unknown"] for row in rows)
+        shutil.copytree(folder / "straight", folder / "resumed")
+        shutil.rmtree(folder / "resumed" / "checkpoints" / str(steps))
+        again = prepare(server, "resumed", wait=0.2, retries=1)
+        train.train(again, NoStop())
+        hold(same(state(again), straight), "without prefetch, the resumed run is the straight one")
+        print(
+            f"training: without prefetch {missing} verdicts were unknown; resumed at {steps - 10}: the same, bit for bit"
+        )
+
+
+PARTS = {"store": store, "faults": faults, "kills": kills, "budget": budget, "training": training}
+
+
+def main(argv: list[str]) -> int:
+    """The command line."""
+    logging.getLogger("collab_jax").setLevel(logging.ERROR)  # failed calls are the exercise
+    if argv[:1] == ["--buy"]:
+        return buy(*argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m collab_jax.bench cloud", description="The cloud's promises.")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="answers in the store")
+    parser.add_argument("--prompts", type=int, default=500, help="of faults, kills and budget")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=50, help="of training")
+    args = parser.parse_args(argv)
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for part in args.only:
+            PARTS[part](folder, args)
+    return 0

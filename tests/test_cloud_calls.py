@@ -1,0 +1,273 @@
+"""Paid calls over real sockets, by the real client, against a server that fails: nothing twice, nothing lost, never too much."""
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_cloud import cloud_config, prompt, texts
+
+from collab_jax.bench.faults import FaultServer
+from collab_jax.cloud import BudgetSpent, CloudError, Ledger, Store, attempts, cached, leases, ledger, make_cloud
+
+SECRET = "sk-very-secret"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No long pauses, a key, and no proxy on the way to the loopback interface."""
+    monkeypatch.setattr(attempts, "BACKOFF_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr(attempts, "COOL_SECONDS", 0.3)
+    monkeypatch.setattr(cached, "POLL_SECONDS", 0.02)
+    monkeypatch.setenv("TEST_KEY", SECRET)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def make(server_or_url, path, **changes):
+    """A CachedCloud on the server; the price of one of its replies is (10 x 1 + 3 x 2) / 1e6 = 1.6e-5 USD."""
+    settings = dict(
+        kind="openai",
+        model="m",
+        base_url=getattr(server_or_url, "url", server_or_url),
+        key_env="TEST_KEY",
+        parameters={"max_tokens": 50},
+        prices=(("m", 1.0, 2.0),),
+        timeouts=(30.0, 30.0, 30.0),
+        retries=8,
+    )
+    config = cloud_config()
+    config.cloud.parameters = {}
+    config.cloud.update(settings | changes)
+    return make_cloud(config, None, path)
+
+
+def upper(content):
+    return content.upper()
+
+
+def test_faults_are_survived_and_no_whole_reply_is_bought_twice(tmp_path, caplog, capfd):
+    prompts = [prompt(f"private {i}") for i in range(80)]
+    with caplog.at_level(logging.WARNING), FaultServer(upper, share=0.3) as server:
+        cloud = make(server, tmp_path / "s.db", timeouts=(2.0, 2.0, 2.0))
+        cloud.answer([prompt("warm")])  # the client is loaded at the first call, which takes its time
+        answers = cloud.answer(prompts)
+        assert texts(answers) == [f"PRIVATE {i}" for i in range(80)] and (answers.bought, answers.failed) == (80, 0)
+        assert len(server.met) == 7 and server.requests > 90  # every fault, and replies
+        assert set(server.whole.values()) == {1} and len(server.whole) == 81
+        assert cloud.budget.spent().calls == server.requests
+        assert texts(make(server, tmp_path / "s.db").answer(prompts)) == texts(answers)
+        assert server.whole.total() == 81
+    told = caplog.text + "".join(capfd.readouterr())
+    assert "private" not in told.lower() and SECRET not in told
+    assert set(cloud.reasons) == {"429", "500", "no connection", "broken JSON", "no choices", "timeout"}
+
+
+def test_a_reply_by_hand(tmp_path):
+    reply = {"role": "assistant", "content": "12", "reasoning_content": "3 x 4"}
+    with FaultServer(lambda content: reply) as server:
+        [answer] = make(server, tmp_path / "s.db").answer([prompt("3 x 4?")]).replies
+        assert server.keys == {f"Bearer {SECRET}"}
+    assert (answer.text, answer.reasoning, answer.finish_reason) == ("12", "3 x 4", "stop")
+    assert (answer.input_tokens, answer.output_tokens) == (10, 3) and answer.usd == pytest.approx(1.6e-5)
+    assert 0 < answer.seconds < 1
+
+
+@pytest.mark.parametrize("reply", [{}, {"content": None}, {"content": ["x"]}, {"content": "мимо"}])
+def test_a_reply_without_a_usable_answer_is_an_answer(tmp_path, reply):
+    with FaultServer(lambda content: reply) as server:
+        for _ in range(2):
+            [answer] = make(server, tmp_path / "s.db").answer([prompt("x")]).replies
+        assert server.requests == 1 and answer.text == ("мимо" if reply.get("content") == "мимо" else "")
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ("401", "key in the environment variable TEST_KEY was refused"),
+        ("403", "may not use model 'm'"),
+        ("404", "no model 'm' at"),
+    ],
+)
+def test_what_the_user_must_mend_is_one_clear_line(tmp_path, status, says):
+    with FaultServer(upper, share=1.0, faults=(status,)) as server:
+        with pytest.raises(CloudError, match=says) as caught:
+            make(server, tmp_path / "s.db").answer([prompt("private")])
+        assert server.requests == 1
+    message = str(caught.value)
+    assert "\n" not in message and "private" not in message and SECRET not in message
+
+
+def test_a_key_that_is_refused_later_stops_nothing(tmp_path):
+    with FaultServer(upper) as server:
+        cloud = make(server, tmp_path / "s.db")
+        cloud.answer([prompt("a")])
+        server.share, server.faults = 1.0, ("401",)
+        answers = cloud.answer([prompt(c) for c in "abcdef"])
+    assert texts(answers) == ["A"] + [None] * 5 and answers.failed == 5 and cloud.breaker.is_open
+
+
+def test_a_prompt_that_is_refused_is_asked_once(tmp_path):
+    with FaultServer(upper, share=1.0, faults=("400",)) as server:
+        answers = make(server, tmp_path / "s.db").answer([prompt("a"), prompt("b")])
+        assert texts(answers) == [None, None] and answers.failed == server.requests == 2
+
+
+def test_retries_are_bounded_and_wait_as_long_as_they_are_told(tmp_path):
+    with FaultServer(upper, share=1.0, faults=("429",), after="0.3") as server:
+        start = time.monotonic()
+        assert make(server, tmp_path / "s.db", retries=2).answer([prompt("a")]).failed == 1
+        assert server.requests == 3 and 0.6 <= time.monotonic() - start < 3
+        server.after = "3600"
+        assert make(server, tmp_path / "s.db").answer([prompt("b")]).failed == 1
+        assert server.asked["b"] == 1  # nobody waits an hour
+
+
+def test_no_key_no_price_no_highest_price(tmp_path, monkeypatch):
+    monkeypatch.delenv("TEST_KEY")
+    with FaultServer(upper) as server:
+        cloud = make(server, tmp_path / "s.db")  # nothing is demanded before the first call
+        with pytest.raises(CloudError, match="TEST_KEY.*is not set"):
+            cloud.answer([prompt("a")])
+        assert server.requests == 0 and cloud.budget.spent().usd == 0
+        assert texts(make(server, tmp_path / "s.db", key_env="").answer([prompt("a")])) == ["A"]
+    with pytest.raises(CloudError, match="prices has no row for config.cloud.model='other'"):
+        make("http://127.0.0.1:9", tmp_path / "s.db", model="other")
+    with pytest.raises(CloudError, match="max_usd needs parameters.max_tokens"):
+        make("http://127.0.0.1:9", tmp_path / "s.db", max_usd=1.0, parameters={"temperature": 0.5})
+    for url in ("127.0.0.1", "https://", f"https://me:{SECRET}@127.0.0.1/v1", f"https://127.0.0.1/v1?key={SECRET}"):
+        with pytest.raises(CloudError, match="base_url") as caught:
+            make(url, tmp_path / "s.db")
+        assert SECRET not in str(caught.value)
+    with pytest.raises(CloudError, match="parameters may not hold stream"):
+        make("http://127.0.0.1:9", tmp_path / "s.db", parameters={"stream": True})
+    with pytest.raises(CloudError, match="prices_date='soon' must be a date"):
+        make("http://127.0.0.1:9", tmp_path / "s.db", prices_date="soon")
+
+
+def test_a_host_that_is_not_there_opens_the_circuit_and_closes_it_again(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        cloud = make(url, tmp_path / "s.db", concurrency=1, retries=1)
+        answers = cloud.answer([prompt(i) for i in range(100)])
+        assert answers.failed == 100 and cloud.reasons["no connection"] == attempts.OUTAGE
+        assert cloud.budget.spent() == (attempts.OUTAGE, 0.0)  # nothing was sent, so nothing is charged
+    with FaultServer(upper) as server:
+        object.__setattr__(cloud.cloud, "base_url", server.url)
+        cloud.cloud._started.clear()
+        time.sleep(cloud.breaker.seconds_left())
+        assert texts(cloud.answer([prompt("a")])) == ["A"] and not cloud.breaker.is_open
+
+
+def test_a_call_has_a_total_time_out_and_may_be_charged(tmp_path):
+    with FaultServer(upper, delay=5.0) as server:
+        start = time.monotonic()
+        cloud = make(server, tmp_path / "s.db", retries=0, timeouts=(9.0, 9.0, 0.3))
+        assert cloud.answer([prompt("a")]).failed == 1 and time.monotonic() - start < 4
+    # "a": 1 byte + 32 of the frame, 50 tokens at most: (33 x 1 + 50 x 2) / 1e6
+    assert cloud.budget.spent() == (1, pytest.approx(1.33e-4)) and ledger(cloud.store) == Ledger(0, 0, 0, 0.0, 0.0)
+
+
+def test_a_slow_answer_is_unknown_now_and_there_later(tmp_path):
+    with FaultServer(upper, delay=0.2) as server:
+        cloud = make(server, tmp_path / "s.db")
+        pending = cloud.submit([prompt("a")])
+        assert pending.answers(wait=0.01) == ([None], 0, 0) and not pending.done()
+        again = cloud.submit([prompt("a")])  # joins the call in flight
+        assert texts(again.answers()) == ["A"] and pending.answers().bought == 1 and again.answers().bought == 0
+        assert server.requests == 1
+
+
+def test_cancelling_ends_what_waits_and_keeps_what_is_paid(tmp_path):
+    with FaultServer(upper, delay=0.1) as server:
+        cloud = make(server, tmp_path / "s.db", concurrency=2)
+        pending = cloud.submit([prompt(i) for i in range(50)])
+        time.sleep(0.05)
+        cloud.cancel()
+        answers = pending.answers()
+        assert answers.bought == server.whole.total() == ledger(cloud.store).calls <= 4
+        assert answers.bought + answers.failed == 50
+
+
+# ---------------------------------------------------------------- budget
+
+
+def test_64_workers_never_pass_max_calls(tmp_path):
+    with FaultServer(upper, share=0.3, faults=("500", "429", "empty", "truncated")) as server:
+        cloud = make(server, tmp_path / "s.db", max_calls=100, concurrency=64)
+        answers = cloud.answer([prompt(i) for i in range(200)])
+        assert server.requests == 100 == cloud.budget.spent().calls
+        assert answers.bought == server.whole.total() < 100 and answers.replies.count(None) == 200 - answers.bought
+        stop = make(server, tmp_path / "s.db", max_calls=100, when_spent="stop")
+        with pytest.raises(BudgetSpent, match="100 calls of config.cloud.max_calls=100"):
+            stop.answer([prompt("new")])
+        assert stop.answer([prompt(0)]).failed == 0 or server.requests == 100  # stored ones are free
+
+
+def test_max_usd_counts_calls_in_flight_at_their_highest_price(tmp_path):
+    # highest price of "1".."9": (33 + 50 x 2) / 1e6 = 1.33e-4; paid: 1.6e-5
+    with FaultServer(upper, delay=0.1) as server:
+        cloud = make(server, tmp_path / "s.db", max_usd=3 * 1.33e-4, concurrency=9)
+        assert cloud.answer([prompt(i) for i in range(1, 10)]).bought == server.requests == 3
+        assert cloud.budget.spent() == (3, pytest.approx(3 * 1.6e-5))
+        # 3.99e-4 - 4.8e-5 = 3.51e-4 are left: two more at their highest price
+        assert cloud.answer([prompt(i) for i in range(1, 10)]).bought == 2
+
+
+# ---------------------------------------------------------------- processes
+
+CHILD = """
+import sys
+sys.path.insert(0, {root!r})
+from collab_jax.cloud import CachedCloud, Policy, Store, attempts, leases, openai
+leases.LEASE_SECONDS, attempts.BACKOFF_SECONDS = {lease}, (0.01, 0.05)
+client = openai.OpenAICloud("m", {{}}, {url!r}, "", (1.0, 2.0), (30.0, 30.0, 30.0), workers=4)
+cloud = CachedCloud(client, Store({path!r}), Policy(retries=20))
+answers = cloud.answer([[{{"role": "user", "content": str(i)}}] for i in range({count})])
+print(sum(reply is not None for reply in answers.replies), flush=True)
+"""
+
+
+def start(server, path, count, lease=1.0) -> subprocess.Popen:
+    code = CHILD.format(root=str(ROOT), url=server.url, path=str(path), count=count, lease=lease)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_while_buying_and_started_again(tmp_path):
+    """In flight at a kill are 4 calls at most."""
+    faults = ("429", "500", "reset", "truncated", "empty")
+    with FaultServer(upper, share=0.3, faults=faults, delay=0.03) as server:
+        for kill in range(2):
+            child = start(server, tmp_path / "s.db", 100)
+            while server.requests < 40 * (kill + 1):
+                assert child.poll() is None
+                time.sleep(0.005)
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+        child = start(server, tmp_path / "s.db", 100)
+        assert child.communicate(timeout=60)[0].strip() == "100" and child.returncode == 0
+        assert len(server.whole) == 100 and server.whole.total() <= 100 + 2 * 4
+    assert ledger(Store(tmp_path / "s.db")).calls == 100
+
+
+def test_two_processes_that_want_the_same_make_one_call(tmp_path):
+    with FaultServer(upper, delay=0.02) as server:
+        children = [start(server, tmp_path / "s.db", 60, lease=15.0) for _ in range(2)]
+        assert [child.communicate(timeout=60)[0].strip() for child in children] == ["60", "60"]
+        assert server.requests == len(server.asked) == 60
+
+
+def test_a_lease_runs_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
+    dead, heir = leases.Leases(Store(tmp_path / "s.db")), leases.Leases(Store(tmp_path / "s.db"))
+    assert dead.take(["a", "b"]) == {"a", "b"} and heir.take(["a", "c"]) == {"c"}
+    time.sleep(0.15)
+    heir.renew()
+    time.sleep(0.1)
+    assert heir.take(["a", "b"]) == {"a", "b"} and dead.take(["c"]) == set()
+    heir.release(["a", "b", "c"])
+    assert dead.take(["a", "b", "c"]) == {"a", "b", "c"}
