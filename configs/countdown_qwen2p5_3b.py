@@ -13,7 +13,9 @@ the hub. The call is one token of Qwen2.5's vocabulary that its text models neve
 start is ours: the model's own right answers to 1,024 training prompts, and calls where it has none, bring the token and the
 format within reach of sampling; its sft.json tells whether they are.
 
-Memory plan for one 80 GB GPU, one 140 GB GPU and a v5e-8:
+Memory, as `python -m collab_jax.memory --config configs/countdown_qwen2p5_3b.py --devices N --gib SIZE` plans it: 67.3 GiB
+on one GPU of 80 or 140 GB. Not on a v5e-8 (66.6 GiB on each device, all of it but the batch is on each); there with
+--config.lora.rank=16.
 """
 
 import pathlib

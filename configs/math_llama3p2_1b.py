@@ -11,7 +11,8 @@ The paper trained this model too; its figures are not known here, so that there 
 `launch/gpu.sh configs/math_llama3p2_1b.py runs/math_llama1b` (or tpu_vm.sh) is all of it. The weights are gated: accept their licence on the hub
 and log in (`hf auth login`, or HF_TOKEN), or give `--config.model.path=FOLDER` to the first command. Not run yet.
 
-Memory plan for one 80 GB GPU, one 140 GB GPU and a v5e-8:
+Memory, as `python -m collab_jax.memory --config configs/math_llama3p2_1b.py --devices N --gib SIZE` plans it: 30.0 GiB on
+one GPU of 80 or 140 GB. Not on a v5e-8 (27.8 GiB on each device); there with --config.lora.rank=16.
 """
 
 import pathlib

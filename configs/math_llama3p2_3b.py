@@ -12,7 +12,9 @@ Target, read from secondary notes and not from the paper: at 30 % calls 79.5 % o
 `launch/gpu.sh configs/math_llama3p2_3b.py runs/math_llama3b` (or tpu_vm.sh) is all of it. The weights are gated: accept their licence on the hub
 and log in (`hf auth login`, or HF_TOKEN), or give `--config.model.path=FOLDER` to the first command. Not run yet.
 
-Memory plan for one 80 GB GPU, one 140 GB GPU and a v5e-8:
+Memory, as `python -m collab_jax.memory --config configs/math_llama3p2_3b.py --devices N --gib SIZE` plans it: 90.5 GiB on
+one GPU of 140 GB. On one of 80 GB with --config.model.param_dtype=bfloat16, on a v5e-8 (68.9 GiB on each device) with
+--config.lora.rank=16.
 """
 
 import pathlib

@@ -17,7 +17,9 @@ of its Countdown run. Ours: prompt, lengths, number of steps, the warm start, th
 The warm start needs no data written by people: the model's own right answers, and calls where it has none (`sft.source`).
 Its sft.json tells whether calls occur before any training is paid for. Not run yet.
 
-Memory plan for one 80 GB GPU, one 140 GB GPU and a v5e-8:
+Memory, as `python -m collab_jax.memory --config configs/math_qwen2p5_1p5b.py --devices N --gib SIZE` plans it: 34.4 GiB on
+one GPU of 80 or 140 GB. Not on a v5e-8 (33.5 GiB on each device: all but the batch is on each); there with
+--config.lora.rank=16.
 """
 
 import pathlib
