@@ -132,7 +132,7 @@ def test_no_key_no_price_no_highest_price(tmp_path, monkeypatch):
         cloud = make(server, tmp_path / "s.db")  # nothing is demanded before the first call
         with pytest.raises(CloudError, match="TEST_KEY.*is not set"):
             cloud.answer([prompt("a")])
-        assert server.requests == 0 and cloud.budget.spent().usd == 0
+        assert server.requests == 0 and cloud.budget.spent() == (0, 0.0)
         assert texts(make(server, tmp_path / "s.db", key_env="").answer([prompt("a")])) == ["A"]
     with pytest.raises(CloudError, match="prices has no row for config.cloud.model='other'"):
         make("http://127.0.0.1:9", tmp_path / "s.db", model="other")

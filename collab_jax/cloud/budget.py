@@ -60,6 +60,6 @@ class Budget:
         )
 
 
-def settle(db: sqlite3.Connection, booked: float, usd: float) -> None:
-    """Puts what calls cost in the place of what was booked for them; inside a transaction."""
-    db.execute("UPDATE spent SET usd = MAX(0, usd + ?)", (usd - booked,))
+def settle(db: sqlite3.Connection, booked: float, usd: float, unsent: int = 0) -> None:
+    """Puts what calls cost in the place of what was booked for them, and takes `unsent` calls back; inside a transaction."""
+    db.execute("UPDATE spent SET calls = calls - ?, usd = MAX(0, usd + ?)", (unsent, usd - booked))

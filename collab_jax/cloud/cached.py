@@ -251,8 +251,8 @@ class CachedCloud:
             if len(outcomes) != len(orders):
                 raise ValueError("as many replies as prompts are needed")
         except CloudError:
-            with self.store.transaction() as db:  # nothing was sent
-                settle(db, sum(prices), 0.0)
+            with self.store.transaction() as db:
+                settle(db, sum(prices), 0.0, unsent=len(orders))
             raise
         except Exception as error:  # a cloud that breaks its promise fails the chunk, not the run
             # The type alone: an exception's text may hold a prompt or a key.
