@@ -19,7 +19,7 @@
     cloud_usd          float      USD      price of the cloud's call
     shared_correct     bool                with the device's attempt beside the prompt, where the natural pass called
     shared_known       bool                that call did not fail, nor the one without
-    shared_extra_tokens int       tokens   of its input, more than without
+    shared_extra_tokens  int      tokens   of its input, more than without
     logp               float      nats     summed log-probability of the response
     margin             float      logits   max_t m_t, the trained decision (`sampler.py`)
     margins            f32 list   logits   the trace m_t, one a token, -inf off decision states

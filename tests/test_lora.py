@@ -161,13 +161,14 @@ def test_the_frozen_model_comes_in_the_computations_type_and_the_adapter_in_its_
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
-def test_the_warm_start_tunes_an_adapter_and_merges_it(small):
+def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
     config = small(lora__rank=2, lora__targets=("o_proj",))
     folder = hf.locate(config.model.path)
     cfg = hf.config_from_hf(hf.read_config(folder))
     base, task = hf.load(folder, cfg, "float32"), make_task(config)
     text = runs.text_lib.load(folder, config.text)
-    tuned = flat(sft.tune(base, cfg, sft.batches(task, text, config), config))
+    shown = sft.shown(None, None, text, task, config, tmp_path)
+    tuned = flat(sft.tune(base, cfg, sft.batches(shown, text, config), config))
     changed = {name for name, value in flat(base).items() if not np.array_equal(value, tuned[name])}
     assert changed == {f"layers_{i}/self_attn/o_proj/kernel" for i in range(4)} and tuned.keys() == flat(base).keys()
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from collab_jax import train
-from collab_jax.cloud import CachedCloud, Reply, SimulatedCloud, Store, make_cloud
+from collab_jax.cloud import CachedCloud, Failure, Reply, SimulatedCloud, Store, make_cloud
 from collab_jax.errors import UserError
 from collab_jax.rollout import ask_cloud
 from collab_jax.tasks import Example, Verdict, judge, make_task, mix
@@ -203,15 +203,18 @@ def test_a_reward_of_ones_own(folder, tmp_path):
 class Fake:
     """A cloud that judges: yes to what holds "good", no to "bad", nothing for "down", else a speech."""
 
-    model, parameters = "fake", {}
+    model, parameters, batch, workers = "fake", {}, 100, 1
 
     def __init__(self):
         self.asked = []
 
+    def highest_usd(self, messages):
+        return 0.0
+
     def answer(self, prompts):
         self.asked += [prompt[0]["content"] for prompt in prompts]
         said = lambda p: "Yes." if "good" in p else "no" if "bad" in p else "I think that yes"  # noqa: E731
-        return [None if "down" in p[0]["content"] else Reply(said(p[0]["content"]), 1, 1, 0.0, 0.0) for p in prompts]
+        return [Failure("down") if "down" in p[0]["content"] else Reply(said(p[0]["content"]), 1, 1, 0.0, 0.0) for p in prompts]
 
 
 def test_a_model_as_judge(folder, tmp_path):

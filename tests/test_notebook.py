@@ -124,7 +124,7 @@ def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook,
     out = run_notebook(
         NOTEBOOK.parent / "04_bring_your_model.ipynb", **{f"COLLAB_JAX_NOTEBOOK_{k}": v for k, v in names.items()}
     )
-    assert [row[0] for row in rows(out["memory"])] == ["1", "8"]
+    assert "on each of 1 device" in "".join(out["memory"])
     kinds = dict(re.findall(r"(\d+) x (answer|call), for example", out["warm"][-1]))
     assert sorted(kinds.values()) == ["answer", "call"]
     assert dict(rows(out["reach"]))["prompts"] == "32"
