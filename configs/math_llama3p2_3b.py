@@ -6,6 +6,7 @@ Target, read from secondary notes and not from the paper: at 30 % calls 79.5 % o
     python -m collab_jax.sft       --config configs/math_llama3p2_3b.py --workdir runs/math_llama3b/start
     python -m collab_jax.train     --config configs/math_llama3p2_3b.py --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start
     python -m collab_jax.evaluate  --config configs/math_llama3p2_3b.py --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start
+    python -m collab_jax.evaluate  --suite paper --config configs/math_llama3p2_3b.py --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start
     python -m collab_jax.export    --config configs/math_llama3p2_3b.py --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start --out runs/math_llama3b/model
     python -m collab_jax.calibrate --records runs/math_llama3b/run/eval.parquet --rate 0.3 --delta 0.05 --hold_out 0.5 --decision_token "<|reserved_special_token_0|>" --out runs/math_llama3b/model
 

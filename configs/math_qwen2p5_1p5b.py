@@ -6,11 +6,14 @@ Target, read from secondary notes and not from the paper: at 30 % calls 80.4 % o
     python -m collab_jax.sft       --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/start
     python -m collab_jax.train     --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
     python -m collab_jax.evaluate  --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
+    python -m collab_jax.evaluate  --suite paper --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
     python -m collab_jax.export    --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start --out runs/math_qwen/model
     python -m collab_jax.calibrate --records runs/math_qwen/run/eval.parquet --rate 0.3 --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" --out runs/math_qwen/model
 
 `launch/gpu.sh configs/math_qwen2p5_1p5b.py runs/math_qwen` (or tpu_vm.sh) is all of it, installation and resuming included.
-The first command fetches the weights from the hub; math_train.jsonl and math_test.jsonl (or .gz) are read from `data`.
+The first command fetches the weights from the hub; math_train.jsonl and math_test.jsonl (or .gz) are read from `data`, or, where
+they are not there, MATH is downloaded and built there. The cloud is simulated from the right answers until you name yours
+(README, "Your cloud").
 
 The paper's, as far as known here: model, data, budget; G = 8, 32 prompts a step, learning rate 5e-6 and the rewards are those
 of its Countdown run. Ours: prompt, lengths, number of steps, the warm start, the call as one unused token of the vocabulary.
