@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -259,6 +260,16 @@ def test_two_processes_that_want_the_same_make_one_call(tmp_path):
         children = [start(server, tmp_path / "s.db", 60, lease=15.0) for _ in range(2)]
         assert [child.communicate(timeout=60)[0].strip() for child in children] == ["60", "60"]
         assert server.requests == len(server.asked) == 60
+
+
+def test_a_lease_that_waited_for_the_store_lasts_as_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.3)
+    slow, other = leases.Leases(Store(tmp_path / "s.db")), leases.Leases(Store(tmp_path / "s.db"))
+    with ThreadPoolExecutor(1) as pool:
+        with other.store.transaction():
+            taken = pool.submit(slow.take, ["a"])
+            time.sleep(0.5)
+        assert taken.result() == {"a"} and other.take(["a"]) == set()
 
 
 def test_a_lease_runs_out(tmp_path, monkeypatch):
