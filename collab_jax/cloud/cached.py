@@ -206,11 +206,10 @@ class CachedCloud:
             try:
                 for name, reply in self.store.get_many(left).items():
                     self._finish(left.pop(name), reply)
-                    mine.discard(name)
                 for order, outcome in self._ask([left.pop(name) for name in list(left) if name in mine]):
                     self._finish(order, outcome, bought=isinstance(outcome, Reply))
             finally:
-                self._leases.release(order.key for order in chunk)
+                self._leases.release(mine)  # not all of the chunk: one that failed may be another thread's by now
             if left:
                 self._cancelled.wait(POLL_SECONDS)
         for order in left.values():
