@@ -216,9 +216,10 @@ def own(
     """
     file, size = workdir / "samples.jsonl", config.prompts_per_step
     head = json.dumps({"settings": _settings(config)}, sort_keys=True)
-    lines = file.read_text().splitlines() if file.exists() else []
+    whole = file.read_text() if file.exists() else ""
+    lines = whole[: whole.rfind("\n") + 1].splitlines()  # a kill may have cut the last one short
     lines = lines[1:] if lines[:1] == [head] else []
-    lines = lines[: len(lines) // size * size]  # whole batches; so a line cut short by a kill is none of them
+    lines = lines[: min(len(lines), len(examples)) // size * size]  # whole batches, of what is wanted now
     file.write_text("".join(f"{line}\n" for line in [head, *lines]))
     rows = [json.loads(line) for line in lines]
     more = draw(sample, params, text, task, examples[len(rows) :], config, len(rows) // size, -np.inf)

@@ -46,6 +46,10 @@ def compensated(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def wide(tree):
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
+    def rounded(x, dtype):
+        # To `dtype` and back would be no rounding on an accelerator, where XLA leaves such pairs out.
+        return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+
     def init(params):
         return Compensated(inner.init(wide(params)), jax.tree.map(jnp.zeros_like, params))
 
@@ -53,7 +57,7 @@ def compensated(inner: optax.GradientTransformation) -> optax.GradientTransforma
         updates, inner_state = inner.update(wide(grads), state.inner, wide(params))
         wanted = jax.tree.map(jnp.add, updates, wide(state.owed))
         # Exact: both ends are numbers of the parameter's type, and optax adds their difference in float32.
-        paid = jax.tree.map(lambda p, w: (p + w).astype(p.dtype).astype(jnp.float32) - p, params, wanted)
+        paid = jax.tree.map(lambda p, w: rounded(p + w, p.dtype) - p, params, wanted)
         owed = jax.tree.map(lambda w, u, p: (w - u).astype(p.dtype), wanted, paid, params)
         return paid, Compensated(inner_state, owed)
 

@@ -162,6 +162,8 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     cloud = run.cloud if algorithms.needs_cloud(config) else None
     unknown = Unknown(run.workdir / "unknown.jsonl")
     run.cloud.take_tally()  # what an evaluation bought is not a step's
+    # A replay may lack what no step needed, and what a step did without.
+    ahead = config.cloud.prefetch if cloud and config.cloud.mode != "replay" else 0
     prefetched = first  # steps before it whose prompts the cloud has been asked ahead of time
     writer = metrics.MetricsWriter(run.workdir, first)
     warned: set[str] = set()
@@ -193,7 +195,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
         previous: Callable[[], None] = lambda: None  # noqa: E731
         for i in range(first, config.train.steps):
             # ------------------------------------------------------------------------------ the cloud, ahead of time
-            for j in range(max(i, prefetched), min(i + config.cloud.prefetch, config.train.steps) if cloud else 0):
+            for j in range(max(i, prefetched), min(i + ahead, config.train.steps)):
                 coming = [examples[k] for k in choose(j, Q)]
                 cloud.submit(*rollout.cloud_prompts(run.task, coming))
                 prefetched = j + 1

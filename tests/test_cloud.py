@@ -29,6 +29,7 @@ from collab_jax.cloud import (
 from collab_jax.cloud.simulated import unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
 from collab_jax.errors import UserError
+from collab_jax.models.hf import FolderError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -254,6 +255,19 @@ def test_cloud_that_breaks_its_promise_fails_the_batch(tmp_path, caplog, answer)
     [record] = caplog.records
     assert "fake" in record.getMessage() and record.exc_info is None
     assert "SECRET" not in caplog.text and "private" not in caplog.text
+
+
+def test_a_cloud_that_the_user_must_mend_stops_the_run(tmp_path):
+    """As a local cloud whose folder lacks a weight."""
+    cloud = CachedCloud(FakeCloud(), Store(tmp_path / "s.db"))
+    with pytest.raises(FolderError, match="lacks a weight"):
+        cloud.cloud.answer = broken_folder
+        cloud.answer([prompt("a")])
+    assert cloud.budget.spent() == (0, 0.0)
+
+
+def broken_folder(prompts):
+    raise FolderError("model.safetensors lacks a weight: fetch it again")
 
 
 # ---------------------------------------------------------------- ledger

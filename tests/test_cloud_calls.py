@@ -5,14 +5,30 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
 from test_cloud import cloud_config, prompt, texts
 
 from collab_jax.bench.faults import FaultServer
-from collab_jax.cloud import BudgetSpent, CloudError, Ledger, Store, attempts, cached, leases, ledger, make_cloud
+from collab_jax.cloud import (
+    BudgetSpent,
+    CachedCloud,
+    CloudError,
+    Failure,
+    Ledger,
+    Policy,
+    Reply,
+    Store,
+    attempts,
+    cached,
+    leases,
+    ledger,
+    make_cloud,
+)
 
 SECRET = "sk-very-secret"
 
@@ -259,6 +275,51 @@ def test_two_processes_that_want_the_same_make_one_call(tmp_path):
         children = [start(server, tmp_path / "s.db", 60, lease=15.0) for _ in range(2)]
         assert [child.communicate(timeout=60)[0].strip() for child in children] == ["60", "60"]
         assert server.requests == len(server.asked) == 60
+
+
+class Held:
+    """Fails on "k" beside "x", and answers each of them alone when it is told to."""
+
+    model, parameters, batch, workers = "m", {}, 2, 2
+
+    def __init__(self):
+        self.asked, self.told = ({c: threading.Event() for c in "kx"} for _ in range(2))
+
+    def highest_usd(self, messages):
+        return 0.0
+
+    def answer(self, prompts):
+        if len(prompts) == 2:
+            return [Failure("no"), Failure("later", retry=True)]
+        name = prompts[0][0]["content"]
+        self.asked[name].set()
+        assert self.told[name].wait(10)
+        return [Reply(name, 1, 1, 0.0, 0.0)]
+
+
+def test_a_thread_gives_back_no_lease_of_another(tmp_path):
+    held = Held()
+    cloud = CachedCloud(held, Store(tmp_path / "s.db"), Policy(retries=1))
+    first = cloud.submit([prompt("k"), prompt("x")])
+    assert held.asked["x"].wait(10)  # again; "k" has failed
+    second = cloud.submit([prompt("k")])
+    time.sleep(0.1)
+    held.told["x"].set()
+    assert held.asked["k"].wait(10) and texts(first.answers()) == [None, "x"]
+    time.sleep(0.1)  # the first thread is done with its leases
+    assert leases.Leases(cloud.store).take([cloud.key(prompt("k"))]) == set()
+    held.told["k"].set()
+    assert texts(second.answers()) == ["k"]
+
+
+def test_a_lease_that_waited_for_the_store_lasts_as_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.3)
+    slow, other = leases.Leases(Store(tmp_path / "s.db")), leases.Leases(Store(tmp_path / "s.db"))
+    with ThreadPoolExecutor(1) as pool:
+        with other.store.transaction():
+            taken = pool.submit(slow.take, ["a"])
+            time.sleep(0.5)
+        assert taken.result() == {"a"} and other.take(["a"]) == set()
 
 
 def test_a_lease_runs_out(tmp_path, monkeypatch):

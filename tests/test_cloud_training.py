@@ -104,8 +104,11 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
         rows = metrics.read(tmp_path / "straight" / "metrics.jsonl")
         assert sum(row["cloud_unknown"] for row in rows) > 0 and len(rows) == 4
 
-        shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+        for name in ("resumed", "replayed"):
+            shutil.copytree(tmp_path / "straight", tmp_path / name)
+            shutil.rmtree(tmp_path / name / "checkpoints" / "4")
+        replay = configure(server, cloud__wait=0.0, cloud__retries=0, cloud__mode="replay", cloud__prefetch=1)
+        train.train(runs.prepare(replay, tmp_path / "replayed"), NoStop())
         unknown = (tmp_path / "resumed" / "unknown.jsonl").read_bytes()
         (tmp_path / "resumed" / "unknown.jsonl").write_bytes(unknown + b'{"step": 9, "id')  # as a kill leaves it
         run = runs.prepare(config, tmp_path / "resumed")
@@ -113,8 +116,9 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
         everything = run.task.load("train")
         run.cloud.answer([run.task.cloud_prompt(e) for e in everything])  # by now all of it is known
         train.train(run, NoStop())
-    jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "resumed", 4), saved(tmp_path / "straight", 4))
-    assert told(tmp_path / "resumed") == told(tmp_path / "straight")
+    for name in ("resumed", "replayed"):
+        jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / name, 4), saved(tmp_path / "straight", 4))
+        assert told(tmp_path / name) == told(tmp_path / "straight")
     assert (tmp_path / "resumed" / "unknown.jsonl").read_bytes() == unknown
 
 

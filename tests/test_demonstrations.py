@@ -225,8 +225,17 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
         file.write('{"id": "train-4", "ri')  # a kill in the middle of a line
     again = Scripted(text)
     assert own("killed", again) == straight and again.steps == [2, 3]
+    samples = tmp_path / "killed" / "samples.jsonl"
+    cut = samples.read_text().splitlines()[:5]
+    samples.write_text("\n".join(cut)[:-3])  # the head and two batches of two, cut short in the last line
+    again = Scripted(text)
+    assert own("killed", again) == straight and again.steps == [1, 2, 3]
+    del examples[4:]  # fewer prompts than were sampled
+    own("killed", Scripted(text))
+    rows = [json.loads(line) for line in samples.read_text().splitlines()[1:]]
+    assert [row["id"] for row in rows] == [e.id for e in examples]
     other = Scripted(text)
-    assert own("killed", other, small(prompts_per_step=2, group=3, temperature=0.9)) and other.steps == [0, 1, 2, 3]
+    assert own("killed", other, small(prompts_per_step=2, group=3, temperature=0.9)) and other.steps == [0, 1]
 
 
 # ---------------------------------------------------------------- the command

@@ -20,6 +20,7 @@ from collab_jax.cloud.budget import Budget, BudgetSpent, settle
 from collab_jax.cloud.leases import Leases
 from collab_jax.cloud.protocol import Cloud, CloudError, Failure, Messages, Reply
 from collab_jax.cloud.store import Store, insert, key, row
+from collab_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -206,11 +207,10 @@ class CachedCloud:
             try:
                 for name, reply in self.store.get_many(left).items():
                     self._finish(left.pop(name), reply)
-                    mine.discard(name)
                 for order, outcome in self._ask([left.pop(name) for name in list(left) if name in mine]):
                     self._finish(order, outcome, bought=isinstance(outcome, Reply))
             finally:
-                self._leases.release(order.key for order in chunk)
+                self._leases.release(mine)  # not all of the chunk: one that failed may be another thread's by now
             if left:
                 self._cancelled.wait(POLL_SECONDS)
         for order in left.values():
@@ -250,7 +250,7 @@ class CachedCloud:
             outcomes = self.cloud.answer([order.messages for order in orders])
             if len(outcomes) != len(orders):
                 raise ValueError("as many replies as prompts are needed")
-        except CloudError:
+        except UserError:  # with what to mend, which another prompt does not change
             with self.store.transaction() as db:
                 settle(db, sum(prices), 0.0, unsent=len(orders))
             raise

@@ -23,8 +23,9 @@ class Leases:
 
     def take(self, keys: Iterable[str]) -> set[str]:
         """Leases those of `keys` that nobody holds. Look into the store after it: the last holder may have bought them."""
-        now, mine = time.time(), set()
+        mine = set()
         with self.store.transaction(durable=False) as db:
+            now = time.time()  # not before: another's write may have been waited for
             db.execute("DELETE FROM leases WHERE expires < ?", (now,))
             for key in keys:
                 values = key, self.owner, now + self.seconds
