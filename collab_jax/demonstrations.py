@@ -59,6 +59,8 @@ def read(path: pathlib.Path, examples: Callable[[], Mapping[str, Messages]]) -> 
             raise
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
+    if not found:
+        raise UserError(f"{path} has no demonstrations: it needs one a line, as collab_jax/demonstrations.py says")
     return found
 
 
