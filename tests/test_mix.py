@@ -214,7 +214,10 @@ class Fake:
     def answer(self, prompts):
         self.asked += [prompt[0]["content"] for prompt in prompts]
         said = lambda p: "Yes." if "good" in p else "no" if "bad" in p else "I think that yes"  # noqa: E731
-        return [Failure("down") if "down" in p[0]["content"] else Reply(said(p[0]["content"]), 1, 1, 0.0, 0.0) for p in prompts]
+        return [
+            Failure("down") if "down" in p[0]["content"] else Reply(said(p[0]["content"]), 1, 1, 0.0, 0.0)
+            for p in prompts
+        ]
 
 
 def test_a_model_as_judge(folder, tmp_path):
