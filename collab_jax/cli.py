@@ -15,6 +15,8 @@ from collab_jax import process
 from collab_jax.errors import UserError
 
 Command = Callable[..., int]
+# What parsing raises for a flag, a setting or a config file that cannot be used.
+MISTAKES = (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError)
 
 
 def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
@@ -45,8 +47,10 @@ def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
 
     def parse(argv):
         try:
-            return flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            rest = flags.FLAGS(argv)
+            _ = config_flag.value.cpu_devices  # a file that is not there is told at the first use only
+            return rest
+        except MISTAKES as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
 
     logging.getLogger("jax").setLevel(logging.ERROR)

@@ -59,6 +59,8 @@ def read(path: pathlib.Path, examples: Callable[[], Mapping[str, Messages]]) -> 
             raise
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
+    if not found:
+        raise UserError(f"{path} has no demonstrations: it needs one a line, as collab_jax/demonstrations.py says")
     return found
 
 
@@ -183,7 +185,8 @@ def judged(text: Text, task: Task, batch: Sequence[Example], samples: Samples, k
     """
     P, G, T = samples.tokens.shape
     flat = [x.reshape(-1, *x.shape[2:]) for x in (samples.tokens, samples.mask, samples.ended)]
-    texts, ended = text.decode(*flat[:2]), flat[2]
+    # A marker that was spelt out in other tokens, past the one that is barred, would be read as a call.
+    texts, ended = [t.replace(text.marker, "") for t in text.decode(*flat[:2])], flat[2]
     shaped = [well_formed(t) if e else None for t, e in zip(texts, ended, strict=True)]
     verdicts = task.verify([e for e in batch for _ in range(G)], [t or "" for t in shaped])
     right = np.array([v.correct and v.formatted for v in verdicts])
@@ -194,7 +197,7 @@ def judged(text: Text, task: Task, batch: Sequence[Example], samples: Samples, k
         failed = None
         if not good:
             i = min(group, key=lambda i: (shaped[i] is None, not ended[i]))
-            half = text.decode(flat[0][i : i + 1, : T // 2], flat[1][i : i + 1, : T // 2])[0]
+            half = text.decode(flat[0][i : i + 1, : T // 2], flat[1][i : i + 1, : T // 2])[0].replace(text.marker, "")
             failed = until_answer(texts[i] if ended[i] else half[: half.rfind("\n") + 1] or half)
         rows.append({"id": example.id, "right": good[:keep], "failed": failed})
     return rows

@@ -172,13 +172,17 @@ def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, Cache
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
-    """Checks the config, claims the workdir and builds the parts. Raises UserError with what to do."""
+    """Checks the config, builds the parts and claims the workdir. Raises UserError with what to do.
+
+    What is refused leaves no config.json, which would refuse the mended command, and might hold a misplaced key.
+    """
     check_config(config)
-    claim(config, workdir)
-    task, cloud = task_and_cloud(config, store_path(config, workdir))
     folder = hf.locate(config.model.path)
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
     cfg = lora.configure(cfg, config.lora)
+    text = text_lib.load(folder, config.text)
+    task, cloud = task_and_cloud(config, store_path(config, workdir))
+    claim(config, workdir)
     steps, o = config.train.steps, config.optim
     schedule = optim.make_schedule(o.learning_rate, o.warmup_steps, decay_steps=steps if o.decay else None)
     return Run(
@@ -186,7 +190,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         workdir=workdir,
         folder=folder,
         cfg=cfg,
-        text=text_lib.load(folder, config.text),
+        text=text,
         task=task,
         cloud=cloud,
         optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm, config.model.param_dtype),

@@ -90,6 +90,7 @@ def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformatio
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for settings that no warm start could use, with the fix."""
+    runs.check_config(config)
     sft = config.sft
 
     def need(holds: bool, message: str) -> None:
@@ -104,12 +105,13 @@ def check(config: ConfigDict) -> None:
     need(
         sft.steps >= 1, "config.sft.steps must be at least 1: start from a config such as configs/countdown_tiny_sft.py"
     )
-    devices, sizes = jax.local_device_count(), (sft.batch_size, config.prompts_per_step)
+    devices = jax.local_device_count()
     need(
-        all(size >= 1 and size % devices == 0 for size in sizes),
-        f"config.sft.batch_size={sizes[0]} and prompts_per_step={sizes[1]} must be positive multiples of the {devices} devices",
+        sft.batch_size >= 1 and sft.batch_size % devices == 0,
+        f"config.sft.batch_size={sft.batch_size} must be a positive multiple of the {devices} devices",
     )
-    need(sft.keep >= 1, f"config.sft.keep={sft.keep} must be at least 1")
+    need(min(sft.micro_rows, sft.keep) >= 1, "config.sft.micro_rows and keep must be at least 1")
+    need(0 <= sft.learning_rate < math.inf, f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0")
     need(0 <= sft.marker_share < 1, f"config.sft.marker_share={sft.marker_share} must lie in [0, 1)")
     need(min(sft.prompts, sft.check_prompts) >= 0, "config.sft.prompts and check_prompts must be at least 0")
 
@@ -135,6 +137,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
             tokenizer_folder = hf.locate(config.model.path)
             hf_config = hf.read_config(tokenizer_folder)
             cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
+            lora.configure(cfg, config.lora)  # refused now, not after the sampling
             params = hf.load(tokenizer_folder, cfg, config.model.param_dtype)
         text = text_lib.load(tokenizer_folder, config.text)
         sample = rollout.make_sampler(cfg, text, config, group=config.group, temperature=config.temperature)

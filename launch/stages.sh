@@ -4,6 +4,9 @@
 # result is there is not run again, and training goes on from its last checkpoint: the same command resumes, whatever
 # stopped it. Flags (--config.KEY=VALUE) go to every stage that reads the config; keep them the same.
 
+# Told before anything is installed; sourced, $@ is the script's.
+[ $# -ge 2 ] || fail "usage: $0 CONFIG WORKDIR [--config.KEY=VALUE ...]"
+
 # stage RESULT MODULE [ARGUMENT ...]
 stage() {
   local result="$1"
@@ -19,7 +22,6 @@ stage() {
 }
 
 stages() {
-  [ $# -ge 3 ] || fail "usage: $0 CONFIG WORKDIR [--config.KEY=VALUE ...]"
   local backend="$1" config="$2" work="$3" found settings note=()
   shift 3
   found="$(.venv/bin/python -c 'import jax; print(jax.default_backend())')"

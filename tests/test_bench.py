@@ -150,7 +150,7 @@ def test_half_of_each_group_counts_as_right_after_it_was_judged():
     assert right.correct.tolist() == [[True, False, True, False]] * 8 and not right.called.any()
 
 
-def test_settings_of_a_rehearsal_are_read_as_everywhere(bare, small):
+def test_settings_of_a_rehearsal_are_read_as_everywhere(bare, small, tmp_path):
     file = "configs/countdown_tiny.py"
     assert rehearse.read_config(file, ["--config.group=6", "--config.text.eos=('a','b')"]).group == 6
     for wrong, says in (
@@ -160,6 +160,10 @@ def test_settings_of_a_rehearsal_are_read_as_everywhere(bare, small):
     ):
         with pytest.raises(UserError, match=says):
             rehearse.read_config(file, wrong)
+    (half := tmp_path / "half.py").write_text("def get_config(:")
+    for unusable, says in (("configs/nope.py", "nope.py"), (str(half), "invalid syntax .half.py, line 1")):
+        with pytest.raises(UserError, match=says):
+            rehearse.read_config(unusable, [])
     with pytest.raises(UserError, match="--layers=9 must lie in 1 to 4"):
         rehearse.rehearse(small(model__path=str(bare)), layers=9, steps=1)
 

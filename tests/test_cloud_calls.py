@@ -29,6 +29,7 @@ from collab_jax.cloud import (
     ledger,
     make_cloud,
 )
+from collab_jax.errors import UserError
 
 SECRET = "sk-very-secret"
 
@@ -158,6 +159,21 @@ def test_no_key_no_price_no_highest_price(tmp_path, monkeypatch):
         with pytest.raises(CloudError, match="base_url") as caught:
             make(url, tmp_path / "s.db")
         assert SECRET not in str(caught.value)
+    for url in ("http://[::1/v1", "http://127.0.0.1:99999/v1", "http://127.0.0.1:port/v1"):
+        with pytest.raises(CloudError, match="base_url must begin"):
+            make(url, tmp_path / "s.db")
+    with pytest.raises(CloudError, match="key_env must be the name of an environment variable") as caught:
+        make("http://127.0.0.1:9", tmp_path / "s.db", key_env=SECRET)
+    assert SECRET not in str(caught.value)
+    for prices in ((("m", 1),), (("m", 1, "x"),), (("m", 1, float("nan")),), (("m", -1, 1),)):
+        with pytest.raises(CloudError, match="prices=.* must be"):
+            make("http://127.0.0.1:9", tmp_path / "s.db", prices=prices)
+    for timeouts in ((1.0, "x", 1.0), (1.0, 1.0), (1.0, 1.0, float("nan"))):
+        with pytest.raises(CloudError, match="timeouts=.* must be three"):
+            make("http://127.0.0.1:9", tmp_path / "s.db", timeouts=timeouts)
+    for limits in ({"max_usd": float("nan")}, {"max_usd": -1.0}, {"max_calls": -1}):
+        with pytest.raises(UserError, match="must be at least 0, or None"):
+            make("http://127.0.0.1:9", tmp_path / "s.db", **limits)
     with pytest.raises(CloudError, match="parameters may not hold stream"):
         make("http://127.0.0.1:9", tmp_path / "s.db", parameters={"stream": True})
     with pytest.raises(CloudError, match="prices_date='soon' must be a date"):

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from collab_jax import run, sft
+from collab_jax.errors import UserError
 from collab_jax.tasks import make_task
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -28,6 +29,14 @@ def test_settings_are_possible(file: pathlib.Path):
     run.check_config(config)
     make_task(config)
     if config.sft.steps:
+        sft.check(config)
+
+
+@pytest.mark.parametrize("setting", [{"micro_rows": 0}, {"learning_rate": -1.0}, {"learning_rate": float("nan")}])
+def test_impossible_warm_starts_are_refused_by_name(small, setting):
+    config = small("countdown_tiny_sft.py")
+    config.sft.update(setting)
+    with pytest.raises(UserError, match=next(iter(setting))):
         sft.check(config)
 
 

@@ -211,6 +211,9 @@ def test_missing_or_broken_config_json(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(hf.FolderError, match="cannot read .*config.json"):
         hf.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(hf.FolderError, match="config.json is not an object"):
+        hf.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -267,8 +267,9 @@ def test_a_stage_that_fails_or_was_stopped_ends_it(tree):
 
 @pytest.mark.parametrize("script", MACHINES)
 def test_no_accelerator_or_no_workdir(tree, script):
+    done, calls = tree.run(script, "configs/x.py", BEFORE=finds("cpu"))
+    assert_fails_with_one_line(done, "usage:", "CONFIG WORKDIR")
+    assert installs(calls) == []
     done, calls = tree.run(script, "configs/x.py", "runs/x", BEFORE=finds("cpu"))
     assert_fails_with_one_line(done, f"jax finds no {MACHINES[script]} here, only cpu")
     assert modules(calls) == []
-    done, calls = tree.run(script, "configs/x.py", BEFORE=finds("cpu"))
-    assert_fails_with_one_line(done, "usage:", "CONFIG WORKDIR")

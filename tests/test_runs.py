@@ -139,13 +139,16 @@ def test_misuse_is_one_line_and_a_status(tmp_path, data_dir, arguments, says):
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
-def test_missing_flags_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "says"), [([], "--config"), (["--config", "configs/nope.py", "--workdir", "unused"], "configs/nope.py")]
+)
+def test_missing_flags_and_files_are_named(flags, says):
     done = subprocess.run(
-        [sys.executable, "-m", "collab_jax.train"],
+        [sys.executable, "-m", "collab_jax.train", *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ},
         timeout=100,
     )
-    assert done.returncode == 1 and "--config" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr

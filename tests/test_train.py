@@ -229,6 +229,7 @@ def test_bad_settings_are_one_clear_line(small, tmp_path, overrides, says):
     with pytest.raises(UserError, match=says) as caught:
         runs.prepare(small(**overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "config.json").exists()  # the mended command is not refused
 
 
 def test_prompts_to_fit_routers_on_are_never_trained_on_or_there_are_too_few(small, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from collab_jax import gapg, memory, page, parallel, process, rollout, train
+from collab_jax import cli, gapg, memory, page, parallel, process, rollout, train
 from collab_jax import run as runs
 from collab_jax.bench import measure, work
 from collab_jax.errors import UserError
@@ -33,7 +33,8 @@ def read_config(file: str, overrides: list[str]) -> ConfigDict:
     flag = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
     try:
         stray = values(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        _ = flag.value.cpu_devices  # a file that is not there is told at the first use only
+    except cli.MISTAKES as error:
         raise UserError(" ".join(str(error).split())) from None
     if stray:
         raise UserError(f"unexpected argument {stray[0]!r}: settings are written --config.KEY=VALUE")

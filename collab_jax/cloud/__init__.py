@@ -52,6 +52,8 @@ def make_cloud(config, task, store_path: Path) -> CachedCloud:
         raise UserError(
             "config.cloud: retries, wait and prefetch must be at least 0, concurrency and batch_size at least 1"
         )
+    if any(limit is not None and not limit >= 0 for limit in (c.max_calls, c.max_usd)):  # nan would be no limit
+        raise UserError(f"config.cloud: max_calls={c.max_calls} and max_usd={c.max_usd} must be at least 0, or None")
     cloud = KINDS[c.kind](c, task)
     policy = Policy(c.mode, c.retries, c.max_calls, c.max_usd, stop=c.when_spent == "stop")
     return CachedCloud(cloud, Store(store_path), policy)

@@ -8,7 +8,9 @@ import asyncio
 import datetime
 import email.utils
 import json
+import math
 import os
+import re
 import threading
 import time
 import urllib.parse
@@ -157,7 +159,16 @@ def _get(data, name: str, kind: type, default):
 
 def from_config(config, task) -> OpenAICloud:
     """Builds the client of `config` (the `cloud` part). Raises CloudError, naming the key, for what cannot be used."""
-    prices = {model: (float(i), float(o)) for model, i, o in config.prices}
+    try:
+        prices = {model: (float(i), float(o)) for model, i, o in config.prices}
+        possible = all(0 <= price < math.inf for pair in prices.values() for price in pair)
+    except (TypeError, ValueError):
+        possible = False
+    if not possible:
+        raise CloudError(
+            f"config.cloud.prices={config.prices!r} must be (model, USD per million input tokens, USD per million output "
+            "tokens) rows, as (('m', 0.5, 2),)"
+        )
     if config.model not in prices:
         raise CloudError(
             f"config.cloud.prices has no row for config.cloud.model={config.model!r}: add ({config.model!r}, USD per million "
@@ -167,20 +178,32 @@ def from_config(config, task) -> OpenAICloud:
         datetime.date.fromisoformat(config.prices_date)
     except ValueError:
         raise CloudError(f"config.cloud.prices_date={config.prices_date!r} must be a date as 2026-01-31") from None
+    try:
+        timeouts = tuple(map(float, config.timeouts))
+    except (TypeError, ValueError):
+        timeouts = ()
+    if len(timeouts) != 3 or not all(seconds > 0 for seconds in timeouts):
+        raise CloudError(f"config.cloud.timeouts={config.timeouts} must be three numbers of seconds above 0")
+    if not re.fullmatch(r"(?a:[A-Za-z_]\w*)?", config.key_env):  # it may be the key itself: not shown
+        raise CloudError(
+            "config.cloud.key_env must be the name of an environment variable (letters, digits, _), never the key itself"
+        )
     cloud = OpenAICloud(
         model=config.model,
         parameters=config.parameters.to_dict(),
         base_url=config.base_url,
         key_env=config.key_env,
         prices=prices[config.model],
-        timeouts=tuple(map(float, config.timeouts)),
+        timeouts=timeouts,
         workers=config.concurrency,
     )
-    if min(cloud.timeouts) <= 0 or len(cloud.timeouts) != 3:
-        raise CloudError(f"config.cloud.timeouts={config.timeouts} must be three numbers of seconds above 0")
-    url = urllib.parse.urlsplit(config.base_url)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise CloudError("config.cloud.base_url must begin with http:// or https:// and name a host")
+    try:
+        url = urllib.parse.urlsplit(config.base_url)
+        named = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # brackets, or a port that is none
+        named = False
+    if not named:
+        raise CloudError("config.cloud.base_url must begin with http:// or https:// and name a host, and a port if any")
     if url.username or url.password or url.query:
         raise CloudError(
             "config.cloud.base_url holds more than an address: a key belongs into the environment (key_env)"

@@ -36,10 +36,11 @@ class Unknown:
         return self._steps.get(step, frozenset())
 
     def write(self, step: int, ids: Collection[str]) -> None:
-        """Durable on return. A step that is repeated has its line already."""
-        if ids and step not in self._steps:
-            self._steps[step] = frozenset(ids)
-            self._file.write(json.dumps({"step": step, "ids": sorted(ids)}).encode() + b"\n")
+        """Durable on return. A step that is repeated has its line already, unless it lacks more now: its last line counts."""
+        lacking = self.at(step) | frozenset(ids)
+        if lacking != self.at(step):
+            self._steps[step] = lacking
+            self._file.write(json.dumps({"step": step, "ids": sorted(lacking)}).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 

@@ -41,7 +41,7 @@ def locate(path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt"
         if (folder / "config.json").is_file():
             return folder
     if pathlib.Path(path).exists():
-        raise FolderError(f"{path} has no config.json: it is not a Hugging Face model folder")
+        raise FolderError(f"{path!r} has no config.json: it is not a Hugging Face model folder")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         known = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
         raise FolderError(f"no model at {path!r}: give a folder with config.json, a hub name, or one of {known}")
@@ -136,9 +136,12 @@ def _to_hf_name(path: tuple[str, ...]) -> str:
 def read_config(folder: pathlib.Path) -> dict:
     """The contents of config.json."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        found = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise FolderError(f"cannot read {folder / 'config.json'}: {error}") from None
+    if not isinstance(found, dict):
+        raise FolderError(f"{folder / 'config.json'} is not an object with settings: fetch it again")
+    return found
 
 
 def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:

@@ -25,7 +25,9 @@ def check(pairs) -> dict[str, float]:
         weights = {}
     total = sum(weights.values())
     if not weights or len(weights) < len(pairs) or not all(w > 0 and math.isfinite(w) for w in weights.values()):
-        raise TaskError(f"config.task.mix={pairs!r} must be (task, weight) pairs, as (('math', 3), ('gsm8k', 1))")
+        raise TaskError(
+            f"config.task.mix={pairs!r} must be (task, weight) pairs, weights above 0, as (('math', 3), ('gsm8k', 1))"
+        )
     if min(weights.values()) * SLOTS < total:
         raise TaskError(f"config.task.mix={pairs!r}: a weight must be at least a {SLOTS}th of their sum")
     return {name: weight / total for name, weight in weights.items()}
