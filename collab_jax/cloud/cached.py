@@ -1,7 +1,7 @@
 """The cloud as training, evaluation and serving see it: store first, and every new answer stored before it is used.
 
 What the store lacks is bought by threads in the background, each prompt in these steps: lease its key; book the call; ask;
-then, in one transaction, store the answer, book what it cost and give the key back. A process killed between any two of
+then, in one transaction, store the answer and book what it cost; give the key back. A process killed between any two of
 them has lost at most the calls in flight.
 """
 

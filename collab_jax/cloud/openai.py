@@ -106,6 +106,7 @@ class OpenAICloud:
         """What a complete response holds; anything in it may be missing or of another kind."""
         usage = _get(data, "usage", dict, {})
         counts = [_get(usage, name, int, None) for name in ("prompt_tokens", "completion_tokens")]
+        counts = [n if n is not None and 0 <= n < 2**40 else None for n in counts]  # no count otherwise
         usd = self._usd(*counts) if None not in counts else None
         choice = next(iter(_get(data, "choices", list, [])), None)
         message = _get(choice, "message", dict, None)
