@@ -229,6 +229,8 @@ def test_a_maths_task_from_files(tmp_path):
     [
         ([row(1), row(1)], "line 2: the id 'r1' is there twice"),
         ([row(1), row(2, answer="")], "line 2 has no answer"),
+        ([row(1), row(2, problem=["x"])], "line 2: problem must be a text or a number"),
+        ([row(1), row(2, id=["x"])], "line 2: id must be a text or a number"),
         ([row(1), '{"id": '], "line 2 is not JSON"),
         (["[1]"], "line 1 is not an object"),
         ([], "has no rows"),
@@ -238,6 +240,11 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, lines, says):
     write(tmp_path / "x.jsonl", *lines)
     with pytest.raises(UserError, match=says):
         rows.read(tmp_path, "x")
+
+
+def test_numbers_become_text(tmp_path):
+    write(tmp_path / "x.jsonl", {"id": 7, "problem": "6 * 7", "answer": 42})
+    assert rows.read(tmp_path, "x") == [{"id": "7", "problem": "6 * 7", "answer": "42"}]
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

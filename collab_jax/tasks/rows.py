@@ -55,6 +55,12 @@ def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> d
     for field in fields:
         if row.get(field) in (None, "", []):
             raise TaskError(f"{path}, line {number} has no {field}: mend the row, or leave it out")
+    for field in ("id", "problem", "answer"):
+        value = row.get(field)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            row[field] = str(value)
+        elif value is not None and not isinstance(value, str):
+            raise TaskError(f"{path}, line {number}: {field} must be a text or a number")
     return row
 
 
