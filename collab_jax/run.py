@@ -120,11 +120,18 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
-def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes `workdir` and writes config.json there; refuses a workdir begun with another config, naming the difference."""
-    file = workdir / "config.json"
+def make_workdir(workdir: pathlib.Path) -> None:
+    """Makes the folder if it is absent. Raises UserError where that cannot be."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
+
+
+def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json to `workdir`; refuses a workdir begun with another config, naming the difference."""
+    file = workdir / "config.json"
+    try:
         if not file.exists():
             beside = file.with_suffix(".tmp")
             beside.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
@@ -177,6 +184,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     What is refused leaves no config.json, which would refuse the mended command, and might hold a misplaced key.
     """
     check_config(config)
+    make_workdir(workdir)
     folder = hf.locate(config.model.path)
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
     cfg = lora.configure(cfg, config.lora)

@@ -122,10 +122,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     task = judge.judged(config, make_task(config), runs.store_path(config, workdir))
     if config.sft.source == "task" and task.demonstrations is None:
         raise UserError(f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)  # now, not after hours
-    except OSError as error:
-        raise UserError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
+    runs.make_workdir(workdir)  # now, not after hours
     with tempfile.TemporaryDirectory() as scratch:
         if config.sft.architecture:
             tokenizer_folder, hf_config = pathlib.Path(scratch), dict(config.sft.architecture)
