@@ -15,7 +15,7 @@ from tables import make
 
 from collab_jax import records, sweep
 from collab_jax.errors import UserError
-from collab_jax.run import claim
+from collab_jax.run import claim, make_workdir
 from collab_jax.sweep import Cell, Sweep
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -64,6 +64,7 @@ def stand_in(tmp_path, monkeypatch):
     kinds = {}
 
     def command(of, job):
+        make_workdir(job.folder)
         claim(sweep.config_of(of, job.changes), job.folder)  # as training does at first: it writes config.json
         return [
             sys.executable,
