@@ -276,8 +276,8 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
         ({"sft__source": "file"}, "source=file names a file"),
         ({"sft__demonstrations": "x.jsonl"}, "source=file names a file"),
         ({"sft__steps": 0}, "config.sft.steps must be at least 1"),
-        ({"prompts_per_step": 3}, "prompts_per_step=3 must be positive multiples of the 2 devices"),
-        ({"sft__keep": 0}, "config.sft.keep=0"),
+        ({"prompts_per_step": 3}, "prompts_per_step=3 must be a positive multiple of the 2 devices"),
+        ({"sft__keep": 0}, "config.sft.micro_rows and keep must be at least 1"),
         ({"sft__marker_share": 1.0}, "config.sft.marker_share=1.0"),
         ({"sft__prompts": -1}, "at least 0"),
         (
