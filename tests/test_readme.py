@@ -39,7 +39,7 @@ def test_every_other_command_runs(tmp_path, data_dir):
         if "collab_jax.bench" in words:
             if "peers" in words and set(peers.PACKAGES) - set(peers.versions()):
                 continue
-            extra = ["--repeats", "1", "--prompts", "2", "--group", "2"]
+            extra = small.split() if "rehearse" in words else ["--repeats", "1", "--prompts", "2", "--group", "2"]
             extra += ["--max_new", "8"] if {"decode", "update"} & set(words) else []
         elif "collab_jax.sweep" in words:  # hours of work: test_sweep.py runs sweeps, this one's runs are checked
             assert sweep.jobs(sweep.load(ROOT / words[words.index("--config") + 1]), tmp_path)
