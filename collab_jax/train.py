@@ -145,6 +145,11 @@ def check_health(row: dict, run: Run) -> None:
         )
 
 
+def save(run: Run, step: int, state: gapg.TrainState) -> None:
+    """Keeps the state (with axis D) before step number `step`, without what is frozen: that is the model folder's."""
+    run.checkpoints.save(step, parallel.unreplicate(state.replace(frozen=None)))
+
+
 def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     """Trains to `config.train.steps`; the final state with axis D, or None where it was asked to stop."""
     # ------------------------------------------------------------------------------------------------ set-up
@@ -189,7 +194,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
                 bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
             ill = row["nonfinite_streak"] >= NONFINITE_LIMIT or row["empty_d1_streak"] >= config.train.empty_d1_limit
             if ill or last or (i + 1) % config.train.checkpoint_every == 0:
-                run.checkpoints.save(i + 1, parallel.unreplicate(state.replace(frozen=None)))
+                save(run, i + 1, state)
             check_health(row, run)
 
         previous: Callable[[], None] = lambda: None  # noqa: E731
@@ -207,7 +212,7 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             try:
                 collected = rollout.collect(sample, *parts, meanwhile=previous, **late)
             except BudgetSpent:
-                run.checkpoints.save(i, parallel.unreplicate(state.replace(frozen=None)))
+                save(run, i, state)
                 raise
             unknown.write(i, collected.unknown)
             sampled = time.monotonic()
