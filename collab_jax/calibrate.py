@@ -29,11 +29,12 @@ import pathlib
 
 import numpy as np
 
-from collab_jax import measures, records
-from collab_jax.calibration import Calibration, bias_for_accuracy, bias_for_rate, calls, tracker
-from collab_jax.errors import UserError, run_command
-from collab_jax.page import percent
+from collab_jax import records
 from collab_jax.records import Records
+from collab_jax.reports.page import percent
+from collab_jax.routing import measures
+from collab_jax.routing.calibration import Calibration, bias_for_accuracy, bias_for_rate, calls, tracker
+from collab_jax.runtime.errors import UserError, run_command
 
 NAME = "collab_config.json"
 VERSION = 1

@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collab_jax import costs, figures, measures, page, records, routers
-from collab_jax.errors import UserError, run_command
-from collab_jax.measures import estimate
-from collab_jax.page import percent, points
+from collab_jax import records
 from collab_jax.records import Records
-from collab_jax.summary import BUDGETS
+from collab_jax.reports import figures, page
+from collab_jax.reports.page import percent, points
+from collab_jax.reports.summary import BUDGETS
+from collab_jax.routing import costs, measures, routers
+from collab_jax.routing.measures import estimate
+from collab_jax.runtime.errors import UserError, run_command
 
 # ---------------------------------------------------------------------------------------- models and routers
 

@@ -17,17 +17,19 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import cli, parallel, records, rollout, summary
-from collab_jax import run as runs
+from collab_jax import records
 from collab_jax.cloud import CachedCloud
 from collab_jax.cloud.share import with_attempt
-from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
 from collab_jax.models.text import Text
 from collab_jax.records import Records
-from collab_jax.routers import recorded
-from collab_jax.routers.device import Device
-from collab_jax.run import Run
+from collab_jax.reports import summary
+from collab_jax.rl import experiment, rollout
+from collab_jax.rl.experiment import Run
+from collab_jax.routing import recorded
+from collab_jax.routing.device import Device
+from collab_jax.runtime import cli, parallel
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task
 
 
@@ -154,7 +156,7 @@ def held_out(run: Run) -> list[Example]:
     """The first `config.eval.prompts` test prompts."""
     if not run.config.eval.prompts:
         return []
-    examples = runs.examples(run, "test")[: run.config.eval.prompts]
+    examples = experiment.examples(run, "test")[: run.config.eval.prompts]
     if len(examples) < run.config.eval.prompts:
         raise UserError(
             f"config.eval.prompts={run.config.eval.prompts}, but the test split has {len(examples)} that fit"
@@ -177,10 +179,10 @@ def with_routers(
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line: evaluates the run in `workdir`."""
-    run = runs.prepare(config, workdir)
+    run = experiment.prepare(config, workdir)
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
-    state = parallel.replicate(runs.load_state(run))
+    state = parallel.replicate(experiment.load_state(run))
     table = evaluate_state(run, greedy_sampler(run), state, held_out(run), workdir.name)
     records.write(workdir / "eval.parquet", table)
     figures = {"step": int(state.step[0]), **summary.summary(table)}
@@ -199,7 +201,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    from collab_jax import suite
+    from collab_jax.reports import suite
 
     name = flags.DEFINE_string("suite", None, "Evaluate on this suite of benchmarks, or on tasks with commas between.")
     cli.main(lambda config, workdir: suite.main(config, workdir, name.value) if name.value else main(config, workdir))

@@ -12,11 +12,12 @@ import pathlib
 from absl import flags
 from ml_collections import ConfigDict
 
-from collab_jax import cli, report
-from collab_jax import run as runs
-from collab_jax.errors import UserError
 from collab_jax.models import hf, lora
-from collab_jax.run import Run
+from collab_jax.reports import run as run_report
+from collab_jax.rl import experiment
+from collab_jax.rl.experiment import Run
+from collab_jax.runtime import cli
+from collab_jax.runtime.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; made if absent.")
 _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapter alone, as PEFT has it, instead of the merged model.")
@@ -36,7 +37,7 @@ def model_card(run: Run, step: int, adapter: bool) -> str:
     measured = "The run had no report: nothing is known of how good it is."
     if file.exists():
         figures = json.loads(file.read_text())
-        rows = [line for line in report.markdown_table(figures).splitlines() if line]
+        rows = [line for line in run_report.markdown_table(figures).splitlines() if line]
         measured = (
             f"{figures['after']['n']} held-out prompts of {config.task.name}, before and after training "
             f"({', '.join(f'{key} {value}' for key, value in figures['machine'].items())}):\n\n" + "\n".join(rows)
@@ -83,7 +84,7 @@ def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
         raise UserError(f"{run.workdir} holds no checkpoint: train first, with this --workdir and these settings")
     if adapter and not config.lora.rank:
         raise UserError("--adapter: this run trained the whole model (config.lora.rank=0): export it without --adapter")
-    learnt = runs.load_state(run).learnt
+    learnt = experiment.load_state(run).learnt
     try:
         if adapter:
             lora.save(out, learnt, config.lora, config.model.path)
@@ -104,7 +105,7 @@ def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line."""
     out = pathlib.Path(_OUT.value).expanduser()
-    step = write(runs.prepare(config, workdir), out, _ADAPTER.value)
+    step = write(experiment.prepare(config, workdir), out, _ADAPTER.value)
     print(f"wrote step {step} to {out}")
     return 0
 

@@ -25,10 +25,11 @@ from absl import flags
 from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
-from collab_jax import cli, page
-from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf, lora
 from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.reports import page
+from collab_jax.runtime import cli
+from collab_jax.runtime.errors import UserError
 
 GIB = 2**30
 PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")

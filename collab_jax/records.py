@@ -51,7 +51,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 Records = dict[str, np.ndarray]  # a column each, [n]; str and lists as objects
 

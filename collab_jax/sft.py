@@ -26,14 +26,14 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import cli, demonstrations, optim, parallel, rollout
-from collab_jax import run as runs
-from collab_jax.demonstrations import Demonstration
-from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
+from collab_jax.models.sampler import Sampler
 from collab_jax.models.text import Text
-from collab_jax.sampler import Sampler
+from collab_jax.rl import demonstrations, experiment, optim, rollout
+from collab_jax.rl.demonstrations import Demonstration
+from collab_jax.runtime import cli, parallel
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
 
 SOURCES = ("task", "file", "self")
@@ -90,7 +90,7 @@ def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformatio
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for settings that no warm start could use, with the fix."""
-    runs.check_config(config)
+    experiment.check_config(config)
     sft = config.sft
 
     def need(holds: bool, message: str) -> None:
@@ -119,10 +119,10 @@ def check(config: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Tunes, and writes the model folder to `workdir`, with sft.json as its last file."""
     check(config)
-    task = judge.judged(config, make_task(config), runs.store_path(config, workdir))
+    task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
     if config.sft.source == "task" and task.demonstrations is None:
         raise UserError(f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file")
-    runs.make_workdir(workdir)  # now, not after hours
+    experiment.make_workdir(workdir)  # now, not after hours
     with tempfile.TemporaryDirectory() as scratch:
         if config.sft.architecture:
             tokenizer_folder, hf_config = pathlib.Path(scratch), dict(config.sft.architecture)
@@ -143,7 +143,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         hf.save(workdir, params, hf_config, config.model.param_dtype, tokenizer_folder)
     figures = {"steps": config.sft.steps}
     if config.sft.check_prompts:
-        examples = runs.fitting(task, text, config, "train")[-config.sft.check_prompts :]
+        examples = experiment.fitting(task, text, config, "train")[-config.sft.check_prompts :]
         figures |= reach(sample, params, text, task, examples, config)
         print(told(figures))
         for warning in warnings(figures):
@@ -161,7 +161,7 @@ def shown(
         return ((task.prompt(example), response) for example, response in task.demonstrations(config.seed))
     path = pathlib.Path(config.sft.demonstrations).expanduser()
     if config.sft.source == "self":
-        examples = runs.fitting(task, text, config, "train")[: config.sft.prompts or None]
+        examples = experiment.fitting(task, text, config, "train")[: config.sft.prompts or None]
         path = demonstrations.own(sample, parallel.replicate(params), text, task, examples, config, workdir)
     prompts = lambda: {e.id: task.prompt(e) for e in task.load("train")}  # noqa: E731
     found = demonstrations.fitting(demonstrations.read(path, prompts), text, config)

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from collab_jax import compare, evaluate, records, sweep_report
-from collab_jax import run as runs
-from collab_jax.errors import UserError, run_command
+from collab_jax import compare, evaluate, records
 from collab_jax.records import Records
-from collab_jax.run import differences
+from collab_jax.reports import sweep as sweep_report
+from collab_jax.rl import experiment
+from collab_jax.rl.experiment import differences
+from collab_jax.runtime.errors import UserError, run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 # First parts of the keys that the evaluation before training depends on: runs that agree in these share before.parquet.
@@ -191,7 +192,7 @@ def config_of(sweep: Sweep, changes: Mapping[str, Any]) -> ConfigDict:
 def served(sweep: Sweep, job: Job, changes: Mapping[str, Any], table: Records, store: pathlib.Path) -> Records:
     """A run's test records with the answers of another cloud: what its margins, which know no cloud, are worth with that one."""
     config = config_of(sweep, {**job.changes, **changes})
-    task, cloud = runs.task_and_cloud(config, store)
+    task, cloud = experiment.task_and_cloud(config, store)
     examples = {e.id: e for e in task.load("test")}
     rows = evaluate.cloud_answers(task, cloud, [examples[key] for key in table["id"]])
     return records.check(table | {column: [row[column] for row in rows] for column in rows[0]}, str(job.folder))

@@ -20,26 +20,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import (
-    algorithms,
-    cli,
-    evaluate,
-    gapg,
-    memory,
-    metrics,
-    parallel,
-    process,
-    records,
-    report,
-    rollout,
-    summary,
-)
-from collab_jax import run as runs
+from collab_jax import evaluate, gapg, memory, records
 from collab_jax.cloud import BudgetSpent, ledger
-from collab_jax.cloud.unknown import Unknown
-from collab_jax.errors import UserError
-from collab_jax.routers import recorded
-from collab_jax.run import Run
+from collab_jax.reports import run as run_report
+from collab_jax.reports import summary
+from collab_jax.rl import algorithms, experiment, rollout
+from collab_jax.rl.experiment import Run
+from collab_jax.rl.unknown import Unknown
+from collab_jax.routing import recorded
+from collab_jax.runtime import cli, metrics, parallel, process
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, mix
 
 NONFINITE_LIMIT = 10  # updates in a row whose gradient is not finite before the run stops
@@ -97,7 +87,7 @@ def fit_examples(run: Run) -> list[Example]:
     config = run.config
     if not config.eval.fit_prompts:
         return []
-    examples = runs.examples(run, "train")
+    examples = experiment.examples(run, "train")
     used = chooser(run, examples)(0, config.prompts_per_step * config.train.steps)
     unused = np.setdiff1d(np.arange(len(examples)), used)
     if len(unused) < config.eval.fit_prompts:
@@ -154,11 +144,11 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     """Trains to `config.train.steps`; the final state with axis D, or None where it was asked to stop."""
     # ------------------------------------------------------------------------------------------------ set-up
     config, Q = run.config, run.config.prompts_per_step
-    state = parallel.replicate(runs.load_state(run))
+    state = parallel.replicate(experiment.load_state(run))
     first = int(parallel.unreplicate(state.step))
     if first >= config.train.steps:
         return state
-    examples = runs.examples(run, "train")
+    examples = experiment.examples(run, "train")
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
     choose = chooser(run, examples)
     kinds = {"group": config.group, "solo": config.algorithm.solo}
@@ -240,11 +230,11 @@ def progress(row: dict, budget: float) -> str:
     )
 
 
-def costs_of_cloud(run: Run) -> report.CloudCosts:
+def costs_of_cloud(run: Run) -> run_report.CloudCosts:
     """What the cloud has cost: all of it, and the answers to training prompts, whoever bought them."""
-    training, _ = rollout.cloud_prompts(run.task, runs.examples(run, "train"))
+    training, _ = rollout.cloud_prompts(run.task, experiment.examples(run, "train"))
     of_training = ledger(run.cloud.store, map(run.cloud.key, training))
-    return report.CloudCosts(ledger(run.cloud.store), of_training, run.cloud.budget.spent())
+    return run_report.CloudCosts(ledger(run.cloud.store), of_training, run.cloud.budget.spent())
 
 
 def kept(path: pathlib.Path, make: Callable[[], records.Records]) -> records.Records:
@@ -257,7 +247,7 @@ def kept(path: pathlib.Path, make: Callable[[], records.Records]) -> records.Rec
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line."""
     stop = Stop()
-    run = runs.prepare(config, workdir)
+    run = experiment.prepare(config, workdir)
     print(memory.check_here(run.cfg, config))
     print(
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
@@ -270,7 +260,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
             raise UserError(
                 f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir"
             )
-        start = lambda: parallel.replicate(runs.load_state(run))  # noqa: E731
+        start = lambda: parallel.replicate(experiment.load_state(run))  # noqa: E731
         before = kept(workdir / "before.parquet", lambda: evaluate.evaluate_state(run, greedy, start(), held, "before"))
     state = train(run, stop)
     if state is None:
@@ -292,7 +282,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         filter_state = parallel.unreplicate(state.filter)
         rows = metrics.read(workdir / "metrics.jsonl")
         machine = process.machine()
-        print(report.write(workdir, config, filter_state, rows, before, after, costs_of_cloud(run), machine))
+        print(run_report.write(workdir, config, filter_state, rows, before, after, costs_of_cloud(run), machine))
     return 0
 
 

@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
 
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
     config.sft.source = "task"  # of demonstrations: task | file | self (own right samples, and calls where it fails)
-    config.sft.demonstrations = ""  # file: JSON lines, as collab_jax/demonstrations.py says
+    config.sft.demonstrations = ""  # file: JSON lines, as collab_jax/rl/demonstrations.py says
     config.sft.prompts = 0  # self: training prompts to answer, `group` times each; 0: all
     config.sft.keep = 2  # self: right responses kept of a prompt
     config.sft.marker_share = 0.2  # self: largest share of demonstrations that call, in [0, 1)

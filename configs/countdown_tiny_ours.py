@@ -13,7 +13,7 @@ like reason: a group of eight mostly tells four times the same. A larger batch o
 solved, and those that only the cloud solves are what the call is learnt from. The averaged weights take out the noise of the
 last steps.
 
-Results: launch/results/paper_table, cell `ours` (`many-prompts` is the same at temperature 1); launch/results/ablation_temperature
+Results: docs/results/paper_table, cell `ours` (`many-prompts` is the same at temperature 1); docs/results/ablation_temperature
 and ablation_group take the recipe apart.
 """
 

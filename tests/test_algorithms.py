@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from collab_jax import algorithms, gapg
+from collab_jax import gapg
+from collab_jax.rl import algorithms
 
 T, F = True, False
 R = jnp.array([[2.2, 0.0, 0.5, 0.2], [0.5, 0.5, 0.2, 0.0], [0.2, 0.2, 0.2, 0.2]])

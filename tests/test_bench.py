@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from collab_jax import parallel
 from collab_jax.bench import measure, rehearse, work
-from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf
 from collab_jax.models.decoder import DecoderConfig
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 
 LOAD = work.Load("tiny", "long_tail", 8, 4, 3, 16, "float32", 4)
 

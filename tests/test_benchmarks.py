@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import benchmarks, rows
 
 AOPS = "https://artofproblemsolving.com/wiki/index.php"

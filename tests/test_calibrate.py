@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from collab_jax import calibrate, calibration
-from collab_jax.calibration import bias_for_accuracy, bias_for_rate, track, tracker
-from collab_jax.errors import UserError
+from collab_jax import calibrate
+from collab_jax.routing import calibration
+from collab_jax.routing.calibration import bias_for_accuracy, bias_for_rate, track, tracker
+from collab_jax.runtime.errors import UserError
 
 T, F = True, False
 HAND = np.array([3.0, -1.0, 2.0, 0.0, 1.0, -2.0, -3.0, -4.0, -5.0])  # n = 9, so k / (n + 1) is in tenths

@@ -15,21 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from collab_jax.cloud import (
-    CachedCloud,
-    Failure,
-    Ledger,
-    Reply,
-    SimulatedCloud,
-    Store,
-    StoreError,
-    ledger,
-    make_cloud,
-)
+from collab_jax.cloud import CachedCloud, Failure, Ledger, Reply, SimulatedCloud, Store, StoreError, ledger, make_cloud
 from collab_jax.cloud.simulated import unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
-from collab_jax.errors import UserError
 from collab_jax.models.hf import FolderError
+from collab_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

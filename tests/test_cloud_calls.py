@@ -29,7 +29,7 @@ from collab_jax.cloud import (
     ledger,
     make_cloud,
 )
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 SECRET = "sk-very-secret"
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from test_cloud import cloud_config, prompt, texts
 
-from collab_jax import evaluate, records, summary
+from collab_jax import evaluate, records
 from collab_jax.cloud import CachedCloud, CloudError, Reply, Store, local, make_cloud
 from collab_jax.cloud.share import with_attempt
 from collab_jax.models import hf
 from collab_jax.models import text as text_lib
+from collab_jax.reports import summary
 from collab_jax.tasks import Example, make_task
 
 QUESTIONS = [prompt("25 7 3=21"), prompt("9 2=11"), prompt("4 5 6=15")]

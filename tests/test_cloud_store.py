@@ -9,8 +9,8 @@ from test_cloud import FakeCloud, prompt, texts
 from collab_jax.cloud import CachedCloud, CloudError, Ledger, Policy, Reply, Store, StoreError, ledger, transfer
 from collab_jax.cloud.budget import Budget, Spent
 from collab_jax.cloud.store import APPLICATION_ID, key
-from collab_jax.cloud.unknown import Unknown
-from collab_jax.errors import UserError
+from collab_jax.rl.unknown import Unknown
+from collab_jax.runtime.errors import UserError
 
 REPLY = Reply("a ✓ '", 10, 3, 0.5, 0.25, reasoning="because\n", finish_reason="length")
 VERSION_1 = """

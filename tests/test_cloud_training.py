@@ -11,12 +11,13 @@ import pytest
 from absl import flags
 from test_runs import saved, told
 
-from collab_jax import metrics, rollout, train
-from collab_jax import run as runs
+from collab_jax import train
 from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import __main__ as commands
 from collab_jax.cloud import attempts, ledger
-from collab_jax.errors import UserError
+from collab_jax.rl import experiment, rollout
+from collab_jax.runtime import metrics
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import countdown
 
 
@@ -76,7 +77,7 @@ def configure(small):
 
 def test_prefetched_behind_faults_equals_healthy_bit_for_bit(configure, tmp_path, capsys, monkeypatch):
     with FaultServer(solve) as healthy:
-        run = runs.prepare(configure(healthy), tmp_path / "healthy")
+        run = experiment.prepare(configure(healthy), tmp_path / "healthy")
         train.train(run, NoStop())
         assert 0 < healthy.requests == ledger(run.cloud.store).calls  # what was needed, once
 
@@ -90,7 +91,7 @@ def test_prefetched_behind_faults_equals_healthy_bit_for_bit(configure, tmp_path
         assert commands.status(config, folder) == commands.verify(config, folder) == 0
         assert "train: 0 of 64 prompts have no answer" in capsys.readouterr().out
         before = faulty.requests
-        train.train(runs.prepare(config, folder), NoStop())
+        train.train(experiment.prepare(config, folder), NoStop())
         assert faulty.requests == before
     jax.tree.map(np.testing.assert_array_equal, saved(folder, 4), saved(tmp_path / "healthy", 4))
     assert told(folder) == told(tmp_path / "healthy")
@@ -100,7 +101,7 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
     faults = ("429", "500", "reset", "truncated", "empty")
     with FaultServer(solve, share=0.3, faults=faults, delay=0.05) as server:
         config = configure(server, cloud__wait=0.0, cloud__retries=0)
-        train.train(runs.prepare(config, tmp_path / "straight"), NoStop())
+        train.train(experiment.prepare(config, tmp_path / "straight"), NoStop())
         rows = metrics.read(tmp_path / "straight" / "metrics.jsonl")
         assert sum(row["cloud_unknown"] for row in rows) > 0 and len(rows) == 4
 
@@ -108,10 +109,10 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
             shutil.copytree(tmp_path / "straight", tmp_path / name)
             shutil.rmtree(tmp_path / name / "checkpoints" / "4")
         replay = configure(server, cloud__wait=0.0, cloud__retries=0, cloud__mode="replay", cloud__prefetch=1)
-        train.train(runs.prepare(replay, tmp_path / "replayed"), NoStop())
+        train.train(experiment.prepare(replay, tmp_path / "replayed"), NoStop())
         unknown = (tmp_path / "resumed" / "unknown.jsonl").read_bytes()
         (tmp_path / "resumed" / "unknown.jsonl").write_bytes(unknown + b'{"step": 9, "id')  # as a kill leaves it
-        run = runs.prepare(config, tmp_path / "resumed")
+        run = experiment.prepare(config, tmp_path / "resumed")
         server.share = 0.0
         everything = run.task.load("train")
         run.cloud.answer([run.task.cloud_prompt(e) for e in everything])  # by now all of it is known
@@ -130,7 +131,7 @@ def test_ctrl_c_keeps_what_is_paid_and_the_same_command_continues(configure, tmp
         threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
         assert commands.prefetch(config, tmp_path) == 130 and signal.getsignal(signal.SIGINT) is handler
         assert "stopped; the same command continues" in capsys.readouterr().out and server.requests < 64
-        assert server.requests == server.whole.total() == ledger(runs.prepare(config, tmp_path).cloud.store).calls
+        assert server.requests == server.whole.total() == ledger(experiment.prepare(config, tmp_path).cloud.store).calls
         server.delay = 0.0
         assert commands.prefetch(config, tmp_path) == 0 and server.requests == 64
         monkeypatch.setattr(flags.FLAGS["file"], "value", str(tmp_path / "answers.jsonl"))
@@ -156,9 +157,9 @@ def test_a_prefetch_that_cannot_succeed_says_why(configure, tmp_path, capsys, mo
 def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes_on(configure, tmp_path):
     with FaultServer(solve) as server:
         limits = {"cloud__max_calls": 3, "cloud__when_spent": "stop"}
-        run = runs.prepare(configure(server, **limits), tmp_path)
+        run = experiment.prepare(configure(server, **limits), tmp_path)
         with pytest.raises(UserError, match="3 calls of config.cloud.max_calls=3.* the same command goes on"):
             train.train(run, NoStop())
         assert server.requests == 3 and run.checkpoints.latest() is not None
-        again = runs.prepare(configure(server, **limits | {"cloud__max_calls": 300}), tmp_path)
+        again = experiment.prepare(configure(server, **limits | {"cloud__max_calls": 300}), tmp_path)
         assert train.train(again, NoStop()) is not None and again.checkpoints.latest() == 4

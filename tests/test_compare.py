@@ -7,9 +7,10 @@ import sys
 import pytest
 from tables import make
 
-from collab_jax import compare, costs, records
+from collab_jax import compare, records
 from collab_jax.compare import Model
-from collab_jax.errors import UserError
+from collab_jax.routing import costs
+from collab_jax.runtime.errors import UserError
 
 
 def test_compare_by_hand():

@@ -6,8 +6,9 @@ import runpy
 import pytest
 from conftest import ROOT
 
-from collab_jax import run, sft
-from collab_jax.errors import UserError
+from collab_jax import sft
+from collab_jax.rl import experiment
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -26,7 +27,7 @@ def test_config_has_the_common_keys_and_no_others(file: pathlib.Path):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_settings_are_possible(file: pathlib.Path):
     config = runpy.run_path(str(file))["get_config"]()
-    run.check_config(config)
+    experiment.check_config(config)
     make_task(config)
     if config.sft.steps:
         sft.check(config)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from collab_jax import costs, measures
 from collab_jax import records as tables
-from collab_jax.errors import UserError
+from collab_jax.routing import costs, measures
+from collab_jax.runtime.errors import UserError
 
 T, F = True, False
 

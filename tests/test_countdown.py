@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from collab_jax.cloud import SimulatedCloud
-from collab_jax.errors import UserError
 from collab_jax.models.text import word_tokenizer
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, TaskError, countdown, make_task
 from collab_jax.tasks.countdown import check, demonstrations, generate, load, solve, split_of
 

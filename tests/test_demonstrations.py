@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from collab_jax import demonstrations, sft
-from collab_jax.errors import UserError
+from collab_jax import sft
 from collab_jax.models import text as text_lib
-from collab_jax.sampler import Samples
+from collab_jax.models.sampler import Samples
+from collab_jax.rl import demonstrations
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, make_task
 
 MARKER = "<unknown> I need external assistance </unknown>"

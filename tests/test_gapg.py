@@ -11,9 +11,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from collab_jax import algorithms, gapg
+from collab_jax import gapg
 from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig
+from collab_jax.rl import algorithms
 
 T, F = True, False
 NO_REWARD, NO_MASK = jnp.nan, None  # where the paper's own parts do not look

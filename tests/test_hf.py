@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig
 
-from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf
+from collab_jax.runtime.errors import UserError
 
 LLAMA = dict(
     model_type="llama", hidden_act="silu", vocab_size=12, hidden_size=8, intermediate_size=10, num_hidden_layers=2,

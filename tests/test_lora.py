@@ -12,10 +12,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from collab_jax import export, parallel, sft, train
-from collab_jax import run as runs
-from collab_jax.errors import UserError
+from collab_jax import export, sft, train
 from collab_jax.models import decoder, hf, lora
+from collab_jax.rl import experiment
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -128,12 +129,12 @@ def trained(small, tmp_path_factory):
         train__lengths=1,
     )
     workdir = tmp_path_factory.mktemp("lora")
-    return config, workdir, parallel.unreplicate(train.train(runs.prepare(config, workdir), train.Stop()))
+    return config, workdir, parallel.unreplicate(train.train(experiment.prepare(config, workdir), train.Stop()))
 
 
 def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(trained):
     config, workdir, state = trained
-    run = runs.prepare(config, workdir)
+    run = experiment.prepare(config, workdir)
     base = hf.load(run.folder, run.cfg, "float32")
     jax.tree.map(np.testing.assert_array_equal, state.frozen, base)
     leaves = set(flat(state.params))
@@ -143,20 +144,20 @@ def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(traine
     assert set(flat(state.average)) == leaves and all(np.abs(x).max() > 0 for x in jax.tree.leaves(state.params))
     stored = sum(p.stat().st_size for p in (workdir / "checkpoints" / "4").rglob("*") if p.is_file())
     assert stored < 0.5 * sum(x.nbytes for x in jax.tree.leaves(base))
-    assert runs.load_state(run).policy["layers_0"]["self_attn"]["q_proj"].keys() == {"kernel", "lora_a", "lora_b"}
+    assert experiment.load_state(run).policy["layers_0"]["self_attn"]["q_proj"].keys() == {"kernel", "lora_a", "lora_b"}
 
 
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(trained, tmp_path):
     config, workdir, straight = trained
     shutil.copytree(workdir, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / "4")
-    run = runs.prepare(config, tmp_path / "copy")
+    run = experiment.prepare(config, tmp_path / "copy")
     assert run.checkpoints.latest() == 2
     jax.tree.map(np.testing.assert_array_equal, parallel.unreplicate(train.train(run, train.Stop())), straight)
 
 
 def test_the_frozen_model_comes_in_the_computations_type_and_the_adapter_in_its_own(small, tmp_path):
-    state = runs.load_state(runs.prepare(small(lora__rank=2, model__dtype="bfloat16"), tmp_path))
+    state = experiment.load_state(experiment.prepare(small(lora__rank=2, model__dtype="bfloat16"), tmp_path))
     assert {str(x.dtype) for x in jax.tree.leaves(state.frozen)} == {"bfloat16"}
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
 
@@ -166,7 +167,7 @@ def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
     folder = hf.locate(config.model.path)
     cfg = hf.config_from_hf(hf.read_config(folder))
     base, task = hf.load(folder, cfg, "float32"), make_task(config)
-    text = runs.text_lib.load(folder, config.text)
+    text = experiment.text_lib.load(folder, config.text)
     shown = sft.shown(None, None, text, task, config, tmp_path)
     tuned = flat(sft.tune(base, cfg, sft.batches(shown, text, config), config))
     changed = {name for name, value in flat(base).items() if not np.array_equal(value, tuned[name])}
@@ -178,7 +179,7 @@ def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
 
 def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
     config, workdir, state = trained
-    run = runs.prepare(config, workdir)
+    run = experiment.prepare(config, workdir)
     assert export.write(run, tmp_path / "merged", adapter=False) == 4
     merged = hf.load(tmp_path / "merged", run.cfg, "float32")
     want = lora.merge(state.frozen, state.learnt, 8.0)
@@ -196,7 +197,7 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
 
 
 def test_an_adapter_of_a_run_without_one_is_refused(small, tmp_path, monkeypatch):
-    run = runs.prepare(small(), tmp_path)
+    run = experiment.prepare(small(), tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         export.write(run, tmp_path / "out", adapter=True)
     monkeypatch.setattr(run.checkpoints, "latest", lambda: 1)

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task, math, rows
 from collab_jax.tasks.choice import letter
 from collab_jax.tasks.verifier import Verifier

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from collab_jax import measures
 from collab_jax import records as tables
-from collab_jax.errors import UserError
+from collab_jax.routing import measures
+from collab_jax.runtime.errors import UserError
 
 T, F = True, False
 LOCAL, CLOUD = [T, F, F, T, F], [T, T, F, F, T]  # kept, rescued, lost, harmed, rescued where sent

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from collab_jax import gapg, memory, optim, parallel, sampler, train
+from collab_jax import gapg, memory, train
 from collab_jax.bench import measure
-from collab_jax.errors import UserError
-from collab_jax.models import hf, lora, published
+from collab_jax.models import hf, lora, published, sampler
+from collab_jax.rl import optim
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 
 TINY = dict(
     model_type="qwen2", num_hidden_layers=2, hidden_size=64, intermediate_size=224, num_attention_heads=4,

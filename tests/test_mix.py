@@ -11,8 +11,8 @@ from conftest import ROOT
 
 from collab_jax import train
 from collab_jax.cloud import CachedCloud, Failure, Reply, SimulatedCloud, Store, make_cloud
-from collab_jax.errors import UserError
-from collab_jax.rollout import ask_cloud
+from collab_jax.rl.rollout import ask_cloud
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Verdict, judge, make_task, mix
 
 MARKER = "<unknown> I need external assistance </unknown>"

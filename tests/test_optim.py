@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from collab_jax import optim
+from collab_jax.rl import optim
 
 
 def trajectory(optimizer, dtype, steps, lr_free_grads):

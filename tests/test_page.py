@@ -5,7 +5,7 @@ import re
 import markdown
 import pytest
 
-from collab_jax import page
+from collab_jax.reports import page
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from collab_jax import sampler
-from collab_jax.models import decoder, hf
+from collab_jax.models import decoder, hf, sampler
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 KINDS = ("llama", "qwen2", "qwen3", "llama-untied-biases", "qwen2-tied", "qwen3-untied-biases")

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from collab_jax import process
-from collab_jax.errors import UserError
+from collab_jax.runtime import process
+from collab_jax.runtime.errors import UserError
 
 PRINT = "import os, sys, collab_jax; print(os.environ.get('MALLOC_MMAP_MAX_'))"
 

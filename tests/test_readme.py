@@ -8,8 +8,9 @@ import sys
 
 from conftest import ROOT, SMALL
 
-from collab_jax import sweep, sweep_report
+from collab_jax import sweep
 from collab_jax.bench import peers
+from collab_jax.reports import sweep as sweep_report
 
 README = (ROOT / "README.md").read_text()
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from collab_jax import records
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 INF = np.inf
 TRACES = [np.array([-INF, 0.5, -1.25], np.float32), np.array([], np.float32), np.array([0.1], np.float32)]

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from collab_jax import rollout
 from collab_jax.cloud import Answers, Reply
 from collab_jax.models import hf
 from collab_jax.models import text as text_lib
+from collab_jax.rl import rollout
 from collab_jax.tasks import Example, make_task
 
 EXAMPLE = Example("x", "3 numbers", ((3, 4, 5), 12))

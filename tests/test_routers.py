@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from tables import make
 
-from collab_jax import measures, routers
-from collab_jax.errors import UserError
-from collab_jax.routers import learned, recorded
-from collab_jax.routers.response import no_answer
+from collab_jax.routing import learned, measures, recorded, routers
+from collab_jax.routing.response import no_answer
+from collab_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["margin", "logprob"])

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from collab_jax import compare, evaluate, measures, parallel, train
-from collab_jax import run as runs
-from collab_jax.errors import UserError
+from collab_jax import compare, evaluate, train
 from collab_jax.models import decoder
-from collab_jax.routers import agreement, classifier, hidden, recorded
-from collab_jax.routers.device import Device, batches
+from collab_jax.rl import experiment
+from collab_jax.routing import agreement, classifier, hidden, measures, recorded
+from collab_jax.routing.device import Device, batches
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def scene(small, tmp_path_factory):
         routers__yes=" ok",
         routers__no=" no",
     )
-    run = runs.prepare(config, tmp_path_factory.mktemp("routers"))
-    state, sample = parallel.replicate(runs.load_state(run)), evaluate.greedy_sampler(run)
+    run = experiment.prepare(config, tmp_path_factory.mktemp("routers"))
+    state, sample = parallel.replicate(experiment.load_state(run)), evaluate.greedy_sampler(run)
     fit, held = train.fit_examples(run), evaluate.held_out(run)
     device = Device(run, state.params, {e.id: e for e in fit + held})
     parts = run.text, run.task, run.cloud
@@ -136,6 +137,6 @@ def test_a_router_that_fails_costs_itself_alone(scene, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_recorded_is_refused_before_anything_is_spent(small, tmp_path, changes, says):
-    run = runs.prepare(small(**changes), tmp_path)
+    run = experiment.prepare(small(**changes), tmp_path)
     with pytest.raises(UserError, match=says):
         recorded.check(run)

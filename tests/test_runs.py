@@ -13,8 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, SMALL
 
-from collab_jax import metrics
 from collab_jax.models import hf
+from collab_jax.runtime import metrics
 
 
 def command(module, workdir, data_dir, *more, config="configs/countdown_tiny.py", **overrides):

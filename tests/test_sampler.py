@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from collab_jax import sampler
-from collab_jax.models import decoder
+from collab_jax.models import decoder, sampler
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.sampler import Marker, PlainMarker, Settings
+from collab_jax.models.sampler import Marker, PlainMarker, Settings
 
 # Compiling is most of the time here; this halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -12,11 +12,14 @@ import pytest
 from conftest import ROOT, SMALL
 from tables import make
 
-from collab_jax import evaluate, measures, parallel, records, rollout, suite, train
-from collab_jax import run as runs
-from collab_jax.errors import UserError
+from collab_jax import evaluate, records, train
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
+from collab_jax.reports import suite
+from collab_jax.rl import experiment, rollout
+from collab_jax.routing import measures
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need external assistance ", "</unknown>")
 ARCHITECTURE = {
@@ -57,8 +60,8 @@ def made(tmp_path_factory):
 
 
 def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(made, tmp_path):
-    run = runs.prepare(made[0], tmp_path)
-    examples = runs.examples(run, "train")
+    run = experiment.prepare(made[0], tmp_path)
+    examples = experiment.examples(run, "train")
     assert len(examples) == 14  # one too long in each task
     choose = train.chooser(run, examples)
     for step in range(3):  # 8 prompts a step: 6 and 2
@@ -70,7 +73,7 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
     assert len(left) == 2 and not used & {e.id for e in left}
 
     sample = rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=1.0)
-    params = parallel.replicate(runs.load_state(run)).params
+    params = parallel.replicate(experiment.load_state(run)).params
     batch = [examples[i] for i in choose(0, 8)]
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in batch], run.config.prompt_length)
     got = rollout.collect(sample, params, run.text, run.task, run.cloud, batch, *prompts, 0, 0)

@@ -3,8 +3,8 @@
 import pytest
 from tables import F, T, make
 
-from collab_jax import summary
-from collab_jax.errors import UserError
+from collab_jax.reports import summary
+from collab_jax.runtime.errors import UserError
 
 
 def test_summary_by_hand():

@@ -14,8 +14,8 @@ from conftest import ROOT
 from tables import make
 
 from collab_jax import records, sweep
-from collab_jax.errors import UserError
-from collab_jax.run import claim, make_workdir
+from collab_jax.rl.experiment import claim, make_workdir
+from collab_jax.runtime.errors import UserError
 from collab_jax.sweep import Cell, Sweep
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -212,13 +212,13 @@ def test_refusals(tmp_path):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_shipped_sweeps_have_known_keys_and_names(path):
-    from collab_jax import run
+    from collab_jax.rl import experiment
 
     found = sweep.load(path)
     for job in sweep.jobs(found, pathlib.Path("out")):
         config = runpy.run_path(str(ROOT / found.config))["get_config"]().lock()
         config.update_from_flattened_dict(job.changes)
-        run.check_config(config)
+        experiment.check_config(config)
 
 
 def test_our_recipe_is_the_same_in_the_sweep_as_in_its_config():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import TASKS, Example, Task, TaskError, Verdict, base, make_task
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "common.py"

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collab_jax.models import text as text_lib
-from collab_jax.sampler import PlainMarker
+from collab_jax.models.sampler import PlainMarker
 
 MARKER = "<unknown> I need external assistance </unknown>"
 WORDS = (

@@ -13,12 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 from test_cloud import FakeCloud
 
-from collab_jax import metrics, parallel, records, rollout, routers, sft, train
-from collab_jax import run as runs
+from collab_jax import records, sft, train
 from collab_jax.cloud import CachedCloud, Failure, make_cloud
-from collab_jax.errors import UserError
 from collab_jax.models import hf
-from collab_jax.routers import classifier
+from collab_jax.rl import experiment, rollout
+from collab_jax.routing import classifier, routers
+from collab_jax.runtime import metrics, parallel
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Verdict
 
 OTHER_CLOUDS = {"openai": "deepseek-reasoner", "local": "countdown-tiny"}  # kind -> model
@@ -134,8 +135,8 @@ def test_nothing_compiles_after_the_second_step(finished):
 
 def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(finished):
     config, workdir, _ = finished
-    run = runs.prepare(config, workdir)
-    state = runs.load_state(run)
+    run = experiment.prepare(config, workdir)
+    state = experiment.load_state(run)
     start = hf.load(run.folder, run.cfg, "float32")
     moved = [
         not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(start), strict=True)
@@ -154,8 +155,8 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, sm
     assert made == again
     others = [warm, *(small(cloud__kind=kind, cloud__model=model) for kind, model in OTHER_CLOUDS.items())]
     for other in others[1:]:
-        make_cloud(other, runs.make_task(other), tmp_path / "other.sqlite")
-    classifier.check(runs.prepare(config, tmp_path / "classified"))  # its one key is read where it is recorded
+        make_cloud(other, experiment.make_task(other), tmp_path / "other.sqlite")
+    classifier.check(experiment.prepare(config, tmp_path / "classified"))  # its one key is read where it is recorded
     unread = []
 
     def walk(c, others, prefix=""):
@@ -168,8 +169,8 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, sm
 
     walk(config, others)
     assert unread == ["cpu_devices"]  # read by cli.py, before jax starts
-    model = runs.prepare(small(model__path=str(tmp_path / "model"), task__train_examples=64), tmp_path / "run")
-    assert runs.load_state(model).step == 0  # what sft wrote can be trained
+    model = experiment.prepare(small(model__path=str(tmp_path / "model"), task__train_examples=64), tmp_path / "run")
+    assert experiment.load_state(model).step == 0  # what sft wrote can be trained
 
 
 def test_prompts_depend_on_seed_and_step_alone_and_cover_an_epoch():
@@ -180,13 +181,13 @@ def test_prompts_depend_on_seed_and_step_alone_and_cover_an_epoch():
 
 
 def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, small, tmp_path):
-    run = runs.prepare(small(), tmp_path)
+    run = experiment.prepare(small(), tmp_path)
 
     down = FakeCloud()
     down.answer = lambda prompts: [Failure("down")] * len(prompts)
     cloud = CachedCloud(down, run.cloud.store)
     sample = rollout.make_sampler(run.cfg, run.text, run.config, group=4, temperature=1.0)
-    params = parallel.replicate(runs.load_state(run)).params
+    params = parallel.replicate(experiment.load_state(run)).params
     examples = run.task.load("train")[:8]
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], 16)
     got = rollout.collect(sample, params, run.text, run.task, cloud, examples, *prompts, 0, 0)
@@ -227,56 +228,56 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
 )
 def test_bad_settings_are_one_clear_line(small, tmp_path, overrides, says):
     with pytest.raises(UserError, match=says) as caught:
-        runs.prepare(small(**overrides), tmp_path / "run")
+        experiment.prepare(small(**overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "config.json").exists()  # the mended command is not refused
 
 
 def test_prompts_to_fit_routers_on_are_never_trained_on_or_there_are_too_few(small, tmp_path):
-    run = runs.prepare(small(eval__fit_prompts=30), tmp_path)  # 4 steps of 8 of 64 prompts
+    run = experiment.prepare(small(eval__fit_prompts=30), tmp_path)  # 4 steps of 8 of 64 prompts
     fit = {example.id for example in train.fit_examples(run)}
     examples, chosen = run.task.load("train"), train.prompt_indices(run.config.seed, 0, 32, 64)
     assert len(fit) == 30 and not fit & {examples[i].id for i in chosen}
     with pytest.raises(UserError, match="leaves 32 of 64 training prompts unused"):
-        train.fit_examples(runs.prepare(small(eval__fit_prompts=33), tmp_path / "other"))
+        train.fit_examples(experiment.prepare(small(eval__fit_prompts=33), tmp_path / "other"))
 
 
 def test_prompts_longer_than_the_limit_are_told_and_left_out(small, tmp_path, capsys):
-    run = runs.prepare(small(), tmp_path)
+    run = experiment.prepare(small(), tmp_path)
     everything = run.task.load("train")
     lengths = np.array([len(run.text.prompt_ids(run.task.prompt(e))) for e in everything])
     cut = int(np.median(lengths))
-    fitting = runs.examples(runs.prepare(small(prompt_length=cut), tmp_path / "cut"), "train")
+    fitting = experiment.examples(experiment.prepare(small(prompt_length=cut), tmp_path / "cut"), "train")
     assert [e.id for e in fitting] == [e.id for e, n in zip(everything, lengths, strict=True) if n <= cut]
     assert 0 < len(fitting) < len(everything)
     assert f"left out: {(lengths > cut).sum()} of 64 train prompts" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 64 train prompts .*: raise config.prompt_length"):
-        train.train(runs.prepare(small(prompt_length=3), tmp_path / "none"), train.Stop())
+        train.train(experiment.prepare(small(prompt_length=3), tmp_path / "none"), train.Stop())
 
 
 def test_workdir_that_cannot_be_made(small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --workdir"):
-        runs.prepare(small(), tmp_path / "file" / "run")
+        experiment.prepare(small(), tmp_path / "file" / "run")
 
 
 def test_workdir_of_another_config_is_refused_by_name(small, tmp_path):
-    runs.prepare(small(), tmp_path)
+    experiment.prepare(small(), tmp_path)
     with pytest.raises(UserError, match=r"budget=0.1 then, 0.3 now; .*group=4 then, 8 now"):
-        runs.prepare(small(budget=0.3, group=8), tmp_path)
+        experiment.prepare(small(budget=0.3, group=8), tmp_path)
 
 
 def test_broken_store_is_refused_and_kept(small, tmp_path):
     (tmp_path / "cloud.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(UserError, match="cloud.sqlite"):
-        runs.prepare(small(), tmp_path)
+        experiment.prepare(small(), tmp_path)
     assert (tmp_path / "cloud.sqlite").read_bytes() == b"not a database" * 100
 
 
 def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
     config, workdir, _ = finished
-    run = runs.prepare(config, workdir)
-    other_shape = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), jax.device_get(runs.load_state(run)))
+    run = experiment.prepare(config, workdir)
+    other_shape = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), jax.device_get(experiment.load_state(run)))
     with pytest.raises(UserError, match="cannot restore|another --workdir"):
         run.checkpoints.restore(like=other_shape)
 
@@ -285,17 +286,17 @@ def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
         (tmp_path / "copy" / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
     )
     largest.write_bytes(largest.read_bytes()[:100])
-    cut = runs.prepare(config, tmp_path / "copy")
+    cut = experiment.prepare(config, tmp_path / "copy")
     with pytest.raises(UserError, match="delete that folder and the run goes on from the one before"):
-        runs.load_state(cut)
+        experiment.load_state(cut)
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / "4")
-    assert runs.load_state(runs.prepare(config, tmp_path / "copy")).step == 2
+    assert experiment.load_state(experiment.prepare(config, tmp_path / "copy")).step == 2
 
 
 def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "NONFINITE_LIMIT", 2)
     broken = small(optim__learning_rate=1e38, optim__warmup_steps=1, train__steps=9, train__checkpoint_every=9)
-    run, turn = runs.prepare(broken, tmp_path), itertools.cycle([True, False, False])
+    run, turn = experiment.prepare(broken, tmp_path), itertools.cycle([True, False, False])
     run = run._replace(
         task=dataclasses.replace(
             run.task, verify=lambda examples, texts: [Verdict(next(turn), False, True) for _ in texts]
@@ -303,16 +304,16 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
     )
     with pytest.raises(UserError, match="not finite 2 steps in a row; the state is saved"):
         train.train(run, train.Stop())
-    saved = runs.load_state(run)
+    saved = experiment.load_state(run)
     assert saved.nonfinite_streak == 2 and run.checkpoints.latest() == saved.step
 
 
 def test_nothing_solved_stops_the_run_with_the_state_saved(small, tmp_path):
-    run = runs.prepare(small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path)
+    run = experiment.prepare(small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path)
     hopeless = dataclasses.replace(run.task, verify=lambda examples, texts: [Verdict(False, False, True)] * len(texts))
     with pytest.raises(UserError, match="no prompt was solved on the device 2 steps in a row"):
         train.train(run._replace(task=hopeless), train.Stop())
-    saved = runs.load_state(run)
+    saved = experiment.load_state(run)
     assert saved.step == 2 and saved.empty_updates == 2
 
 

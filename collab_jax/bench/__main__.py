@@ -21,8 +21,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-from collab_jax import page, process
-from collab_jax.errors import UserError, run_command
+from collab_jax.reports import page
+from collab_jax.runtime import process
+from collab_jax.runtime.errors import UserError, run_command
 
 SERVE = "serve-steps"  # what `settings` starts
 REHEARSE = "rehearse"
@@ -127,7 +128,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------- sub-commands
 
     def decode(self) -> None:
-        from collab_jax import parallel
+        from collab_jax.runtime import parallel
 
         for lengths in ("fixed", "long_tail"):
             load = self.load(lengths)
@@ -152,8 +153,8 @@ class Bench:
         self.time({"ours": training.case}, "step countdown_tiny")
 
     def peers(self) -> None:
-        from collab_jax import parallel
         from collab_jax.bench import peers
+        from collab_jax.runtime import parallel
 
         found = peers.versions()
         print(f"peers: {found}", file=sys.stderr)

@@ -21,11 +21,11 @@ import sys
 import tempfile
 import time
 
-from collab_jax import process
 from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import CachedCloud, Messages, Policy, Reply, Store, ledger
 from collab_jax.cloud.openai import OpenAICloud
-from collab_jax.errors import UserError
+from collab_jax.runtime import process
+from collab_jax.runtime.errors import UserError
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
 
@@ -127,8 +127,9 @@ def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
 
     process.set_up(2)
     steps = args.steps
-    from collab_jax import metrics, rollout, train
-    from collab_jax import run as runs
+    from collab_jax import train
+    from collab_jax.rl import experiment, rollout
+    from collab_jax.runtime import metrics
     from collab_jax.tasks import countdown
 
     class NoStop:
@@ -145,10 +146,10 @@ def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
         )
         config.cloud.update(dict(kind="openai", model="deepseek-reasoner", base_url=server.url, key_env="", retries=20))
         config.cloud.update(dict(timeouts=(10.0, 10.0, 10.0), concurrency=32) | cloud)
-        return runs.prepare(config.lock(), folder / name)
+        return experiment.prepare(config.lock(), folder / name)
 
     def state(run) -> list:
-        return jax.tree.leaves(runs.load_state(run))
+        return jax.tree.leaves(experiment.load_state(run))
 
     def same(a: list, b: list) -> bool:
         return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -158,7 +159,7 @@ def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
         train.train(healthy, NoStop())
     with FaultServer(solve, share=0.3) as server:
         run = prepare(server, "prefetched")
-        examples = runs.examples(run, "train")
+        examples = experiment.examples(run, "train")
         used = [examples[i] for i in train.prompt_indices(run.config.seed, 0, 8 * steps, len(examples))]
         hold(None not in run.cloud.answer(*rollout.cloud_prompts(run.task, used)).replies, "prefetch completes")
         train.train(run, NoStop())

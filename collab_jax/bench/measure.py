@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax import parallel
 from collab_jax.models.decoder import DecoderConfig
+from collab_jax.runtime import parallel
 
 PAUSE = 0.3  # seconds between runs: threads of one that spin after its end must not slow the next
 

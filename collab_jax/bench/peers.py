@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax import rollout
 from collab_jax.models.text import Text
+from collab_jax.rl import rollout
 from collab_jax.tasks import Example, Task
 
 PACKAGES = ("torch", "transformers", "trl")

@@ -17,11 +17,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from collab_jax import cli, gapg, memory, page, parallel, process, rollout, train
-from collab_jax import run as runs
+from collab_jax import gapg, memory, train
 from collab_jax.bench import measure, work
-from collab_jax.errors import UserError
 from collab_jax.models import hf
+from collab_jax.reports import page
+from collab_jax.rl import experiment, rollout
+from collab_jax.runtime import cli, parallel, process
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
 MADE_UP_TOKENS = 8192  # of a tokenizer that is made up, at most
@@ -108,13 +110,13 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         shown = memory.check_here(cfg, config)
         made = make_folder(config, architecture, folder / "model")
         config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
-        run = runs.prepare(config, folder / "run")
+        run = experiment.prepare(config, folder / "run")
         ceiling = measure.matmul_ceiling(config.model.dtype)
-        examples, Q = runs.examples(run, "train"), config.prompts_per_step
+        examples, Q = experiment.examples(run, "train"), config.prompts_per_step
         prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
         kinds = {"group": config.group, "solo": config.algorithm.solo}
         sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
-        step, state, rows = train.make_step(run), parallel.replicate(runs.load_state(run)), []
+        step, state, rows = train.make_step(run), parallel.replicate(experiment.load_state(run)), []
         for i in range(steps):
             started = time.perf_counter()
             chosen = train.prompt_indices(config.seed, i, Q, len(examples))

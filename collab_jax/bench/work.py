@@ -15,12 +15,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax import algorithms, gapg, optim, parallel, rollout, sampler, train
-from collab_jax import run as runs
+from collab_jax import gapg, train
 from collab_jax.bench import measure
-from collab_jax.models import decoder, hf
+from collab_jax.models import decoder, hf, sampler
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.sampler import Marker, Sampler, Settings
+from collab_jax.models.sampler import Marker, Sampler, Settings
+from collab_jax.rl import algorithms, experiment, optim, rollout
+from collab_jax.runtime import parallel
 
 TINY = "countdown-tiny"
 SHAPES = {
@@ -249,7 +250,7 @@ class Training(NamedTuple):
 
     case: Case
     config: ConfigDict
-    run: runs.Run
+    run: experiment.Run
     folder: tempfile.TemporaryDirectory  # goes when this goes
 
 
@@ -258,11 +259,11 @@ def training(config_file: str, overrides: dict) -> Training:
     config = runpy.run_path(config_file)["get_config"]()
     config.update_from_flattened_dict(overrides)
     folder = tempfile.TemporaryDirectory()
-    run = runs.prepare(config, pathlib.Path(folder.name))
-    examples, Q = runs.examples(run, "train"), config.prompts_per_step
+    run = experiment.prepare(config, pathlib.Path(folder.name))
+    examples, Q = experiment.examples(run, "train"), config.prompts_per_step
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
     sample = rollout.make_sampler(run.cfg, run.text, config, group=config.group, temperature=config.temperature)
-    step, first = train.make_step(run), runs.load_state(run)
+    step, first = train.make_step(run), experiment.load_state(run)
     latest = {"i": 0, "state": parallel.replicate(first)}
 
     def one() -> float:

@@ -15,7 +15,7 @@ from collab_jax.cloud.ledger import Ledger, ledger
 from collab_jax.cloud.protocol import Cloud, CloudError, Failure, Messages, Reply
 from collab_jax.cloud.simulated import SimulatedCloud
 from collab_jax.cloud.store import Store, StoreError
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 __all__ = [
     "Answers", "BudgetSpent", "CachedCloud", "Cloud", "CloudError", "Failure", "Ledger", "Messages", "Pending", "Policy",
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def _local(config, task) -> Cloud:
-    from collab_jax.cloud import local  # the only kind that needs jax
+    from collab_jax.cloud import local
 
     return local.from_config(config, task)
 

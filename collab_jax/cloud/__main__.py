@@ -21,14 +21,14 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import cli, rollout
-from collab_jax import run as runs
 from collab_jax.cloud import transfer
 from collab_jax.cloud.cached import CachedCloud, Pending
 from collab_jax.cloud.ledger import ledger
 from collab_jax.cloud.protocol import Messages
-from collab_jax.errors import UserError
-from collab_jax.run import Run
+from collab_jax.rl import experiment, rollout
+from collab_jax.rl.experiment import Run
+from collab_jax.runtime import cli
+from collab_jax.runtime.errors import UserError
 
 SAMPLE = 20  # prompts and answers an estimate is made of
 FRUITLESS = 3  # rounds in a row without a new answer before it gives up
@@ -40,9 +40,9 @@ FILE = flags.DEFINE_string("file", None, "export, import: the file of JSON lines
 
 def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Buys the answers of a split; 0 when it has them all or was only to tell, 130 after Ctrl-C, 1 otherwise."""
-    run = runs.prepare(config, workdir)
+    run = experiment.prepare(config, workdir)
     missing = missing_prompts(run, SPLIT.value)
-    total = len(runs.examples(run, SPLIT.value))
+    total = len(experiment.examples(run, SPLIT.value))
     print(
         f"{run.cloud.store.path}: {total - len(missing)} of {total} {SPLIT.value} prompts have an answer of {config.cloud.model}"
     )
@@ -90,7 +90,7 @@ def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 def missing_prompts(run: Run, split: str) -> list[tuple[str, Messages]]:
     """(id, messages) of the prompts of a split without an answer, each once."""
-    prompts, names = rollout.cloud_prompts(run.task, runs.examples(run, split))
+    prompts, names = rollout.cloud_prompts(run.task, experiment.examples(run, split))
     by_key = {run.cloud.key(messages): (name, messages) for name, messages in zip(names, prompts, strict=True)}
     found = run.cloud.store.get_many(by_key)
     return [pair for key, pair in by_key.items() if key not in found]
@@ -145,7 +145,7 @@ def pause(seconds: float, stopped: list) -> None:
 
 def status(config: ConfigDict, workdir: pathlib.Path) -> int:
     """What the store holds, what it has cost, and what the splits lack."""
-    run = runs.prepare(config, workdir)
+    run = experiment.prepare(config, workdir)
     store, spent = run.cloud.store, run.cloud.budget.spent()
     print(f"{store.path}: {store.path.stat().st_size / 2**20:.1f} MiB")
     rows = store.query(
@@ -158,27 +158,29 @@ def status(config: ConfigDict, workdir: pathlib.Path) -> int:
     (flying,) = store.query("SELECT COUNT(*) FROM leases WHERE expires > ?", [time.time()])[0]
     print(f"being bought: {flying}")
     for split in ("train", "test"):
-        print(f"{split}: {len(missing_prompts(run, split))} of {len(runs.examples(run, split))} prompts have no answer")
+        print(
+            f"{split}: {len(missing_prompts(run, split))} of {len(experiment.examples(run, split))} prompts have no answer"
+        )
     return 0
 
 
 def export(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Every answer of the store as JSON lines."""
-    count = transfer.export(runs.prepare(config, workdir).cloud.store, _file())
+    count = transfer.export(experiment.prepare(config, workdir).cloud.store, _file())
     print(f"{count} answers in {FILE.value}")
     return 0
 
 
 def import_(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Answers that `export` wrote into the store."""
-    added, kept = transfer.import_(runs.prepare(config, workdir).cloud.store, _file())
+    added, kept = transfer.import_(experiment.prepare(config, workdir).cloud.store, _file())
     print(f"{added} answers are new; {kept} were there already, and are as they were")
     return 0
 
 
 def verify(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Whether every answer is what was stored: 0, or 1 with what is wrong."""
-    store = runs.prepare(config, workdir).cloud.store
+    store = experiment.prepare(config, workdir).cloud.store
     problems = transfer.verify(store)
     print("\n".join(problems) or f"{store.path}: {ledger(store).calls} answers, each as it was stored")
     return int(bool(problems))
@@ -186,7 +188,7 @@ def verify(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 def compact(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Gives the store's unused space back to the disk."""
-    store = runs.prepare(config, workdir).cloud.store
+    store = experiment.prepare(config, workdir).cloud.store
     print(f"{store.path}: {transfer.compact(store) / 2**20:.1f} MiB")
     return 0
 

@@ -20,7 +20,7 @@ from collab_jax.cloud.budget import Budget, BudgetSpent, settle
 from collab_jax.cloud.leases import Leases
 from collab_jax.cloud.protocol import Cloud, CloudError, Failure, Messages, Reply
 from collab_jax.cloud.store import Store, insert, key, row
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax import sampler
 from collab_jax.cloud.protocol import CloudError, Failure, Messages, Reply
-from collab_jax.models import hf
+from collab_jax.models import hf, sampler
 
 BLOCKS, BLOCK_BYTES = 64, 4096  # of each weights file, which tell models apart
 BUCKET = 64  # prompts are padded to multiples of so many tokens, each of which compiles once

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 Messages = list[dict[str, str]]
 """One prompt as chat messages: `[{"role": "user", "content": "..."}, ...]`."""

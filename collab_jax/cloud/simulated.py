@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from collab_jax.cloud.protocol import Messages, Reply
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from collab_jax.cloud.protocol import Messages, Reply
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 SCHEMA_VERSION = 2  # PRAGMA user_version
 APPLICATION_ID = 0x636A6178  # PRAGMA application_id, "cjax": tells a store from any other SQLite file

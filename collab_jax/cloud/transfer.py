@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from collab_jax.cloud.protocol import Reply
 from collab_jax.cloud.store import REPLY_COLUMNS, Store, StoreError, checksum, insert, key, row
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 CHUNK = 1000  # rows in memory
 FIELDS = {  # of a line; the types are those of JSON

@@ -16,9 +16,9 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from collab_jax.errors import UserError
 from collab_jax.models import decoder, published
 from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
+from collab_jax.runtime.errors import UserError
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 GENERATION = "generation_config.json"

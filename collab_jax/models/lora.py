@@ -15,9 +15,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from collab_jax.errors import UserError
 from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.runtime.errors import UserError
 
 
 def _kernels(cfg: DecoderConfig) -> dict[tuple[str, ...], tuple[int, int]]:

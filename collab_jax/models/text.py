@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 Messages = list[dict[str, str]]
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 
 class Checkpoints:

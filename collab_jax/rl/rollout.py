@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax import parallel, sampler
 from collab_jax.cloud import Answers, CachedCloud, Messages, Pending
 from collab_jax.gapg import Rollout
+from collab_jax.models import sampler
 from collab_jax.models.decoder import DecoderConfig
+from collab_jax.models.sampler import Marker, PlainMarker, Sampler
 from collab_jax.models.text import Text
-from collab_jax.sampler import Marker, PlainMarker, Sampler
+from collab_jax.runtime import parallel
 from collab_jax.tasks import Example, Task, Verdict
 
 

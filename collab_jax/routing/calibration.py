@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 LIMIT = 1e4  # no two logits are this far apart: this bias calls all that can be called, its negative only what must be
 PLACING = 10  # one prompt in so many places the thresholds that the others test, for a promised accuracy

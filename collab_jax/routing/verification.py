@@ -5,12 +5,12 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax import parallel
-from collab_jax.errors import UserError
 from collab_jax.models import decoder
 from collab_jax.records import Records
-from collab_jax.routers.device import Device, by_batch
-from collab_jax.run import Run
+from collab_jax.rl.experiment import Run
+from collab_jax.routing.device import Device, by_batch
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 
 
 def check(run: Run) -> tuple[int, int]:

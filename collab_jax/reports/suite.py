@@ -27,13 +27,16 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax import evaluate, measures, page, parallel, process, records, rollout, routers
-from collab_jax import run as runs
-from collab_jax.errors import UserError
+from collab_jax import evaluate, records
 from collab_jax.gapg import TrainState
-from collab_jax.page import percent
 from collab_jax.records import Records
-from collab_jax.run import Run
+from collab_jax.reports import page
+from collab_jax.reports.page import percent
+from collab_jax.rl import experiment, rollout
+from collab_jax.rl.experiment import Run
+from collab_jax.routing import measures, routers
+from collab_jax.runtime import parallel, process
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import TASKS, Example, named, parts_of
 
 SUITES = {"paper": ("math500", "amc23", "aime24", "minerva_math", "agieval_math")}
@@ -108,10 +111,12 @@ def evaluate_benchmark(
     trained, config = parts_of(run.config), named(run.config, name)
     if name not in trained:
         config.task.update(reward="", judge="")  # they are for the run's own tasks
-    bench = runs.with_config(run, config)
+    bench = experiment.with_config(run, config)
     everything = bench.task.load("test")
     unseen = [e for e in everything if e.seen not in trained]
-    examples = runs.examples(bench._replace(task=dataclasses.replace(bench.task, load=lambda split: unseen)), "test")
+    examples = experiment.examples(
+        bench._replace(task=dataclasses.replace(bench.task, load=lambda split: unseen)), "test"
+    )
     repeated: list[Example] = [
         dataclasses.replace(e, id=f"{e.id}#{i + 1}") if samples > 1 else e for i in range(samples) for e in examples
     ]
@@ -183,8 +188,8 @@ def markdown(result: dict) -> str:
 def main(config: ConfigDict, workdir: pathlib.Path, name: str) -> int:
     """The command line: evaluates the run in `workdir` on the suite `name`."""
     chosen = benchmarks(name)
-    run = runs.prepare(config, workdir)
-    state = parallel.replicate(runs.load_state(run))
+    run = experiment.prepare(config, workdir)
+    state = parallel.replicate(experiment.load_state(run))
     greedy = evaluate.greedy_sampler(run)
     sampled = rollout.make_sampler(run.cfg, run.text, config, group=1, temperature=config.eval.temperature)
     out = workdir / f"suite-{name.replace(',', '+')}"

@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",

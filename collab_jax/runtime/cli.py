@@ -11,8 +11,8 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
-from collab_jax import process
-from collab_jax.errors import UserError
+from collab_jax.runtime import process
+from collab_jax.runtime.errors import UserError
 
 Command = Callable[..., int]
 # What parsing raises for a flag, a setting or a config file that cannot be used.

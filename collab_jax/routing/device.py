@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from collab_jax import parallel
 from collab_jax.models.decoder import Params
 from collab_jax.records import Records
-from collab_jax.run import Run
+from collab_jax.rl.experiment import Run
+from collab_jax.runtime import parallel
 from collab_jax.tasks import Example
 
 

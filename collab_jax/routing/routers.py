@@ -24,10 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collab_jax import costs, measures
-from collab_jax.errors import UserError
 from collab_jax.records import Records, require, scores
-from collab_jax.routers import learned, response
+from collab_jax.routing import costs, learned, measures, response
+from collab_jax.runtime.errors import UserError
 
 Score = Callable[[Records], np.ndarray]  # -> f64[n]
 

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from collab_jax import figures, metrics, page, records, report
-from collab_jax.errors import UserError
-from collab_jax.page import percent, points
-from collab_jax.routers import ROUTERS
+from collab_jax import records
+from collab_jax.reports import figures, page
+from collab_jax.reports import run as run_report
+from collab_jax.reports.page import percent, points
+from collab_jax.routing.routers import ROUTERS
+from collab_jax.runtime import metrics
+from collab_jax.runtime.errors import UserError
 
 BUDGET = 0.3  # at which routers are shown, one figure each
 
@@ -45,7 +48,7 @@ def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapp
     seeds = ", ".join(f"{name} {len(runs)}" for name, runs in cells.items())
     after = records.read(first.folder / "after.parquet")
     examples = (
-        f"## Examples: {result['reference'].partition(': ')[0]}, its first seed, natural decoding\n\n{report.examples_list(after)}\n\n"
+        f"## Examples: {result['reference'].partition(': ')[0]}, its first seed, natural decoding\n\n{run_report.examples_list(after)}\n\n"
         if "natural_text" in after
         else ""
     )

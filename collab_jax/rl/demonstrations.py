@@ -29,10 +29,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from collab_jax import parallel
-from collab_jax.errors import UserError
+from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import TAGS, Text
-from collab_jax.sampler import Sampler, Samples
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, base, math
 
 Messages = list[dict[str, str]]
@@ -60,7 +60,7 @@ def read(path: pathlib.Path, examples: Callable[[], Mapping[str, Messages]]) -> 
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     if not found:
-        raise UserError(f"{path} has no demonstrations: it needs one a line, as collab_jax/demonstrations.py says")
+        raise UserError(f"{path} has no demonstrations: it needs one a line, as collab_jax/rl/demonstrations.py says")
     return found
 
 

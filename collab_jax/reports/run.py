@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from collab_jax import figures, page, summary
 from collab_jax.cloud import Ledger, Spent
-from collab_jax.page import percent, points
 from collab_jax.records import Records
-from collab_jax.routers import ROUTERS
+from collab_jax.reports import figures, page, summary
+from collab_jax.reports.page import percent, points
+from collab_jax.routing.routers import ROUTERS
 
 
 class CloudCosts(NamedTuple):

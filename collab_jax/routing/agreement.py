@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
-from collab_jax import parallel, rollout
 from collab_jax.records import Records
-from collab_jax.routers.device import Device, batches
+from collab_jax.rl import rollout
+from collab_jax.routing.device import Device, batches
+from collab_jax.runtime import parallel
 from collab_jax.tasks import base
 
 

@@ -9,9 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from collab_jax import measures  # noqa: E402
 from collab_jax.records import Records  # noqa: E402
-from collab_jax.routers import ROUTERS, score  # noqa: E402
+from collab_jax.routing import measures  # noqa: E402
+from collab_jax.routing.routers import ROUTERS, score  # noqa: E402
 
 plt.rcParams["svg.hashsalt"] = "collab_jax"  # the same figure, the same file
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 AXIS = "devices"
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from collab_jax.errors import UserError
 from collab_jax.records import Records
+from collab_jax.runtime.errors import UserError
 
 Rate = dict[str, float | None]  # value, low, high: a figure with its 95 % interval; None where it is not defined
 

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from collab_jax import optim, parallel
-from collab_jax.errors import UserError
 from collab_jax.models import decoder, hf
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.records import Records
-from collab_jax.routers import learned
-from collab_jax.routers.device import Device, by_batch
-from collab_jax.run import Run
+from collab_jax.rl import optim
+from collab_jax.rl.experiment import Run
+from collab_jax.routing import learned
+from collab_jax.routing.device import Device, by_batch
+from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 
 
 def check(run: Run) -> tuple[pathlib.Path, DecoderConfig]:

@@ -10,14 +10,15 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from collab_jax import algorithms, gapg, optim
-from collab_jax.checkpoint import Checkpoints
+from collab_jax import gapg
 from collab_jax.cloud import CachedCloud, make_cloud
-from collab_jax.errors import UserError
 from collab_jax.gapg import TrainState
 from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
+from collab_jax.rl import algorithms, optim
+from collab_jax.runtime.checkpoint import Checkpoints
+from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
 
 # What may differ between two starts of one run: how the cloud is bought from, not what it answers.

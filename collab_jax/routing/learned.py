@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from collab_jax.errors import UserError
 from collab_jax.records import Records
-from collab_jax.routers.response import _FIRST, no_answer
+from collab_jax.routing.response import _FIRST, no_answer
+from collab_jax.runtime.errors import UserError
 
 NUMBERS = 8  # of a prompt that become features, in their order and sorted
 

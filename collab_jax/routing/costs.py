@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from collab_jax.measures import GRID, calls, rank, sent, sent_of
 from collab_jax.records import Records, require
+from collab_jax.routing.measures import GRID, calls, rank, sent, sent_of
 
 Reads = Literal["prompt", "response", "trace"]  # what a router has read when it decides; see `device_tokens`
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from collab_jax import measures, records, routers
-from collab_jax.measures import Rate, estimate, rate
+from collab_jax import records
 from collab_jax.records import Records
-from collab_jax.routers.response import no_answer
+from collab_jax.routing import measures, routers
+from collab_jax.routing.measures import Rate, estimate, rate
+from collab_jax.routing.response import no_answer
 
 BUDGETS = (0.1, 0.2, 0.3)
 SUMMARY_ROUTERS = ("margin", "logprob", "random", "perfect")

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax import parallel
 from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.records import Records
-from collab_jax.routers import learned
-from collab_jax.routers.device import Device, by_batch
+from collab_jax.routing import learned
+from collab_jax.routing.device import Device, by_batch
+from collab_jax.runtime import parallel
 
 
 def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray, np.ndarray]:

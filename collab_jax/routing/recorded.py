@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from collab_jax.errors import UserError
 from collab_jax.records import Records
-from collab_jax.routers import agreement, classifier, hidden, verification
-from collab_jax.routers.device import Device
-from collab_jax.run import Run
+from collab_jax.rl.experiment import Run
+from collab_jax.routing import agreement, classifier, hidden, verification
+from collab_jax.routing.device import Device
+from collab_jax.runtime.errors import UserError
 
 RECORDED: dict[str, Callable] = {
     "agreement": agreement.score,

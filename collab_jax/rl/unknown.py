@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from collab_jax.errors import UserError
+from collab_jax.runtime.errors import UserError
 
 
 class Unknown:
