@@ -42,7 +42,11 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "ruff", "nbclient", "nbformat", "ipykernel"],
-        "peers": ["torch", "trl", "datasets"],  # what `python -m collab_jax.bench peers` compares with
+        "peers": [
+            "torch",
+            "trl",
+            "datasets",
+        ],  # what `python -m collab_jax.bench peers` compares with
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

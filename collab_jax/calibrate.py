@@ -33,7 +33,13 @@ from collab_jax import records
 from collab_jax.records import Records
 from collab_jax.reports.page import percent
 from collab_jax.routing import measures
-from collab_jax.routing.calibration import Calibration, bias_for_accuracy, bias_for_rate, calls, tracker
+from collab_jax.routing.calibration import (
+    Calibration,
+    bias_for_accuracy,
+    bias_for_rate,
+    calls,
+    tracker,
+)
 from collab_jax.runtime.errors import UserError, run_command
 
 NAME = "collab_config.json"
@@ -106,7 +112,9 @@ def read(path: pathlib.Path) -> dict:
     if not isinstance(config, dict) or "version" not in config:
         raise UserError(f"{path} is not a calibration: {again}")
     if config["version"] != VERSION:
-        raise UserError(f"{path} has version {config['version']!r}, this program reads {VERSION}: {again}")
+        raise UserError(
+            f"{path} has version {config['version']!r}, this program reads {VERSION}: {again}"
+        )
     for key, kind in _KEYS.items():
         if not _fits(config, {key: kind}):
             fault = f"{key}={config[key]!r} is not valid" if key in config else f"{key} is missing"
@@ -133,7 +141,9 @@ _KEYS = {  # of the file, with the types of their values; of a list, the type of
 
 def _fits(value, kind) -> bool:
     if isinstance(kind, dict):
-        return isinstance(value, dict) and all(k in value and _fits(value[k], inner) for k, inner in kind.items())
+        return isinstance(value, dict) and all(
+            k in value and _fits(value[k], inner) for k, inner in kind.items()
+        )
     if isinstance(kind, list):
         return isinstance(value, list) and all(_fits(item, kind[0]) for item in value)
     if isinstance(value, bool):  # to Python, it is an int
@@ -184,17 +194,32 @@ def checked(bias: float, table: Records, margin_only: bool) -> str:
 
 def main(argv: list[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m collab_jax.calibrate", description="A bias for a budget.")
-    parser.add_argument("--records", type=pathlib.Path, required=True, help="held-out records with margins")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_jax.calibrate", description="A bias for a budget."
+    )
+    parser.add_argument(
+        "--records", type=pathlib.Path, required=True, help="held-out records with margins"
+    )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--rate", type=float, help="share of prompts to call")
-    target.add_argument("--accuracy", type=float, help="overall accuracy to reach with as few calls as possible")
-    parser.add_argument("--delta", type=float, help="promise it, but for this share of calibrations")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help=f"folder for {NAME}, or a .json file")
-    parser.add_argument(
-        "--hold_out", type=float, default=0.0, help="share of the records, the last ones, to check it on"
+    target.add_argument(
+        "--accuracy", type=float, help="overall accuracy to reach with as few calls as possible"
     )
-    parser.add_argument("--margin_only", action="store_true", help="call what has no answer by its margin alone too")
+    parser.add_argument(
+        "--delta", type=float, help="promise it, but for this share of calibrations"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help=f"folder for {NAME}, or a .json file"
+    )
+    parser.add_argument(
+        "--hold_out",
+        type=float,
+        default=0.0,
+        help="share of the records, the last ones, to check it on",
+    )
+    parser.add_argument(
+        "--margin_only", action="store_true", help="call what has no answer by its margin alone too"
+    )
     parser.add_argument("--decision_token", help="noted in the file for a server")
     parser.add_argument("--marker", help="the call as text, likewise")
     args = parser.parse_args(argv)
@@ -205,13 +230,19 @@ def main(argv: list[str]) -> int:
     if args.accuracy is None:
         calibration = bias_for_rate(margins, answered, args.rate, args.delta)
     else:
-        cloud_correct = table["cloud_correct"] & table["cloud_known"]  # a failed call brought no answer
+        cloud_correct = (
+            table["cloud_correct"] & table["cloud_known"]
+        )  # a failed call brought no answer
         verdicts = table["local_correct"], cloud_correct
         calibration = bias_for_accuracy(margins, answered, *verdicts, args.accuracy, args.delta)
-    config = to_config(calibration, margins, answered, not args.margin_only, args.decision_token, args.marker)
+    config = to_config(
+        calibration, margins, answered, not args.margin_only, args.decision_token, args.marker
+    )
     print(_summary(calibration, write(args.out, config)))
     if held_out:
-        print(f"on the {len(held_out['id'])} prompts held out: {checked(calibration.bias, held_out, args.margin_only)}")
+        print(
+            f"on the {len(held_out['id'])} prompts held out: {checked(calibration.bias, held_out, args.margin_only)}"
+        )
     return 0
 
 

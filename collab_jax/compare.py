@@ -44,14 +44,19 @@ def score_all(models: Mapping[str, Model]) -> dict[str, list[tuple[Records, np.n
     methods = {}
     for name, model in models.items():
         tables = [
-            records.align(first, table, "the first table", f"{name}, seed {i}") for i, table in enumerate(model.seeds)
+            records.align(first, table, "the first table", f"{name}, seed {i}")
+            for i, table in enumerate(model.seeds)
         ]
         pairs = list(zip(tables, model.fit_on, strict=True))
         shared = [
-            router for router in routers.possible(*pairs[0]) if all(router in routers.possible(*p) for p in pairs)
+            router
+            for router in routers.possible(*pairs[0])
+            if all(router in routers.possible(*p) for p in pairs)
         ]
         for router in shared:
-            methods[f"{name}: {router}"] = [(table, routers.score(router, table, fit)) for table, fit in pairs]
+            methods[f"{name}: {router}"] = [
+                (table, routers.score(router, table, fit)) for table, fit in pairs
+            ]
     return methods
 
 
@@ -82,11 +87,15 @@ def compare(
             at[str(b)] = {
                 "accuracy": estimate(f.at(name, b)),
                 "reference_minus_this": estimate(f.at(reference, b) - f.at(name, b)),
-                "perfect_share": estimate(measures.perfect_share(f.rates, f.accuracy[name], perfect)[:, f.column(b)]),
+                "perfect_share": estimate(
+                    measures.perfect_share(f.rates, f.accuracy[name], perfect)[:, f.column(b)]
+                ),
                 **{key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
             }
         if prices:
-            for b, spent in zip(budgets, _costs(name.partition(": ")[2], runs, prices, budgets), strict=True):
+            for b, spent in zip(
+                budgets, _costs(name.partition(": ")[2], runs, prices, budgets), strict=True
+            ):
                 at[str(b)] |= spent
         curve = f.accuracy[name]
         table[name] = {
@@ -131,13 +140,19 @@ def _alone(name: str, model: Model, f: measures.Frontiers, reference: str) -> di
     if all("natural_called" in table for table in model.seeds):
         called = [table["natural_called"] for table in model.seeds]
         right = [
-            np.where(c, t["cloud_correct"], t["natural_correct"]) for c, t in zip(called, model.seeds, strict=True)
+            np.where(c, t["cloud_correct"], t["natural_correct"])
+            for c, t in zip(called, model.seeds, strict=True)
         ]
-        found |= {"natural_call_rate": float(np.mean(called)), "natural_accuracy": float(np.mean(right))}
+        found |= {
+            "natural_call_rate": float(np.mean(called)),
+            "natural_accuracy": float(np.mean(right)),
+        }
     return found
 
 
-def _costs(router: str, runs, prices: costs.Prices, budgets: Sequence[float]) -> list[dict[str, float]]:
+def _costs(
+    router: str, runs, prices: costs.Prices, budgets: Sequence[float]
+) -> list[dict[str, float]]:
     """What each budget costs a prompt, mean over seeds; a recorded router not of ours is taken to have read the response."""
     reads = routers.router_of(router).reads
     found = []
@@ -145,7 +160,10 @@ def _costs(router: str, runs, prices: costs.Prices, budgets: Sequence[float]) ->
         own = table.get(f"tokens_{router}", 0.0)
         found.append(costs.cost_frontier(table, score, prices, reads, own, budgets))
     figures = ("usd", "seconds", "device_tokens")
-    return [{key: float(np.mean([getattr(f, key)[i] for f in found])) for key in figures} for i in range(len(budgets))]
+    return [
+        {key: float(np.mean([getattr(f, key)[i] for f in found])) for key in figures}
+        for i in range(len(budgets))
+    ]
 
 
 def _auc_of(table: Records, score: np.ndarray) -> float | None:
@@ -166,14 +184,22 @@ def _mean_by_key(tables: list[dict[str, float | None]]) -> dict[str, float | Non
 
 def markdown(result: dict) -> str:
     """compare.md: accuracy of every method at each budget, its figures, and by how much the reference is ahead."""
-    head = ["method", *(f"{100 * b:g} % calls" for b in result["budgets"]), "APGR", "CPT 50 / 80 %", "AUC"]
+    head = [
+        "method",
+        *(f"{100 * b:g} % calls" for b in result["budgets"]),
+        "APGR",
+        "CPT 50 / 80 %",
+        "AUC",
+    ]
     number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
     lines, ahead = [], []
     for name, method in result["methods"].items():
         at = method["at_budget"].values()
         cpt = " / ".join(number(_times(method[key]["value"])) for key in ("cpt_50", "cpt_80"))
         apgr = number(method["apgr"]["value"], 3)
-        lines.append([name, *(percent(a["accuracy"]) for a in at), apgr, cpt, number(method["auc"], 3)])
+        lines.append(
+            [name, *(percent(a["accuracy"]) for a in at), apgr, cpt, number(method["auc"], 3)]
+        )
         ahead.append([name, *(points(a["reference_minus_this"]) for a in at)])
     few = (
         " Few seeds tell little of the spread between seeds: with five the intervals cover some 88 %, with two about half."
@@ -185,12 +211,17 @@ def markdown(result: dict) -> str:
         rows = [
             [
                 name,
-                *(f"{a['usd']:.3g} / {a['seconds']:.3g} / {a['device_tokens']:.3g}" for a in m["at_budget"].values()),
+                *(
+                    f"{a['usd']:.3g} / {a['seconds']:.3g} / {a['device_tokens']:.3g}"
+                    for a in m["at_budget"].values()
+                ),
             ]
             for name, m in result["methods"].items()
         ]
         columns = head[: 1 + len(result["budgets"])]
-        cost = f"## Cost of a prompt: USD / seconds / device tokens\n\n{page.table(columns, rows)}\n\n"
+        cost = (
+            f"## Cost of a prompt: USD / seconds / device tokens\n\n{page.table(columns, rows)}\n\n"
+        )
     seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
     return (
         f"# Routers compared\n\n{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with 95 % "
@@ -209,12 +240,20 @@ def write(out: pathlib.Path, result: dict) -> str:
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
-    home = result["reference"].partition(": ")[0]  # of the other models the trained marker alone: a line each
-    shown = {n: m for n, m in result["methods"].items() if n.partition(": ")[0] == home or n.endswith(": margin")}
+    home = result["reference"].partition(": ")[
+        0
+    ]  # of the other models the trained marker alone: a line each
+    shown = {
+        n: m
+        for n, m in result["methods"].items()
+        if n.partition(": ")[0] == home or n.endswith(": margin")
+    }
     lines = {name: method["frontier"] for name, method in (shown or result["methods"]).items()}
     figures.curves(out / "frontier.png", result["call_rates"], lines)
     page.save(out, "compare", text)
-    return text.split("![")[0] + f"wrote {out}: compare.html, compare.md, compare.json, frontier.png"
+    return (
+        text.split("![")[0] + f"wrote {out}: compare.html, compare.md, compare.json, frontier.png"
+    )
 
 
 def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
@@ -225,11 +264,19 @@ def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
         name, _, files = word.rpartition("=")
         paths = [pathlib.Path(file) for file in files.split(",")]
         if not name:
-            name = paths[0].stem if alone.count(paths[0].stem) == 1 else f"{paths[0].parent.name}/{paths[0].stem}"
+            name = (
+                paths[0].stem
+                if alone.count(paths[0].stem) == 1
+                else f"{paths[0].parent.name}/{paths[0].stem}"
+            )
         if ": " in name:
-            raise UserError(f"a table cannot be called {name!r}, with ': ' in it: that parts model and router")
+            raise UserError(
+                f"a table cannot be called {name!r}, with ': ' in it: that parts model and router"
+            )
         if name in found:
-            raise UserError(f"two tables are called {name!r}: give them names, as --records first={paths[0]}")
+            raise UserError(
+                f"two tables are called {name!r}: give them names, as --records first={paths[0]}"
+            )
         found[name] = paths
     return found
 
@@ -255,10 +302,18 @@ def main(argv: list[str]) -> int:
         prog="python -m collab_jax.compare", description="Routers compared, from records alone."
     )
     parser.add_argument(
-        "--records", nargs="+", required=True, metavar="[NAME=]FILE[,FILE]", help="a table, one file a seed"
+        "--records",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]FILE[,FILE]",
+        help="a table, one file a seed",
     )
     parser.add_argument(
-        "--fit", nargs="+", default=[], metavar="NAME=FILE[,FILE]", help="what learned routers are fitted on"
+        "--fit",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE[,FILE]",
+        help="what learned routers are fitted on",
     )
     parser.add_argument(
         "--out",
@@ -267,29 +322,50 @@ def main(argv: list[str]) -> int:
         help="folder for compare.json, compare.md, compare.html, frontier.png",
     )
     parser.add_argument(
-        "--budgets", type=float, nargs="+", default=BUDGETS, help="shares of prompts that go to the cloud"
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=BUDGETS,
+        help="shares of prompts that go to the cloud",
     )
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--cloud_seconds", type=float, help="latency of a call; with it costs are told")
-    parser.add_argument("--usd_per_call", type=float, help="price of a call; else the records' cloud_usd")
     parser.add_argument(
-        "--usd_per_million_tokens", type=float, help="price of a call's tokens, by the records' cloud_tokens"
+        "--cloud_seconds", type=float, help="latency of a call; with it costs are told"
     )
-    parser.add_argument("--device_ms_per_token", type=float, help="speed of the device; else the records' ms")
-    parser.add_argument("--reference", default="", metavar="NAME: ROUTER", help="what the others are compared with")
+    parser.add_argument(
+        "--usd_per_call", type=float, help="price of a call; else the records' cloud_usd"
+    )
+    parser.add_argument(
+        "--usd_per_million_tokens",
+        type=float,
+        help="price of a call's tokens, by the records' cloud_tokens",
+    )
+    parser.add_argument(
+        "--device_ms_per_token", type=float, help="speed of the device; else the records' ms"
+    )
+    parser.add_argument(
+        "--reference", default="", metavar="NAME: ROUTER", help="what the others are compared with"
+    )
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {args.out} ({error.strerror}): choose another --out") from None
+        raise UserError(
+            f"cannot write to {args.out} ({error.strerror}): choose another --out"
+        ) from None
     prices = None
     if args.cloud_seconds is not None:
         prices = costs.Prices(
-            args.cloud_seconds, args.usd_per_call, args.usd_per_million_tokens, args.device_ms_per_token
+            args.cloud_seconds,
+            args.usd_per_call,
+            args.usd_per_million_tokens,
+            args.device_ms_per_token,
         )
     elif (args.usd_per_call, args.usd_per_million_tokens, args.device_ms_per_token) != (None,) * 3:
         raise UserError("prices come with --cloud_seconds, the latency of a call")
-    result = compare(load(args.records, args.fit), args.budgets, args.resamples, args.reference, prices)
+    result = compare(
+        load(args.records, args.fit), args.budgets, args.resamples, args.reference, prices
+    )
     print(write(args.out, result))
     return 0
 

@@ -57,12 +57,17 @@ def evaluate(
         for start in range(0, len(examples), size):
             batch = examples[start : start + size]
             padded = batch + batch[:1] * (size - len(batch))  # one shape, one compilation
-            prompts = parallel.shard(text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D)
+            prompts = parallel.shard(
+                text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D
+            )
             passes, key = {}, (np.full(D, seed or 0, np.int32), np.full(D, start // size, np.int32))
             for kind, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
                 samples = sample(params, *prompts, *key, bias=np.full(D, bias, np.float32))
                 one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
-                passes[kind] = one, rollout.judge(task, text, padded, one.tokens, one.mask, one.ended)
+                passes[kind] = (
+                    one,
+                    rollout.judge(task, text, padded, one.tokens, one.mask, one.ended),
+                )
             shared, drawn = [{}] * len(batch), seed is not None
             if config.cloud.share_attempt and natural and not drawn and cloud is not None:
                 shared = shared_answers(task, cloud, text, batch, passes["natural"][0])
@@ -91,7 +96,9 @@ def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]
     ]
 
 
-def shared_answers(task: Task, cloud: CachedCloud, text: Text, examples: list[Example], natural) -> list[dict]:
+def shared_answers(
+    task: Task, cloud: CachedCloud, text: Text, examples: list[Example], natural
+) -> list[dict]:
     """Columns of the cloud's answers with the device's attempt, where the natural pass called.
 
     The attempt is what was written before the decision token. `shared_extra_tokens`: input tokens more than without it.
@@ -104,9 +111,13 @@ def shared_answers(task: Task, cloud: CachedCloud, text: Text, examples: list[Ex
     ]
     called = [examples[i] for i in calls]
     alone, names = rollout.cloud_prompts(task, called)
-    answers = cloud.answer([with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names)
+    answers = cloud.answer(
+        [with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names
+    )
     correct, known = rollout.cloud_verdicts(task, called, answers)
-    rows = [{"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples]
+    rows = [
+        {"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples
+    ]
     without = cloud.answer(alone).replies
     for i, c, k, reply, bare in zip(calls, correct, known, answers.replies, without, strict=True):
         if k and bare:
@@ -143,7 +154,9 @@ def _row(task: Task, example: Example, i: int, passes, drawn: bool) -> dict:
         "natural_completed": bool(natural_verdicts.called[i]),
         "natural_correct": bool(natural_verdicts.correct[i]),
         "natural_ended": bool(natural.ended[i]),
-        "natural_tokens": int(crossing.argmax()) + 1 if called and not drawn else int(natural.mask[i].sum()),
+        "natural_tokens": int(crossing.argmax()) + 1
+        if called and not drawn
+        else int(natural.mask[i].sum()),
     }
 
 
@@ -164,7 +177,9 @@ def held_out(run: Run) -> list[Example]:
     return examples
 
 
-def evaluate_state(run: Run, sample, state: TrainState, examples: list[Example], name: str) -> Records:
+def evaluate_state(
+    run: Run, sample, state: TrainState, examples: list[Example], name: str
+) -> Records:
     """Records of `examples` under `state` (with axis D) by a `greedy_sampler`."""
     return evaluate(sample, state.policy, run.text, run.task, run.cloud, examples, run.config, name)
 
@@ -203,5 +218,11 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
 if __name__ == "__main__":
     from collab_jax.reports import suite
 
-    name = flags.DEFINE_string("suite", None, "Evaluate on this suite of benchmarks, or on tasks with commas between.")
-    cli.main(lambda config, workdir: suite.main(config, workdir, name.value) if name.value else main(config, workdir))
+    name = flags.DEFINE_string(
+        "suite", None, "Evaluate on this suite of benchmarks, or on tasks with commas between."
+    )
+    cli.main(
+        lambda config, workdir: (
+            suite.main(config, workdir, name.value) if name.value else main(config, workdir)
+        )
+    )

@@ -20,7 +20,9 @@ from collab_jax.runtime import cli
 from collab_jax.runtime.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; made if absent.")
-_ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapter alone, as PEFT has it, instead of the merged model.")
+_ADAPTER = flags.DEFINE_bool(
+    "adapter", False, "Write the adapter alone, as PEFT has it, instead of the merged model."
+)
 
 
 def model_card(run: Run, step: int, adapter: bool) -> str:
@@ -40,7 +42,8 @@ def model_card(run: Run, step: int, adapter: bool) -> str:
         rows = [line for line in run_report.markdown_table(figures).splitlines() if line]
         measured = (
             f"{figures['after']['n']} held-out prompts of {config.task.name}, before and after training "
-            f"({', '.join(f'{key} {value}' for key, value in figures['machine'].items())}):\n\n" + "\n".join(rows)
+            f"({', '.join(f'{key} {value}' for key, value in figures['machine'].items())}):\n\n"
+            + "\n".join(rows)
         )
     return f"""---
 base_model: {config.model.path}
@@ -81,9 +84,13 @@ def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
     config = run.config
     step = run.checkpoints.latest()
     if step is None:
-        raise UserError(f"{run.workdir} holds no checkpoint: train first, with this --workdir and these settings")
+        raise UserError(
+            f"{run.workdir} holds no checkpoint: train first, with this --workdir and these settings"
+        )
     if adapter and not config.lora.rank:
-        raise UserError("--adapter: this run trained the whole model (config.lora.rank=0): export it without --adapter")
+        raise UserError(
+            "--adapter: this run trained the whole model (config.lora.rank=0): export it without --adapter"
+        )
     learnt = experiment.load_state(run).learnt
     try:
         if adapter:

@@ -106,7 +106,9 @@ class Rollout:
     formatted: jax.Array  # bool[Q, G]
     cloud_correct: jax.Array  # bool[Q], the cloud's verdict where it was needed
     cloud_known: jax.Array  # bool[Q], False only where the verdict was needed and the cloud failed
-    barred: jax.Array | None = None  # i32[Q, G, T], the token that was disallowed there, or -1; None: none was
+    barred: jax.Array | None = (
+        None  # i32[Q, G, T], the token that was disallowed there, or -1; None: none was
+    )
 
 
 def zero() -> jax.Array:
@@ -115,7 +117,9 @@ def zero() -> jax.Array:
 
 def init_reward(alpha_a: float, alpha_c: float, alpha_f: float) -> RewardState:
     """Needs alpha_a > alpha_c > alpha_f >= 0 (paper, equation of the hierarchical reward)."""
-    return RewardState(alphas=jnp.array([alpha_a, alpha_c, alpha_f], jnp.float32), counts=jnp.zeros(5, jnp.int32))
+    return RewardState(
+        alphas=jnp.array([alpha_a, alpha_c, alpha_f], jnp.float32), counts=jnp.zeros(5, jnp.int32)
+    )
 
 
 def rho_of(budget: float) -> Fraction:
@@ -126,7 +130,10 @@ def rho_of(budget: float) -> Fraction:
 
 def init_filter(budget: float) -> FilterState:
     rho = rho_of(budget)
-    totals = {name: zero() for name in ("carry", "prompts", "d1", "d2", "kept", "kept_d2", "empty_d1_streak")}
+    totals = {
+        name: zero()
+        for name in ("carry", "prompts", "d1", "d2", "kept", "kept_d2", "empty_d1_streak")
+    }
     return FilterState(
         budget=jnp.float32(budget),
         price=jnp.float32(0),
@@ -144,17 +151,30 @@ def init_state(
     averaged: bool = False,
 ) -> TrainState:
     """The TrainState before the first step, nothing frozen; averaged: with an `average`."""
-    counters = {name: zero() for name in ("step", "empty_updates", "nonfinite_updates", "nonfinite_streak")}
+    counters = {
+        name: zero() for name in ("step", "empty_updates", "nonfinite_updates", "nonfinite_streak")
+    }
     average = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params) if averaged else None
     opt_state = optimizer.init(params)
-    return TrainState(params=params, opt_state=opt_state, reward=reward, filter=filter, average=average, **counters)
+    return TrainState(
+        params=params,
+        opt_state=opt_state,
+        reward=reward,
+        filter=filter,
+        average=average,
+        **counters,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- reward
 
 
 def reward(
-    state: RewardState, correct: jax.Array, called: jax.Array, formatted: jax.Array, cloud_correct: jax.Array
+    state: RewardState,
+    correct: jax.Array,
+    called: jax.Array,
+    formatted: jax.Array,
+    cloud_correct: jax.Array,
 ) -> tuple[jax.Array, RewardState]:
     """Hierarchical reward r f32[Q, G] (paper, section 4.1) from bool[Q, G] verdicts and cloud_correct bool[Q].
 
@@ -166,13 +186,17 @@ def reward(
     by_answer = jnp.where(correct, jnp.where(formatted, 0, 1), jnp.where(formatted, 3, 4))
     outcome = jnp.where(called, by_call, by_answer)
     r = jnp.stack([a + f, a, c, f, jnp.zeros_like(a)])[outcome]
-    return r, state.replace(counts=state.counts + jnp.bincount(outcome.reshape(-1), length=5).astype(jnp.int32))
+    return r, state.replace(
+        counts=state.counts + jnp.bincount(outcome.reshape(-1), length=5).astype(jnp.int32)
+    )
 
 
 # --------------------------------------------------------------------------------------------------- filter
 
 
-def classes(correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array) -> tuple[jax.Array, jax.Array]:
+def classes(
+    correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(D1, D2) bool[Q]: some response is right on the device; none is, and the cloud is known to be right."""
     solved = correct.any(axis=1)
     return solved & cloud_known, ~solved & cloud_correct & cloud_known
@@ -195,7 +219,9 @@ def prompt_filter(
     return within_quota(state, *classes(correct, cloud_correct, cloud_known), key)
 
 
-def within_quota(state: FilterState, d1: jax.Array, d2: jax.Array, key: jax.Array) -> tuple[jax.Array, FilterState]:
+def within_quota(
+    state: FilterState, d1: jax.Array, d2: jax.Array, key: jax.Array
+) -> tuple[jax.Array, FilterState]:
     """keep bool[Q]: all of d1 bool[Q], and of d2 bool[Q] as many as rho |d1| and what was carried pay for, at random."""
     quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
     draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)
@@ -228,7 +254,9 @@ def advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
     del mask
     G = r.shape[1]
     A = (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
-    return jnp.where((r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A)  # exactly, whatever rounding makes of the mean
+    return jnp.where(
+        (r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A
+    )  # exactly, whatever rounding makes of the mean
 
 
 def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> jax.Array:
@@ -243,7 +271,9 @@ def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> 
 # ------------------------------------------------------------------------------------------------ algorithm
 
 
-def no_control(reward: RewardState, filter: FilterState, call_rate: jax.Array) -> tuple[RewardState, FilterState]:
+def no_control(
+    reward: RewardState, filter: FilterState, call_rate: jax.Array
+) -> tuple[RewardState, FilterState]:
     """The weights stay what they are: GAPG holds calls down by its filter alone."""
     del call_rate
     return reward, filter
@@ -297,12 +327,16 @@ def policy_gradient(
     G = batch.tokens.shape[1]
     P, m = prompts.shape[0], micro_rows
     c = min(P, m)  # prompts of one micro-batch
-    prompts = jnp.pad(prompts, (0, -P % c))  # what a micro-batch holds past `mine` is computed and never used
+    prompts = jnp.pad(
+        prompts, (0, -P % c)
+    )  # what a micro-batch holds past `mine` is computed and never used
     prompt_rounds = (mine + c - 1) // c
 
     def prefill(params, i):
         at = jax.lax.dynamic_slice(prompts, (i * c,), (c,))
-        return decoder.prefill(lora.join(frozen, params), cfg, batch.prompts[at], batch.prompt_mask[at])
+        return decoder.prefill(
+            lora.join(frozen, params), cfg, batch.prompts[at], batch.prompt_mask[at]
+        )
 
     def store(i, whole):
         put = lambda w, part: jax.lax.dynamic_update_slice_in_dim(w, part, i * c, axis=0)  # noqa: E731
@@ -310,7 +344,9 @@ def policy_gradient(
 
     shapes = jax.eval_shape(prefill, params, 0)
     empty = jax.tree.map(lambda x: jnp.zeros((prompts.shape[0], *x.shape[1:]), x.dtype), shapes)
-    kv = jax.lax.fori_loop(0, prompt_rounds, store, empty)  # (last hidden states, Segment), by place in `prompts`
+    kv = jax.lax.fori_loop(
+        0, prompt_rounds, store, empty
+    )  # (last hidden states, Segment), by place in `prompts`
 
     place, of = jnp.divmod(jnp.arange(P * G), G)  # a row's place in `prompts` and in its group
     long = batch.mask[prompts[place], of].sum(1) * (place < mine) * (A[prompts[place], of] != 0)
@@ -328,7 +364,9 @@ def policy_gradient(
 
             def objective(params, kv):
                 whole, seen = lora.join(frozen, params), batch.prompt_mask[at[0]]
-                logp = decoder.continued_logprobs(whole, cfg, *kv, seen, tokens, temperature, chunk, barred)
+                logp = decoder.continued_logprobs(
+                    whole, cfg, *kv, seen, tokens, temperature, chunk, barred
+                )
                 drift = jnp.abs(logp - sampled) * mask * weight[:, None]
                 return loss(logp, mask, A[at] * weight, G), (drift.sum(), drift.max())
 
@@ -336,17 +374,30 @@ def policy_gradient(
             return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, mine_kv)
 
         fitting = jnp.searchsorted(jnp.array(lengths), long[chosen[0]])
-        (grads, dkv), (drift, worst) = jax.lax.switch(fitting, [functools.partial(cut, width) for width in lengths])
+        (grads, dkv), (drift, worst) = jax.lax.switch(
+            fitting, [functools.partial(cut, width) for width in lengths]
+        )
         spread = jax.tree.map(lambda w, part: w.at[place[chosen]].add(part), total[1], dkv)
-        return jax.tree.map(jnp.add, total[0], grads), spread, total[2] + drift, jnp.maximum(total[3], worst)
+        return (
+            jax.tree.map(jnp.add, total[0], grads),
+            spread,
+            total[2] + drift,
+            jnp.maximum(total[3], worst),
+        )
 
-    dkv = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv)  # a sum over rows, like `grads`
+    dkv = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32), kv
+    )  # a sum over rows, like `grads`
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), dkv
-    grads, dkv, drift, worst = jax.lax.fori_loop(0, rounds, rows, (*zeros, jnp.float32(0), jnp.float32(0)))
+    grads, dkv, drift, worst = jax.lax.fori_loop(
+        0, rounds, rows, (*zeros, jnp.float32(0), jnp.float32(0))
+    )
 
     def back(i, grads):
         _, pull = jax.vjp(lambda p: prefill(p, i), params)
-        part = jax.tree.map(lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * c, c).astype(y.dtype), dkv, kv)
+        part = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * c, c).astype(y.dtype), dkv, kv
+        )
         return jax.tree.map(jnp.add, grads, pull(part)[0])
 
     return jax.lax.fori_loop(0, prompt_rounds, back, grads), drift, worst
@@ -383,7 +434,9 @@ def make_step(
         cost, price = batch.called.astype(jnp.float32), state.filter.price
         A = algorithm.advantage(r, batch.mask) - price * algorithm.advantage(cost, batch.mask)
         signal = keep & (A != 0).any(axis=1)
-        free = jnp.ones_like(batch.called) if batch.barred is None else (batch.barred < 0).all(axis=2)  # might call
+        free = (
+            jnp.ones_like(batch.called) if batch.barred is None else (batch.barred < 0).all(axis=2)
+        )  # might call
         call_rate = cost.sum() / free.sum()
         reward_state, filter_state = algorithm.control(reward_state, filter_state, call_rate)
 
@@ -417,7 +470,9 @@ def make_step(
         tokens = jnp.sum(batch.mask * (signal[:, None] & (A != 0))[..., None])  # that were computed
         params = either(optax.apply_updates(state.params, updates), state.params)
         decay = jnp.float32(average)
-        fresh = (1 - decay) / (1 - decay ** (state.step + 1))  # 1 at first: the start is no part of it
+        fresh = (1 - decay) / (
+            1 - decay ** (state.step + 1)
+        )  # 1 at first: the start is no part of it
         blend = lambda a, p: a + fresh * (p - a)  # noqa: E731
         new_state = state.replace(
             step=state.step + 1,
@@ -429,7 +484,9 @@ def make_step(
             empty_updates=state.empty_updates + (kept == 0),
             nonfinite_updates=state.nonfinite_updates + ~finite,
             # A step without a gradient says nothing of the weights' health.
-            nonfinite_streak=jnp.where(finite, state.nonfinite_streak * ~signal.any(), state.nonfinite_streak + 1),
+            nonfinite_streak=jnp.where(
+                finite, state.nonfinite_streak * ~signal.any(), state.nonfinite_streak + 1
+            ),
         )
         d1, d2 = classes(batch.correct, batch.cloud_correct, batch.cloud_known)
         metrics = {
@@ -448,7 +505,8 @@ def make_step(
             # Of those, the ones that spent quota on calls: all called that might.
             "all_called": (keep & (batch.called == free).all(axis=1)).sum(),
             "grad_norm": norm,  # before clipping
-            "entropy": -jnp.sum(batch.logp * batch.mask) / batch.mask.sum(),  # nats a token, estimated by the samples
+            "entropy": -jnp.sum(batch.logp * batch.mask)
+            / batch.mask.sum(),  # nats a token, estimated by the samples
             "drift": drift / jnp.maximum(tokens, 1),  # mean |log p recomputed - log p sampled|
             "drift_max": jax.lax.pmax(worst, axis),
             "tokens": batch.mask.sum(),

@@ -57,7 +57,9 @@ def _results(jaxpr, inputs: list) -> list:
     place = dict(zip(jaxpr.invars, inputs, strict=True))
     nothing = object(), 0
     for eqn in jaxpr.eqns:
-        operands = [nothing if isinstance(v, Literal) else place.get(v, nothing) for v in eqn.invars]
+        operands = [
+            nothing if isinstance(v, Literal) else place.get(v, nothing) for v in eqn.invars
+        ]
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
         if inner is not None:
             made = _results(getattr(inner, "jaxpr", inner), operands)
@@ -70,7 +72,9 @@ def _results(jaxpr, inputs: list) -> list:
 
 
 @functools.cache
-def _model(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], param_dtype: str) -> tuple[Params, Params | None]:
+def _model(
+    cfg: DecoderConfig, rank: int, targets: tuple[str, ...], param_dtype: str
+) -> tuple[Params, Params | None]:
     """(trained, frozen) parameters, as shapes."""
 
     def cast(tree, dtype):
@@ -85,7 +89,9 @@ def _model(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], param_dtype:
 
 
 @functools.cache
-def kept(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], L: int, T: int) -> tuple[float, float]:
+def kept(
+    cfg: DecoderConfig, rank: int, targets: tuple[str, ...], L: int, T: int
+) -> tuple[float, float]:
     """Bytes that the backward pass needs of the forward pass of one response of T tokens, or with T = 0 of one prompt of L
     tokens: (one block's, what comes once). Parameters are not among them."""
     ROWS = 2
@@ -105,7 +111,9 @@ def kept(cfg: DecoderConfig, rank: int, targets: tuple[str, ...], L: int, T: int
             return jax.vjp(hidden, trained, past)[1]
 
         whole = lora.join(frozen, trained)
-        past = jax.eval_shape(lambda p: decoder.prefill(p, small, jnp.zeros((ROWS, L), jnp.int32), real), whole)
+        past = jax.eval_shape(
+            lambda p: decoder.prefill(p, small, jnp.zeros((ROWS, L), jnp.int32), real), whole
+        )
         jaxpr = jax.make_jaxpr(residuals)(trained, frozen, past).jaxpr
         places = _results(jaxpr, [(object(), 0) for _ in jaxpr.invars])
         return sum(dict(places).values()) / ROWS
@@ -142,16 +150,28 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     }
     block, once = kept(cfg, *adapter, L, T)
     prompt_block, prompt_once = kept(cfg, *adapter, L, 0)
-    again = prompt_again = 0.0  # what a block keeps, where it is computed again for its backward pass
+    again = prompt_again = (
+        0.0  # what a block keeps, where it is computed again for its backward pass
+    )
     if cfg.remat:
         bare = dataclasses.replace(cfg, remat=False)
         again, prompt_again = kept(bare, *adapter, L, T)[0], kept(bare, *adapter, L, 0)[0]
-    E, F, kv = cfg.hidden_size, cfg.intermediate_size, 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
-    beside = compute * _adapted_width(cfg, *adapter) * (1 if cfg.remat else cfg.num_layers)  # of a token
-    gradients = compute * (4 * E + 2 * F) + beside  # of the block that is being differentiated, a token
+    E, F, kv = (
+        cfg.hidden_size,
+        cfg.intermediate_size,
+        2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim,
+    )
+    beside = (
+        compute * _adapted_width(cfg, *adapter) * (1 if cfg.remat else cfg.num_layers)
+    )  # of a token
+    gradients = (
+        compute * (4 * E + 2 * F) + beside
+    )  # of the block that is being differentiated, a token
     responses = m * (cfg.num_layers * block + once + again + T * gradients)
     # The last block of a prompt is computed for one token, beside its keys and values.
-    prompts = min(P, m) * ((cfg.num_layers - 1) * prompt_block + prompt_once + prompt_again + L * gradients)
+    prompts = min(P, m) * (
+        (cfg.num_layers - 1) * prompt_block + prompt_once + prompt_again + L * gradients
+    )
     update = {
         "gradients": trained * (4 + param),  # their sum, and a micro-batch's own
         "activations": max(responses, prompts)
@@ -160,27 +180,54 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
         "logits": 4 * m * V * ((T if cpu else chunk) + chunk),  # and one chunk's gradients
     }
     sampled = _sampling(cfg, config, P, G, config.decode.slot_counts)
-    evaluated = _sampling(cfg, config, -(-config.eval.batch_size // devices) if config.eval.prompts else 0, 1, 1)
-    evaluated["parameters"] = trained * param if config.optim.average else 0  # the averaged ones, in the others' type
+    evaluated = _sampling(
+        cfg, config, -(-config.eval.batch_size // devices) if config.eval.prompts else 0, 1, 1
+    )
+    evaluated["parameters"] = (
+        trained * param if config.optim.average else 0
+    )  # the averaged ones, in the others' type
     sampling = max(sampled, evaluated, key=lambda parts: sum(parts.values()))
     return Plan(held, update, sampling | {"activations": sampling["activations"] + cast})
 
 
-def _sampling(cfg: DecoderConfig, config: ConfigDict, P: int, G: int, slot_counts: int) -> dict[str, float]:
+def _sampling(
+    cfg: DecoderConfig, config: ConfigDict, P: int, G: int, slot_counts: int
+) -> dict[str, float]:
     """Of P prompts with G responses each, at its end: beside the cache either a column's work, or, where slots go, a copy."""
-    L, T, slots, compute = config.prompt_length, config.max_new_tokens, P * G, jnp.dtype(cfg.dtype).itemsize
-    token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(config.decode.cache_dtype).itemsize
-    logits = 5 * 4 * slots * cfg.vocab_size  # themselves, scaled, the marker's aside, noise, and the sum
+    L, T, slots, compute = (
+        config.prompt_length,
+        config.max_new_tokens,
+        P * G,
+        jnp.dtype(cfg.dtype).itemsize,
+    )
+    token = (
+        2
+        * cfg.num_layers
+        * cfg.num_kv_heads
+        * cfg.head_dim
+        * jnp.dtype(config.decode.cache_dtype).itemsize
+    )
+    logits = (
+        5 * 4 * slots * cfg.vocab_size
+    )  # themselves, scaled, the marker's aside, noise, and the sum
     activations = compute * slots * (4 * cfg.hidden_size + 3 * cfg.intermediate_size)
     copy = token * -(-slots // 2) * (L + T) if slot_counts > 1 else 0
     column = logits + activations
-    return {"cache": token * (P * L + slots * T) + max(copy - column, 0), "logits": logits, "activations": activations}
+    return {
+        "cache": token * (P * L + slots * T) + max(copy - column, 0),
+        "logits": logits,
+        "activations": activations,
+    }
 
 
 def _adapted_width(cfg: DecoderConfig, rank: int, targets: tuple[str, ...]) -> int:
     """Numbers a token that a block's adapter puts out. They are kept beside those of the projections: XLA adds where it uses."""
     adapter = _model(_plain(cfg), rank, targets, "float32")[0] if rank else {}
-    return sum(leaf["lora_b"].shape[1] for part in adapter.get("layers_0", {}).values() for leaf in part.values())
+    return sum(
+        leaf["lora_b"].shape[1]
+        for part in adapter.get("layers_0", {}).values()
+        for leaf in part.values()
+    )
 
 
 def _count(tree) -> int:
@@ -245,10 +292,14 @@ def fitting(
     return None
 
 
-def changed(cfg: DecoderConfig, config: ConfigDict, changes: dict[str, object]) -> tuple[DecoderConfig, ConfigDict]:
+def changed(
+    cfg: DecoderConfig, config: ConfigDict, changes: dict[str, object]
+) -> tuple[DecoderConfig, ConfigDict]:
     """The model and the config under one of `_choices`."""
     config = ConfigDict(config.to_dict())
-    config.update_from_flattened_dict({key: value for key, value in changes.items() if key != "devices"})
+    config.update_from_flattened_dict(
+        {key: value for key, value in changes.items() if key != "devices"}
+    )
     return dataclasses.replace(cfg, remat=config.train.remat), config
 
 
@@ -257,14 +308,18 @@ def check_here(cfg: DecoderConfig, config: ConfigDict) -> str:
     return check(cfg, config, jax.local_device_count(), limit(), jax.default_backend() == "cpu")
 
 
-def check(cfg: DecoderConfig, config: ConfigDict, devices: int, have: float, cpu: bool = False) -> str:
+def check(
+    cfg: DecoderConfig, config: ConfigDict, devices: int, have: float, cpu: bool = False
+) -> str:
     """The plan as text. Raises UserError, with the plan and with settings that would fit, where it needs more than `have`."""
     parts = plan(cfg, config, devices, cpu)
     shown = table(parts, devices, have)
     if parts.total <= have:
         return shown
     changes = fitting(cfg, config, devices, have, cpu)
-    advice = "nothing that could be changed makes it fit: use a smaller model, group or max_new_tokens"
+    advice = (
+        "nothing that could be changed makes it fit: use a smaller model, group or max_new_tokens"
+    )
     if changes:
         more = f"{changes.pop('devices')} devices" if "devices" in changes else ""
         named = [f"--config.{key}={value}" for key, value in changes.items()] + [more] * bool(more)
@@ -281,7 +336,9 @@ _GIB = flags.DEFINE_float("gib", 80.0, "Memory of each of them, in GiB.", lower_
 
 def main(config: ConfigDict) -> int:
     """The command line."""
-    cfg = hf.config_from_hf(hf.architecture(config.model.path), config.model.dtype, config.train.remat)
+    cfg = hf.config_from_hf(
+        hf.architecture(config.model.path), config.model.dtype, config.train.remat
+    )
     print(check(lora.configure(cfg, config.lora), config, _DEVICES.value, _GIB.value * GIB))
     return 0
 

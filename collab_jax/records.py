@@ -91,12 +91,16 @@ _PREFIXES = {"score_": "float", "tokens_": "float"}
 
 def type_of(column: str) -> str | None:
     """The type of a column in the table above; None for a column it does not know."""
-    return TYPES.get(column) or next((kind for prefix, kind in _PREFIXES.items() if column.startswith(prefix)), None)
+    return TYPES.get(column) or next(
+        (kind for prefix, kind in _PREFIXES.items() if column.startswith(prefix)), None
+    )
 
 
 def scores(records: Records) -> dict[str, np.ndarray]:
     """The recorded routers: name -> f64[n], of the columns `score_<name>`."""
-    return {name.removeprefix("score_"): c for name, c in records.items() if name.startswith("score_")}
+    return {
+        name.removeprefix("score_"): c for name, c in records.items() if name.startswith("score_")
+    }
 
 
 def require(records: Records, columns: Sequence[str], purpose: str) -> None:
@@ -128,10 +132,15 @@ def check(records: dict[str, Sequence], name: str) -> Records:
     _refuse_duplicates(name, ids)
     table = {column: _typed(name, column, values, ids) for column, values in records.items()}
     absent = {column: value for column, value in DEFAULTS.items() if column not in table}
-    return table | {c: np.full(n, value, bool if isinstance(value, bool) else object) for c, value in absent.items()}
+    return table | {
+        c: np.full(n, value, bool if isinstance(value, bool) else object)
+        for c, value in absent.items()
+    }
 
 
-def align(a: Records, b: Records, a_name: str = "the first table", b_name: str = "the second table") -> Records:
+def align(
+    a: Records, b: Records, a_name: str = "the first table", b_name: str = "the second table"
+) -> Records:
     """`b` with its rows in the order of `a`. Raises UserError, with counts and examples, where the prompts differ."""
     row = {key: i for i, key in enumerate(b["id"])}
     only_a, only_b = [key for key in a["id"] if key not in row], sorted(row.keys() - set(a["id"]))
@@ -165,9 +174,16 @@ def read(path: pathlib.Path) -> Records:
         columns = reader(path)
     except UserError:
         raise
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:  # ValueError: JSON and Unicode as well
+    except (
+        OSError,
+        ValueError,
+        csv.Error,
+        pa.ArrowException,
+    ) as error:  # ValueError: JSON and Unicode as well
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"cannot read {path} ({reason}): is it there, and complete? Else write it again") from None
+        raise UserError(
+            f"cannot read {path} ({reason}): is it there, and complete? Else write it again"
+        ) from None
     return check(columns, str(path))
 
 
@@ -238,7 +254,9 @@ def _traces(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
 
 def _trace(value) -> np.ndarray | None:
     try:
-        trace = np.asarray(json.loads(value) if isinstance(value, str) else value, np.float32)  # null becomes NaN
+        trace = np.asarray(
+            json.loads(value) if isinstance(value, str) else value, np.float32
+        )  # null becomes NaN
     except (TypeError, ValueError):
         return None
     return np.where(np.isnan(trace), np.float32(-np.inf), trace) if trace.ndim == 1 else None
@@ -260,7 +278,9 @@ def _objects(values: Sequence) -> np.ndarray:
     return column
 
 
-def _refuse(name: str, column: str, values: Sequence, bad: np.ndarray, what: str, ids: np.ndarray) -> None:
+def _refuse(
+    name: str, column: str, values: Sequence, bad: np.ndarray, what: str, ids: np.ndarray
+) -> None:
     if (rows := np.flatnonzero(bad)).size:
         i = int(rows[0])
         raise UserError(
@@ -284,7 +304,9 @@ def _refuse_duplicates(name: str, ids: np.ndarray) -> None:
 
 def _format(path: pathlib.Path) -> tuple[Callable, Callable]:
     if path.suffix not in _FORMATS:
-        raise UserError(f"{path} is not a table of records: the name must end in {', '.join(_FORMATS)}")
+        raise UserError(
+            f"{path} is not a table of records: the name must end in {', '.join(_FORMATS)}"
+        )
     return _FORMATS[path.suffix]
 
 
@@ -297,7 +319,11 @@ def _from_arrow(column: pa.Array) -> Sequence:
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-        return np.split(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1]) if len(column) else []
+        return (
+            np.split(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1])
+            if len(column)
+            else []
+        )
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
         return column.to_numpy(zero_copy_only=False)
     return column.to_pylist()
@@ -358,7 +384,10 @@ def _plain(column: np.ndarray) -> list:
     """The column as Python values; a trace as a list with None for -inf, which JSON cannot write."""
     if column.dtype != object:
         return column.tolist()
-    return [[x if np.isfinite(x) else None for x in v.tolist()] if isinstance(v, np.ndarray) else v for v in column]
+    return [
+        [x if np.isfinite(x) else None for x in v.tolist()] if isinstance(v, np.ndarray) else v
+        for v in column
+    ]
 
 
 _FORMATS = {

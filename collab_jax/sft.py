@@ -55,7 +55,9 @@ def batches(source: Iterator[Demonstration], text: Text, config: ConfigDict) -> 
     fitting = ((messages, ids) for messages, r in source if len(ids := text.response_ids(r)) <= T)
     while True:
         pairs = list(itertools.islice(fitting, config.sft.batch_size))
-        prompts, prompt_mask = text.prompt_batch([messages for messages, _ in pairs], config.prompt_length)
+        prompts, prompt_mask = text.prompt_batch(
+            [messages for messages, _ in pairs], config.prompt_length
+        )
         responses = np.full((len(pairs), T), text.pad_id, np.int32)
         mask = np.zeros((len(pairs), T), bool)
         for i, (_, ids) in enumerate(pairs):
@@ -63,7 +65,9 @@ def batches(source: Iterator[Demonstration], text: Text, config: ConfigDict) -> 
         yield Batch(prompts, prompt_mask, responses, mask)
 
 
-def make_step(cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformation, config: ConfigDict):
+def make_step(
+    cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformation, config: ConfigDict
+):
     """step(params, opt_state, frozen, Batch) -> params, opt_state, mean loss in nats a response token; all with axis D."""
 
     def body(params, opt_state, frozen, batch: Batch):
@@ -103,7 +107,8 @@ def check(config: ConfigDict) -> None:
         f"config.sft.source={sft.source!r}, demonstrations={sft.demonstrations!r}: source=file names a file, the others none",
     )
     need(
-        sft.steps >= 1, "config.sft.steps must be at least 1: start from a config such as configs/countdown_tiny_sft.py"
+        sft.steps >= 1,
+        "config.sft.steps must be at least 1: start from a config such as configs/countdown_tiny_sft.py",
     )
     devices = jax.local_device_count()
     need(
@@ -111,9 +116,17 @@ def check(config: ConfigDict) -> None:
         f"config.sft.batch_size={sft.batch_size} must be a positive multiple of the {devices} devices",
     )
     need(min(sft.micro_rows, sft.keep) >= 1, "config.sft.micro_rows and keep must be at least 1")
-    need(0 <= sft.learning_rate < math.inf, f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0")
-    need(0 <= sft.marker_share < 1, f"config.sft.marker_share={sft.marker_share} must lie in [0, 1)")
-    need(min(sft.prompts, sft.check_prompts) >= 0, "config.sft.prompts and check_prompts must be at least 0")
+    need(
+        0 <= sft.learning_rate < math.inf,
+        f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0",
+    )
+    need(
+        0 <= sft.marker_share < 1, f"config.sft.marker_share={sft.marker_share} must lie in [0, 1)"
+    )
+    need(
+        min(sft.prompts, sft.check_prompts) >= 0,
+        "config.sft.prompts and check_prompts must be at least 0",
+    )
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
@@ -121,12 +134,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     check(config)
     task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
     if config.sft.source == "task" and task.demonstrations is None:
-        raise UserError(f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file")
+        raise UserError(
+            f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file"
+        )
     experiment.make_workdir(workdir)  # now, not after hours
     with tempfile.TemporaryDirectory() as scratch:
         if config.sft.architecture:
             tokenizer_folder, hf_config = pathlib.Path(scratch), dict(config.sft.architecture)
-            words = text_lib.word_tokenizer(config.sft.words, config.text.pad, config.text.eos[0], "<unk>")
+            words = text_lib.word_tokenizer(
+                config.sft.words, config.text.pad, config.text.eos[0], "<unk>"
+            )
             words.save_pretrained(tokenizer_folder)
             cfg = hf.config_from_hf(hf_config, config.model.dtype)
             params = decoder.init(cfg, jax.random.key(config.seed))
@@ -137,7 +154,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
             lora.configure(cfg, config.lora)  # refused now, not after the sampling
             params = hf.load(tokenizer_folder, cfg, config.model.param_dtype)
         text = text_lib.load(tokenizer_folder, config.text)
-        sample = rollout.make_sampler(cfg, text, config, group=config.group, temperature=config.temperature)
+        sample = rollout.make_sampler(
+            cfg, text, config, group=config.group, temperature=config.temperature
+        )
         source = shown(sample, params, text, task, config, workdir)
         params = tune(params, cfg, batches(source, text, config), config)
         hf.save(workdir, params, hf_config, config.model.param_dtype, tokenizer_folder)
@@ -158,11 +177,16 @@ def shown(
 ) -> Iterator[Demonstration]:
     """The demonstrations of `config.sft.source`, endless."""
     if config.sft.source == "task":
-        return ((task.prompt(example), response) for example, response in task.demonstrations(config.seed))
+        return (
+            (task.prompt(example), response)
+            for example, response in task.demonstrations(config.seed)
+        )
     path = pathlib.Path(config.sft.demonstrations).expanduser()
     if config.sft.source == "self":
         examples = experiment.fitting(task, text, config, "train")[: config.sft.prompts or None]
-        path = demonstrations.own(sample, parallel.replicate(params), text, task, examples, config, workdir)
+        path = demonstrations.own(
+            sample, parallel.replicate(params), text, task, examples, config, workdir
+        )
     prompts = lambda: {e.id: task.prompt(e) for e in task.load("train")}  # noqa: E731
     found = demonstrations.fitting(demonstrations.read(path, prompts), text, config)
     return demonstrations.endless(found, config.seed)
@@ -177,15 +201,23 @@ def reach(
     the largest. unsolved_called: of the prompts that no response solves, the share with a call; None without such prompts.
     """
     found, margins = [], []
-    for batch, s in demonstrations.draw(sample, parallel.replicate(params), text, task, examples, config, CHECK, 0.0):
+    for batch, s in demonstrations.draw(
+        sample, parallel.replicate(params), text, task, examples, config, CHECK, 0.0
+    ):
         P, G, T = s.tokens.shape
         each = [example for example in batch for _ in range(G)]
-        v = rollout.judge(task, text, each, s.tokens.reshape(-1, T), s.mask.reshape(-1, T), s.ended.reshape(-1))
-        found.append(np.stack([v.correct, v.called, v.formatted, ~s.ended.reshape(-1)]).reshape(4, P, G))
+        v = rollout.judge(
+            task, text, each, s.tokens.reshape(-1, T), s.mask.reshape(-1, T), s.ended.reshape(-1)
+        )
+        found.append(
+            np.stack([v.correct, v.called, v.formatted, ~s.ended.reshape(-1)]).reshape(4, P, G)
+        )
         margins.append(s.margins.max(-1).reshape(-1))
     correct, called, formatted, cut_off = np.concatenate(found, axis=1)
     margin = np.concatenate(margins)
-    margin = margin[np.isfinite(margin)]  # -inf: a response without a decision state, of a marker in plain text
+    margin = margin[
+        np.isfinite(margin)
+    ]  # -inf: a response without a decision state, of a marker in plain text
     unsolved = ~correct.any(1)
     return {
         "prompts": len(correct),
@@ -202,7 +234,11 @@ def reach(
 
 def told(figures: dict) -> str:
     """The figures of `reach` as a line."""
-    margin = "no decision state" if figures["margin"] is None else f"the call's margin {figures['margin']:+.1f}"
+    margin = (
+        "no decision state"
+        if figures["margin"] is None
+        else f"the call's margin {figures['margin']:+.1f}"
+    )
     return (
         f"{figures['responses']} responses to {figures['prompts']} training prompts: {figures['formatted']:.1%} well formed, "
         f"{figures['called']:.1%} calls, {figures['cut_off']:.1%} cut off, {figures['local_accuracy']:.1%} right on the device; {margin}"
@@ -222,7 +258,9 @@ def warnings(figures: dict) -> list[str]:
             "most responses neither answer in the format nor call: raise config.sft.steps, or max_new_tokens if they are cut off"
         )
     if figures["local_accuracy"] == 0:
-        found.append("no response is right, so training will stop for want of a solved prompt: choose easier prompts")
+        found.append(
+            "no response is right, so training will stop for want of a solved prompt: choose easier prompts"
+        )
     return found
 
 
@@ -234,18 +272,24 @@ def tune(params, cfg, source, config: ConfigDict):
         frozen = parallel.replicate(jax.tree.map(lambda x: np.asarray(x).astype(cfg.dtype), base))
     sft, D = config.sft, jax.local_device_count()
     schedule = optim.make_schedule(sft.learning_rate, sft.warmup_steps, decay_steps=sft.steps)
-    optimizer = optim.make_optimizer(schedule, sft.weight_decay, config.optim.clip_norm, config.model.param_dtype)
+    optimizer = optim.make_optimizer(
+        schedule, sft.weight_decay, config.optim.clip_norm, config.model.param_dtype
+    )
     state = parallel.replicate(params), parallel.replicate(optimizer.init(params))
     step, started = make_step(cfg, optimizer, config), time.monotonic()
     with tqdm(total=sft.steps, desc="warm start", unit="step") as bar:
         for i in range(sft.steps):
             batch = parallel.shard(next(source), D)
-            jax.block_until_ready(state)  # one at a time: updates of host devices, queued, can lock in the collective
+            jax.block_until_ready(
+                state
+            )  # one at a time: updates of host devices, queued, can lock in the collective
             *state, loss = step(*state, frozen, batch)
             if i % 20 == 0 or i == sft.steps - 1:
                 bar.set_postfix(loss=f"{float(loss[0]):.3f}", refresh=False)
             bar.update()
-    print(f"{sft.steps} steps in {time.monotonic() - started:.0f} s, last loss {float(loss[0]):.3f} nats a token")
+    print(
+        f"{sft.steps} steps in {time.monotonic() - started:.0f} s, last loss {float(loss[0]):.3f} nats a token"
+    )
     tuned = parallel.unreplicate(state[0])
     return lora.merge(base, tuned, cfg.lora_scale) if config.lora.rank else tuned
 

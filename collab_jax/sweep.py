@@ -34,7 +34,17 @@ from collab_jax.runtime.errors import UserError, run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
 # First parts of the keys that the evaluation before training depends on: runs that agree in these share before.parquet.
-START = {"model", "text", "task", "cloud", "eval", "decode", "prompt_length", "max_new_tokens", "cpu_devices"}
+START = {
+    "model",
+    "text",
+    "task",
+    "cloud",
+    "eval",
+    "decode",
+    "prompt_length",
+    "max_new_tokens",
+    "cpu_devices",
+}
 
 
 class Cell(NamedTuple):
@@ -49,8 +59,12 @@ class Sweep(NamedTuple):
 
     config: str
     overrides: Mapping[str, Any]  # of every cell
-    cells: Mapping[str, Cell]  # the first that has finished runs is what the others are compared with
-    serve: Mapping[str, Mapping[str, Any]] = {}  # by name, keys of another cloud that every cell is also measured with
+    cells: Mapping[
+        str, Cell
+    ]  # the first that has finished runs is what the others are compared with
+    serve: Mapping[
+        str, Mapping[str, Any]
+    ] = {}  # by name, keys of another cloud that every cell is also measured with
     about: str = ""  # Markdown; `load` takes it from the file's docstring
 
 
@@ -67,7 +81,11 @@ class Job(NamedTuple):
 
     @property
     def start(self) -> dict[str, Any]:
-        return {k: v for k, v in self.changes.items() if k.split(".")[0] in START and k != "eval.fit_prompts"}
+        return {
+            k: v
+            for k, v in self.changes.items()
+            if k.split(".")[0] in START and k != "eval.fit_prompts"
+        }
 
 
 def load(path: pathlib.Path) -> Sweep:
@@ -110,13 +128,26 @@ def command(sweep: Sweep, job: Job) -> list[str]:
     """The command line of a run."""
     flags = [f"--config.{key}={value}" for key, value in job.changes.items()]
     config = str(ROOT / sweep.config)
-    return [sys.executable, "-m", "collab_jax.train", "--config", config, "--workdir", str(job.folder), *flags]
+    return [
+        sys.executable,
+        "-m",
+        "collab_jax.train",
+        "--config",
+        config,
+        "--workdir",
+        str(job.folder),
+        *flags,
+    ]
 
 
 def share_start(job: Job, others: Sequence[Job]) -> None:
     """Spares a run the evaluation of its start where a finished one had the same."""
     mine = job.folder / "before.parquet"
-    theirs = [other.folder / "before.parquet" for other in others if other.done and other.start == job.start]
+    theirs = [
+        other.folder / "before.parquet"
+        for other in others
+        if other.done and other.start == job.start
+    ]
     same = [path for path in theirs if path.exists()]  # a published sweep has the first only
     if same and not mine.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +162,9 @@ def check_same(sweep: Sweep, job: Job) -> None:
     """
     file = job.folder / "config.json"
     if not file.exists():
-        raise UserError(f"{job.folder} has a report, but no config.json: restore it, or move that folder away")
+        raise UserError(
+            f"{job.folder} has a report, but no config.json: restore it, or move that folder away"
+        )
     if differing := differences(file, config_of(sweep, job.changes), all_keys=False):
         raise UserError(
             f"{job.folder} holds a run with other settings ({differing}): use the same settings or another --out"
@@ -154,7 +187,9 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
         log.parent.mkdir(parents=True, exist_ok=True)
         print(f"{number} of {len(todo)}: {job.folder} ", end="", flush=True)
         with log.open("a") as file:
-            child = subprocess.Popen(command(sweep, job), stdout=file, stderr=file, start_new_session=True)
+            child = subprocess.Popen(
+                command(sweep, job), stdout=file, stderr=file, start_new_session=True
+            )
             try:
                 status = child.wait()
             except Stop:
@@ -185,20 +220,28 @@ def config_of(sweep: Sweep, changes: Mapping[str, Any]) -> ConfigDict:
     try:
         config.update_from_flattened_dict(changes)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{sweep.config} cannot have {dict(changes)}: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{sweep.config} cannot have {dict(changes)}: {' '.join(str(error).split())}"
+        ) from None
     return config
 
 
-def served(sweep: Sweep, job: Job, changes: Mapping[str, Any], table: Records, store: pathlib.Path) -> Records:
+def served(
+    sweep: Sweep, job: Job, changes: Mapping[str, Any], table: Records, store: pathlib.Path
+) -> Records:
     """A run's test records with the answers of another cloud: what its margins, which know no cloud, are worth with that one."""
     config = config_of(sweep, {**job.changes, **changes})
     task, cloud = experiment.task_and_cloud(config, store)
     examples = {e.id: e for e in task.load("test")}
     rows = evaluate.cloud_answers(task, cloud, [examples[key] for key in table["id"]])
-    return records.check(table | {column: [row[column] for row in rows] for column in rows[0]}, str(job.folder))
+    return records.check(
+        table | {column: [row[column] for row in rows] for column in rows[0]}, str(job.folder)
+    )
 
 
-def models(sweep: Sweep, done: Mapping[str, Sequence[Job]], store: pathlib.Path) -> dict[str, compare.Model]:
+def models(
+    sweep: Sweep, done: Mapping[str, Sequence[Job]], store: pathlib.Path
+) -> dict[str, compare.Model]:
     """The records of finished runs by cell, after those of their start; with `sweep.serve`, under those clouds as well.
 
     store: SQLite file of the other clouds' answers.
@@ -223,10 +266,14 @@ def write_report(sweep: Sweep, out: pathlib.Path, path: pathlib.Path) -> bool:
     """Writes the report of what is finished; False where nothing is."""
     if not (done := finished(sweep, out)):
         return False
-    result = compare.compare(models(sweep, done, out / "serve.sqlite"), reference=f"{next(iter(done))}: margin")
+    result = compare.compare(
+        models(sweep, done, out / "serve.sqlite"), reference=f"{next(iter(done))}: margin"
+    )
     print(compare.write(out, result))
     runs = {name: [sweep_report.read(job.folder) for job in found] for name, found in done.items()}
-    sweep_report.write(out, sweep.about, f"python -m collab_jax.sweep --config {path} --out {out}", result, runs)
+    sweep_report.write(
+        out, sweep.about, f"python -m collab_jax.sweep --config {path} --out {out}", result, runs
+    )
     print(f"report: {out / 'report.html'}")
     return True
 
@@ -248,17 +295,26 @@ def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
             if source.exists() and (name != "before" or i == 0):
                 drop = HEAVY[:1] if i == 0 and name == "after" else HEAVY
                 table = records.read(source)
-                records.write(target / source.name, {c: values for c, values in table.items() if c not in drop})
+                records.write(
+                    target / source.name,
+                    {c: values for c, values in table.items() if c not in drop},
+                )
     for name in TOP:
         shutil.copy(out / name, to / name)
 
 
 def main(argv: list[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m collab_jax.sweep", description="Many training runs from one file.")
-    parser.add_argument("--config", type=pathlib.Path, required=True, help="a file of configs/sweeps")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_jax.sweep", description="Many training runs from one file."
+    )
+    parser.add_argument(
+        "--config", type=pathlib.Path, required=True, help="a file of configs/sweeps"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of all runs")
-    parser.add_argument("--publish", type=pathlib.Path, help="folder for the report and what it is made of")
+    parser.add_argument(
+        "--publish", type=pathlib.Path, help="folder for the report and what it is made of"
+    )
     args = parser.parse_args(argv)
 
     def stop(number, frame):
@@ -271,7 +327,9 @@ def main(argv: list[str]) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}): choose another {flag}") from None
+            raise UserError(
+                f"cannot write to {folder} ({error.strerror}): choose another {flag}"
+            ) from None
     if args.publish and args.publish.resolve() == args.out.resolve():
         raise UserError(f"--publish {args.publish} is --out itself: choose another folder")
     try:

@@ -64,7 +64,8 @@ def prompt_indices(seed: int, step: int, count: int, total: int) -> np.ndarray:
 def _in_order(seed: int, place: np.ndarray, total: int) -> np.ndarray:
     """Which of `total` prompts stand at these places of an endless sequence, in which each epoch has an order of its own."""
     orders = {
-        epoch: np.random.default_rng([seed, int(epoch)]).permutation(total) for epoch in np.unique(place // total)
+        epoch: np.random.default_rng([seed, int(epoch)]).permutation(total)
+        for epoch in np.unique(place // total)
     }
     return np.array([orders[p // total][p % total] for p in place], np.int64)
 
@@ -77,7 +78,9 @@ def chooser(run: Run, examples: list[Example]) -> Callable[[int, int], np.ndarra
     pools, weights = mix.pools(task, examples), list(task.weights.values())
 
     def choose(step: int, count: int) -> np.ndarray:
-        return mix.indices(seed, np.arange(step * count, (step + 1) * count), pools, weights, _in_order)
+        return mix.indices(
+            seed, np.arange(step * count, (step + 1) * count), pools, weights, _in_order
+        )
 
     return choose
 
@@ -115,7 +118,9 @@ def make_step(run: Run):
 
     def keyed(state, rollout):
         # The filter's key is a function of (seed, step), apart from the samples' keys, and the same on all devices.
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), 0x66696C74)
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(config.seed), state.step), 0x66696C74
+        )
         return body(state, rollout, key)
 
     return parallel.pmap(keyed, donate=(0,))
@@ -152,7 +157,9 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
     choose = chooser(run, examples)
     kinds = {"group": config.group, "solo": config.algorithm.solo}
-    sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
+    sample = rollout.make_sampler(
+        run.cfg, run.text, config, **kinds, temperature=config.temperature
+    )
     step = make_step(run)
     cloud = run.cloud if algorithms.needs_cloud(config) else None
     unknown = Unknown(run.workdir / "unknown.jsonl")
@@ -163,18 +170,33 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
     writer = metrics.MetricsWriter(run.workdir, first)
     warned: set[str] = set()
     ready = time.monotonic()  # when the devices were done with the last update
-    with stop, tqdm(total=config.train.steps, initial=first, desc="train", unit="step", mininterval=1) as bar:
+    with (
+        stop,
+        tqdm(
+            total=config.train.steps, initial=first, desc="train", unit="step", mininterval=1
+        ) as bar,
+    ):
 
-        def close(i: int, out: dict, collected: rollout.Collected, sampled: float, last: bool) -> None:
+        def close(
+            i: int, out: dict, collected: rollout.Collected, sampled: float, last: bool
+        ) -> None:
             """What is left of step `i` when its update runs: its metrics, its checkpoint. Raises where going on is pointless."""
             nonlocal ready
             out = parallel.unreplicate(out)  # waits for the update
             row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
             row |= {"cut_off": collected.cut_off, "cloud_asked": collected.cloud_asked}
             row |= {"cloud_unknown": len(collected.unknown)}
-            row |= {f"cloud_{name}": value for name, value in run.cloud.take_tally()._asdict().items()}
-            row |= {"verifier_timeouts": collected.verifier_timeouts, "verifier_failures": collected.verifier_failures}
-            row |= {"seconds_rollout": sampled - ready, "seconds": (now := time.monotonic()) - ready}
+            row |= {
+                f"cloud_{name}": value for name, value in run.cloud.take_tally()._asdict().items()
+            }
+            row |= {
+                "verifier_timeouts": collected.verifier_timeouts,
+                "verifier_failures": collected.verifier_failures,
+            }
+            row |= {
+                "seconds_rollout": sampled - ready,
+                "seconds": (now := time.monotonic()) - ready,
+            }
             ready = now
             writer.write(row)
             bar.set_postfix_str(progress(row, config.budget), refresh=False)
@@ -182,7 +204,10 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
             if (message := metrics.alarm(writer.rows)) and message not in warned:
                 warned.add(message)
                 bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
-            ill = row["nonfinite_streak"] >= NONFINITE_LIMIT or row["empty_d1_streak"] >= config.train.empty_d1_limit
+            ill = (
+                row["nonfinite_streak"] >= NONFINITE_LIMIT
+                or row["empty_d1_streak"] >= config.train.empty_d1_limit
+            )
             if ill or last or (i + 1) % config.train.checkpoint_every == 0:
                 save(run, i + 1, state)
             check_health(row, run)
@@ -254,14 +279,22 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"
     )
     recorded.check(run)
-    before, greedy, held, fit = None, evaluate.greedy_sampler(run), evaluate.held_out(run), fit_examples(run)
+    before, greedy, held, fit = (
+        None,
+        evaluate.greedy_sampler(run),
+        evaluate.held_out(run),
+        fit_examples(run),
+    )
     if config.eval.prompts:
         if not (workdir / "before.parquet").exists() and run.checkpoints.latest() is not None:
             raise UserError(
                 f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir"
             )
         start = lambda: parallel.replicate(experiment.load_state(run))  # noqa: E731
-        before = kept(workdir / "before.parquet", lambda: evaluate.evaluate_state(run, greedy, start(), held, "before"))
+        before = kept(
+            workdir / "before.parquet",
+            lambda: evaluate.evaluate_state(run, greedy, start(), held, "before"),
+        )
     state = train(run, stop)
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
@@ -270,7 +303,9 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         fit_table = None
         if fit:  # routers are fitted on the device's verdicts: no cloud answer is bought
             parts = greedy, state.policy, run.text, run.task, None, fit, config, "fit"
-            fit_table = kept(workdir / "fit.parquet", lambda: evaluate.evaluate(*parts, natural=False))
+            fit_table = kept(
+                workdir / "fit.parquet", lambda: evaluate.evaluate(*parts, natural=False)
+            )
 
         def final() -> records.Records:
             table = evaluate.evaluate_state(run, greedy, state, held, "after")
@@ -282,7 +317,11 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         filter_state = parallel.unreplicate(state.filter)
         rows = metrics.read(workdir / "metrics.jsonl")
         machine = process.machine()
-        print(run_report.write(workdir, config, filter_state, rows, before, after, costs_of_cloud(run), machine))
+        print(
+            run_report.write(
+                workdir, config, filter_state, rows, before, after, costs_of_cloud(run), machine
+            )
+        )
     return 0
 
 

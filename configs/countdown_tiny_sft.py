@@ -13,7 +13,15 @@ import runpy
 common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
 _WORDS = [*"0123456789+-*/()=, \n", " ok", " no"]
-_WORDS += ["<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need external assistance ", "</unknown>"]
+_WORDS += [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<unknown>",
+    " I need external assistance ",
+    "</unknown>",
+]
 
 
 def get_config():

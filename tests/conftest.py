@@ -54,7 +54,9 @@ def small(data_dir):
     def make(file="countdown_tiny.py", **overrides):
         config = runpy.run_path(str(ROOT / "configs" / file))["get_config"]()
         config.update_from_flattened_dict(SMALL | {"task.data_dir": str(data_dir)})
-        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
+        config.update_from_flattened_dict(
+            {key.replace("__", "."): value for key, value in overrides.items()}
+        )
         return config.lock()
 
     return make

@@ -33,4 +33,6 @@ def make(n=None, seed=0, **columns):
         natural_called=[T] * 2 + [F] * (size - 2), natural_completed=[T] + [F] * (size - 1),
         natural_correct=base["local_correct"], natural_ended=base["ended"],
     )  # fmt: skip
-    return records.check({name: list(column) for name, column in (base | columns).items()}, "a test's table")
+    return records.check(
+        {name: list(column) for name, column in (base | columns).items()}, "a test's table"
+    )

@@ -29,7 +29,11 @@ def config(**changes):
 
 def test_task_reward_gives_a_call_nothing():
     state = gapg.init_reward(2.0, 0.5, 0.2)
-    correct, called, formatted = jnp.array([[T, F, F, F]]), jnp.array([[F, T, F, F]]), jnp.array([[T, F, T, F]])
+    correct, called, formatted = (
+        jnp.array([[T, F, F, F]]),
+        jnp.array([[F, T, F, F]]),
+        jnp.array([[T, F, T, F]]),
+    )
     r, state = algorithms.task_reward(state, correct, called, formatted, jnp.array([T]))
     np.testing.assert_allclose(r, [[2.2, 0, 0.2, 0]], rtol=1e-6)
     assert state.counts.tolist() == [1, 0, 0, 1, 2]
@@ -38,7 +42,13 @@ def test_task_reward_gives_a_call_nothing():
 def test_task_reward_is_the_papers_where_nothing_is_called():
     state, draw = gapg.init_reward(2.0, 0.5, 0.2), np.random.default_rng(0)
     correct, formatted = draw.random((9, 4)) < 0.5, draw.random((9, 4)) < 0.5
-    batch = state, jnp.array(correct), jnp.zeros((9, 4), bool), jnp.array(formatted), jnp.array(draw.random(9) < 0.5)
+    batch = (
+        state,
+        jnp.array(correct),
+        jnp.zeros((9, 4), bool),
+        jnp.array(formatted),
+        jnp.array(draw.random(9) < 0.5),
+    )
     jax.tree.map(np.testing.assert_array_equal, algorithms.task_reward(*batch), gapg.reward(*batch))
 
 
@@ -54,7 +64,10 @@ def test_grpo_advantage_by_hand():
 def test_grpo_forgets_the_size_of_a_reward_and_gapg_does_not():
     for scale in (0.25, 4.0):
         np.testing.assert_allclose(
-            algorithms.grpo_advantage(scale * R, MASK), algorithms.grpo_advantage(R, MASK), rtol=1e-3, atol=1e-6
+            algorithms.grpo_advantage(scale * R, MASK),
+            algorithms.grpo_advantage(R, MASK),
+            rtol=1e-3,
+            atol=1e-6,
         )
         np.testing.assert_allclose(
             gapg.advantage(scale * R, MASK), scale * gapg.advantage(R, MASK), rtol=1e-5, atol=1e-6
@@ -70,7 +83,10 @@ def test_gapg_is_leave_one_out_reinforce():
 def test_dr_grpo_is_gapg_up_to_scale():
     G, width = R.shape[1], MASK.shape[2]
     np.testing.assert_allclose(
-        algorithms.dr_grpo_advantage(R, MASK), gapg.advantage(R, MASK) * (G - 1) / (G * width), rtol=1e-5, atol=1e-7
+        algorithms.dr_grpo_advantage(R, MASK),
+        gapg.advantage(R, MASK) * (G - 1) / (G * width),
+        rtol=1e-5,
+        atol=1e-7,
     )
 
 
@@ -93,7 +109,9 @@ def test_kinds_of_responses_are_not_measured_against_each_other():
 
 def test_standard_advantage_of_equal_rewards_is_zero_whatever_rounding_makes_of_their_mean():
     assert not np.asarray(algorithms.standard_advantage(jnp.full((1, 7), 0.2), None)).any()
-    np.testing.assert_allclose(algorithms.standard_advantage(jnp.array([[2.0, 0.0]]), None), [[1, -1]], rtol=1e-4)
+    np.testing.assert_allclose(
+        algorithms.standard_advantage(jnp.array([[2.0, 0.0]]), None), [[1, -1]], rtol=1e-4
+    )
 
 
 # --------------------------------------------------------------------------------------------------- filter
@@ -101,11 +119,20 @@ def test_standard_advantage_of_equal_rewards_is_zero_whatever_rounding_makes_of_
 
 def filtered(prompt_filter, r, correct, cloud, known):
     state = gapg.init_filter(0.3)
-    return prompt_filter(state, jnp.array(r), jnp.array(correct), jnp.array(cloud), jnp.array(known), jax.random.key(0))
+    return prompt_filter(
+        state,
+        jnp.array(r),
+        jnp.array(correct),
+        jnp.array(cloud),
+        jnp.array(known),
+        jax.random.key(0),
+    )
 
 
 def test_no_filter_keeps_all_known():
-    keep, state = filtered(algorithms.no_filter, [[2.0], [0.5], [0.0]], [[T], [F], [F]], [F, T, F], [T, T, F])
+    keep, state = filtered(
+        algorithms.no_filter, [[2.0], [0.5], [0.0]], [[T], [F], [F]], [F, T, F], [T, T, F]
+    )
     assert keep.tolist() == [T, T, F] and (state.kept, state.d1, state.d2) == (2, 1, 1)
 
 
@@ -118,9 +145,17 @@ def test_zero_variance_filter_keeps_what_has_a_gradient():
 
 def test_mixed_filter_lets_no_prompt_that_all_responses_solve_pay_for_another():
     correct = [[T, F], [T, T], [F, F], [F, F]]
-    args = jnp.zeros((4, 2)), jnp.array(correct), jnp.array([T] * 4), jnp.array([T] * 4), jax.random.key(0)
+    args = (
+        jnp.zeros((4, 2)),
+        jnp.array(correct),
+        jnp.array([T] * 4),
+        jnp.array([T] * 4),
+        jax.random.key(0),
+    )
     keep, state = algorithms.mixed_filter(gapg.init_filter(0.5), *args)  # rho = 1
-    assert keep[:2].tolist() == [T, F] and keep[2:].sum() == 1 and (state.d1, state.kept_d2) == (2, 1)
+    assert (
+        keep[:2].tolist() == [T, F] and keep[2:].sum() == 1 and (state.d1, state.kept_d2) == (2, 1)
+    )
     keep, state = gapg.prompt_filter(gapg.init_filter(0.5), *args)
     assert keep.all() and (state.d1, state.kept_d2) == (2, 2)
 
@@ -144,14 +179,20 @@ def test_lagrangian_by_hand():
 
 def test_dual_alpha_c_by_hand_moves_both_ways_and_stays_between_its_neighbours():
     np.testing.assert_allclose(
-        controlled(algorithms.dual_alpha_c(0.5), [0.1, 0.5, 0.1])[0].alphas, [2.0, 0.6, 0.2], rtol=1e-6
+        controlled(algorithms.dual_alpha_c(0.5), [0.1, 0.5, 0.1])[0].alphas,
+        [2.0, 0.6, 0.2],
+        rtol=1e-6,
     )
     assert controlled(algorithms.dual_alpha_c(1.0), [1.0] * 9)[0].alphas[1] == jnp.float32(0.2)
     assert controlled(algorithms.dual_alpha_c(1.0), [0.0] * 9)[0].alphas[1] == 2.0
 
 
 def test_no_control_leaves_all_as_it_is():
-    jax.tree.map(np.testing.assert_array_equal, controlled(gapg.no_control, [0.9]), controlled(gapg.no_control, []))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        controlled(gapg.no_control, [0.9]),
+        controlled(gapg.no_control, []),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -164,11 +205,15 @@ def test_the_default_is_the_paper():
 
 @pytest.mark.parametrize("parts", list(itertools.product(*algorithms.PARTS.values())))
 def test_every_combination_can_be_made(parts):
-    made = algorithms.make_algorithm(config(**dict(zip(algorithms.PARTS, parts, strict=True)), control_rate=0.1))
+    made = algorithms.make_algorithm(
+        config(**dict(zip(algorithms.PARTS, parts, strict=True)), control_rate=0.1)
+    )
     assert all(map(callable, made))
 
 
 def test_task_tuning_needs_no_cloud_and_the_paper_does():
-    assert algorithms.needs_cloud(config()) and algorithms.needs_cloud(config(reward="task"))  # its filter asks
+    assert algorithms.needs_cloud(config()) and algorithms.needs_cloud(
+        config(reward="task")
+    )  # its filter asks
     assert not algorithms.needs_cloud(config(reward="task", filter="none"))
     assert algorithms.needs_cloud(config(filter="none"))

@@ -31,7 +31,10 @@ def test_flop_by_hand():
     assert measure.parameters(cfg) == 2 * 144 + 40
     kv = 2 * 2 * 3 * 4  # a token's keys and values, two layers, four bytes
     lengths = np.array([1, 3])
-    assert measure.decode_bytes(cfg, 1, 5, lengths, 4, 4) == 3 * 328 * 4 + (1 + 1 + 2 + 3) * kv + 3 * 5 * kv
+    assert (
+        measure.decode_bytes(cfg, 1, 5, lengths, 4, 4)
+        == 3 * 328 * 4 + (1 + 1 + 2 + 3) * kv + 3 * 5 * kv
+    )
 
 
 def test_parameters_are_those_of_the_model():
@@ -43,7 +46,9 @@ def test_parameters_are_those_of_the_model():
 
 def test_the_clock_ends_nine_rows_in_ten_at_a_quarter_and_the_peers_read_the_same(tmp_path):
     cfg, params = work.make_model(LOAD)
-    case = work.decode(LOAD._replace(prompts=64), cfg, parallel.replicate(params), segments=2, slot_counts=2)
+    case = work.decode(
+        LOAD._replace(prompts=64), cfg, parallel.replicate(params), segments=2, slot_counts=2
+    )
     rows = 64 * 4
     useful = case.run()
     short = (rows * 16 - useful) / 12  # a short row has 4 tokens, a long one 16
@@ -62,7 +67,9 @@ def test_the_fixed_mix_runs_every_row_to_the_limit_and_the_update_learns_from_al
     assert case.run() == 8 * 4 * 16
     batch = work.update_batch(load)
     assert batch.mask.all() and (batch.correct.any(1) & ~batch.correct.all(1)).all()
-    assert work.response_lengths(LOAD).min() == 4 and case.flop() == work.update_flop(cfg, 3, np.full((8, 4), 16))
+    assert work.response_lengths(LOAD).min() == 4 and case.flop() == work.update_flop(
+        cfg, 3, np.full((8, 4), 16)
+    )
 
 
 def test_interleaved_runs_take_turns_and_ratios_are_of_one_round():
@@ -81,17 +88,36 @@ def test_interleaved_runs_take_turns_and_ratios_are_of_one_round():
 
 
 def test_number():
-    assert [measure.number(x) for x in (0, 12.345, 12345.0, 2.5e11)] == ["0", "12.3", "12.3k", "250G"]
+    assert [measure.number(x) for x in (0, 12.345, 12345.0, 2.5e11)] == [
+        "0",
+        "12.3",
+        "12.3k",
+        "250G",
+    ]
 
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "collab_jax.bench", *arguments], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "collab_jax.bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def test_command_line_writes_a_table_and_json(tmp_path):
-    sizes = ["--prompts", "2", "--group", "2", "--max_new", "8", "--prompt_length", "4", "--repeats", "2"]
+    sizes = [
+        "--prompts",
+        "2",
+        "--group",
+        "2",
+        "--max_new",
+        "8",
+        "--prompt_length",
+        "4",
+        "--repeats",
+        "2",
+    ]
     out = command("decode", *sizes, "--json", str(tmp_path / "figures.json"))
     assert out.returncode == 0, out.stderr
     assert "decode tiny long_tail: ours is" in out.stdout and "ceilings: matmul" in out.stdout
@@ -124,35 +150,61 @@ def bare(tmp_path):
 
 
 def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare):
-    sizes = {"prompts_per_step": 2, "group": 2, "max_new_tokens": 8, "decode__slot_counts": 1, "train__lengths": 1}
+    sizes = {
+        "prompts_per_step": 2,
+        "group": 2,
+        "max_new_tokens": 8,
+        "decode__slot_counts": 1,
+        "train__lengths": 1,
+    }
     page = rehearse.rehearse(small(model__path=str(bare), **sizes), layers=1, steps=2)
-    assert "1 blocks, random weights, a made-up tokenizer" in page and "MiB on each of 2 devices" in page
-    steps = [line.split("|")[1:] for line in page.splitlines() if line.startswith(("| 1 (compiles)", "| 2 "))]
+    assert (
+        "1 blocks, random weights, a made-up tokenizer" in page
+        and "MiB on each of 2 devices" in page
+    )
+    steps = [
+        line.split("|")[1:]
+        for line in page.splitlines()
+        if line.startswith(("| 1 (compiles)", "| 2 "))
+    ]
     assert len(steps) == 2
     for _, rollout_s, _, update_s, share, tokens, rate, asked, drift, _ in steps:
-        assert float(rollout_s) > 0 and float(update_s) > 0 and float(rate.strip().removesuffix("k")) > 0
-        assert 2 * 2 * 7 <= int(tokens) <= 2 * 2 * 8 and int(asked) == 2 and 0 <= float(drift) < 0.01
+        assert (
+            float(rollout_s) > 0
+            and float(update_s) > 0
+            and float(rate.strip().removesuffix("k")) > 0
+        )
+        assert (
+            2 * 2 * 7 <= int(tokens) <= 2 * 2 * 8 and int(asked) == 2 and 0 <= float(drift) < 0.01
+        )
         assert share.strip().endswith("%")
 
 
 def test_a_made_up_tokenizer_has_the_special_tokens_whole_and_fits_the_model(small):
     config = small()
     tokenizer = rehearse.make_up_tokenizer(["What is 1 + 2?"] * 3, config, 300)
-    assert len(tokenizer) <= 300 and tokenizer.decode(tokenizer.encode("What is 2 + 1?")) == "What is 2 + 1?"
+    assert (
+        len(tokenizer) <= 300
+        and tokenizer.decode(tokenizer.encode("What is 2 + 1?")) == "What is 2 + 1?"
+    )
     assert all(len(tokenizer.encode(t)) == 1 for t in ("<pad>", "<eos>", "<unknown>"))
     with pytest.raises(UserError, match="at least 2.. tokens, and this model's vocabulary is 100"):
         rehearse.make_up_tokenizer(["a"], config, 100)
 
 
 def test_half_of_each_group_counts_as_right_after_it_was_judged():
-    batch = work.update_batch(LOAD).replace(correct=np.zeros((8, 4), bool), called=np.ones((8, 4), bool))
+    batch = work.update_batch(LOAD).replace(
+        correct=np.zeros((8, 4), bool), called=np.ones((8, 4), bool)
+    )
     right = rehearse.half_right(batch)
     assert right.correct.tolist() == [[True, False, True, False]] * 8 and not right.called.any()
 
 
 def test_settings_of_a_rehearsal_are_read_as_everywhere(bare, small, tmp_path):
     file = "configs/countdown_tiny.py"
-    assert rehearse.read_config(file, ["--config.group=6", "--config.text.eos=('a','b')"]).group == 6
+    assert (
+        rehearse.read_config(file, ["--config.group=6", "--config.text.eos=('a','b')"]).group == 6
+    )
     for wrong, says in (
         (["--config.grup=6"], "grup"),
         (["stray"], "unexpected argument 'stray'"),
@@ -161,7 +213,10 @@ def test_settings_of_a_rehearsal_are_read_as_everywhere(bare, small, tmp_path):
         with pytest.raises(UserError, match=says):
             rehearse.read_config(file, wrong)
     (half := tmp_path / "half.py").write_text("def get_config(:")
-    for unusable, says in (("configs/nope.py", "nope.py"), (str(half), "invalid syntax .half.py, line 1")):
+    for unusable, says in (
+        ("configs/nope.py", "nope.py"),
+        (str(half), "invalid syntax .half.py, line 1"),
+    ):
         with pytest.raises(UserError, match=says):
             rehearse.read_config(unusable, [])
     with pytest.raises(UserError, match="--layers=9 must lie in 1 to 4"):
@@ -174,5 +229,9 @@ def test_random_models_have_the_shapes_of_their_names():
         cfg = hf.config_from_hf(work.hf_config(LOAD._replace(shape=shape, lengths="fixed")))
         shapes = jax.eval_shape(lambda cfg=cfg: decoder.init(cfg, jax.random.key(0)))
         counts[shape] = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
-    assert counts["tiny"] == pytest.approx(0.79, abs=0.01) and counts["25m"] == pytest.approx(25, abs=1)
-    assert counts["qwen2.5-0.5b"] == pytest.approx(494, abs=1) and counts["qwen2.5-1.5b"] == pytest.approx(1544, abs=1)
+    assert counts["tiny"] == pytest.approx(0.79, abs=0.01) and counts["25m"] == pytest.approx(
+        25, abs=1
+    )
+    assert counts["qwen2.5-0.5b"] == pytest.approx(494, abs=1) and counts[
+        "qwen2.5-1.5b"
+    ] == pytest.approx(1544, abs=1)

@@ -41,7 +41,9 @@ def parts(small):
     config = small()
     folder = hf.locate(config.model.path)
     text, task = text_lib.load(folder, config.text), make_task(config)
-    return Parts(config, folder, text, task, *text.prompt_batch([task.prompt(e) for e in EXAMPLES], 16))
+    return Parts(
+        config, folder, text, task, *text.prompt_batch([task.prompt(e) for e in EXAMPLES], 16)
+    )
 
 
 # ---------------------------------------------------------------------------------------- without PyTorch
@@ -71,7 +73,9 @@ def test_rewards_are_the_methods(parts):
 @pytest.fixture
 def torch():
     torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)  # on a busy machine its threads wait for each other, tens of times as long as they work
+    torch.set_num_threads(
+        1
+    )  # on a busy machine its threads wait for each other, tens of times as long as they work
     return torch
 
 
@@ -79,7 +83,9 @@ def test_generate_counts_what_it_samples(parts, torch):
     sizes = dict(group=4, max_new=20, dtype="float32")
     endless = peers.generate(parts.folder, parts.prompts, parts.prompt_mask, eos_ids=(), **sizes)
     assert endless() == endless() == 3 * 4 * 20
-    ending = peers.generate(parts.folder, parts.prompts, parts.prompt_mask, eos_ids=(11, 12), **sizes)
+    ending = peers.generate(
+        parts.folder, parts.prompts, parts.prompt_mask, eos_ids=(11, 12), **sizes
+    )
     assert 3 * 4 <= ending() < 3 * 4 * 20
 
 
@@ -92,7 +98,10 @@ def small_model(tmp_path):
         rope_parameters=dict(rope_type="default", rope_theta=100.0), architectures=["Qwen3ForCausalLM"],
     )  # fmt: skip
     cfg = hf.config_from_hf(hf_config)
-    shapes, draw = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0))), np.random.default_rng(0)
+    shapes, draw = (
+        jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0))),
+        np.random.default_rng(0),
+    )
     params = jax.tree.map(lambda s: draw.normal(scale=0.5, size=s.shape).astype(np.float32), shapes)
     hf.save(tmp_path, params, hf_config, "float32", tokenizer=tmp_path)
     return tmp_path, cfg, params
@@ -114,13 +123,23 @@ def test_update_has_our_loss_and_gradient(small_model, torch, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     run = peers.update(
-        folder, prompts, prompt_mask, tokens, mask, advantages, micro_rows=5, learning_rate=1e-3, dtype="float32"
+        folder,
+        prompts,
+        prompt_mask,
+        tokens,
+        mask,
+        advantages,
+        micro_rows=5,
+        learning_rate=1e-3,
+        dtype="float32",
     )  # 12 rows, so a last micro-batch of 2
     first, second = run(), run()
 
     def objective(params):
         rows = jnp.array(tokens.reshape(P * G, T))
-        logp = decoder.response_logprobs(params, cfg, prompts, prompt_mask, rows, temperature=1.0, chunk=T)
+        logp = decoder.response_logprobs(
+            params, cfg, prompts, prompt_mask, rows, temperature=1.0, chunk=T
+        )
         return gapg.loss(logp.reshape(P, G, T), mask, advantages, G) / P
 
     loss, gradient = jax.jit(jax.value_and_grad(objective))(params)
@@ -139,7 +158,14 @@ def trl_step(parts, torch):
     def make(**sizes):
         sizes = dict(prompts_per_step=2, group=4, max_new=48) | sizes
         runs.append(
-            peers.trl_step(parts.folder, EXAMPLES, text=parts.text, task=parts.task, config=parts.config, **sizes)
+            peers.trl_step(
+                parts.folder,
+                EXAMPLES,
+                text=parts.text,
+                task=parts.task,
+                config=parts.config,
+                **sizes,
+            )
         )
         return runs[-1]
 
@@ -163,9 +189,14 @@ def test_trl_takes_one_step_a_call(parts, trl_step, monkeypatch):
         count = run()
         examples, completions, got = judged[step]
         assert count == sum(map(len, completions)) and len(completions) == 8 <= count <= 8 * 48
-        assert [e.id for e in examples] == [i for i in dict.fromkeys(e.id for e in examples) for _ in range(4)]
+        assert [e.id for e in examples] == [
+            i for i in dict.fromkeys(e.id for e in examples) for _ in range(4)
+        ]
         texts = [parts.text.tokenizer.decode(ids) for ids in completions]
-        assert sum(t.startswith("<think>") for t in texts) > 4 and sum(t.endswith("<eos>") for t in texts) > 4
+        assert (
+            sum(t.startswith("<think>") for t in texts) > 4
+            and sum(t.endswith("<eos>") for t in texts) > 4
+        )
         assert got.any() and np.isfinite(got).all()
 
 

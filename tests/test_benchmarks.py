@@ -47,9 +47,13 @@ def sources(tmp_path, monkeypatch):
     with zipfile.ZipFile(place("math"), "w") as archive:
         folder = "agents-e8c4/src/agents/datasets/data/math"
         archive.writestr("agents-e8c4/README.md", "")
-        archive.writestr(f"{folder}/train/algebra/10.json", math_row(r"\boxed{ 1 } or \fbox{\{2\}}", "Level ?"))
+        archive.writestr(
+            f"{folder}/train/algebra/10.json", math_row(r"\boxed{ 1 } or \fbox{\{2\}}", "Level ?")
+        )
         archive.writestr(f"{folder}/train/algebra/9.json", math_row(r"It is \boxed 7$."))
-        archive.writestr(f"{folder}/train/algebra/517.json", math_row(r"\boxed{11}"))  # also a test row
+        archive.writestr(
+            f"{folder}/train/algebra/517.json", math_row(r"\boxed{11}")
+        )  # also a test row
         archive.writestr(f"{folder}/test/prealgebra/177.json", math_row(r"\boxed{12}"))
     with zipfile.ZipFile(place("mmlu"), "w") as archive:
         table = "question,choice0,choice1,choice2,choice3,answer\n" + '"a, b?",1,2,3,4,3\n' * 4
@@ -65,14 +69,18 @@ def sources(tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(www)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(www))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(benchmarks, "RAW", base)
     monkeypatch.setattr(benchmarks, "ARCHIVE", base)
     from tensorflow_datasets.text.gsm8k import gsm8k
 
-    monkeypatch.setattr(gsm8k, "_URLS", {split: f"{base}/gsm8k/{split}.jsonl" for split in ("train", "test")})
+    monkeypatch.setattr(
+        gsm8k, "_URLS", {split: f"{base}/gsm8k/{split}.jsonl" for split in ("train", "test")}
+    )
     yield server
     server.shutdown()
     server.server_close()
@@ -85,18 +93,31 @@ def test_every_source_becomes_rows_once_and_for_all(sources, tmp_path):
         (row,) = read(name)
         assert row["problem"] == "p" and {key: row[key] for key in expected} == expected
     nine, ten = read("math_train")
-    assert (nine["id"], nine["answer"], nine["level"], nine.get("boxed_all")) == ("math_train/algebra/9", "7", 3, None)
+    assert (nine["id"], nine["answer"], nine["level"], nine.get("boxed_all")) == (
+        "math_train/algebra/9",
+        "7",
+        3,
+        None,
+    )
     assert (ten["id"], ten["answer"], ten["level"], ten["boxed_all"]) == ("math_train/algebra/10", r"\{2\}", None, ["1", r"\{2\}"])  # fmt: skip
     assert [row["answer"] for row in read("math_test")] == ["6"]
     mmlu = rows.read(folder, "mmlu_test", ("answer", "choices"))
     assert [row["id"] for row in mmlu][3:5] == ["mmlu/anatomy/3", "mmlu/high_school_mathematics/0"]
-    assert (mmlu[0]["problem"], mmlu[0]["choices"], mmlu[0]["answer"]) == ("a, b?", ["1", "2", "3", "4"], "D")
-    assert [row["id"] for row in mmlu if row.get("math_train_id")] == ["mmlu/high_school_mathematics/3"]
+    assert (mmlu[0]["problem"], mmlu[0]["choices"], mmlu[0]["answer"]) == (
+        "a, b?",
+        ["1", "2", "3", "4"],
+        "D",
+    )
+    assert [row["id"] for row in mmlu if row.get("math_train_id")] == [
+        "mmlu/high_school_mathematics/3"
+    ]
     assert read("gsm8k_test") == [{"id": "gsm8k/tfds-test-0", "problem": "test", "answer": "1200", "solution": "so\n#### 1,200"}]  # fmt: skip
     sources.shutdown()
     assert read("math_train") == [nine, ten]  # no second download
 
-    (folder / "math_train.jsonl").write_text(json.dumps({"id": "mine", "problem": "p", "answer": "1"}) + "\n")
+    (folder / "math_train.jsonl").write_text(
+        json.dumps({"id": "mine", "problem": "p", "answer": "1"}) + "\n"
+    )
     assert [row["id"] for row in read("math_train")] == ["mine"]  # a file wins
 
 
@@ -113,4 +134,6 @@ def test_the_sources_are_pinned_and_every_data_set_has_a_reader():
         == {name for name, _ in benchmarks.SPLITS.values()} - {"gsm8k"}
     )
     for source in benchmarks.SOURCES.values():
-        assert any(len(part) == 40 and int(part, 16) for part in source.split("/") if len(part) == 40)
+        assert any(
+            len(part) == 40 and int(part, 16) for part in source.split("/") if len(part) == 40
+        )

@@ -17,7 +17,9 @@ from collab_jax.routing.calibration import bias_for_accuracy, bias_for_rate, tra
 from collab_jax.runtime.errors import UserError
 
 T, F = True, False
-HAND = np.array([3.0, -1.0, 2.0, 0.0, 1.0, -2.0, -3.0, -4.0, -5.0])  # n = 9, so k / (n + 1) is in tenths
+HAND = np.array(
+    [3.0, -1.0, 2.0, 0.0, 1.0, -2.0, -3.0, -4.0, -5.0]
+)  # n = 9, so k / (n + 1) is in tenths
 ALL = np.ones(9, bool)
 
 
@@ -34,10 +36,18 @@ def test_rate_by_hand():
     assert (c.bias, c.k, c.called, c.n, c.delta) == (-1.5, 3, 2, 9, None)
     assert called(HAND, ALL, c.bias).tolist() == [T, F, T, F, F, F, F, F, F]
     assert c.rate == 0.25  # between 2 / 10 and 3 / 10
-    assert c.low == pytest.approx(stats.beta(2, 8).ppf(0.025)) and c.high == pytest.approx(stats.beta(3, 7).ppf(0.975))
-    assert bias_for_rate(HAND, ALL, 0.1).bias == -3.0  # nothing larger: at the largest itself, which stays local
-    assert bias_for_rate(HAND, ALL, 0.39).k == 3 and bias_for_rate(HAND, ALL, 0.4).k == 4  # never above the budget
-    assert bias_for_rate(np.arange(99.0), np.ones(99, bool), 0.29).k == 29  # 0.29 * 100 is 28.999...
+    assert c.low == pytest.approx(stats.beta(2, 8).ppf(0.025)) and c.high == pytest.approx(
+        stats.beta(3, 7).ppf(0.975)
+    )
+    assert (
+        bias_for_rate(HAND, ALL, 0.1).bias == -3.0
+    )  # nothing larger: at the largest itself, which stays local
+    assert (
+        bias_for_rate(HAND, ALL, 0.39).k == 3 and bias_for_rate(HAND, ALL, 0.4).k == 4
+    )  # never above the budget
+    assert (
+        bias_for_rate(np.arange(99.0), np.ones(99, bool), 0.29).k == 29
+    )  # 0.29 * 100 is 28.999...
 
 
 def test_rate_with_delta_by_hand():
@@ -49,7 +59,9 @@ def test_rate_with_delta_by_hand():
 
 def test_unanswered_come_first_and_no_decision_state_last():
     answered = np.array([T, T, F, T, T, F, T, T, T])
-    margins = np.where(np.arange(9) == 4, -np.inf, HAND)  # scores: inf, inf, 3, 0, -1, -3, -4, -5, -inf
+    margins = np.where(
+        np.arange(9) == 4, -np.inf, HAND
+    )  # scores: inf, inf, 3, 0, -1, -3, -4, -5, -inf
     c = bias_for_rate(margins, answered, 0.4)  # k = 4: 0, the next larger 3
     assert (c.bias, c.called) == (-1.5, 3)
     assert bias_for_rate(margins, answered, 0.3).bias == -3.0  # nothing answered is larger than 3
@@ -112,7 +124,10 @@ def test_promise_holds_in_simulation_and_is_not_idle():
     rng, n, rate, delta, repeats = np.random.default_rng(0), 200, 0.3, 0.1, 400
     answered = np.ones(n, bool)
     true = np.array(
-        [stats.norm.sf(-bias_for_rate(rng.normal(size=n), answered, rate, delta).bias) for _ in range(repeats)]
+        [
+            stats.norm.sf(-bias_for_rate(rng.normal(size=n), answered, rate, delta).bias)
+            for _ in range(repeats)
+        ]
     )
     share, noise = (true > rate).mean(), 3 * (delta * (1 - delta) / repeats) ** 0.5
     assert share <= delta + noise
@@ -162,10 +177,18 @@ def test_accuracy_by_hand():
     # calling the first 0 ... 5: 2, 3, 3, 3, 4, 3 of five are right
     assert bias_for_accuracy(margins, answered, local, cloud, 0.4).called == 0
     c = bias_for_accuracy(margins, answered, local, cloud, 0.6)
-    assert (c.bias, c.called, c.accuracy, c.accuracy_low, c.target) == (-2.5, 1, 0.6, None, "accuracy")
+    assert (c.bias, c.called, c.accuracy, c.accuracy_low, c.target) == (
+        -2.5,
+        1,
+        0.6,
+        None,
+        "accuracy",
+    )
     c = bias_for_accuracy(margins, answered, local, cloud, 0.8)
     assert (c.bias, c.called, c.rate) == (0.5, 4, 0.75)
-    with pytest.raises(UserError, match=r"accuracy of 0.9 on these 5 prompts: the highest is 80.0%, at 80.0% calls"):
+    with pytest.raises(
+        UserError, match=r"accuracy of 0.9 on these 5 prompts: the highest is 80.0%, at 80.0% calls"
+    ):
         bias_for_accuracy(margins, answered, local, cloud, 0.9)
 
 
@@ -173,11 +196,16 @@ def test_accuracy_respects_what_a_bias_cannot_part():
     right = np.ones(4, bool)
     c = bias_for_accuracy(np.array([1.0, 1.0, 1.0, 0.0]), right, ~right, right, 0.5)
     assert (c.called, c.accuracy) == (3, 0.75)  # ties go together
-    c = bias_for_accuracy(np.array([1.0, 0.0, -1.0, -2.0]), np.array([T, F, T, F]), right, right, 0.5)
+    c = bias_for_accuracy(
+        np.array([1.0, 0.0, -1.0, -2.0]), np.array([T, F, T, F]), right, right, 0.5
+    )
     assert (c.called, c.bias) == (2, -1.0)  # only what has no answer
     with pytest.raises(UserError, match="the highest is 75.0%, at 75.0% calls"):
         bias_for_accuracy(np.array([1.0, 0.0, -1.0, -np.inf]), right, ~right, right, 0.9)
-    assert bias_for_accuracy(np.array([1.0, 0.0, -1.0, -2.0]), right, ~right, right, 0.9).bias == calibration.LIMIT
+    assert (
+        bias_for_accuracy(np.array([1.0, 0.0, -1.0, -2.0]), right, ~right, right, 0.9).bias
+        == calibration.LIMIT
+    )
 
 
 def test_promised_accuracy_by_the_exact_tail():
@@ -189,7 +217,9 @@ def test_promised_accuracy_by_the_exact_tail():
         cloud = np.zeros(n, bool)
         cloud[testing[:correct]] = True
         try:
-            c = bias_for_accuracy(np.zeros(n), np.ones(n, bool), np.zeros(n, bool), cloud, target, delta)
+            c = bias_for_accuracy(
+                np.zeros(n), np.ones(n, bool), np.zeros(n, bool), cloud, target, delta
+            )
         except UserError:
             return False
         return c.accuracy == correct / 90 and c.accuracy_low >= target
@@ -206,7 +236,9 @@ def test_promised_accuracy_stops_at_the_first_test_that_fails():
     c = bias_for_accuracy(margins, yes, middle, ~middle, 0.5, 0.05)
     assert 900 < c.called < 1000 and c.accuracy_low >= 0.5
     assert -c.bias % 10 == 5  # the tenths that place it have margins 0, 10, ...: half way
-    assert bias_for_accuracy(margins, yes, middle, ~middle, 0.5).called < 300  # without a bound, the fewest
+    assert (
+        bias_for_accuracy(margins, yes, middle, ~middle, 0.5).called < 300
+    )  # without a bound, the fewest
 
 
 def test_promised_accuracy_in_simulation():
@@ -215,7 +247,9 @@ def test_promised_accuracy_in_simulation():
     calls, true = np.zeros(repeats), np.zeros(repeats)
     for i in range(repeats):
         u = rng.random(n)
-        c = bias_for_accuracy(u, np.ones(n, bool), rng.random(n) < 1 - u, rng.random(n) < 0.9, target, delta)
+        c = bias_for_accuracy(
+            u, np.ones(n, bool), rng.random(n) < 1 - u, rng.random(n) < 0.9, target, delta
+        )
         t = min(max(-c.bias, 0.0), 1.0)
         calls[i], true[i] = 1 - t, 0.9 + 0.1 * t - t**2 / 2
     assert (true < target).mean() <= delta + 3 * (delta * (1 - delta) / repeats) ** 0.5
@@ -225,11 +259,20 @@ def test_promised_accuracy_in_simulation():
 def test_promised_accuracy_out_of_reach():
     n = 100
     yes, no, margins = np.ones(n, bool), np.zeros(n, bool), np.arange(n, dtype=float)
-    with pytest.raises(UserError, match="calling everything reaches 0.0% on them, of which 0.0% can be promised$"):
+    with pytest.raises(
+        UserError, match="calling everything reaches 0.0% on them, of which 0.0% can be promised$"
+    ):
         bias_for_accuracy(margins, yes, no, no, 0.5, 0.05)
-    with pytest.raises(UserError, match=r"from 20 prompts: .* 100.0% .* 84.7% can be promised; .* about 32 are needed"):
-        bias_for_accuracy(margins[:20], yes[:20], no[:20], yes[:20], 0.9, 0.05)  # 0.9^29 <= 0.05, and three place
-    assert bias_for_accuracy(margins[:32], yes[:32], no[:32], yes[:32], 0.9, 0.05).accuracy_low >= 0.9
+    with pytest.raises(
+        UserError,
+        match=r"from 20 prompts: .* 100.0% .* 84.7% can be promised; .* about 32 are needed",
+    ):
+        bias_for_accuracy(
+            margins[:20], yes[:20], no[:20], yes[:20], 0.9, 0.05
+        )  # 0.9^29 <= 0.05, and three place
+    assert (
+        bias_for_accuracy(margins[:32], yes[:32], no[:32], yes[:32], 0.9, 0.05).accuracy_low >= 0.9
+    )
 
 
 # --- online
@@ -248,9 +291,13 @@ def test_track_holds_the_rate_where_a_fixed_bias_does_not():
     margins, answered = draw(rng, 10_000)
     fixed = bias_for_rate(margins, answered, budget).bias
     state = tracker(margins, answered, fixed, budget)
-    assert state.step == pytest.approx(np.ptp(np.quantile(margins[answered & np.isfinite(margins)], [0.01, 0.99])) / 50)
+    assert state.step == pytest.approx(
+        np.ptp(np.quantile(margins[answered & np.isfinite(margins)], [0.01, 0.99])) / 50
+    )
     (before, a), (after, b) = draw(rng, 5000), draw(rng, 5000)
-    after = np.where(rng.random(5000) < 0.5, rng.normal(5, 1.5, 5000), after)  # two in three are hard now
+    after = np.where(
+        rng.random(5000) < 0.5, rng.normal(5, 1.5, 5000), after
+    )  # two in three are hard now
     stream, answers = np.concatenate([before, after]), np.concatenate([a, b])
     calls = np.zeros(10_000, bool)
     for i, (margin, answer) in enumerate(zip(stream.tolist(), answers.tolist(), strict=True)):
@@ -283,7 +330,9 @@ def test_track_keeps_its_deterministic_bound(order):
 
 def test_tracker_comes_back_from_a_run_it_cannot_decide():
     margins = np.random.default_rng(5).normal(size=1000)
-    state = begin = tracker(margins, np.ones(1000, bool), 100.0, 0.3)  # a bias out of range begins at the limit
+    state = begin = tracker(
+        margins, np.ones(1000, bool), 100.0, 0.3
+    )  # a bias out of range begins at the limit
     assert state.bias == state.high
     for _ in range(10_000):
         state = track(state, True)  # nothing but responses without an answer
@@ -309,13 +358,22 @@ BAD = {
     "percent": (dict(rate=30.0), "rate=30: it must lie between 0 and 1"),
     "rate NaN": (dict(rate=math.nan), "rate=nan"),
     "delta": (dict(delta=1.0), "delta=1: it must lie between 0 and 1"),
-    "few": (dict(rate=0.05), "9 calibration prompts are too few for a rate of 0.05: at least 19 are needed"),
-    "few for delta": (dict(delta=0.01), "too few for a rate of 0.3 with delta 0.01: at least 13 are needed"),
+    "few": (
+        dict(rate=0.05),
+        "9 calibration prompts are too few for a rate of 0.05: at least 19 are needed",
+    ),
+    "few for delta": (
+        dict(delta=0.01),
+        "too few for a rate of 0.3 with delta 0.01: at least 13 are needed",
+    ),
     "unanswered": (
         dict(answered=HAND < 0),
         r"4 of 9 .* \(44.4%\) have no answer .* 50.0% is the lowest.*--margin_only",
     ),
-    "as many unanswered as the budget": (dict(answered=HAND <= 0), r"3 of 9 .* 40.0% is the lowest"),
+    "as many unanswered as the budget": (
+        dict(answered=HAND <= 0),
+        r"3 of 9 .* 40.0% is the lowest",
+    ),
     "all unanswered": (dict(answered=~ALL, delta=0.1), "9 of 9 .* 100.0% is the lowest"),
 }
 
@@ -364,7 +422,9 @@ def config(delta=None):
 def test_config_returns_as_it_was_written(tmp_path):
     for delta in (None, 0.05):
         path = calibrate.write(tmp_path / "new" / "folder", config(delta))
-        assert path.name == "collab_config.json" and [p.name for p in path.parent.iterdir()] == [path.name]
+        assert path.name == "collab_config.json" and [p.name for p in path.parent.iterdir()] == [
+            path.name
+        ]
         assert calibrate.read(path) == calibrate.read(path.parent) == config(delta)
     named = calibrate.write(tmp_path / "other.json", config())
     assert named == tmp_path / "other.json" and calibrate.read(named) == config()
@@ -372,8 +432,17 @@ def test_config_returns_as_it_was_written(tmp_path):
 
 def test_config_says_what_a_server_needs():
     c = config()
-    assert (c["version"], c["decision_token"], c["marker"], c["prompts"]) == (1, "<unknown>", "<unknown> help", 1000)
-    assert c["target"] == "rate" and c["value"] == c["tracking"]["budget"] == 0.3 and c["call_unanswered"] is True
+    assert (c["version"], c["decision_token"], c["marker"], c["prompts"]) == (
+        1,
+        "<unknown>",
+        "<unknown> help",
+        1000,
+    )
+    assert (
+        c["target"] == "rate"
+        and c["value"] == c["tracking"]["budget"] == 0.3
+        and c["call_unanswered"] is True
+    )
     rows = {row["rate"]: row for row in c["biases"]}
     assert rows[0.3]["bias"] == c["bias"] and rows[0.3]["expected"] == c["call_rate"]["expected"]
     assert list(rows) == list(calibrate.RATES) and list(rows)[::9] == [0.05, 0.5, 0.95]
@@ -454,7 +523,10 @@ def records(tmp_path):
             ["--rate", "0.3"],
             "promised: call rate at most 30.0% on prompts like these, on average over calibration sets;",
         ),
-        (["--rate", "0.3", "--delta", "0.05"], "promised: call rate at most 30.0% .* with probability 95.0%"),
+        (
+            ["--rate", "0.3", "--delta", "0.05"],
+            "promised: call rate at most 30.0% .* with probability 95.0%",
+        ),
         (["--accuracy", "0.9"], "promised: nothing beyond these prompts"),
         (
             ["--accuracy", "0.9", "--delta", "0.1"],
@@ -463,14 +535,25 @@ def records(tmp_path):
     ],
 )
 def test_command_line(records, tmp_path, capsys, flags, promise):
-    assert calibrate.main(["--records", records(), *flags, "--decision_token", "<u>", "--out", str(tmp_path)]) == 0
+    assert (
+        calibrate.main(
+            ["--records", records(), *flags, "--decision_token", "<u>", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     chosen, promised = capsys.readouterr().out.splitlines()
-    assert chosen.startswith("bias ") and chosen.endswith(f"wrote {tmp_path / 'collab_config.json'}")
+    assert chosen.startswith("bias ") and chosen.endswith(
+        f"wrote {tmp_path / 'collab_config.json'}"
+    )
     assert re.match(promise, promised)
     c = calibrate.read(tmp_path)
     assert c["decision_token"] == "<u>" and c["marker"] is None and f"{c['bias']:+.4f}" in chosen
     assert c["call_rate"]["expected"] <= (0.3 if "--rate" in flags else 0.4)
-    assert ("overall accuracy" in chosen) == (c["accuracy"]["measured"] is not None) == ("--accuracy" in flags)
+    assert (
+        ("overall accuracy" in chosen)
+        == (c["accuracy"]["measured"] is not None)
+        == ("--accuracy" in flags)
+    )
 
 
 def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path, capsys):
@@ -478,7 +561,10 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
     assert calibrate.main(["--records", records(), *flags, "--hold_out", "0.4"]) == 0
     out = capsys.readouterr().out
     table = pq.read_table(tmp_path / "after.parquet").to_pydict()
-    margins, answered = np.array(table["margin"]), np.array(table["ended"]) & np.array(table["formatted"])
+    margins, answered = (
+        np.array(table["margin"]),
+        np.array(table["ended"]) & np.array(table["formatted"]),
+    )
     first = bias_for_rate(margins[:600], answered[:600], 0.3)
     sent = (margins[600:] + first.bias > 0) | ~answered[600:]
     cloud = np.array(table["cloud_correct"]) & np.array(table["cloud_known"])
@@ -486,7 +572,11 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
     assert calibrate.read(tmp_path)["bias"] == first.bias and first.n == 600
     assert f"on the 400 prompts held out: call rate {100 * sent.mean():.1f} (" in out
     assert f"overall accuracy {100 * right.mean():.1f} (" in out
-    for share, says in (("1", "in \\[0, 1\\)"), ("0.9999", "leaves 0 to calibrate on"), ("0.0001", "and 0 to check")):
+    for share, says in (
+        ("1", "in \\[0, 1\\)"),
+        ("0.9999", "leaves 0 to calibrate on"),
+        ("0.0001", "and 0 to check"),
+    ):
         with pytest.raises(UserError, match=says):
             calibrate.main(["--records", records(), *flags, "--hold_out", share])
 
@@ -494,11 +584,15 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
 def test_command_line_by_margin_alone(records, tmp_path):
     path = records(ended=np.arange(1000) % 5 > 0)  # one in five is cut off, whatever its margin
     arguments = ["--records", path, "--rate", "0.1", "--out", str(tmp_path / "low.json")]
-    with pytest.raises(UserError, match="200 of 1000 .* have no answer .* 20.1% is the lowest; .* --margin_only"):
+    with pytest.raises(
+        UserError, match="200 of 1000 .* have no answer .* 20.1% is the lowest; .* --margin_only"
+    ):
         calibrate.main(arguments)
     assert calibrate.main([*arguments, "--margin_only"]) == 0
     c = calibrate.read(tmp_path / "low.json")
-    assert c["call_unanswered"] is False and c["call_rate"]["expected"] == pytest.approx(0.1, abs=0.002)
+    assert c["call_unanswered"] is False and c["call_rate"]["expected"] == pytest.approx(
+        0.1, abs=0.002
+    )
 
 
 def test_command_line_counts_a_failed_call_as_wrong(records, tmp_path):
@@ -526,7 +620,9 @@ def test_what_is_no_parquet_file_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_text("no")
     for name in ("a.parquet", "absent.parquet"):
         with pytest.raises(UserError, match=f"cannot read .*{name}"):
-            calibrate.main(["--records", str(tmp_path / name), "--rate", "0.3", "--out", str(tmp_path)])
+            calibrate.main(
+                ["--records", str(tmp_path / name), "--rate", "0.3", "--out", str(tmp_path)]
+            )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         calibrate.write(tmp_path / "file", config())

@@ -15,7 +15,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from collab_jax.cloud import CachedCloud, Failure, Ledger, Reply, SimulatedCloud, Store, StoreError, ledger, make_cloud
+from collab_jax.cloud import (
+    CachedCloud,
+    Failure,
+    Ledger,
+    Reply,
+    SimulatedCloud,
+    Store,
+    StoreError,
+    ledger,
+    make_cloud,
+)
 from collab_jax.cloud.simulated import unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
 from collab_jax.models.hf import FolderError
@@ -49,7 +59,10 @@ class FakeCloud:
     def answer(self, prompts):
         contents = [messages[0]["content"] for messages in prompts]
         self.asked += contents
-        return [Failure("failing") if c in self.failing else Reply(f"A:{c}", 10, 3, 0.5, 0.25) for c in contents]
+        return [
+            Failure("failing") if c in self.failing else Reply(f"A:{c}", 10, 3, 0.5, 0.25)
+            for c in contents
+        ]
 
 
 def simulated(error_rate=0.06, solve=lambda messages: "right", model="sim") -> SimulatedCloud:
@@ -69,20 +82,27 @@ def test_simulated_reply_by_hand():
 
 
 def test_error_share_within_binomial_bound():
-    wrong = sum(reply.text != "right" for reply in simulated().answer([prompt(i) for i in range(10_000)]))
+    wrong = sum(
+        reply.text != "right" for reply in simulated().answer([prompt(i) for i in range(10_000)])
+    )
     # 600 expected, standard deviation sqrt(10,000 x 0.06 x 0.94) = 23.7; four of them = 95
     assert 505 <= wrong <= 695
 
 
 def test_which_prompts_are_wrong_never_changes():
-    wrong = [i for i in range(100) if simulated().answer([prompt(i)])[0].text == "<answer>0</answer>"]
+    wrong = [
+        i for i in range(100) if simulated().answer([prompt(i)])[0].text == "<answer>0</answer>"
+    ]
     assert wrong == [28, 29, 37, 72, 80, 82, 87]
     assert unit_hash("sim", prompt(0)) == 0.8771705965961791
     assert unit_hash("another", prompt(0)) != 0.8771705965961791
 
 
 def test_higher_error_rate_only_adds_prompts():
-    wrong = [{i for i in range(500) if simulated(r).answer([prompt(i)])[0].text != "right"} for r in (0, 0.1, 0.3, 1)]
+    wrong = [
+        {i for i in range(500) if simulated(r).answer([prompt(i)])[0].text != "right"}
+        for r in (0, 0.1, 0.3, 1)
+    ]
     assert wrong[0] == set() and wrong[1] < wrong[2] < wrong[3] and len(wrong[3]) == 500
 
 
@@ -121,11 +141,15 @@ def test_empty_batch(tmp_path):
 def test_reply_comes_back_whole(tmp_path):
     reply = Reply("x ✓ \x00 '", 1, 2, 0.1, 1e-7, reasoning="because\n", finish_reason="length")
     Store(tmp_path / "s.db").put_many("m", {}, [(prompt("ü"), reply)])
-    assert Store(tmp_path / "s.db").get_many([key("m", prompt("ü"), {})]) == {key("m", prompt("ü"), {}): reply}
+    assert Store(tmp_path / "s.db").get_many([key("m", prompt("ü"), {})]) == {
+        key("m", prompt("ü"), {}): reply
+    }
 
 
 def test_reply_that_has_no_utf8_form_is_kept(tmp_path):
-    stored = Store(tmp_path / "s.db").put_many("m", {}, [(prompt("\ud800"), Reply("a\ud800b", 1, 1, 0.0, 0.0))])
+    stored = Store(tmp_path / "s.db").put_many(
+        "m", {}, [(prompt("\ud800"), Reply("a\ud800b", 1, 1, 0.0, 0.0))]
+    )
     assert [reply.text for reply in stored.values()] == ["a?b"]
 
 
@@ -142,7 +166,10 @@ def test_model_prompt_and_parameters_are_the_key(tmp_path):
 
 def test_key_never_changes():
     # printf '["m",[{"content":"a","role":"user"}],{}]' | sha256sum
-    assert key("m", prompt("a"), {}) == "0757cde60ab3f82c71caf375d383a91c97e33e96bd24fe760c15e04afb164092"
+    assert (
+        key("m", prompt("a"), {})
+        == "0757cde60ab3f82c71caf375d383a91c97e33e96bd24fe760c15e04afb164092"
+    )
 
 
 def test_first_answer_wins(tmp_path):
@@ -206,7 +233,9 @@ def test_kill_loses_no_answer_that_was_returned(tmp_path):
     returned = [line.strip() for line in lines if line.endswith("\n")]
 
     cloud = FakeCloud()
-    answers = CachedCloud(cloud, Store(tmp_path / "s.db")).answer([prompt(i) for i in range(len(returned))])
+    answers = CachedCloud(cloud, Store(tmp_path / "s.db")).answer(
+        [prompt(i) for i in range(len(returned))]
+    )
     assert texts(answers) == returned
     assert cloud.asked == []
 
@@ -274,7 +303,9 @@ def test_ledger_by_hand(tmp_path):
 
 
 def test_ledger_is_free_of_order(tmp_path):
-    replies = [(prompt(i), Reply("x", 1, 1, 0.0, usd)) for i, usd in enumerate([0.1] * 10 + [1e16, -1e16])]
+    replies = [
+        (prompt(i), Reply("x", 1, 1, 0.0, usd)) for i, usd in enumerate([0.1] * 10 + [1e16, -1e16])
+    ]
     stores = [Store(tmp_path / "a.db"), Store(tmp_path / "b.db")]
     stores[0].put_many("m", {}, replies)
     stores[1].put_many("m", {}, replies[::-1])
@@ -369,7 +400,9 @@ def test_folder_that_cannot_be_made(tmp_path):
         Store(tmp_path)  # a folder where the file should be
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
 def test_file_or_folder_without_permission(tmp_path):
     (tmp_path / "sealed").mkdir(mode=0o500)
     with pytest.raises(StoreError, match="permissions"):
@@ -391,13 +424,17 @@ def test_store_that_fails_later_stops_the_run(tmp_path):
 
 def cloud_config(**changes):
     config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
-    values = dict(model="sim", error_rate=0, seconds=2, usd_per_million_input=0.5, usd_per_million_output=2.0)
+    values = dict(
+        model="sim", error_rate=0, seconds=2, usd_per_million_input=0.5, usd_per_million_output=2.0
+    )
     config.cloud.update(values | changes)
     return config
 
 
 def test_make_cloud(tmp_path):
-    task = SimpleNamespace(name="echo", solve_prompt=lambda messages: messages[-1]["content"].upper(), gold=None)
+    task = SimpleNamespace(
+        name="echo", solve_prompt=lambda messages: messages[-1]["content"].upper(), gold=None
+    )
     cached = make_cloud(cloud_config(), task, tmp_path / "new" / "s.db")
     assert texts(cached.answer([prompt("abc")])) == ["ABC"]
     # 0 and 0.0 in a config are the same cloud
@@ -409,7 +446,9 @@ def test_make_cloud(tmp_path):
 
 def test_make_cloud_refuses(tmp_path):
     task = SimpleNamespace(name="essay", solve_prompt=None)
-    with pytest.raises(UserError, match="'oracle' is unknown: choose one of simulated, openai, local"):
+    with pytest.raises(
+        UserError, match="'oracle' is unknown: choose one of simulated, openai, local"
+    ):
         make_cloud(cloud_config(kind="oracle"), task, tmp_path / "s.db")
     with pytest.raises(UserError, match="'essay' has no exact solver"):
         make_cloud(cloud_config(), task, tmp_path / "s.db")

@@ -70,9 +70,14 @@ def test_faults_are_survived_and_no_whole_reply_is_bought_twice(tmp_path, caplog
     prompts = [prompt(f"private {i}") for i in range(80)]
     with caplog.at_level(logging.WARNING), FaultServer(upper, share=0.3) as server:
         cloud = make(server, tmp_path / "s.db", timeouts=(2.0, 2.0, 2.0))
-        cloud.answer([prompt("warm")])  # the client is loaded at the first call, which takes its time
+        cloud.answer(
+            [prompt("warm")]
+        )  # the client is loaded at the first call, which takes its time
         answers = cloud.answer(prompts)
-        assert texts(answers) == [f"PRIVATE {i}" for i in range(80)] and (answers.bought, answers.failed) == (80, 0)
+        assert texts(answers) == [f"PRIVATE {i}" for i in range(80)] and (
+            answers.bought,
+            answers.failed,
+        ) == (80, 0)
         assert len(server.met) == 7 and server.requests > 90  # every fault, and replies
         assert set(server.whole.values()) == {1} and len(server.whole) == 81
         assert cloud.budget.spent().calls == server.requests
@@ -80,7 +85,14 @@ def test_faults_are_survived_and_no_whole_reply_is_bought_twice(tmp_path, caplog
         assert server.whole.total() == 81
     told = caplog.text + "".join(capfd.readouterr())
     assert "private" not in told.lower() and SECRET not in told
-    assert set(cloud.reasons) == {"429", "500", "no connection", "broken JSON", "no choices", "timeout"}
+    assert set(cloud.reasons) == {
+        "429",
+        "500",
+        "no connection",
+        "broken JSON",
+        "no choices",
+        "timeout",
+    }
 
 
 def test_a_reply_by_hand(tmp_path):
@@ -89,7 +101,9 @@ def test_a_reply_by_hand(tmp_path):
         [answer] = make(server, tmp_path / "s.db").answer([prompt("3 x 4?")]).replies
         assert server.keys == {f"Bearer {SECRET}"}
     assert (answer.text, answer.reasoning, answer.finish_reason) == ("12", "3 x 4", "stop")
-    assert (answer.input_tokens, answer.output_tokens) == (10, 3) and answer.usd == pytest.approx(1.6e-5)
+    assert (answer.input_tokens, answer.output_tokens) == (10, 3) and answer.usd == pytest.approx(
+        1.6e-5
+    )
     assert 0 < answer.seconds < 1
 
 
@@ -98,7 +112,9 @@ def test_a_reply_without_a_usable_answer_is_an_answer(tmp_path, reply):
     with FaultServer(lambda content: reply) as server:
         for _ in range(2):
             [answer] = make(server, tmp_path / "s.db").answer([prompt("x")]).replies
-        assert server.requests == 1 and answer.text == ("мимо" if reply.get("content") == "мимо" else "")
+        assert server.requests == 1 and answer.text == (
+            "мимо" if reply.get("content") == "мимо" else ""
+        )
 
 
 @pytest.mark.parametrize(
@@ -155,14 +171,21 @@ def test_no_key_no_price_no_highest_price(tmp_path, monkeypatch):
         make("http://127.0.0.1:9", tmp_path / "s.db", model="other")
     with pytest.raises(CloudError, match="max_usd needs parameters.max_tokens"):
         make("http://127.0.0.1:9", tmp_path / "s.db", max_usd=1.0, parameters={"temperature": 0.5})
-    for url in ("127.0.0.1", "https://", f"https://me:{SECRET}@127.0.0.1/v1", f"https://127.0.0.1/v1?key={SECRET}"):
+    for url in (
+        "127.0.0.1",
+        "https://",
+        f"https://me:{SECRET}@127.0.0.1/v1",
+        f"https://127.0.0.1/v1?key={SECRET}",
+    ):
         with pytest.raises(CloudError, match="base_url") as caught:
             make(url, tmp_path / "s.db")
         assert SECRET not in str(caught.value)
     for url in ("http://[::1/v1", "http://127.0.0.1:99999/v1", "http://127.0.0.1:port/v1"):
         with pytest.raises(CloudError, match="base_url must begin"):
             make(url, tmp_path / "s.db")
-    with pytest.raises(CloudError, match="key_env must be the name of an environment variable") as caught:
+    with pytest.raises(
+        CloudError, match="key_env must be the name of an environment variable"
+    ) as caught:
         make("http://127.0.0.1:9", tmp_path / "s.db", key_env=SECRET)
     assert SECRET not in str(caught.value)
     for prices in ((("m", 1),), (("m", 1, "x"),), (("m", 1, float("nan")),), (("m", -1, 1),)):
@@ -187,7 +210,10 @@ def test_a_host_that_is_not_there_opens_the_circuit_and_closes_it_again(tmp_path
         cloud = make(url, tmp_path / "s.db", concurrency=1, retries=1)
         answers = cloud.answer([prompt(i) for i in range(100)])
         assert answers.failed == 100 and cloud.reasons["no connection"] == attempts.OUTAGE
-        assert cloud.budget.spent() == (attempts.OUTAGE, 0.0)  # nothing was sent, so nothing is charged
+        assert cloud.budget.spent() == (
+            attempts.OUTAGE,
+            0.0,
+        )  # nothing was sent, so nothing is charged
     with FaultServer(upper) as server:
         object.__setattr__(cloud.cloud, "base_url", server.url)
         cloud.cloud._started.clear()
@@ -201,7 +227,9 @@ def test_a_call_has_a_total_time_out_and_may_be_charged(tmp_path):
         cloud = make(server, tmp_path / "s.db", retries=0, timeouts=(9.0, 9.0, 0.3))
         assert cloud.answer([prompt("a")]).failed == 1 and time.monotonic() - start < 4
     # "a": 1 byte + 32 of the frame, 50 tokens at most: (33 x 1 + 50 x 2) / 1e6
-    assert cloud.budget.spent() == (1, pytest.approx(1.33e-4)) and ledger(cloud.store) == Ledger(0, 0, 0, 0.0, 0.0)
+    assert cloud.budget.spent() == (1, pytest.approx(1.33e-4)) and ledger(cloud.store) == Ledger(
+        0, 0, 0, 0.0, 0.0
+    )
 
 
 def test_a_slow_answer_is_unknown_now_and_there_later(tmp_path):
@@ -210,7 +238,11 @@ def test_a_slow_answer_is_unknown_now_and_there_later(tmp_path):
         pending = cloud.submit([prompt("a")])
         assert pending.answers(wait=0.01) == ([None], 0, 0) and not pending.done()
         again = cloud.submit([prompt("a")])  # joins the call in flight
-        assert texts(again.answers()) == ["A"] and pending.answers().bought == 1 and again.answers().bought == 0
+        assert (
+            texts(again.answers()) == ["A"]
+            and pending.answers().bought == 1
+            and again.answers().bought == 0
+        )
         assert server.requests == 1
 
 
@@ -233,11 +265,16 @@ def test_64_workers_never_pass_max_calls(tmp_path):
         cloud = make(server, tmp_path / "s.db", max_calls=100, concurrency=64)
         answers = cloud.answer([prompt(i) for i in range(200)])
         assert server.requests == 100 == cloud.budget.spent().calls
-        assert answers.bought == server.whole.total() < 100 and answers.replies.count(None) == 200 - answers.bought
+        assert (
+            answers.bought == server.whole.total() < 100
+            and answers.replies.count(None) == 200 - answers.bought
+        )
         stop = make(server, tmp_path / "s.db", max_calls=100, when_spent="stop")
         with pytest.raises(BudgetSpent, match="100 calls of config.cloud.max_calls=100"):
             stop.answer([prompt("new")])
-        assert stop.answer([prompt(0)]).failed == 0 or server.requests == 100  # stored ones are free
+        assert (
+            stop.answer([prompt(0)]).failed == 0 or server.requests == 100
+        )  # stored ones are free
 
 
 def test_max_usd_counts_calls_in_flight_at_their_highest_price(tmp_path):

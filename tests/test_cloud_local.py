@@ -28,7 +28,10 @@ def test_a_local_decoder_answers_each_prompt_by_itself(tmp_path):
     cloud = make_cloud(configure(), None, tmp_path / "s.db")
     replies = cloud.answer(QUESTIONS).replies
     assert all(reply.text.startswith("<think>") or reply.reasoning for reply in replies)
-    assert all(0 < reply.output_tokens <= 24 and reply.input_tokens > 5 and reply.usd == 0 for reply in replies)
+    assert all(
+        0 < reply.output_tokens <= 24 and reply.input_tokens > 5 and reply.usd == 0
+        for reply in replies
+    )
     assert {reply.finish_reason for reply in replies} <= {"stop", "length"}
     other = make_cloud(configure(), None, tmp_path / "other.db")
     other.cloud.__dict__["_parts"] = cloud.cloud._parts  # compiled once
@@ -44,7 +47,9 @@ def test_other_weights_are_another_cloud(tmp_path):
     before = local.fingerprint(folder)
     assert before == local.fingerprint(hf.ASSETS / "countdown-tiny")
     weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[len(weights) // 2 :: 1000] = bytes(len(weights[len(weights) // 2 :: 1000]))  # as training would, everywhere
+    weights[len(weights) // 2 :: 1000] = bytes(
+        len(weights[len(weights) // 2 :: 1000])
+    )  # as training would, everywhere
     (folder / "model.safetensors").write_bytes(weights)
     assert local.fingerprint(folder) != before
 
@@ -59,8 +64,14 @@ def test_what_a_local_cloud_cannot_be(tmp_path):
 
 
 def test_reasoning_is_told_from_the_answer():
-    assert local.split_reasoning("<think>2+3=5</think><answer>2+3</answer>") == ("2+3=5", "<answer>2+3</answer>")
-    assert local.split_reasoning("2+3=5</think>\n\nFive") == ("2+3=5", "Five")  # the template opened it
+    assert local.split_reasoning("<think>2+3=5</think><answer>2+3</answer>") == (
+        "2+3=5",
+        "<answer>2+3</answer>",
+    )
+    assert local.split_reasoning("2+3=5</think>\n\nFive") == (
+        "2+3=5",
+        "Five",
+    )  # the template opened it
     assert local.split_reasoning(" Five ") == ("", "Five")
 
 
@@ -89,9 +100,16 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
     task, text = make_task(config), text_lib.load(hf.locate(config.model.path), config.text)
     examples = [Example(name, "3 numbers", ((3, 4, 5), 12)) for name in ("calls", "answers")]
     thought = "<think>4*3=12,12+5=17 no\n"
-    written = [text.response_ids(thought + config.text.marker), text.response_ids("<think>1</think><answer>3</answer>")]
+    written = [
+        text.response_ids(thought + config.text.marker),
+        text.response_ids("<think>1</think><answer>3</answer>"),
+    ]
     T = max(map(len, written))
-    tokens, mask, margins = np.zeros((2, T), np.int32), np.zeros((2, T), bool), np.full((2, T), -1.0)
+    tokens, mask, margins = (
+        np.zeros((2, T), np.int32),
+        np.zeros((2, T), bool),
+        np.full((2, T), -1.0),
+    )
     for i, ids in enumerate(written):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     margins[0, written[0].index(text.decision_id)] = 0.5
@@ -100,15 +118,21 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
     rows = evaluate.shared_answers(task, cloud, text, examples, natural)
     alone = task.cloud_prompt(examples[0])
     extra = len(with_attempt(alone, thought)[-1]["content"]) - len(alone[-1]["content"])
-    assert rows[0] == {"shared_known": True, "shared_correct": True, "shared_extra_tokens": extra} and extra > len(
-        thought
-    )
+    assert rows[0] == {
+        "shared_known": True,
+        "shared_correct": True,
+        "shared_extra_tokens": extra,
+    } and extra > len(thought)
     assert rows[1] == {"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0}
     stored = [content for (content,) in cloud.store.query("SELECT prompt FROM answers")]
     assert len(stored) == 2 and sum("12+5=17 no" in content for content in stored) == 1
     assert not any("unknown" in content for content in stored)  # the call itself is not handed over
 
-    columns = {"id": ["calls", "answers"], "local_correct": [False, True], "cloud_correct": [False, False]}
+    columns = {
+        "id": ["calls", "answers"],
+        "local_correct": [False, True],
+        "cloud_correct": [False, False],
+    }
     columns |= {name: [row[name] for row in rows] for name in rows[0]}
     told = summary.shared(records.check(columns, "x"))
     assert (told["n"], told["accuracy"]["value"], told["accuracy_shared"]["value"]) == (1, 0.0, 1.0)
@@ -118,4 +142,6 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
 def test_without_an_attempt_the_prompt_is_the_same():
     assert with_attempt(prompt("x"), " \n") == prompt("x")
     system = [{"role": "system", "content": "s"}, *prompt("x")]
-    assert with_attempt(system, "y")[0] == system[0] and with_attempt(system, "y")[1]["content"].startswith("x\n\n")
+    assert with_attempt(system, "y")[0] == system[0] and with_attempt(system, "y")[1][
+        "content"
+    ].startswith("x\n\n")

@@ -6,7 +6,17 @@ import sqlite3
 import pytest
 from test_cloud import FakeCloud, prompt, texts
 
-from collab_jax.cloud import CachedCloud, CloudError, Ledger, Policy, Reply, Store, StoreError, ledger, transfer
+from collab_jax.cloud import (
+    CachedCloud,
+    CloudError,
+    Ledger,
+    Policy,
+    Reply,
+    Store,
+    StoreError,
+    ledger,
+    transfer,
+)
 from collab_jax.cloud.budget import Budget, Spent
 from collab_jax.cloud.store import APPLICATION_ID, key
 from collab_jax.rl.unknown import Unknown
@@ -45,14 +55,30 @@ def test_a_store_of_version_1_is_taken_over_whole(tmp_path):
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute("PRAGMA user_version = 1")
     name = key("m", prompt("x"), {})
-    values = name, "m", "2026-11-23T10:00:00+00:00", 10, 3, 0.5, 0.25, "length", "{}", json.dumps(prompt("x"))
-    db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, "a ✓ '", "because\n"))
+    values = (
+        name,
+        "m",
+        "2026-11-23T10:00:00+00:00",
+        10,
+        3,
+        0.5,
+        0.25,
+        "length",
+        "{}",
+        json.dumps(prompt("x")),
+    )
+    db.execute(
+        "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*values, "a ✓ '", "because\n"),
+    )
     db.commit()
     db.close()
     for _ in range(2):  # migrated, then opened again
         store = Store(tmp_path / "s.db")
         assert store.get_many([name]) == {name: REPLY} and transfer.verify(store) == []
-        assert ledger(store) == Ledger(1, 10, 3, 0.5, 0.25) and Budget(store).spent() == Spent(1, 0.25)
+        assert ledger(store) == Ledger(1, 10, 3, 0.5, 0.25) and Budget(store).spent() == Spent(
+            1, 0.25
+        )
         assert store.query("PRAGMA user_version") == [(2,)]
         store.close()
 
@@ -60,7 +86,9 @@ def test_a_store_of_version_1_is_taken_over_whole(tmp_path):
 # ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("column", ["text = 'b'", "reasoning = 'x'", "usd = 0", "input_tokens = 11"])
+@pytest.mark.parametrize(
+    "column", ["text = 'b'", "reasoning = 'x'", "usd = 0", "input_tokens = 11"]
+)
 def test_an_answer_that_is_not_what_was_stored_is_refused(filled, column):
     damage(filled.path, f"UPDATE answers SET {column} WHERE text = 'A:3'")
     name = key("fake", prompt(3), {})
@@ -72,8 +100,13 @@ def test_an_answer_that_is_not_what_was_stored_is_refused(filled, column):
 
 def test_verify_finds_an_answer_under_another_prompt(filled):
     assert transfer.verify(filled) == []
-    damage(filled.path, """UPDATE answers SET prompt = '[{"content":"9","role":"user"}]' WHERE text = 'A:3'""")
-    assert transfer.verify(filled) == [f"answer {key('fake', prompt(3), {})[:12]}: not of this prompt"]
+    damage(
+        filled.path,
+        """UPDATE answers SET prompt = '[{"content":"9","role":"user"}]' WHERE text = 'A:3'""",
+    )
+    assert transfer.verify(filled) == [
+        f"answer {key('fake', prompt(3), {})[:12]}: not of this prompt"
+    ]
 
 
 def test_compacting_keeps_every_answer(filled):
@@ -90,7 +123,9 @@ def test_export_and_import_keep_everything_and_book_nothing(filled, tmp_path, mo
     assert transfer.export(filled, tmp_path / "a.jsonl") == 6
     other = Store(tmp_path / "other.db")
     assert (
-        transfer.import_(other, tmp_path / "a.jsonl") == (6, 0) == transfer.import_(other, tmp_path / "a.jsonl")[::-1]
+        transfer.import_(other, tmp_path / "a.jsonl")
+        == (6, 0)
+        == transfer.import_(other, tmp_path / "a.jsonl")[::-1]
     )
     assert transfer.export(other, tmp_path / "b.jsonl") == 6
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
@@ -111,9 +146,18 @@ def test_a_stored_answer_stays_when_another_is_imported(filled, tmp_path):
     [
         (lambda line: line[:-9], "line 2 is not JSON"),
         (lambda line: "[1]", "line 2: model is missing"),
-        (lambda line: line.replace('"usd": 0.25', '"usd": "free"'), "line 2: usd is missing or of another type"),
-        (lambda line: line.replace('"usd": 0.25', '"usd": NaN'), "line 2 holds a number that is not finite"),
-        (lambda line: line.replace('"input_tokens": 10', '"input_tokens": true'), "line 2: input_tokens"),
+        (
+            lambda line: line.replace('"usd": 0.25', '"usd": "free"'),
+            "line 2: usd is missing or of another type",
+        ),
+        (
+            lambda line: line.replace('"usd": 0.25', '"usd": NaN'),
+            "line 2 holds a number that is not finite",
+        ),
+        (
+            lambda line: line.replace('"input_tokens": 10', '"input_tokens": true'),
+            "line 2: input_tokens",
+        ),
     ],
 )
 def test_a_bad_line_is_named(filled, tmp_path, change, says):
@@ -140,9 +184,13 @@ def test_replay_buys_nothing_and_names_what_is_missing(filled):
     replay = CachedCloud(cloud, filled, Policy(mode="replay"))
     assert texts(replay.answer([prompt(1), prompt(0)])) == ["A:1", "A:0"]
     with pytest.raises(
-        CloudError, match=r"'replay': 2 prompts have no answer of fake in .*s.db \(as countdown-8, countdown-9\)"
+        CloudError,
+        match=r"'replay': 2 prompts have no answer of fake in .*s.db \(as countdown-8, countdown-9\)",
     ):
-        replay.answer([prompt(1), prompt("eight"), prompt("nine")], ["countdown-1", "countdown-8", "countdown-9"])
+        replay.answer(
+            [prompt(1), prompt("eight"), prompt("nine")],
+            ["countdown-1", "countdown-8", "countdown-9"],
+        )
     assert cloud.asked == []
 
 
@@ -152,13 +200,23 @@ def test_record_wants_every_answer(tmp_path):
     with pytest.raises(CloudError, match=r"'record' .* 1 prompts have none \(failing\)"):
         record.submit([prompt(c) for c in "abc"]).answers(wait=0.0)
     cloud.failing.clear()
-    assert texts(record.answer([prompt(c) for c in "abc"])) == ["A:a", "A:b", "A:c"] and cloud.asked == list("abcb")
+    assert texts(record.answer([prompt(c) for c in "abc"])) == [
+        "A:a",
+        "A:b",
+        "A:c",
+    ] and cloud.asked == list("abcb")
 
 
 def test_a_budget_bounds_a_cloud_that_answers_in_batches(tmp_path):
     cloud = CachedCloud(FakeCloud(), Store(tmp_path / "s.db"), Policy(max_usd=0.8))  # 0.25 USD each
     answers = cloud.answer([prompt(c) for c in "abcde"])
-    assert (answers.bought, answers.failed) == (3, 0) and texts(answers) == ["A:a", "A:b", "A:c", None, None]
+    assert (answers.bought, answers.failed) == (3, 0) and texts(answers) == [
+        "A:a",
+        "A:b",
+        "A:c",
+        None,
+        None,
+    ]
     assert cloud.budget.spent() == Spent(3, 0.75) and cloud.take_tally() == (3, 0, 39, 0.75)
     assert cloud.take_tally() == (0, 0, 0, 0.0)
 
@@ -174,13 +232,17 @@ def test_unknown_verdicts_are_kept_by_step_and_written_once(tmp_path):
     whole = path.read_bytes()  # on disk before `close`
     assert whole == b'{"step": 3, "ids": ["a", "b"]}\n'
     unknown.close()
-    path.write_bytes(whole + b'{"step": 5, "ids": ["c"')  # cut short by a kill: its update never began
+    path.write_bytes(
+        whole + b'{"step": 5, "ids": ["c"'
+    )  # cut short by a kill: its update never began
     again = Unknown(path)
     assert again.at(3) == {"a", "b"} and again.at(4) == again.at(5) == frozenset()
     again.write(3, ["a"])  # a repeated step has its line
     again.write(5, ["d"])
     again.close()
-    assert path.read_bytes() == whole + b'{"step": 5, "ids": ["d"]}\n' and Unknown(path).at(5) == {"d"}
+    assert path.read_bytes() == whole + b'{"step": 5, "ids": ["d"]}\n' and Unknown(path).at(5) == {
+        "d"
+    }
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(UserError, match="line 1 is damaged"):
         Unknown(path)

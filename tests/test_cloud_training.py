@@ -67,7 +67,9 @@ def configure(small):
     """configure(server, **overrides): a small run whose cloud is the server."""
 
     def make(server, **overrides):
-        settings = dict(kind="openai", model="deepseek-reasoner", base_url=server.url, key_env="", retries=20)
+        settings = dict(
+            kind="openai", model="deepseek-reasoner", base_url=server.url, key_env="", retries=20
+        )
         settings |= dict(timeouts=(30.0, 30.0, 30.0), concurrency=4)
         settings = {f"cloud__{name}": value for name, value in settings.items()}
         return small(**settings | {"eval__prompts": 0} | overrides)
@@ -75,15 +77,21 @@ def configure(small):
     return make
 
 
-def test_prefetched_behind_faults_equals_healthy_bit_for_bit(configure, tmp_path, capsys, monkeypatch):
+def test_prefetched_behind_faults_equals_healthy_bit_for_bit(
+    configure, tmp_path, capsys, monkeypatch
+):
     with FaultServer(solve) as healthy:
         run = experiment.prepare(configure(healthy), tmp_path / "healthy")
         train.train(run, NoStop())
         assert 0 < healthy.requests == ledger(run.cloud.store).calls  # what was needed, once
 
-    with FaultServer(solve, share=0.3, faults=("429", "500", "reset", "truncated", "empty")) as faulty:
+    with FaultServer(
+        solve, share=0.3, faults=("429", "500", "reset", "truncated", "empty")
+    ) as faulty:
         config, folder = configure(faulty, cloud__wait=0.0), tmp_path / "faulty"
-        assert commands.prefetch(config, folder) == 0 and faulty.requests == 0  # without --yes it only tells
+        assert (
+            commands.prefetch(config, folder) == 0 and faulty.requests == 0
+        )  # without --yes it only tells
         assert "64 are missing: about " in capsys.readouterr().out
         monkeypatch.setattr(flags.FLAGS["yes"], "value", True)
         assert commands.prefetch(config, folder) == commands.prefetch(config, folder) == 0
@@ -108,36 +116,62 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
         for name in ("resumed", "replayed"):
             shutil.copytree(tmp_path / "straight", tmp_path / name)
             shutil.rmtree(tmp_path / name / "checkpoints" / "4")
-        replay = configure(server, cloud__wait=0.0, cloud__retries=0, cloud__mode="replay", cloud__prefetch=1)
+        replay = configure(
+            server, cloud__wait=0.0, cloud__retries=0, cloud__mode="replay", cloud__prefetch=1
+        )
         train.train(experiment.prepare(replay, tmp_path / "replayed"), NoStop())
         unknown = (tmp_path / "resumed" / "unknown.jsonl").read_bytes()
-        (tmp_path / "resumed" / "unknown.jsonl").write_bytes(unknown + b'{"step": 9, "id')  # as a kill leaves it
+        (tmp_path / "resumed" / "unknown.jsonl").write_bytes(
+            unknown + b'{"step": 9, "id'
+        )  # as a kill leaves it
         run = experiment.prepare(config, tmp_path / "resumed")
         server.share = 0.0
         everything = run.task.load("train")
-        run.cloud.answer([run.task.cloud_prompt(e) for e in everything])  # by now all of it is known
+        run.cloud.answer(
+            [run.task.cloud_prompt(e) for e in everything]
+        )  # by now all of it is known
         train.train(run, NoStop())
     for name in ("resumed", "replayed"):
-        jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / name, 4), saved(tmp_path / "straight", 4))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            saved(tmp_path / name, 4),
+            saved(tmp_path / "straight", 4),
+        )
         assert told(tmp_path / name) == told(tmp_path / "straight")
     assert (tmp_path / "resumed" / "unknown.jsonl").read_bytes() == unknown
 
 
-def test_ctrl_c_keeps_what_is_paid_and_the_same_command_continues(configure, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_keeps_what_is_paid_and_the_same_command_continues(
+    configure, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(flags.FLAGS["yes"], "value", True)
     handler = signal.getsignal(signal.SIGINT)
     with FaultServer(solve, delay=0.1) as server:
         config = configure(server, cloud__concurrency=2)
         threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
-        assert commands.prefetch(config, tmp_path) == 130 and signal.getsignal(signal.SIGINT) is handler
-        assert "stopped; the same command continues" in capsys.readouterr().out and server.requests < 64
-        assert server.requests == server.whole.total() == ledger(experiment.prepare(config, tmp_path).cloud.store).calls
+        assert (
+            commands.prefetch(config, tmp_path) == 130
+            and signal.getsignal(signal.SIGINT) is handler
+        )
+        assert (
+            "stopped; the same command continues" in capsys.readouterr().out
+            and server.requests < 64
+        )
+        assert (
+            server.requests
+            == server.whole.total()
+            == ledger(experiment.prepare(config, tmp_path).cloud.store).calls
+        )
         server.delay = 0.0
         assert commands.prefetch(config, tmp_path) == 0 and server.requests == 64
         monkeypatch.setattr(flags.FLAGS["file"], "value", str(tmp_path / "answers.jsonl"))
         assert commands.export(config, tmp_path) == 0
     config = configure(server, cloud__mode="replay")  # nobody listens there any more
-    assert commands.import_(config, tmp_path / "other") == commands.prefetch(config, tmp_path / "other") == 0
+    assert (
+        commands.import_(config, tmp_path / "other")
+        == commands.prefetch(config, tmp_path / "other")
+        == 0
+    )
     assert "64 answers are new; 0 were there already" in capsys.readouterr().out
 
 
@@ -145,7 +179,10 @@ def test_a_prefetch_that_cannot_succeed_says_why(configure, tmp_path, capsys, mo
     monkeypatch.setattr(flags.FLAGS["yes"], "value", True)
     with FaultServer(solve, share=1.0, faults=("400",)) as server:
         assert commands.prefetch(configure(server), tmp_path / "refused") == 1
-        assert server.requests == commands.FRUITLESS * 64 and "failed: 400 192 times" in capsys.readouterr().out
+        assert (
+            server.requests == commands.FRUITLESS * 64
+            and "failed: 400 192 times" in capsys.readouterr().out
+        )
     with FaultServer(solve) as server:
         with pytest.raises(UserError, match="10 calls of config.cloud.max_calls=10"):
             commands.prefetch(configure(server, cloud__max_calls=10), tmp_path / "budget")
@@ -154,12 +191,18 @@ def test_a_prefetch_that_cannot_succeed_says_why(configure, tmp_path, capsys, mo
         commands.export(configure(server), tmp_path / "refused")
 
 
-def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes_on(configure, tmp_path):
+def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes_on(
+    configure, tmp_path
+):
     with FaultServer(solve) as server:
         limits = {"cloud__max_calls": 3, "cloud__when_spent": "stop"}
         run = experiment.prepare(configure(server, **limits), tmp_path)
-        with pytest.raises(UserError, match="3 calls of config.cloud.max_calls=3.* the same command goes on"):
+        with pytest.raises(
+            UserError, match="3 calls of config.cloud.max_calls=3.* the same command goes on"
+        ):
             train.train(run, NoStop())
         assert server.requests == 3 and run.checkpoints.latest() is not None
-        again = experiment.prepare(configure(server, **limits | {"cloud__max_calls": 300}), tmp_path)
+        again = experiment.prepare(
+            configure(server, **limits | {"cloud__max_calls": 300}), tmp_path
+        )
         assert train.train(again, NoStop()) is not None and again.checkpoints.latest() == 4

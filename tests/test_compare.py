@@ -22,13 +22,22 @@ def test_compare_by_hand():
     )
     at = {name: method["at_budget"] for name, method in result["methods"].items()}
     assert at["m: margin"]["0.2"]["accuracy"]["value"] == pytest.approx(0.6)
-    assert at["m: margin"]["0.4"]["accuracy"]["value"] == pytest.approx(0.8)  # 4, then 1: both right in the cloud alone
+    assert at["m: margin"]["0.4"]["accuracy"]["value"] == pytest.approx(
+        0.8
+    )  # 4, then 1: both right in the cloud alone
     assert at["m: margin"]["0.4"]["rescued"] == 2 and at["m: margin"]["0.4"]["harmed"] == 0
     assert at["m: random"]["0.4"]["accuracy"]["value"] == pytest.approx(0.6 * 0.4 + 0.4 * 0.6)
     assert at["m: random"]["0.4"]["reference_minus_this"]["value"] == pytest.approx(0.8 - 0.48)
     assert at["m: margin"]["0.4"]["reference_minus_this"] == {"value": 0, "low": 0, "high": 0}
-    assert at["m: perfect"]["0.4"]["perfect_share"]["value"] == at["m: margin"]["0.4"]["perfect_share"]["value"] == 1
-    assert result["methods"]["m: margin"]["auc"] == 1.0 and result["methods"]["m: random"]["auc"] == 0.5
+    assert (
+        at["m: perfect"]["0.4"]["perfect_share"]["value"]
+        == at["m: margin"]["0.4"]["perfect_share"]["value"]
+        == 1
+    )
+    assert (
+        result["methods"]["m: margin"]["auc"] == 1.0
+        and result["methods"]["m: random"]["auc"] == 0.5
+    )
 
 
 def test_a_difference_is_paired_and_a_model_with_itself_has_none():
@@ -43,7 +52,9 @@ def test_a_difference_is_paired_and_a_model_with_itself_has_none():
 def test_rows_in_another_order_are_the_same_prompts():
     table = make(100)
     backwards = {name: column[::-1] for name, column in table.items()}
-    result = compare.compare({"a": Model([table], [None]), "b": Model([backwards], [None])}, resamples=10)
+    result = compare.compare(
+        {"a": Model([table], [None]), "b": Model([backwards], [None])}, resamples=10
+    )
     a, b = (result["methods"][f"{m}: logprob"]["at_budget"] for m in "ab")
     assert {k: v["accuracy"] for k, v in a.items()} == {k: v["accuracy"] for k, v in b.items()}
     with pytest.raises(UserError, match="other prompts"):
@@ -52,22 +63,29 @@ def test_rows_in_another_order_are_the_same_prompts():
 
 def test_costs_by_hand():
     table = make(
-        cloud_usd=[0.5] * 5, margins=[[-3.0] * 10, [0.0, 2.0] + [0.0] * 8, [1.0] * 10, [-1.0] * 10, [-2.0] * 10]
+        cloud_usd=[0.5] * 5,
+        margins=[[-3.0] * 10, [0.0, 2.0] + [0.0] * 8, [1.0] * 10, [-1.0] * 10, [-2.0] * 10],
     )
     prices = costs.Prices(cloud_seconds=3.0, device_ms_per_token=100)
-    result = compare.compare({"m": Model([table], [None])}, budgets=(0.4,), resamples=5, prices=prices)
+    result = compare.compare(
+        {"m": Model([table], [None])}, budgets=(0.4,), resamples=5, prices=prices
+    )
     at = {name: method["at_budget"]["0.4"] for name, method in result["methods"].items()}
     # Sent: 4, which has no answer and runs to its end, and 1, which stops at the token where its margin is 2.
     want = {"usd": 0.2, "seconds": (4 * 1.0 + 0.2) / 5 + 0.4 * 3, "device_tokens": 42 / 5}
     assert {key: at["m: margin"][key] for key in want} == pytest.approx(want)
-    assert at["m: logprob"]["device_tokens"] == 10 and at["m: random"]["device_tokens"] == pytest.approx(6)
+    assert at["m: logprob"]["device_tokens"] == 10 and at["m: random"][
+        "device_tokens"
+    ] == pytest.approx(6)
     assert "Cost of a prompt" in compare.markdown(result)
 
 
 def test_prices_need_a_latency(tmp_path):
     records.write(tmp_path / "a.csv", make())
     with pytest.raises(UserError, match="--cloud_seconds"):
-        compare.main(["--records", str(tmp_path / "a.csv"), "--out", str(tmp_path), "--usd_per_call", "1"])
+        compare.main(
+            ["--records", str(tmp_path / "a.csv"), "--out", str(tmp_path), "--usd_per_call", "1"]
+        )
 
 
 def test_names_of_tables():
@@ -82,17 +100,23 @@ def test_command_line_without_jax_from_anybodys_csv(tmp_path):
     """jax and transformers cannot even be imported there."""
     theirs = tmp_path / "theirs.csv"
     theirs.write_text(
-        "id,local_correct,cloud_correct,score_ours\n" + "".join(f"q{i},{i % 2},1,{-i}\n" for i in range(20))
+        "id,local_correct,cloud_correct,score_ours\n"
+        + "".join(f"q{i},{i % 2},1,{-i}\n" for i in range(20))
     )
     block = "import sys; sys.modules.update(jax=None, transformers=None, flax=None); from collab_jax import compare; "
     words = ["--records", f"theirs={theirs}", "--out", str(tmp_path / "out"), "--resamples", "30"]
     done = subprocess.run(
-        [sys.executable, "-c", block + f"sys.exit(compare.main({words!r}))"], capture_output=True, text=True
+        [sys.executable, "-c", block + f"sys.exit(compare.main({words!r}))"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert list(result["methods"]) == ["theirs: random", "theirs: perfect", "theirs: ours"]
-    assert "theirs: ours" in (tmp_path / "out" / "compare.md").read_text() and "theirs: ours" in done.stdout
+    assert (
+        "theirs: ours" in (tmp_path / "out" / "compare.md").read_text()
+        and "theirs: ours" in done.stdout
+    )
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
 
 

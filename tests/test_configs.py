@@ -20,7 +20,19 @@ def test_config_has_the_common_keys_and_no_others(file: pathlib.Path):
     config = runpy.run_path(str(file))["get_config"]()
     keys = lambda c: set(c.to_dict() if not hasattr(c, "keys") else c.keys())  # noqa: E731
     assert keys(config) == keys(common)
-    for section in ("model", "lora", "text", "task", "cloud", "reward", "algorithm", "optim", "train", "eval", "sft"):
+    for section in (
+        "model",
+        "lora",
+        "text",
+        "task",
+        "cloud",
+        "reward",
+        "algorithm",
+        "optim",
+        "train",
+        "eval",
+        "sft",
+    ):
         assert keys(config[section]) == keys(common[section])
 
 
@@ -33,7 +45,9 @@ def test_settings_are_possible(file: pathlib.Path):
         sft.check(config)
 
 
-@pytest.mark.parametrize("setting", [{"micro_rows": 0}, {"learning_rate": -1.0}, {"learning_rate": float("nan")}])
+@pytest.mark.parametrize(
+    "setting", [{"micro_rows": 0}, {"learning_rate": -1.0}, {"learning_rate": float("nan")}]
+)
 def test_impossible_warm_starts_are_refused_by_name(small, setting):
     config = small("countdown_tiny_sft.py")
     config.sft.update(setting)
@@ -49,6 +63,8 @@ def test_config_is_a_lab_note_with_its_command(file: pathlib.Path):
 
 def test_common_has_a_comment_for_each_key():
     lines = (ROOT / "configs" / "common.py").read_text().splitlines()
-    settings = [line for line in lines if line.startswith("    config.") and "ConfigDict()" not in line]
+    settings = [
+        line for line in lines if line.startswith("    config.") and "ConfigDict()" not in line
+    ]
     assert len(settings) > 40
     assert [line for line in settings if "#" not in line] == []

@@ -43,7 +43,10 @@ def test_device_tokens_before_a_call_by_hand(budget, tokens):
 
 def test_device_tokens_where_the_budget_cuts_equal_margins():
     r = records([T, F], [T, T], margins=[[0.0, 1.0, 0.0, 0.0], [1.0, 0.0]], tokens=[4, 2])
-    assert costs.device_tokens(r, np.ones(2), 0.5, "trace").tolist() == [3.0, 1.5]  # half of 2 or 4, of 1 or 2
+    assert costs.device_tokens(r, np.ones(2), 0.5, "trace").tolist() == [
+        3.0,
+        1.5,
+    ]  # half of 2 or 4, of 1 or 2
 
 
 def test_device_tokens_of_routers_that_read_the_prompt_or_the_response():
@@ -55,13 +58,19 @@ def test_device_tokens_of_routers_that_read_the_prompt_or_the_response():
 
 def test_cost_frontier_by_hand():
     r = trace_records()
-    got = costs.cost_frontier(r, TRACE_SCORE, costs.Prices(cloud_seconds=2.0), "trace", budgets=[0, 0.5, 1])
+    got = costs.cost_frontier(
+        r, TRACE_SCORE, costs.Prices(cloud_seconds=2.0), "trace", budgets=[0, 0.5, 1]
+    )
     assert got.accuracy == pytest.approx([0.5, 0.75, 0.75])
     assert got.usd == pytest.approx([0, (0.1 + 0.4) / 4, 0.25])  # rows 0 and 3 at a half
     assert got.device_tokens == pytest.approx([14 / 4, 11 / 4, 6 / 4])
-    assert got.seconds == pytest.approx([24e-3 / 4, (6 + 2 + 9 + 3) * 1e-3 / 4 + 1, (4 + 1 + 3 + 2) * 1e-3 / 4 + 2])
+    assert got.seconds == pytest.approx(
+        [24e-3 / 4, (6 + 2 + 9 + 3) * 1e-3 / 4 + 1, (4 + 1 + 3 + 2) * 1e-3 / 4 + 2]
+    )
     prices = costs.Prices(2.0, usd_per_call=0.5, usd_per_million_tokens=1e4, device_ms_per_token=10)
-    got = costs.cost_frontier(r, TRACE_SCORE, prices, "response", own_tokens=np.array([4, 0, 0, 4]), budgets=[0.5])
+    got = costs.cost_frontier(
+        r, TRACE_SCORE, prices, "response", own_tokens=np.array([4, 0, 0, 4]), budgets=[0.5]
+    )
     assert got.usd[0] == pytest.approx((2 * 0.5 + (10 + 40) * 0.01) / 4)
     assert got.seconds[0] == pytest.approx((14 + 8) * 0.01 / 4 + 1)
     assert costs.cost_frontier(r, TRACE_SCORE, prices, "prompt").accuracy == pytest.approx(
@@ -71,12 +80,16 @@ def test_cost_frontier_by_hand():
 
 def test_absent_columns_are_named():
     r = records([T] * 5, [T] * 5)
-    with pytest.raises(UserError, match="device tokens: the records have no column tokens and no margins"):
+    with pytest.raises(
+        UserError, match="device tokens: the records have no column tokens and no margins"
+    ):
         costs.device_tokens(r, np.arange(5.0), 0.2, "trace")
     r = records([T] * 5, [T] * 5, tokens=[1] * 5)
     with pytest.raises(UserError, match="no column cloud_usd"):
         costs.cost_frontier(r, np.arange(5.0), costs.Prices(1.0), "response")
     with pytest.raises(UserError, match="no column cloud_tokens"):
-        costs.cost_frontier(r, np.arange(5.0), costs.Prices(1.0, usd_per_million_tokens=1.0), "response")
+        costs.cost_frontier(
+            r, np.arange(5.0), costs.Prices(1.0, usd_per_million_tokens=1.0), "response"
+        )
     with pytest.raises(UserError, match="no column ms"):
         costs.cost_frontier(r, np.arange(5.0), costs.Prices(1.0, usd_per_call=1.0), "response")

@@ -171,7 +171,19 @@ def test_wrong(numbers, target, expression):
 
 
 @pytest.mark.parametrize(
-    "expression", [None, b"1+2", bytearray(b"1+2"), 3, 3.0, True, ["1+2"], ("1", "+", "2"), object(), float("nan")]
+    "expression",
+    [
+        None,
+        b"1+2",
+        bytearray(b"1+2"),
+        3,
+        3.0,
+        True,
+        ["1+2"],
+        ("1", "+", "2"),
+        object(),
+        float("nan"),
+    ],
 )
 def test_not_a_string(expression):
     assert check((1, 2), 3, expression) is False
@@ -247,7 +259,11 @@ def reading(text):
             other = operand()
             if sign == "/" and other == 0:
                 raise Refused
-            value = {"+": value + other, "-": value - other, "*": value * other}[sign] if sign != "/" else value / other
+            value = (
+                {"+": value + other, "-": value - other, "*": value * other}[sign]
+                if sign != "/"
+                else value / other
+            )
         return value
 
     def product():
@@ -302,7 +318,9 @@ def random_expression(rng, numbers):
 def mutated(rng, text):
     i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
     strange = " .\n\t\x00^%eE_,=x×÷−²١１"
-    piece = rng.choice([*"0123456789", *"+-*/()" * 3, *strange, "()", "00", "-(", ")*(", "**", "//"])
+    piece = rng.choice(
+        [*"0123456789", *"+-*/()" * 3, *strange, "()", "00", "-(", ")*(", "**", "//"]
+    )
     return rng.choice(
         [
             text[:i] + piece + text[i:],
@@ -326,7 +344,9 @@ def fuzz_cases(n):
         if rng.random() < 0.6:
             numbers = [int(n) for n in re.findall("[0-9]+", text)]
         found = reading(text)
-        target = rng.randint(-5, 100) if found is None or rng.random() < 0.1 else math.floor(found[0])
+        target = (
+            rng.randint(-5, 100) if found is None or rng.random() < 0.1 else math.floor(found[0])
+        )
         rng.shuffle(numbers)
         yield tuple(numbers), target, text
 
@@ -347,7 +367,11 @@ def test_fuzz_of_random_characters():
     rng = random.Random(21)
     for i in range(5_000):
         n = rng.randint(0, 40)
-        text = rng.randbytes(n).decode("latin-1") if i % 2 else "".join(rng.choices("1234 +-*/()", k=n))
+        text = (
+            rng.randbytes(n).decode("latin-1")
+            if i % 2
+            else "".join(rng.choices("1234 +-*/()", k=n))
+        )
         found = reading(text)
         numbers, target = (found[1], math.floor(found[0])) if found else ((1, 2), 3)
         assert check(tuple(numbers), target, text) is reference(numbers, target, text), text
@@ -373,7 +397,11 @@ def reachable(numbers):
 
 def assert_solved(numbers, target):
     expression = solve(numbers, target)
-    assert check(numbers, target, expression) and reference(numbers, target, expression), (numbers, target, expression)
+    assert check(numbers, target, expression) and reference(numbers, target, expression), (
+        numbers,
+        target,
+        expression,
+    )
 
 
 @pytest.mark.parametrize(
@@ -395,7 +423,9 @@ def test_solves(numbers, target):
         assert_solved(order, target)
 
 
-@pytest.mark.parametrize("numbers, target", [((1, 1, 1, 1), 24), ((1, 1, 2), 50), ((4, 6), 3), ((7,), 8), ((), 0)])
+@pytest.mark.parametrize(
+    "numbers, target", [((1, 1, 1, 1), 24), ((1, 1, 2), 50), ((4, 6), 3), ((7,), 8), ((), 0)]
+)
 def test_no_solution(numbers, target):
     assert solve(numbers, target) is None
 
@@ -439,7 +469,10 @@ def test_split_never_changes():
     assert split_of((3, 8), 24) == split_of((8, 3), 24) == "test"
     assert split_of((1, 2, 3), 6) == "train"
     assert {split_of(order, 24) for order in itertools.permutations((3, 8, 3, 8))} == {"train"}
-    assert {split_of((3, 8), target) for target in range(10, 60)} == {"train", "test"}  # the target counts, too
+    assert {split_of((3, 8), target) for target in range(10, 60)} == {
+        "train",
+        "test",
+    }  # the target counts, too
 
 
 def test_one_pair_in_eight_is_a_test():
@@ -449,7 +482,10 @@ def test_one_pair_in_eight_is_a_test():
 
 def test_stream_is_fixed_by_split_and_seed():
     config = tiny_config().task
-    streams = [take(200, generate(*key, config)) for key in [("train", 0), ("train", 0), ("train", 1), ("test", 0)]]
+    streams = [
+        take(200, generate(*key, config))
+        for key in [("train", 0), ("train", 0), ("train", 1), ("test", 0)]
+    ]
     assert streams[0] == streams[1]
     rows = [{(numbers, target) for numbers, target, _ in stream} for stream in streams]
     assert all(len(a & b) < 5 for a, b in itertools.combinations(rows[1:], 2))
@@ -460,9 +496,13 @@ def test_stream_is_fixed_by_split_and_seed():
 
 
 def test_sides_are_disjoint_whatever_the_seeds():
-    config = tiny_config(numbers=(1, 9), targets=(10, 30)).task  # few pairs: each side has most of its own
+    config = tiny_config(
+        numbers=(1, 9), targets=(10, 30)
+    ).task  # few pairs: each side has most of its own
     sides = {
-        split: {pair(n, t) for seed in (0, 1) for n, t, _ in take(500, generate(split, seed, config))}
+        split: {
+            pair(n, t) for seed in (0, 1) for n, t, _ in take(500, generate(split, seed, config))
+        }
         for split in ("train", "test")
     }
     assert not sides["train"] & sides["test"] and min(map(len, sides.values())) > 100
@@ -478,7 +518,10 @@ def test_ranges_are_honoured_to_their_ends():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_mix_is_as_configured(share):
     # 4-number examples from 1 to 50 are less often accepted than 3-number ones: that must not show
-    counts = Counter(len(n) for n, _, _ in take(3_000, generate("train", 4, tiny_config(share_of_three=share).task)))
+    counts = Counter(
+        len(n)
+        for n, _, _ in take(3_000, generate("train", 4, tiny_config(share_of_three=share).task))
+    )
     assert set(counts) <= {3, 4} and within(counts[3], 3_000, share)
 
 
@@ -497,7 +540,9 @@ def test_ranges_without_any_example_end(monkeypatch):
 
 
 def data_config(folder, **changes):
-    return tiny_config(**{"data_dir": str(folder), "train_examples": 400, "test_examples": 150, **changes}).task
+    return tiny_config(
+        **{"data_dir": str(folder), "train_examples": 400, "test_examples": 150, **changes}
+    ).task
 
 
 def files(folder):
@@ -528,20 +573,28 @@ def test_rows(built):
         assert len({e.id for e in examples}) == len(examples)
         for example in examples:
             numbers, target = example.problem
-            assert all(type(n) is int and 1 <= n <= 50 for n in numbers) and type(target) is int and 10 <= target <= 99
+            assert (
+                all(type(n) is int and 1 <= n <= 50 for n in numbers)
+                and type(target) is int
+                and 10 <= target <= 99
+            )
             assert example.stratum == f"{len(numbers)} numbers" and len(numbers) in (3, 4)
             assert split_of(numbers, target) == split
         assert {e.problem for e in examples} == {
             (n, t) for n, t, _ in take(len(examples), generate(split, "data 0", config, set()))
         }
-        shown = {(n, t) for n, t, _ in take(300, generate(split, 0, config))}  # to the warm start, with solutions
+        shown = {
+            (n, t) for n, t, _ in take(300, generate(split, 0, config))
+        }  # to the warm start, with solutions
         assert len({e.problem for e in examples} & shown) < 5
     assert within(sum(len(e.problem[0]) == 3 for e in rows["train"]), 400, config.share_of_three)
 
 
 def test_no_duplicates_in_or_across_splits(tmp_path):
     # small numbers: the stream itself repeats often
-    config = data_config(tmp_path, numbers=(1, 6), targets=(10, 30), train_examples=400, test_examples=50)
+    config = data_config(
+        tmp_path, numbers=(1, 6), targets=(10, 30), train_examples=400, test_examples=50
+    )
     assert len({pair(n, t) for n, t, _ in take(400, generate("train", 0, config))}) < 300
     pairs = [pair(*e.problem) for split in ("train", "test") for e in load(split, config)]
     assert len(pairs) == len(set(pairs)) == 450
@@ -549,7 +602,9 @@ def test_no_duplicates_in_or_across_splits(tmp_path):
 
 def test_mix_on_disk_is_as_configured(tmp_path):
     config = data_config(tmp_path, numbers=(1, 9), targets=(10, 40), train_examples=1_100)
-    assert within(sum(len(e.problem[0]) == 3 for e in load("train", config)), 1_100, config.share_of_three)
+    assert within(
+        sum(len(e.problem[0]) == 3 for e in load("train", config)), 1_100, config.share_of_three
+    )
 
 
 def test_same_bytes_and_rows_twice(built, tmp_path):
@@ -589,7 +644,9 @@ def test_second_load_builds_nothing(built, monkeypatch, capfd):
 )
 def test_other_settings_are_other_data(built, changes):
     folder, _, rows = built
-    other = load("train", data_config(folder, **{"train_examples": 50, "test_examples": 20, **changes}))
+    other = load(
+        "train", data_config(folder, **{"train_examples": 50, "test_examples": 20, **changes})
+    )
     usual = load("train", data_config(folder, train_examples=50, test_examples=20))
     assert [e.problem for e in other] != [e.problem for e in usual]
     assert load("train", data_config(folder)) == rows["train"]
@@ -609,7 +666,9 @@ def test_folder_that_cannot_be_made(tmp_path):
         assert str(folder) in one_line(error)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
 def test_folder_without_permission(tmp_path):
     (tmp_path / "sealed").mkdir(mode=0o500)
     with pytest.raises(TaskError, match="cannot write.*set config.task.data_dir") as error:
@@ -730,7 +789,9 @@ def test_shares_of_give_ups_and_guesses(share):
     wrong = [value_of(thoughts(r)[0][-1]) != e.problem[1] for e, r in found if MARKER not in r]
     assert not any(wrong)
     found = demonstrated(n=1_500, demo_give_up=0.0, demo_guess=share)
-    wrong = [value_of(thoughts(response)[0][-1]) != example.problem[1] for example, response in found]
+    wrong = [
+        value_of(thoughts(response)[0][-1]) != example.problem[1] for example, response in found
+    ]
     assert 0.7 * share <= sum(wrong) / 1_500 < share + 0.05  # some guesses hit
 
 
@@ -738,13 +799,22 @@ def test_give_ups_and_guesses_do_not_depend_on_the_problem():
     task = tiny_config().task
     for count in (3, 4):
         found = [(e, r) for e, r in demonstrated() if len(e.problem[0]) == count]
-        assert within(sum(MARKER in response for _, response in found), len(found), task.demo_give_up)
-        wrong = sum(MARKER not in r and value_of(thoughts(r)[0][-1]) != e.problem[1] for e, r in found)
+        assert within(
+            sum(MARKER in response for _, response in found), len(found), task.demo_give_up
+        )
+        wrong = sum(
+            MARKER not in r and value_of(thoughts(r)[0][-1]) != e.problem[1] for e, r in found
+        )
         assert 0.6 < wrong / len(found) / task.demo_guess < 1.1
 
 
 def test_arithmetic_of_every_step():
-    signs = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": Fraction}
+    signs = {
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+        "/": Fraction,
+    }
     verdicts = Counter()
     for example, response in demonstrated():
         numbers, target = example.problem
@@ -759,10 +829,16 @@ def test_arithmetic_of_every_step():
                 assert min(left.values()) >= 0, response  # only what is given or made
                 left[int(result)] += 1
             assert left.total() == 1  # all of it
-            assert verdict == "ok" if left[target] else verdict == "no" or line is lines[-1], response
+            assert verdict == "ok" if left[target] else verdict == "no" or line is lines[-1], (
+                response
+            )
             verdicts[verdict] += 1
             if verdict == "ok":  # followed by the answer, right or not far from it
-                assert line is lines[-1] and after != MARKER and abs(value_of(line) - target) <= countdown.NEAR
+                assert (
+                    line is lines[-1]
+                    and after != MARKER
+                    and abs(value_of(line) - target) <= countdown.NEAR
+                )
         if after != MARKER and lines[-1].endswith("no"):  # a guess that owns up
             assert abs(value_of(lines[-1]) - target) > countdown.NEAR
         assert after == MARKER or eval_exact(after) == value_of(lines[-1]), response
@@ -774,7 +850,10 @@ def test_calls_and_answers_come_with_and_without_failures():
     for _, response in demonstrated():
         lines, after = thoughts(response)
         kinds[after == MARKER, sum(line.endswith("no") for line in lines)] += 1
-    assert all(kinds[called, failures] > 50 for called in (False, True) for failures in (0, 1)) and kinds[True, 2] > 50
+    assert (
+        all(kinds[called, failures] > 50 for called in (False, True) for failures in (0, 1))
+        and kinds[True, 2] > 50
+    )
 
 
 def test_all_fit_the_token_limit():
@@ -792,7 +871,9 @@ def test_prompts_fit_the_token_limit():
     task = make_task(config)
     longest = Example("", "", ((50, 50, 50, 50), 99))
     for example in [longest, *(example for example, _ in demonstrated()[:300])]:
-        ids = tokenizer().apply_chat_template(task.prompt(example), add_generation_prompt=True, return_dict=False)
+        ids = tokenizer().apply_chat_template(
+            task.prompt(example), add_generation_prompt=True, return_dict=False
+        )
         assert tokenizer().unk_token_id not in ids and len(ids) <= config.prompt_length
 
 
@@ -803,7 +884,13 @@ def test_demonstrations_are_of_the_train_side():
 def test_demonstrations_are_fixed_by_the_seed():
     again = take(200, demonstrations(0, tiny_config().task, MARKER))
     assert again == demonstrated()[:200]
-    assert len({response for _, response in again} & {response for _, response in demonstrated(seed=1, n=200)}) < 20
+    assert (
+        len(
+            {response for _, response in again}
+            & {response for _, response in demonstrated(seed=1, n=200)}
+        )
+        < 20
+    )
     # the embedded model is made from this stream: a new stream needs a new model
     text = "\n".join(f"{example.problem}{response}" for example, response in again)
     assert hashlib.sha256(text.encode()).hexdigest().startswith("896397433a9b6405ab7854ca25404cb0")
@@ -814,13 +901,17 @@ def test_demonstrations_are_fixed_by_the_seed():
 
 def test_solve_prompt_answers_every_cloud_prompt():
     task = make_task(tiny_config())
-    examples = [Example("", "", (n, t)) for n, t, _ in take(100, generate("test", 8, tiny_config().task))]
+    examples = [
+        Example("", "", (n, t)) for n, t, _ in take(100, generate("test", 8, tiny_config().task))
+    ]
     examples.append(Example("", "", ((3, 3, 8, 8), 24)))
     for example in examples:
         prompt = task.cloud_prompt(example)
         (verdict,) = task.verify([example], [task.solve_prompt(prompt)])
         assert verdict.correct and not verdict.called
-        assert task.solve_prompt([{"role": "system", "content": "Be brief."}, *prompt]) == task.solve_prompt(prompt)
+        assert task.solve_prompt(
+            [{"role": "system", "content": "Be brief."}, *prompt]
+        ) == task.solve_prompt(prompt)
         # an error of the simulated cloud is one for every example
         assert not task.verify([example], [SimulatedCloud.wrong])[0].correct
     assert len({task.cloud_prompt(example)[-1]["content"] for example in examples}) == len(examples)
@@ -828,7 +919,9 @@ def test_solve_prompt_answers_every_cloud_prompt():
 
 def test_cloud_prompt_tells_what_is_needed():
     [message] = make_task(tiny_config()).cloud_prompt(Example("", "", ((12, 7, 30), 51)))
-    assert message["role"] == "user" and "12 7 30" in message["content"] and "51" in message["content"]
+    assert (
+        message["role"] == "user" and "12 7 30" in message["content"] and "51" in message["content"]
+    )
     assert "<answer>" in message["content"]
 
 
@@ -865,4 +958,7 @@ def test_prompt_without_a_solution():
     prompt = task.cloud_prompt(Example("", "", ((1, 1, 2), 50)))
     with pytest.raises(TaskError, match="no expression"):
         task.solve_prompt(prompt)
-    assert SimulatedCloud("sim", task.solve_prompt, 0.0, 1, 1, 1).answer([prompt])[0].text == SimulatedCloud.wrong
+    assert (
+        SimulatedCloud("sim", task.solve_prompt, 0.0, 1, 1, 1).answer([prompt])[0].text
+        == SimulatedCloud.wrong
+    )

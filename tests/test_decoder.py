@@ -60,7 +60,9 @@ def logits_at(params, cfg, tokens, positions, mask, past=(), open=None, index=0)
 
 
 def uncached(params, cfg, tokens, real):
-    return np.asarray(logits_at(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))[0])
+    return np.asarray(
+        logits_at(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))[0]
+    )
 
 
 # ---------------------------------------------------------------- forward
@@ -77,7 +79,11 @@ def test_cached_equals_uncached_under_ragged_left_padding(variant):
     # A segment of what is computed at once, one that is full, one that is being filled and has room to spare.
     mask, positions = np.asarray(decoder.causal_mask(real)), np.asarray(decoder.positions_of(real))
     got, prompt = logits_at(params, cfg, tokens[:, :L], positions[:, :L], mask[:, :L, :L])
-    assert prompt.k[0].shape == (3, K, H, L) and prompt.v[0].shape == (3, K, L, H) and len(prompt.k) == cfg.num_layers
+    assert (
+        prompt.k[0].shape == (3, K, H, L)
+        and prompt.v[0].shape == (3, K, L, H)
+        and len(prompt.k) == cfg.num_layers
+    )
     steps, past, open = [got], (prompt,), decoder.empty_segment(cfg, 3, 2, "float32")
     for t in range(L, S):
         if t == L + 2:
@@ -95,11 +101,16 @@ def test_rows_that_share_a_segment_equal_rows_with_their_own():
     cfg, L = QWEN2, 6
     params = random_params(cfg)
     tokens, real = random_tokens(2, L), padded(L, [0, 3])
-    prompt_mask, positions = np.asarray(decoder.causal_mask(real)), np.asarray(decoder.positions_of(real))
+    prompt_mask, positions = (
+        np.asarray(decoder.causal_mask(real)),
+        np.asarray(decoder.positions_of(real)),
+    )
     _, prompt = logits_at(params, cfg, tokens, positions, prompt_mask)
     more = random_tokens(6, 2, seed=7)  # three rows for each prompt, two tokens each
     seen = np.repeat(real, 3, axis=0)[:, None]
-    mask = np.concatenate([np.repeat(seen, 2, axis=1), np.tile(np.tril(np.ones((2, 2), bool)), (6, 1, 1))], axis=2)
+    mask = np.concatenate(
+        [np.repeat(seen, 2, axis=1), np.tile(np.tril(np.ones((2, 2), bool)), (6, 1, 1))], axis=2
+    )
     at = more, seen[:, 0].sum(1, keepdims=True) + np.arange(2), mask
     shared = logits_at(params, cfg, *at, (prompt,))[0]
     index = np.arange(6)
@@ -117,7 +128,9 @@ def test_padding_never_matters():
     want = uncached(params, cfg, tokens, real)
     other = np.where(real, tokens, random_tokens(3, S, seed=2))
     assert (other != tokens).any()
-    np.testing.assert_array_equal(uncached(params, cfg, other, real)[real], want[real])  # its content
+    np.testing.assert_array_equal(
+        uncached(params, cfg, other, real)[real], want[real]
+    )  # its content
     alone = uncached(params, cfg, tokens[1:2, 2:], real[1:2, 2:])
     np.testing.assert_allclose(alone[0], want[1, 2:], atol=2e-5)  # its amount, and the other rows
 
@@ -158,10 +171,14 @@ def test_positions_and_masks_by_hand():
 
 
 def test_llama3_frequencies_by_hand():
-    cfg = dataclasses.replace(LLAMA, head_dim=8, rope_theta=10_000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 1024))
+    cfg = dataclasses.replace(
+        LLAMA, head_dim=8, rope_theta=10_000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 1024)
+    )
     # Unscaled 1, .1, .01, .001: wavelengths 6.28, 62.8, 628, 6283. Below 1024 / 4 = 256: kept. Above 1024 / 1: over 8.
     # Between, at 628.3185: smooth = (1024 / 628.3185 - 1) / (4 - 1) = .2099153; .01 * (smooth + (1 - smooth) / 8)
-    np.testing.assert_allclose(decoder.rope_frequencies(cfg), [1.0, 0.1, 0.003086759, 0.000125], rtol=1e-6)
+    np.testing.assert_allclose(
+        decoder.rope_frequencies(cfg), [1.0, 0.1, 0.003086759, 0.000125], rtol=1e-6
+    )
     plain = dataclasses.replace(cfg, rope_scaling=None)
     np.testing.assert_allclose(decoder.rope_frequencies(plain), [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
 
@@ -185,7 +202,12 @@ def batch():
     """Two prompts of 4 columns with three responses of 5 each: ragged on the left and on the right."""
     prompt_mask = padded(4, [0, 3])
     mask = np.arange(5) < np.array([[5, 1, 3], [2, 5, 4]])[..., None]
-    return random_tokens(2, 4), prompt_mask, np.where(mask, random_tokens(2, 3, 5, seed=3), PAD), mask
+    return (
+        random_tokens(2, 4),
+        prompt_mask,
+        np.where(mask, random_tokens(2, 3, 5, seed=3), PAD),
+        mask,
+    )
 
 
 def direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature):
@@ -213,7 +235,9 @@ def test_a_group_equals_its_rows_equal_direct_logprobs(temperature):
     prompts, prompt_mask, tokens, mask = batch()
     want = direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature)[mask]
     assert want.min() < -3
-    grouped = response_logprobs(params, cfg, prompts, prompt_mask, tokens.reshape(6, 5), temperature, 2)
+    grouped = response_logprobs(
+        params, cfg, prompts, prompt_mask, tokens.reshape(6, 5), temperature, 2
+    )
     np.testing.assert_allclose(grouped.reshape(mask.shape)[mask], want, atol=2e-5)
     rows = [np.repeat(x, 3, axis=0) for x in (prompts, prompt_mask)]
     by_row = response_logprobs(params, cfg, *rows, tokens.reshape(6, 5), temperature, 64)
@@ -224,8 +248,12 @@ def test_responses_of_one_token():
     cfg, params = QWEN2, random_params(QWEN2)
     prompts, prompt_mask, tokens, mask = batch()
     tokens, mask = tokens[:, :, :1], mask[:, :, :1]
-    got = response_logprobs(params, cfg, prompts, prompt_mask, tokens.reshape(6, 1), 1.0, 64).reshape(2, 3, 1)
-    np.testing.assert_allclose(got, direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, 1.0), atol=2e-5)
+    got = response_logprobs(
+        params, cfg, prompts, prompt_mask, tokens.reshape(6, 1), 1.0, 64
+    ).reshape(2, 3, 1)
+    np.testing.assert_allclose(
+        got, direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, 1.0), atol=2e-5
+    )
 
 
 def test_chunk_size_changes_neither_value_nor_gradient():
@@ -257,7 +285,9 @@ def test_remat_changes_no_gradient_and_padding_has_none():
 
     def gradient(cfg):
         def loss(params):
-            logp = decoder.response_logprobs(params, cfg, prompts * prompt_mask, prompt_mask, tokens, 1.0, 64)
+            logp = decoder.response_logprobs(
+                params, cfg, prompts * prompt_mask, prompt_mask, tokens, 1.0, 64
+            )
             return jnp.where(mask, logp, 0.0).sum()
 
         return jit(jax.grad(loss))(random_params(QWEN2))
@@ -275,11 +305,15 @@ def test_gradient_of_dense_is_that_of_a_matrix_product(features):
     """Both ways of the hand-written backward pass: the kernel with fewer and with more columns than rows."""
     layer = decoder.Dense(LLAMA, features, bias=True)
     draw = np.random.default_rng(6)
-    x, kernel, bias = (draw.standard_normal(s).astype(np.float32) for s in ((2, 5, 8), (8, features), (features,)))
+    x, kernel, bias = (
+        draw.standard_normal(s).astype(np.float32) for s in ((2, 5, 8), (8, features), (features,))
+    )
     ours = lambda x, kernel, bias: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)  # noqa: E731
     plain = lambda x, kernel, bias: jnp.einsum("bti,io->bto", x, kernel) + bias  # noqa: E731
     np.testing.assert_allclose(ours(x, kernel, bias), plain(x, kernel, bias), atol=1e-5)
-    gradient = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2))(x, kernel, bias)  # noqa: E731
+    gradient = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2))(
+        x, kernel, bias
+    )  # noqa: E731
     got, want = gradient(ours), gradient(plain)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -29,7 +29,11 @@ USER = [{"role": "user", "content": "3 4 5=12"}]
 def parts(small):
     """(config, task, text) of the embedded model."""
     config = small(prompts_per_step=2, group=3)
-    return config, make_task(config), text_lib.load(ROOT / "collab_jax" / "assets" / "countdown-tiny", config.text)
+    return (
+        config,
+        make_task(config),
+        text_lib.load(ROOT / "collab_jax" / "assets" / "countdown-tiny", config.text),
+    )
 
 
 def write(path, *rows):
@@ -50,10 +54,15 @@ def nobody():
 def test_rows_of_each_kind(tmp_path, name):
     chat = [{"role": "system", "content": "Be brief."}, *USER]
     file = write(
-        tmp_path / name, {"prompt": "3 4 5=12", "response": RIGHT, "note": 1}, "", {"messages": chat, "response": OTHER}
+        tmp_path / name,
+        {"prompt": "3 4 5=12", "response": RIGHT, "note": 1},
+        "",
+        {"messages": chat, "response": OTHER},
     )
     assert demonstrations.read(file, nobody) == [(USER, RIGHT), (chat, OTHER)]
-    file = write(tmp_path / name, {"id": "train-7", "response": RIGHT}, {"id": "train-7", "response": OTHER})
+    file = write(
+        tmp_path / name, {"id": "train-7", "response": RIGHT}, {"id": "train-7", "response": OTHER}
+    )
     asked = []
     prompts = lambda: asked.append(1) or {"train-7": USER}  # noqa: E731
     assert demonstrations.read(file, prompts) == [(USER, RIGHT), (USER, OTHER)] and len(asked) == 1
@@ -98,7 +107,11 @@ def test_what_does_not_fit_is_counted_told_and_left_out(parts, capsys):
     assert demonstrations.fitting(found, text, config) == found[:3]
     told, left_out = capsys.readouterr().out.splitlines()
     assert told == "3 demonstrations: 1 answer, 1 call, 1 do neither in form"
-    assert "left out: 1 of 5" in left_out and "prompt_length=16" in left_out and "1 for responses" in left_out
+    assert (
+        "left out: 1 of 5" in left_out
+        and "prompt_length=16" in left_out
+        and "1 for responses" in left_out
+    )
     with pytest.raises(UserError, match="none of 1 demonstrations fits"):
         demonstrations.fitting(found[3:4], text, config)
 
@@ -106,7 +119,10 @@ def test_what_does_not_fit_is_counted_told_and_left_out(parts, capsys):
 def test_each_epoch_has_all_of_them_in_an_order_of_its_own():
     drawn = list(itertools.islice(demonstrations.endless(range(7), seed=3), 21))
     epochs = [drawn[i : i + 7] for i in (0, 7, 14)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+    assert (
+        all(sorted(epoch) == list(range(7)) for epoch in epochs)
+        and len(set(map(tuple, epochs))) == 3
+    )
     assert drawn == list(itertools.islice(demonstrations.endless(range(7), seed=3), 21))
     assert drawn != list(itertools.islice(demonstrations.endless(range(7), seed=4), 21))
 
@@ -135,17 +151,27 @@ BOXED = "We add.\nSo the answer is $\\boxed{12}$."
 def test_a_response_is_brought_into_the_format(response, opening, whole):
     assert demonstrations.well_formed(response) == whole
     assert demonstrations.until_answer(response) == opening
-    assert whole is None or whole.startswith(opening)  # so a call and an answer part at the token that decides
+    assert whole is None or whole.startswith(
+        opening
+    )  # so a call and an answer part at the token that decides
 
 
 def samples_of(text, groups, T=56):
     """Samples [P, G, T] of texts; one in a list of its own was cut off."""
     P, G = len(groups), len(groups[0])
-    tokens, mask, ended = np.zeros((P, G, T), np.int32), np.zeros((P, G, T), bool), np.ones((P, G), bool)
+    tokens, mask, ended = (
+        np.zeros((P, G, T), np.int32),
+        np.zeros((P, G, T), bool),
+        np.ones((P, G), bool),
+    )
     for p, g in np.ndindex(P, G):
         response = groups[p][g]
         ended[p, g] = isinstance(response, str)
-        ids = text.response_ids(response)[:T] if ended[p, g] else (text.response_ids(response[0])[:-1] * T)[:T]
+        ids = (
+            text.response_ids(response)[:T]
+            if ended[p, g]
+            else (text.response_ids(response[0])[:-1] * T)[:T]
+        )
         tokens[p, g, : len(ids)], mask[p, g, : len(ids)] = ids, True
     zeros = np.zeros((P, G, T), np.float32)
     return Samples(tokens=tokens, logp=zeros, mask=mask, ended=ended, margins=zeros)
@@ -160,32 +186,49 @@ def test_right_responses_are_kept_once_each_and_a_failure_to_where_it_would_answ
         [RIGHT.replace("answer>", "think>")] * 4,
     ]
     rows = demonstrations.judged(text, task, [EXAMPLE] * 4, samples_of(text, groups), keep=5)
-    assert [row["right"] for row in rows] == [[RIGHT, OTHER], [], [], []] and rows[0]["failed"] is None
+    assert [row["right"] for row in rows] == [[RIGHT, OTHER], [], [], []] and rows[0][
+        "failed"
+    ] is None
     assert rows[1]["failed"] == LONG[: LONG.index("<answer>")]  # the first that answers
-    assert rows[3]["failed"] == f"<think>{RIGHT[7:22]}3+4+5</think>\n"  # none answers: the first that ended
+    assert (
+        rows[3]["failed"] == f"<think>{RIGHT[7:22]}3+4+5</think>\n"
+    )  # none answers: the first that ended
     lines = rows[2]["failed"].removeprefix("<think>").removesuffix("</think>\n").split("\n")
-    assert lines == ["4+5=9"] * len(lines) and 2 <= len(lines) <= 5  # half of what was cut off, in full lines
+    assert (
+        lines == ["4+5=9"] * len(lines) and 2 <= len(lines) <= 5
+    )  # half of what was cut off, in full lines
     few = demonstrations.judged(text, task, [EXAMPLE], samples_of(text, groups[:1]), keep=1)
     assert few[0]["right"] == [RIGHT]
 
 
 def test_calls_have_at_most_their_share(parts):
     def row(i, *right):
-        return {"id": f"train-{i}", "right": list(right), "failed": None if right else f"<think>{i}</think>\n"}
+        return {
+            "id": f"train-{i}",
+            "right": list(right),
+            "failed": None if right else f"<think>{i}</think>\n",
+        }
 
     rows = [row(i, RIGHT, OTHER) if i % 2 else row(i) for i in range(8)]
     found = demonstrations.chosen(rows, 0.2, MARKER, seed=0)
     assert [r["kind"] for r in found].count("call") == 2 and len(found) == 10  # 2 of 10
     assert [r["id"] for r in found] == sorted(r["id"] for r in found)
-    assert all(r["response"] == f"<think>{r['id'][6:]}</think>\n{MARKER}" for r in found if r["kind"] == "call")
+    assert all(
+        r["response"] == f"<think>{r['id'][6:]}</think>\n{MARKER}"
+        for r in found
+        if r["kind"] == "call"
+    )
     assert found == demonstrations.chosen(rows, 0.2, MARKER, seed=0)
     drawn = {
-        tuple(r["id"] for r in demonstrations.chosen(rows, 0.2, MARKER, seed) if r["kind"] == "call")
+        tuple(
+            r["id"] for r in demonstrations.chosen(rows, 0.2, MARKER, seed) if r["kind"] == "call"
+        )
         for seed in range(9)
     }
     assert len(drawn) > 1
     assert (
-        len(demonstrations.chosen(rows, 0.0, MARKER, 0)) == 8 and len(demonstrations.chosen(rows, 0.9, MARKER, 0)) == 12
+        len(demonstrations.chosen(rows, 0.0, MARKER, 0)) == 8
+        and len(demonstrations.chosen(rows, 0.9, MARKER, 0)) == 12
     )
     with pytest.raises(UserError, match="no response to any of 1 training prompts was right"):
         demonstrations.chosen([row(0)], 0.2, MARKER, 0)
@@ -215,11 +258,16 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
 
     def own(name, scripted, config=config):
         (tmp_path / name).mkdir(exist_ok=True)
-        return demonstrations.own(scripted, None, text, task, examples, config, tmp_path / name).read_text()
+        return demonstrations.own(
+            scripted, None, text, task, examples, config, tmp_path / name
+        ).read_text()
 
     straight = own("straight", Scripted(text))
     rows = [json.loads(line) for line in straight.splitlines()]
-    assert sum(r["kind"] == "answer" for r in rows) == 8 and sum(r["kind"] == "call" for r in rows) == 2
+    assert (
+        sum(r["kind"] == "answer" for r in rows) == 8
+        and sum(r["kind"] == "call" for r in rows) == 2
+    )
     with pytest.raises(KeyboardInterrupt):
         own("killed", Scripted(text, dies=2))
     with (tmp_path / "killed" / "samples.jsonl").open("a") as file:
@@ -228,7 +276,9 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
     assert own("killed", again) == straight and again.steps == [2, 3]
     samples = tmp_path / "killed" / "samples.jsonl"
     cut = samples.read_text().splitlines()[:5]
-    samples.write_text("\n".join(cut)[:-3])  # the head and two batches of two, cut short in the last line
+    samples.write_text(
+        "\n".join(cut)[:-3]
+    )  # the head and two batches of two, cut short in the last line
     again = Scripted(text)
     assert own("killed", again) == straight and again.steps == [1, 2, 3]
     del examples[4:]  # fewer prompts than were sampled
@@ -236,7 +286,9 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
     rows = [json.loads(line) for line in samples.read_text().splitlines()[1:]]
     assert [row["id"] for row in rows] == [e.id for e in examples]
     other = Scripted(text)
-    assert own("killed", other, small(prompts_per_step=2, group=3, temperature=0.9)) and other.steps == [0, 1]
+    assert own(
+        "killed", other, small(prompts_per_step=2, group=3, temperature=0.9)
+    ) and other.steps == [0, 1]
 
 
 # ---------------------------------------------------------------- the command
@@ -246,13 +298,23 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
     own = small(sft__source="self", sft__prompts=24, sft__check_prompts=12, sft__marker_share=0.3)
     assert sft.run(own, tmp_path / "own") == 0
     out = capsys.readouterr().out
-    assert "of 24 training prompts solved, each in 4 responses" in out and "48 responses to 12 training prompts" in out
-    rows = [json.loads(line) for line in (tmp_path / "own" / "demonstrations.jsonl").read_text().splitlines()]
+    assert (
+        "of 24 training prompts solved, each in 4 responses" in out
+        and "48 responses to 12 training prompts" in out
+    )
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "own" / "demonstrations.jsonl").read_text().splitlines()
+    ]
     task = make_task(own)
     examples = {e.id: e for e in task.load("train")[:24]}
     verdicts = task.verify([examples[r["id"]] for r in rows], [r["response"] for r in rows])
     assert [v.called for v in verdicts] == [r["kind"] == "call" for r in rows]
-    assert all(v.correct and v.formatted for v, r in zip(verdicts, rows, strict=True) if r["kind"] == "answer")
+    assert all(
+        v.correct and v.formatted
+        for v, r in zip(verdicts, rows, strict=True)
+        if r["kind"] == "answer"
+    )
     calls = sum(r["kind"] == "call" for r in rows)
     assert 0 < calls <= 0.3 * len(rows) and not {r["id"] for r in rows if r["kind"] == "call"} & {
         r["id"] for r in rows if r["kind"] == "answer"
@@ -260,12 +322,18 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
     figures = json.loads((tmp_path / "own" / "sft.json").read_text())
     assert figures["prompts"] == 12 and figures["responses"] == 48 and figures["steps"] == 2
     assert (
-        0 < figures["local_accuracy"] < 1 and figures["formatted"] > 0.5 and figures["margin"] <= figures["best_margin"]
+        0 < figures["local_accuracy"] < 1
+        and figures["formatted"] > 0.5
+        and figures["margin"] <= figures["best_margin"]
     )
 
-    file = small(sft__source="file", sft__demonstrations=str(tmp_path / "own" / "demonstrations.jsonl"))
+    file = small(
+        sft__source="file", sft__demonstrations=str(tmp_path / "own" / "demonstrations.jsonl")
+    )
     assert sft.run(file, tmp_path / "file") == 0
-    assert "left out" not in out and json.loads((tmp_path / "file" / "sft.json").read_text()) == {"steps": 2}
+    assert "left out" not in out and json.loads((tmp_path / "file" / "sft.json").read_text()) == {
+        "steps": 2
+    }
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("own", "file")]
     assert weights[0] == weights[1]
 
@@ -277,7 +345,10 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
         ({"sft__source": "file"}, "source=file names a file"),
         ({"sft__demonstrations": "x.jsonl"}, "source=file names a file"),
         ({"sft__steps": 0}, "config.sft.steps must be at least 1"),
-        ({"prompts_per_step": 3}, "prompts_per_step=3 must be a positive multiple of the 2 devices"),
+        (
+            {"prompts_per_step": 3},
+            "prompts_per_step=3 must be a positive multiple of the 2 devices",
+        ),
         ({"sft__keep": 0}, "config.sft.micro_rows and keep must be at least 1"),
         ({"sft__marker_share": 1.0}, "config.sft.marker_share=1.0"),
         ({"sft__prompts": -1}, "at least 0"),

@@ -46,7 +46,12 @@ def filter_batch(state, d1, d2, lost=0, unknown=0, seed=0):
     cloud = np.array([F] * d1 + [T] * d2 + [F] * (lost + unknown))
     known = np.array([T] * (d1 + d2 + lost) + [F] * unknown)
     return gapg.prompt_filter(
-        state, NO_REWARD, jnp.array(correct), jnp.array(cloud), jnp.array(known), jax.random.key(seed)
+        state,
+        NO_REWARD,
+        jnp.array(correct),
+        jnp.array(cloud),
+        jnp.array(known),
+        jax.random.key(seed),
     )
 
 
@@ -63,9 +68,13 @@ def test_filter_counts_and_carry_by_hand():
     assert keep[:4].all() and keep[4:9].sum() == 1 and not keep[9:].any() and state.carry == 5
     keep, state = filter_batch(state, d1=3, d2=5)  # 9/7 + 5/7: two, nothing carried
     assert keep[3:].sum() == 2 and state.carry == 0
-    keep, state = filter_batch(state, d1=8, d2=1)  # 24/7: three, but one D2 prompt: the quota is lost, 3/7 carried
+    keep, state = filter_batch(
+        state, d1=8, d2=1
+    )  # 24/7: three, but one D2 prompt: the quota is lost, 3/7 carried
     assert keep.all() and state.carry == 3
-    keep, state = filter_batch(state, d1=0, d2=4)  # nothing solved: nothing kept, the fraction stays
+    keep, state = filter_batch(
+        state, d1=0, d2=4
+    )  # nothing solved: nothing kept, the fraction stays
     assert not keep.any() and state.carry == 3 and state.empty_d1_streak == 1
     keep, state = filter_batch(state, d1=2, d2=4, seed=1)  # 6/7 + 3/7: one, 2/7 carried
     assert keep[2:].sum() == 1 and state.carry == 2 and state.empty_d1_streak == 0
@@ -90,7 +99,9 @@ def test_budget_zero_keeps_no_d2():
 @pytest.mark.parametrize("budget", [0.1, 0.3, 1 / 3, 0.7])
 def test_bound_holds_over_any_run(budget):
     rng, state, rho = np.random.default_rng(0), gapg.init_filter(budget), gapg.rho_of(budget)
-    run = jax.jit(lambda s, c, k: gapg.prompt_filter(s, NO_REWARD, c, ~c.any(1), jnp.ones(16, bool), k)[1])
+    run = jax.jit(
+        lambda s, c, k: gapg.prompt_filter(s, NO_REWARD, c, ~c.any(1), jnp.ones(16, bool), k)[1]
+    )
     for i in range(100):
         correct = rng.random((16, 2)) < rng.random()
         state = run(state, jnp.array(correct), jax.random.key(i))
@@ -100,8 +111,16 @@ def test_bound_holds_over_any_run(budget):
 
 def test_every_d2_prompt_is_equally_likely():
     correct = jnp.array([[T]] * 7 + [[F]] * 6)
-    args = gapg.init_filter(0.3), NO_REWARD, correct, ~correct[:, 0], jnp.ones(13, bool)  # quota 3 of 6
-    keep = jax.vmap(lambda key: gapg.prompt_filter(*args, key)[0])(jax.random.split(jax.random.key(0), 2000))
+    args = (
+        gapg.init_filter(0.3),
+        NO_REWARD,
+        correct,
+        ~correct[:, 0],
+        jnp.ones(13, bool),
+    )  # quota 3 of 6
+    keep = jax.vmap(lambda key: gapg.prompt_filter(*args, key)[0])(
+        jax.random.split(jax.random.key(0), 2000)
+    )
     np.testing.assert_allclose(keep[:, 7:].mean(0), 0.5, atol=5 * (0.25 / 2000) ** 0.5)
 
 
@@ -110,7 +129,9 @@ def test_membership_is_by_correctness_not_by_reward():
     correct, called = jnp.array([[F, F]]), jnp.array([[T, F]])
     r, _ = gapg.reward(gapg.init_reward(2.0, 0.5, 0.2), correct, called, ~called, jnp.array([T]))
     assert (r > 0).all()
-    keep, _ = gapg.prompt_filter(gapg.init_filter(0.0), r, correct, jnp.array([T]), jnp.array([T]), jax.random.key(0))
+    keep, _ = gapg.prompt_filter(
+        gapg.init_filter(0.0), r, correct, jnp.array([T]), jnp.array([T]), jax.random.key(0)
+    )
     assert not keep.any()
 
 
@@ -125,7 +146,9 @@ def test_advantage_is_leave_one_out():
 
 def test_advantage_by_hand():
     np.testing.assert_allclose(
-        gapg.advantage(jnp.array([[2.2, 0.0], [0.5, 0.5]]), NO_MASK), [[2.2, -2.2], [0, 0]], rtol=1e-6
+        gapg.advantage(jnp.array([[2.2, 0.0], [0.5, 0.5]]), NO_MASK),
+        [[2.2, -2.2], [0, 0]],
+        rtol=1e-6,
     )
 
 
@@ -136,7 +159,10 @@ def group_gradient(theta, group, rewards, r_state=None):
     def objective(theta):
         logp = jax.nn.log_softmax(theta)[group][None, :, None]
         return gapg.loss(
-            logp, jnp.ones((1, len(group), 1), bool), gapg.advantage(rewards[group][None], NO_MASK), len(group)
+            logp,
+            jnp.ones((1, len(group), 1), bool),
+            gapg.advantage(rewards[group][None], NO_MASK),
+            len(group),
         )
 
     return jax.grad(objective)(theta)
@@ -146,7 +172,8 @@ def test_gradient_equals_the_papers_sum():
     theta, rewards, group = jnp.array([0.3, -0.2, 0.5]), jnp.array([2.2, 0.5, 0.0]), [0, 2, 1, 2]
     r = rewards[jnp.array(group)]
     direct = sum(
-        jax.grad(lambda t, y=y: jax.nn.log_softmax(t)[y])(theta) * (r[i] - r.mean()) for i, y in enumerate(group)
+        jax.grad(lambda t, y=y: jax.nn.log_softmax(t)[y])(theta) * (r[i] - r.mean())
+        for i, y in enumerate(group)
     ) / (len(group) - 1)
     np.testing.assert_allclose(group_gradient(theta, group, rewards), -direct, rtol=1e-5)
 
@@ -155,7 +182,8 @@ def test_gradient_is_unbiased_by_enumeration():
     theta, rewards, G = jnp.array([0.3, -0.2, 0.5]), jnp.array([2.2, 0.5, 0.1]), 3
     p = jax.nn.softmax(theta)
     expected = sum(
-        jnp.prod(p[jnp.array(g)]) * group_gradient(theta, g, rewards) for g in itertools.product(range(3), repeat=G)
+        jnp.prod(p[jnp.array(g)]) * group_gradient(theta, g, rewards)
+        for g in itertools.product(range(3), repeat=G)
     )
     exact = jax.grad(lambda t: -jnp.dot(jax.nn.softmax(t), rewards))(theta)
     np.testing.assert_allclose(expected, exact, rtol=1e-4, atol=1e-6)
@@ -172,13 +200,20 @@ def test_filter_changes_the_expected_gradient_by_a_hand_value():
         for group in itertools.product(range(3), repeat=2):
             correct = jnp.array(group)[None] == 0
             keep, _ = gapg.prompt_filter(
-                gapg.init_filter(0.0), NO_REWARD, correct, jnp.array([T]), jnp.array([T]), jax.random.key(0)
+                gapg.init_filter(0.0),
+                NO_REWARD,
+                correct,
+                jnp.array([T]),
+                jnp.array([T]),
+                jax.random.key(0),
             )
             total += group_gradient(theta, group, rewards) / 9 * (keep[0] if filtered else 1)
         return total
 
     np.testing.assert_allclose(expected(False)[1] - expected(True)[1], -1 / 18, rtol=1e-5)
-    np.testing.assert_allclose(expected(True)[0], expected(False)[0], rtol=1e-5)  # what is dropped has no `right` in it
+    np.testing.assert_allclose(
+        expected(True)[0], expected(False)[0], rtol=1e-5
+    )  # what is dropped has no `right` in it
 
 
 def test_off_mask_log_probabilities_do_not_count():
@@ -223,7 +258,9 @@ def rollout(seed=0):
 
 def start(budget=0.3, params=None):
     params = decoder.init(CFG, jax.random.key(1)) if params is None else params
-    return jax.device_get(gapg.init_state(params, SGD, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget)))
+    return jax.device_get(
+        gapg.init_state(params, SGD, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget))
+    )
 
 
 def logprobs(params, batch):
@@ -234,13 +271,17 @@ def logprobs(params, batch):
 
 
 def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG, average=0.0):
-    settings = dict(micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2, average=average)
+    settings = dict(
+        micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2, average=average
+    )
     return gapg.make_step(CFG, SGD, algorithm, axis="d", **settings)
 
 
 def one_step(batch, devices=2, state=None, **settings):
     """(state, metrics) after one step on that many devices, on the host."""
-    run = jax.pmap(body(**settings), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:devices])
+    run = jax.pmap(
+        body(**settings), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:devices]
+    )
     shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
     out = run(start() if state is None else state, shards, jax.random.key(5))
     return jax.device_get(jax.tree.map(lambda x: x[0], out))
@@ -260,18 +301,31 @@ def test_step_is_the_gradient_of_the_kept_prompts(stepped):
     new, metrics = stepped
     old, batch = start(), rollout()
     keep, _ = gapg.prompt_filter(
-        old.filter, NO_REWARD, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5)
+        old.filter,
+        NO_REWARD,
+        batch.correct,
+        batch.cloud_correct,
+        batch.cloud_known,
+        jax.random.key(5),
     )
-    r, _ = gapg.reward(old.reward, batch.correct, batch.called, batch.formatted, batch.cloud_correct)
+    r, _ = gapg.reward(
+        old.reward, batch.correct, batch.called, batch.formatted, batch.cloud_correct
+    )
 
     def objective(params):
         logp = logprobs(params, batch)
-        return gapg.loss(logp, batch.mask, gapg.advantage(r, NO_MASK) * keep[:, None], G) / keep.sum()
+        return (
+            gapg.loss(logp, batch.mask, gapg.advantage(r, NO_MASK) * keep[:, None], G) / keep.sum()
+        )
 
     grads = jax.grad(objective)(old.params)
     assert_close(jax.tree.map(jnp.subtract, old.params, new.params), grads, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
-    assert 0 < metrics["kept"] < Q and metrics["kept"] + metrics["dropped"] == Q and metrics["no_signal"] >= 1
+    assert (
+        0 < metrics["kept"] < Q
+        and metrics["kept"] + metrics["dropped"] == Q
+        and metrics["no_signal"] >= 1
+    )
     assert new.step == 1
 
 
@@ -283,7 +337,8 @@ def test_one_device_equals_two(stepped):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(micro_rows=1), dict(micro_rows=5, lengths=(NEW,)), dict(lengths=(1, 2, 3, NEW))]
+    "settings",
+    [dict(micro_rows=1), dict(micro_rows=5, lengths=(NEW,)), dict(lengths=(1, 2, 3, NEW))],
 )
 def test_micro_batches_and_lengths_change_nothing(stepped, settings):
     other, metrics = one_step(rollout(), **settings)
@@ -297,7 +352,12 @@ def test_averaged_weights_by_hand():
     one, _ = one_step(rollout(), state=averaged, average=0.5)
     two, _ = one_step(rollout(), state=one, average=0.5)
     assert_close(one.policy, one.params, rtol=1e-6, atol=1e-7)
-    assert_close(two.policy, jax.tree.map(lambda a, b: a / 3 + 2 * b / 3, one.params, two.params), rtol=1e-5, atol=1e-6)
+    assert_close(
+        two.policy,
+        jax.tree.map(lambda a, b: a / 3 + 2 * b / 3, one.params, two.params),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     plain, _ = one_step(rollout())
     assert_close(one.params, plain.params, rtol=0)  # what is learnt from does not change
     assert plain.average is None and plain.policy is plain.params
@@ -335,7 +395,12 @@ def test_work_is_that_of_the_responses_that_have_a_gradient():
 def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
     batch, old = rollout(), start()
     keep, _ = gapg.prompt_filter(
-        old.filter, NO_REWARD, batch.correct, batch.cloud_correct, batch.cloud_known, jax.random.key(5)
+        old.filter,
+        NO_REWARD,
+        batch.correct,
+        batch.cloud_correct,
+        batch.cloud_known,
+        jax.random.key(5),
     )
     tokens = np.where(np.asarray(keep)[:, None, None] & batch.mask, batch.tokens, 7)
     assert (tokens != batch.tokens).any()
@@ -366,7 +431,9 @@ def test_non_finite_gradient_is_skipped_and_counted():
     new, metrics = one_step(rollout(), state=new)
     assert not np.isfinite(metrics["grad_norm"])
     assert new.nonfinite_updates == 2 and new.nonfinite_streak == 2
-    np.testing.assert_array_equal(new.params["embed_tokens"]["embedding"], start().params["embed_tokens"]["embedding"])
+    np.testing.assert_array_equal(
+        new.params["embed_tokens"]["embedding"], start().params["embed_tokens"]["embedding"]
+    )
     healed = new.replace(params=start().params)
     assert one_step(rollout(), state=healed)[0].nonfinite_streak == 0
 
@@ -374,11 +441,19 @@ def test_non_finite_gradient_is_skipped_and_counted():
 def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
     """Under GRPO's division a rounded mean of eight times 0.2 gave every response an advantage of -0.015."""
     same = rollout().replace(
-        correct=np.zeros((Q, G), bool), called=np.zeros((Q, G), bool), formatted=np.ones((Q, G), bool)
+        correct=np.zeros((Q, G), bool),
+        called=np.zeros((Q, G), bool),
+        formatted=np.ones((Q, G), bool),
     )
-    grpo = gapg.GAPG._replace(advantage=algorithms.grpo_advantage, prompt_filter=algorithms.no_filter)
-    run = jax.pmap(body(algorithm=grpo), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:1])
-    new, metrics = jax.device_get(run(start(), jax.tree.map(lambda x: x[None], same), jax.random.key(5)))
+    grpo = gapg.GAPG._replace(
+        advantage=algorithms.grpo_advantage, prompt_filter=algorithms.no_filter
+    )
+    run = jax.pmap(
+        body(algorithm=grpo), axis_name="d", in_axes=(None, 0, None), devices=jax.devices()[:1]
+    )
+    new, metrics = jax.device_get(
+        run(start(), jax.tree.map(lambda x: x[None], same), jax.random.key(5))
+    )
     assert metrics["no_signal"][0] == metrics["kept"][0] == Q and metrics["grad_norm"][0] == 0
 
 
@@ -392,6 +467,12 @@ def test_drift_is_measured_against_the_sampled_log_probabilities(stepped):
 def test_step_lowers_for_tpu_and_gpu():
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     d, same = PartitionSpec("d"), PartitionSpec()
-    step = jax.jit(jax.shard_map(body(), mesh=mesh, in_specs=(same, d, same), out_specs=(same, same), check_vma=False))
-    exported = jax.export.export(step, platforms=["tpu", "cuda"])(start(), rollout(), jax.random.key(0))
+    step = jax.jit(
+        jax.shard_map(
+            body(), mesh=mesh, in_specs=(same, d, same), out_specs=(same, same), check_vma=False
+        )
+    )
+    exported = jax.export.export(step, platforms=["tpu", "cuda"])(
+        start(), rollout(), jax.random.key(0)
+    )
     assert set(exported.platforms) == {"tpu", "cuda"}

@@ -43,19 +43,28 @@ def folder(tmp_path):
     """A sound folder to spoil: returns (path, weights by name, write(weights, file name))."""
     path = tmp_path / "model"
     hf.save(path, random_params(LLAMA), LLAMA, "float32", tokenizer=tmp_path)
-    return path, load_file(path / "model.safetensors"), lambda w, name="model.safetensors": save_file(w, path / name)
+    return (
+        path,
+        load_file(path / "model.safetensors"),
+        lambda w, name="model.safetensors": save_file(w, path / name),
+    )
 
 
 # ---------------------------------------------------------------- out and in again
 
 
-@pytest.mark.parametrize("hf_config", [LLAMA, UNTIED, QWEN3], ids=["tied", "untied-biases", "qwen3"])
+@pytest.mark.parametrize(
+    "hf_config", [LLAMA, UNTIED, QWEN3], ids=["tied", "untied-biases", "qwen3"]
+)
 def test_round_trip_is_bit_exact(hf_config, tmp_path):
     params = random_params(hf_config)
     hf.save(tmp_path / "new" / "folder", params, hf_config, "float32", tokenizer=tmp_path)
     assert_same(load(tmp_path / "new" / "folder"), params)
     assert hf.read_config(tmp_path / "new" / "folder") == {**hf_config, "dtype": "float32"}
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_large_model_is_written_in_shards_with_an_index(tmp_path, monkeypatch):
@@ -65,7 +74,9 @@ def test_a_large_model_is_written_in_shards_with_an_index(tmp_path, monkeypatch)
     monkeypatch.setattr(hf, "SHARD_BYTES", 1000)
     hf.save(path, params, UNTIED, "float32", tokenizer=tmp_path)
     files = sorted(p.name for p in path.glob("*.safetensors"))
-    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"  # the single file is gone
+    assert (
+        len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    )  # the single file is gone
     index = json.loads((path / hf.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(w.nbytes for w in one.values())
     assert index["weight_map"] == {name: file for file in files for name in load_file(path / file)}
@@ -88,10 +99,18 @@ def test_names_and_layout_are_hugging_faces(folder):
 
 def test_bfloat16_there_and_back(tmp_path):
     params = random_params(LLAMA)
-    hf.save(tmp_path / "half", params, {**LLAMA, "torch_dtype": "float32"}, "bfloat16", tokenizer=tmp_path)
+    hf.save(
+        tmp_path / "half",
+        params,
+        {**LLAMA, "torch_dtype": "float32"},
+        "bfloat16",
+        tokenizer=tmp_path,
+    )
     rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), params)
     assert_same(load(tmp_path / "half", "bfloat16"), rounded)
-    assert_same(load(tmp_path / "half", "float32"), jax.tree.map(lambda x: x.astype(np.float32), rounded))
+    assert_same(
+        load(tmp_path / "half", "float32"), jax.tree.map(lambda x: x.astype(np.float32), rounded)
+    )
     written = hf.read_config(tmp_path / "half")
     assert written["dtype"] == "bfloat16" and "torch_dtype" not in written
 
@@ -101,8 +120,12 @@ def test_float16_weights_are_read(folder):
     half = {name: w.astype(np.float16) for name, w in weights.items()}
     write(half)
     params = load(path)
-    np.testing.assert_array_equal(params["norm"]["scale"], half[NORM].astype(np.float32), strict=True)
-    np.testing.assert_array_equal(params["embed_tokens"]["embedding"], half[EMBED].astype(np.float32), strict=True)
+    np.testing.assert_array_equal(
+        params["norm"]["scale"], half[NORM].astype(np.float32), strict=True
+    )
+    np.testing.assert_array_equal(
+        params["embed_tokens"]["embedding"], half[EMBED].astype(np.float32), strict=True
+    )
 
 
 def test_a_generation_config_names_every_token_that_ends_a_response(tmp_path):
@@ -118,7 +141,11 @@ def test_save_carries_the_tokenizer_files(tmp_path):
     (source / "pytorch_model.bin").write_text("not this one")
     params = random_params(LLAMA)
     hf.save(tmp_path / "out", params, LLAMA, "float32", tokenizer=source)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     hf.save(source, params, LLAMA, "float32", tokenizer=source)  # over itself
     assert (source / "tokenizer.json").read_text() == "{}"
     assert_same(load(source), params)
@@ -147,7 +174,9 @@ def test_tied_head_written_twice_is_accepted(folder):
 def test_unknown_weight_is_named(folder):
     path, weights, write = folder
     write({**weights, "model.layers.0.self_attn.q_proj.bias": np.zeros(8, np.float32)})
-    with pytest.raises(hf.FolderError, match="unknown weight 'model.layers.0.self_attn.q_proj.bias'"):
+    with pytest.raises(
+        hf.FolderError, match="unknown weight 'model.layers.0.self_attn.q_proj.bias'"
+    ):
         load(path)
 
 
@@ -159,7 +188,9 @@ def test_missing_weight_is_named(folder):
         load(path)
     del weights[EMBED], weights["model.layers.0.mlp.up_proj.weight"]
     write(weights)
-    with pytest.raises(hf.FolderError, match="missing weight 'model.embed_tokens.weight' and 2 more"):
+    with pytest.raises(
+        hf.FolderError, match="missing weight 'model.embed_tokens.weight' and 2 more"
+    ):
         load(path)
 
 
@@ -177,7 +208,9 @@ def test_doubled_weight_is_named(folder):
         load(path)
 
 
-@pytest.mark.parametrize(("name", "shape"), [(EMBED, (13, 8)), ("model.layers.0.mlp.up_proj.weight", (8, 10))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [(EMBED, (13, 8)), ("model.layers.0.mlp.up_proj.weight", (8, 10))]
+)
 def test_misshapen_weight_is_named(folder, name, shape):
     path, weights, write = folder
     write({**weights, name: np.zeros(shape, np.float32)})
@@ -223,13 +256,21 @@ def test_missing_or_broken_config_json(tmp_path):
         (dict(model_type=None), "model_type None is not supported"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
         (dict(use_sliding_window=True), "use_sliding_window is not supported"),
-        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)), "rope type 'yarn' is not supported"),
         (
-            dict(rope_parameters=None, rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)),
+            dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)),
+            "rope type 'yarn' is not supported",
+        ),
+        (
+            dict(
+                rope_parameters=None, rope_theta=1e4, rope_scaling=dict(type="linear", factor=2.0)
+            ),
             "rope type 'linear'",
         ),
         (dict(rope_parameters=None), "no rope_theta"),
-        (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0)), "low_freq_factor"),
+        (
+            dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0)),
+            "low_freq_factor",
+        ),
         (dict(hidden_size=None), "hidden_size"),
     ],
 )
@@ -246,19 +287,24 @@ def test_rope_at_the_top_level_and_in_rope_parameters():
     assert hf.config_from_hf(new) == hf.config_from_hf(old)
     assert hf.config_from_hf(new).rope_theta == 321.0
 
-    llama3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    llama3 = dict(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    )
     want = decoder.RopeScaling(8.0, 1.0, 4.0, 64)
     for config in (
         {**LLAMA, "rope_parameters": {**llama3, "rope_type": "llama3", "rope_theta": 321.0}},
         {**old, "rope_scaling": {**llama3, "rope_type": "llama3"}},
         {**old, "rope_scaling": {**llama3, "type": "llama3"}},
     ):
-        assert hf.config_from_hf(config) == dataclasses.replace(hf.config_from_hf(old), rope_scaling=want)
+        assert hf.config_from_hf(config) == dataclasses.replace(
+            hf.config_from_hf(old), rope_scaling=want
+        )
 
 
 def test_switches_of_the_families():
     switches = lambda **c: [  # noqa: E731
-        getattr(hf.config_from_hf({**LLAMA, **c}), name) for name in ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
+        getattr(hf.config_from_hf({**LLAMA, **c}), name)
+        for name in ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
     ]
     assert switches() == [False, False, False, False]
     assert switches(attention_bias=True, mlp_bias=True) == [True, True, True, False]
@@ -291,27 +337,38 @@ def test_locate_a_folder_without_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"), [(OSError("no such\nrepository"), "no such"), (TimeoutError(), "TimeoutError")]
+    ("error", "reason"),
+    [(OSError("no such\nrepository"), "no such"), (TimeoutError(), "TimeoutError")],
 )
 def test_locate_a_hub_name_that_fails(error, reason, monkeypatch):
     def refuse(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(hf.FolderError, match=rf"cannot download 'some-org/some-model' \({reason}\)"):
+    with pytest.raises(
+        hf.FolderError, match=rf"cannot download 'some-org/some-model' \({reason}\)"
+    ):
         hf.locate("some-org/some-model")
 
 
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("GatedRepoError", "'some-org/some-model' is gated: accept its licence at https://hug.*HF_TOKEN"),
-        ("RepositoryNotFoundError", "the hub has no 'some-org/some-model', or it is private: check the spelling"),
+        (
+            "GatedRepoError",
+            "'some-org/some-model' is gated: accept its licence at https://hug.*HF_TOKEN",
+        ),
+        (
+            "RepositoryNotFoundError",
+            "the hub has no 'some-org/some-model', or it is private: check the spelling",
+        ),
     ],
 )
 def test_locate_a_gated_or_misspelt_hub_name(kind, says, monkeypatch):
     error = getattr(huggingface_hub.errors, kind)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: raise_(error.__new__(error)))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: raise_(error.__new__(error))
+    )
     with pytest.raises(hf.FolderError, match=says):
         hf.locate("some-org/some-model")
 
@@ -320,7 +377,9 @@ def raise_(error):
     raise error
 
 
-def test_published_architectures_need_no_download_but_a_folder_of_that_name_comes_first(folder, tmp_path, monkeypatch):
+def test_published_architectures_need_no_download_but_a_folder_of_that_name_comes_first(
+    folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     name = "Qwen/Qwen2.5-1.5B-Instruct"
     assert hf.config_from_hf(hf.architecture(name)).num_layers == 28

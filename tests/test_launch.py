@@ -39,8 +39,16 @@ class Tree:
         self.calls_file = tmp_path / "calls"
         self.python = self.executable(tmp_path / "bin" / "stand-in", STAND_IN)
         self.path = f"{self.python.parent}:{os.environ['PATH']}"
-        for name in ("python3.13", "python3.12", "python3.11", "python3", "python"):  # hides the machine's own
-            self.executable(tmp_path / "bin" / name, "#!/bin/bash\necho $0: command not found >&2; exit 127\n")
+        for name in (
+            "python3.13",
+            "python3.12",
+            "python3.11",
+            "python3",
+            "python",
+        ):  # hides the machine's own
+            self.executable(
+                tmp_path / "bin" / name, "#!/bin/bash\necho $0: command not found >&2; exit 127\n"
+            )
 
     def executable(self, path, text):
         path.parent.mkdir(exist_ok=True, parents=True)
@@ -63,7 +71,9 @@ class Tree:
             timeout=60,
         )
         calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
-        assert all(call.startswith(f"{self.root}: ") for call in calls)  # whatever the working directory was
+        assert all(
+            call.startswith(f"{self.root}: ") for call in calls
+        )  # whatever the working directory was
         return done, [call.removeprefix(f"{self.root}: ") for call in calls]
 
 
@@ -90,7 +100,11 @@ def assert_fails_with_one_line(done, *words):
 def test_first_run_makes_a_venv_and_installs_and_the_second_skips_both(tree):
     done, calls = tree.run("launch/test.sh", "-k", "two words")
     assert done.returncode == 0 and done.stderr == ""
-    assert makes_venv(calls) and installs(calls) == [".[test]"] and calls[-1] == "-m pytest -k two words"
+    assert (
+        makes_venv(calls)
+        and installs(calls) == [".[test]"]
+        and calls[-1] == "-m pytest -k two words"
+    )
 
     done, calls = tree.run()
     assert done.returncode == 0 and calls == ["-m pytest"]
@@ -102,7 +116,9 @@ def test_first_run_makes_a_venv_and_installs_and_the_second_skips_both(tree):
 def test_quickstart_lets_later_arguments_win(tree):
     done, calls = tree.run("launch/quickstart.sh", "--workdir", "runs/mine")
     assert done.returncode == 0 and installs(calls) == ["."]
-    assert calls[-1].endswith("--config configs/countdown_tiny.py --workdir runs/quickstart --workdir runs/mine")
+    assert calls[-1].endswith(
+        "--config configs/countdown_tiny.py --workdir runs/quickstart --workdir runs/mine"
+    )
 
     _, calls = tree.run("launch/test.sh")  # adds to the same .venv
     assert not makes_venv(calls) and installs(calls) == [".[test]"]
@@ -135,7 +151,9 @@ def test_a_killed_run_is_repaired_by_the_next(tree, when):
             tree.run("launch/quickstart.sh")
         done, _ = tree.run(ON_INSTALL="kill -9 $PPID")
         assert done.returncode != 0
-    done, calls = tree.run("launch/quickstart.sh")  # not even what was installed before is taken for whole
+    done, calls = tree.run(
+        "launch/quickstart.sh"
+    )  # not even what was installed before is taken for whole
     assert done.returncode == 0 and installs(calls) == ["."] and "collab_jax.train" in calls[-1]
     assert makes_venv(calls) == (when != "update")
     assert len(tree.run("launch/quickstart.sh")[1]) == 1
@@ -245,7 +263,9 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
     same = "--workdir runs/a b/run --config configs/x.py --config.model.path=runs/a b/start --config.seed=3"
     assert train.endswith(f"train {same}") and evaluate.endswith(f"evaluate {same}")
     assert export.endswith(f"export --out runs/a b/model {same}")
-    assert "--records runs/a b/run/eval.parquet --out runs/a b/model --rate 0.3 --delta" in calibrate
+    assert (
+        "--records runs/a b/run/eval.parquet --out runs/a b/model --rate 0.3 --delta" in calibrate
+    )
     assert calibrate.endswith("--marker <no> I pass </no> --decision_token <|spare|>")
 
     (tree.root / "runs/a b/run/eval.json").unlink()
@@ -255,13 +275,19 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
 
 
 def test_a_stage_that_fails_or_was_stopped_ends_it(tree):
-    failing = MAKES.replace('case "$module"', '[ "$module" != collab_jax.train ] || exit 3; case "$module"')
+    failing = MAKES.replace(
+        'case "$module"', '[ "$module" != collab_jax.train ] || exit 3; case "$module"'
+    )
     stopped = MAKES.replace("report.json", "metrics.jsonl")  # saved, and status 0
     for on_module, status in ((failing, 3), (stopped, 1)):
-        done, calls = tree.run("launch/gpu.sh", "configs/x.py", "runs/x", BEFORE=finds("gpu"), ON_MODULE=on_module)
+        done, calls = tree.run(
+            "launch/gpu.sh", "configs/x.py", "runs/x", BEFORE=finds("gpu"), ON_MODULE=on_module
+        )
         assert done.returncode == status and modules(calls)[-1] == "collab_jax.train"
     assert_fails_with_one_line(done, "runs/x/run/report.json was not made", "again")
-    done, calls = tree.run("launch/gpu.sh", "configs/x.py", "runs/x", BEFORE=finds("gpu"), ON_MODULE=MAKES)
+    done, calls = tree.run(
+        "launch/gpu.sh", "configs/x.py", "runs/x", BEFORE=finds("gpu"), ON_MODULE=MAKES
+    )
     assert done.returncode == 0 and modules(calls) == STAGES[1:]
 
 

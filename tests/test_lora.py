@@ -39,11 +39,15 @@ def random_adapter(cfg, chosen):
     return jax.tree.map(lambda x: 0.3 * draw.standard_normal(x.shape).astype(np.float32), shapes)
 
 
-@functools.partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(
+    jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0}
+)
 def logits(params, cfg, tokens):
     real = np.ones(tokens.shape, bool)
     with jax.default_matmul_precision("highest"):
-        hidden, _ = decoder.forward(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))
+        hidden, _ = decoder.forward(
+            params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real)
+        )
         return decoder.logits(params, cfg, hidden)
 
 
@@ -80,14 +84,25 @@ def test_an_adapter_holds_its_targets_in_every_block_and_nothing_else():
         for i in (0, 1)
         for side, shape in (("a", (32, 2)), ("b", (2, 16)))
     }
-    a, again = adapter["layers_0/self_attn/o_proj/lora_a"], adapter["layers_1/self_attn/o_proj/lora_a"]
+    a, again = (
+        adapter["layers_0/self_attn/o_proj/lora_a"],
+        adapter["layers_1/self_attn/o_proj/lora_a"],
+    )
     assert np.abs(a).max() <= 32**-0.5 and not np.array_equal(a, again)
     assert lora.join(None, base) is base
 
 
 def test_merging_by_hand():
-    base = {"layers_0": {"q_proj": {"kernel": np.ones((2, 2), np.float32), "bias": np.zeros(2, np.float32)}}}
-    adapter = {"layers_0": {"q_proj": {"lora_a": np.array([[1.0], [2.0]]), "lora_b": np.array([[3.0, 4.0]])}}}
+    base = {
+        "layers_0": {
+            "q_proj": {"kernel": np.ones((2, 2), np.float32), "bias": np.zeros(2, np.float32)}
+        }
+    }
+    adapter = {
+        "layers_0": {
+            "q_proj": {"lora_a": np.array([[1.0], [2.0]]), "lora_b": np.array([[3.0, 4.0]])}
+        }
+    }
     kernel = lora.merge(base, adapter, scale=0.5)["layers_0"]["q_proj"]["kernel"]
     np.testing.assert_array_equal(kernel, [[2.5, 3.0], [4.0, 5.0]])
 
@@ -129,7 +144,11 @@ def trained(small, tmp_path_factory):
         train__lengths=1,
     )
     workdir = tmp_path_factory.mktemp("lora")
-    return config, workdir, parallel.unreplicate(train.train(experiment.prepare(config, workdir), train.Stop()))
+    return (
+        config,
+        workdir,
+        parallel.unreplicate(train.train(experiment.prepare(config, workdir), train.Stop())),
+    )
 
 
 def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(trained):
@@ -140,11 +159,21 @@ def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(traine
     leaves = set(flat(state.params))
     assert len(leaves) == 4 * 2 * 2 and all(name.endswith(("lora_a", "lora_b")) for name in leaves)
     sizes = sum(x.size for x in jax.tree.leaves(state.params))
-    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * sizes + 2  # two moments, two counts
-    assert set(flat(state.average)) == leaves and all(np.abs(x).max() > 0 for x in jax.tree.leaves(state.params))
-    stored = sum(p.stat().st_size for p in (workdir / "checkpoints" / "4").rglob("*") if p.is_file())
+    assert (
+        sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * sizes + 2
+    )  # two moments, two counts
+    assert set(flat(state.average)) == leaves and all(
+        np.abs(x).max() > 0 for x in jax.tree.leaves(state.params)
+    )
+    stored = sum(
+        p.stat().st_size for p in (workdir / "checkpoints" / "4").rglob("*") if p.is_file()
+    )
     assert stored < 0.5 * sum(x.nbytes for x in jax.tree.leaves(base))
-    assert experiment.load_state(run).policy["layers_0"]["self_attn"]["q_proj"].keys() == {"kernel", "lora_a", "lora_b"}
+    assert experiment.load_state(run).policy["layers_0"]["self_attn"]["q_proj"].keys() == {
+        "kernel",
+        "lora_a",
+        "lora_b",
+    }
 
 
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(trained, tmp_path):
@@ -153,11 +182,19 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(trained, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / "4")
     run = experiment.prepare(config, tmp_path / "copy")
     assert run.checkpoints.latest() == 2
-    jax.tree.map(np.testing.assert_array_equal, parallel.unreplicate(train.train(run, train.Stop())), straight)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        parallel.unreplicate(train.train(run, train.Stop())),
+        straight,
+    )
 
 
-def test_the_frozen_model_comes_in_the_computations_type_and_the_adapter_in_its_own(small, tmp_path):
-    state = experiment.load_state(experiment.prepare(small(lora__rank=2, model__dtype="bfloat16"), tmp_path))
+def test_the_frozen_model_comes_in_the_computations_type_and_the_adapter_in_its_own(
+    small, tmp_path
+):
+    state = experiment.load_state(
+        experiment.prepare(small(lora__rank=2, model__dtype="bfloat16"), tmp_path)
+    )
     assert {str(x.dtype) for x in jax.tree.leaves(state.frozen)} == {"bfloat16"}
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
 
@@ -171,7 +208,10 @@ def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
     shown = sft.shown(None, None, text, task, config, tmp_path)
     tuned = flat(sft.tune(base, cfg, sft.batches(shown, text, config), config))
     changed = {name for name, value in flat(base).items() if not np.array_equal(value, tuned[name])}
-    assert changed == {f"layers_{i}/self_attn/o_proj/kernel" for i in range(4)} and tuned.keys() == flat(base).keys()
+    assert (
+        changed == {f"layers_{i}/self_attn/o_proj/kernel" for i in range(4)}
+        and tuned.keys() == flat(base).keys()
+    )
 
 
 # ---------------------------------------------------------------- what is exported
@@ -186,13 +226,21 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, merged, want)
     assert export.write(run, tmp_path / "adapter", adapter=True) == 4
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (said["r"], said["lora_alpha"], said["target_modules"]) == (4, 32.0, ["q_proj", "up_proj"])
+    assert (said["r"], said["lora_alpha"], said["target_modules"]) == (
+        4,
+        32.0,
+        ["q_proj", "up_proj"],
+    )
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(weights) == 16
     b = weights["base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"]
     np.testing.assert_array_equal(b, state.learnt["layers_3"]["mlp"]["up_proj"]["lora_b"].T)
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
-    assert {"tokenizer.json", "generation_config.json", "README.md"} <= files and "model.safetensors" not in files
+    assert {
+        "tokenizer.json",
+        "generation_config.json",
+        "README.md",
+    } <= files and "model.safetensors" not in files
     assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
 
 
@@ -210,7 +258,9 @@ def test_peft_computes_the_same(kind, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    chosen = settings(targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    chosen = settings(
+        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    )
     cfg, base = read(kind, chosen)
     adapter = random_adapter(cfg, chosen)
     lora.save(tmp_path, adapter, chosen, str(GOLDEN / kind))

@@ -79,24 +79,31 @@ def test_a_hostile_answer_costs_its_deadline_at_most():
             assert not math.same_text("7", hostile)
             started = time.monotonic()
             assert short.equal([("7", hostile)])[0] in (False, None), hostile
-            if not short._workers[0].ready:  # it was stuck, and its successor starts: that is not the answer's cost
+            if not short._workers[
+                0
+            ].ready:  # it was stuck, and its successor starts: that is not the answer's cost
                 short.equal([("x", "x")])
             else:
                 assert time.monotonic() - started < 2.0, hostile  # on a busy machine
-        assert short.equal([("x+x", "2x"), ("x", "y")]) == [True, False]  # and the next ones are compared
+        assert short.equal([("x+x", "2x"), ("x", "y")]) == [
+            True,
+            False,
+        ]  # and the next ones are compared
     finally:
         short.close()
 
 
 @pytest.mark.parametrize(
-    "part", [r"\frac{", r"\boxed{", "{", r"\boxed{1}", "</answer>", "<answer>", "9^", " ", r"\sqrt{2}+"]
+    "part",
+    [r"\frac{", r"\boxed{", "{", r"\boxed{1}", "</answer>", "<answer>", "9^", " ", r"\sqrt{2}+"],
 )
 def test_a_hundred_thousand_characters_cost_nothing(part, tmp_path):
     write(tmp_path / "math_test.jsonl", row(3, answer=r"\frac{1}{2}"))
     task = make_task(config("math", tmp_path))
     started = time.monotonic()
     verdicts = task.verify(
-        task.load("test") * 2, [answered(part * (100_000 // len(part))), part * (100_000 // len(part))]
+        task.load("test") * 2,
+        [answered(part * (100_000 // len(part))), part * (100_000 // len(part))],
     )
     assert not any(v.correct for v in verdicts) and time.monotonic() - started < 5
 
@@ -155,7 +162,9 @@ def spaced(gold):
 
 def otherwise_a_fraction(gold):
     plain = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", gold)
-    return plain if math.number(math.normal(gold)) is not None else gold.replace(r"\frac", r"\dfrac")
+    return (
+        plain if math.number(math.normal(gold)) is not None else gold.replace(r"\frac", r"\dfrac")
+    )
 
 
 def with_a_unit(gold):
@@ -177,7 +186,9 @@ def boxed(gold):
     return rf"so it is $\boxed{{{gold}}}$."
 
 
-@pytest.mark.parametrize("rewrite", [spaced, otherwise_a_fraction, with_a_unit, reversed_set, exact_decimal, boxed])
+@pytest.mark.parametrize(
+    "rewrite", [spaced, otherwise_a_fraction, with_a_unit, reversed_set, exact_decimal, boxed]
+)
 def test_rewritten_gold_answers_are_accepted(rewrite):
     golds = [row["answer"] for row in real("math_test") if rewrite(row["answer"]) != row["answer"]]
     golds = random.Random(0).sample(golds, min(len(golds), 150))
@@ -187,7 +198,11 @@ def test_rewritten_gold_answers_are_accepted(rewrite):
 
 def test_other_golds_are_not_accepted():
     golds = [row["answer"] for row in random.Random(0).sample(real("math_test"), 1000)]
-    others = [(a, b) for a, b in zip(golds, golds[7:] + golds[:7], strict=True) if math.normal(a) != math.normal(b)]
+    others = [
+        (a, b)
+        for a, b in zip(golds, golds[7:] + golds[:7], strict=True)
+        if math.normal(a) != math.normal(b)
+    ]
     found = math.equal_all(others)
     assert sum(x is True for x in found) <= 0.001 * len(golds)
 
@@ -202,11 +217,19 @@ def config(name, folder, prompt="Solve: {problem}"):
 
 
 def write(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
 
 
 def row(i, **changes):
-    return {"id": f"r{i}", "problem": f"What is {i}+{i}?", "answer": str(2 * i), "level": 3, **changes}
+    return {
+        "id": f"r{i}",
+        "problem": f"What is {i}+{i}?",
+        "answer": str(2 * i),
+        "level": 3,
+        **changes,
+    }
 
 
 def test_a_maths_task_from_files(tmp_path):
@@ -215,7 +238,11 @@ def test_a_maths_task_from_files(tmp_path):
         file.write(json.dumps(row(3)) + "\n")
     task = make_task(config("math", tmp_path))
     (train,), (test,) = task.load("train"), task.load("test")
-    assert (train.id, train.stratum, test.id) == ("r1", "level 3", "r3")  # several boxed values are not trained on
+    assert (train.id, train.stratum, test.id) == (
+        "r1",
+        "level 3",
+        "r3",
+    )  # several boxed values are not trained on
     assert task.prompt(test) == [{"role": "user", "content": "Solve: What is 3+3?"}]
     assert "What is 3+3?" in task.cloud_prompt(test)[0]["content"]
     responses = [answered("6.0"), answered("7"), MARKER, answered(r"\boxed{2+2+2}"), "6"]
@@ -272,7 +299,10 @@ def test_multiple_choice_from_files(tmp_path):
     task = make_task(config("mmlu", tmp_path))
     (example,) = task.load("test")
     assert task.prompt(example)[0]["content"] == "Solve: What is 1+1?\nA. 1\nB. 2"
-    assert [v.correct for v in task.verify([example] * 2, [answered("B"), answered("A")])] == [True, False]
+    assert [v.correct for v in task.verify([example] * 2, [answered("B"), answered("A")])] == [
+        True,
+        False,
+    ]
     write(tmp_path / "mmlu_test.jsonl", row(1, choices=["1", "2"], answer="C"))
     with pytest.raises(UserError, match="not the letter of one of its choices"):
         task.load("test")

@@ -43,13 +43,19 @@ def test_rate_is_wilsons_interval():
 # ---- one budget
 
 
-@pytest.mark.parametrize("budget, right", [(0, 2), (0.2, 3), (0.39, 3), (0.4, 4), (0.6, 4), (0.8, 3), (1, 3)])
+@pytest.mark.parametrize(
+    "budget, right", [(0, 2), (0.2, 3), (0.39, 3), (0.4, 4), (0.6, 4), (0.8, 3), (1, 3)]
+)
 def test_replay_by_hand(budget, right):
     assert measures.replay(records(), SCORE, budget).sum() == right
 
 
 def test_a_budget_is_never_passed():
-    assert measures.calls([0.29, 0.299, 1], 100).tolist() == [29, 29, 100]  # 0.29 * 100 is below 29 in floating point
+    assert measures.calls([0.29, 0.299, 1], 100).tolist() == [
+        29,
+        29,
+        100,
+    ]  # 0.29 * 100 is below 29 in floating point
     assert measures.calls(0.3, 9) == 2
 
 
@@ -58,14 +64,20 @@ def test_equal_scores_are_sent_as_in_the_mean_over_all_orders():
     for budget in (0.2, 0.4, 0.6, 0.8):
         hard = np.zeros(5)
         for order in map(list, itertools.permutations(range(5))):
-            hard[np.array(order)[np.argsort(-score[order], kind="stable")[: measures.calls(budget, 5)]]] += 1 / 120
+            hard[
+                np.array(order)[
+                    np.argsort(-score[order], kind="stable")[: measures.calls(budget, 5)]
+                ]
+            ] += 1 / 120
         assert measures.sent(score, budget) == pytest.approx(hard)
 
 
 def test_a_constant_score_is_random_in_closed_form():
     r, _ = random_records(70)
     rates, y = curve(r, np.zeros(70))
-    assert y == pytest.approx((1 - rates) * r["local_correct"].mean() + rates * r["cloud_correct"].mean(), abs=1e-12)
+    assert y == pytest.approx(
+        (1 - rates) * r["local_correct"].mean() + rates * r["cloud_correct"].mean(), abs=1e-12
+    )
     assert y == pytest.approx(measures.random_frontier(rates, y), abs=1e-12)
 
 
@@ -83,11 +95,18 @@ def test_the_perfect_router_in_closed_form_and_never_beaten():
 
 def test_sent_counts_by_hand_and_their_balance():
     r = records()
-    assert measures.sent_counts(r, SCORE, 0.8) == {"sent": 4, "rescued": 2, "harmed": 1, "missed": 0}
+    assert measures.sent_counts(r, SCORE, 0.8) == {
+        "sent": 4,
+        "rescued": 2,
+        "harmed": 1,
+        "missed": 0,
+    }
     assert measures.sent_counts(r, np.zeros(5), 0.2) == pytest.approx({"sent": 1, "rescued": 0.4, "harmed": 0.2, "missed": 1.6})  # fmt: skip
     r, score = random_records(200)
     c = measures.sent_counts(r, score, 0.3)
-    assert measures.replay(r, score, 0.3).sum() == pytest.approx(r["local_correct"].sum() + c["rescued"] - c["harmed"])
+    assert measures.replay(r, score, 0.3).sum() == pytest.approx(
+        r["local_correct"].sum() + c["rescued"] - c["harmed"]
+    )
 
 
 # ---- AUC
@@ -95,14 +114,18 @@ def test_sent_counts_by_hand_and_their_balance():
 
 def test_auc_by_hand_and_by_symmetry():
     r = records()
-    score = np.array([-3.0, 2.0, 1.0, -1.0, -2.0])  # wrong: 2, 1, -2; right: -3, -1: five of six pairs
+    score = np.array(
+        [-3.0, 2.0, 1.0, -1.0, -2.0]
+    )  # wrong: 2, 1, -2; right: -3, -1: five of six pairs
     assert measures.auc(r, score) == pytest.approx(5 / 6)
     assert measures.auc(r, -score) == pytest.approx(1 / 6)
     assert measures.auc(r, np.zeros(5)) == 0.5
 
 
 def test_auc_within_strata_sees_through_a_router_that_reads_the_stratum():
-    r = records([T, T, F, T, F, F, F, F], [T] * 8, stratum=["easy"] * 3 + ["hard"] * 3 + ["none"] * 2)
+    r = records(
+        [T, T, F, T, F, F, F, F], [T] * 8, stratum=["easy"] * 3 + ["hard"] * 3 + ["none"] * 2
+    )
     surface = (r["stratum"] != "easy").astype(float)
     assert measures.auc(r, surface) > 0.5
     assert measures.auc_by_stratum(r, surface) == {"easy": 0.5, "hard": 0.5, "none": None}
@@ -114,11 +137,15 @@ def test_auc_within_strata_sees_through_a_router_that_reads_the_stratum():
 
 def test_routellm_figures_by_hand():
     r = records([F, F, F, F, T], [T] * 5)
-    rates, y = curve(r, np.array([5.0, 4, 3, 2, 1]))  # 0.2, 0.4, 0.6, 0.8, 1, 1 at 0, 0.2, ..., 1 calls
+    rates, y = curve(
+        r, np.array([5.0, 4, 3, 2, 1])
+    )  # 0.2, 0.4, 0.6, 0.8, 1, 1 at 0, 0.2, ..., 1 calls
     assert measures.pgr(y)[[0, 20, 40, 60, 80, 100]] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
     assert measures.apgr(rates, y) == pytest.approx(0.2 * (0.25 + 0.5 + 0.75 + 1 + 0.5))
     assert measures.area(rates, y) == pytest.approx(0.2 * (0.1 + 0.4 + 0.6 + 0.8 + 1 + 0.5))
-    assert [measures.cpt(rates, y, x) for x in (0.5, 0.8, 1)] == pytest.approx([0.4, 0.6 + 0.2 * 0.05 / 0.25, 0.8])
+    assert [measures.cpt(rates, y, x) for x in (0.5, 0.8, 1)] == pytest.approx(
+        [0.4, 0.6 + 0.2 * 0.05 / 0.25, 0.8]
+    )
 
 
 def test_random_has_its_textbook_figures():
@@ -141,7 +168,9 @@ def test_figures_work_over_leading_axes():
     frontiers = [curve(*random_records(100, seed)) for seed in range(4)]
     rates, y = frontiers[0][0], np.array([y for _, y in frontiers]).reshape(2, 2, -1)
     for figure in (measures.apgr, measures.area, lambda x, a: measures.cpt(x, a, 0.5)):
-        assert figure(rates, y).ravel() == pytest.approx([float(figure(rates, y)) for _, y in frontiers])
+        assert figure(rates, y).ravel() == pytest.approx(
+            [float(figure(rates, y)) for _, y in frontiers]
+        )
 
 
 def test_without_a_gap_there_is_nothing_to_recover():
@@ -166,7 +195,8 @@ def test_perfect_share_by_hand():
 
 
 @pytest.mark.parametrize(
-    "transform", [lambda s: 3 * s - 7, np.exp, np.arctan, lambda s: np.where(s == s.max(), np.inf, s)]
+    "transform",
+    [lambda s: 3 * s - 7, np.exp, np.arctan, lambda s: np.where(s == s.max(), np.inf, s)],
 )
 def test_only_the_order_of_a_score_counts(transform):
     r, score = random_records(150)
@@ -213,7 +243,10 @@ def test_the_bootstrap_equals_a_naive_one_on_the_same_draws():
         rows, weights = prompts.integers(30, size=30), pairs.multinomial(1, [0.5, 0.5])
         for name, runs in methods.items():
             means = [
-                [measures.replay({k: c[rows] for k, c in table.items()}, score[rows], b).mean() for b in f.budgets]
+                [
+                    measures.replay({k: c[rows] for k, c in table.items()}, score[rows], b).mean()
+                    for b in f.budgets
+                ]
                 for table, score in runs
             ]
             expected = means[0] if len(runs) == 1 else weights @ np.array(means)
@@ -225,12 +258,16 @@ def test_the_interval_of_an_accuracy_is_the_binomial_one():
     got = measures.estimate(measures.frontiers({"x": [(r, score)]}, resamples=2000).at("x", 0))
     p = r["local_correct"].mean()
     assert got["value"] == p
-    assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * (p * (1 - p) / 400) ** 0.5, rel=0.08)
+    assert got["high"] - got["low"] == pytest.approx(
+        2 * 1.96 * (p * (1 - p) / 400) ** 0.5, rel=0.08
+    )
 
 
 @pytest.mark.parametrize("rights", [(T, F), (T, F, F), (T, T, F, F, F)])
 def test_the_seeds_level_has_the_variance_of_a_mean_of_seeds(rights):
-    runs = [(records([right] * 5, [T] * 5), np.zeros(5)) for right in rights]  # all the variance is between seeds
+    runs = [
+        (records([right] * 5, [T] * 5), np.zeros(5)) for right in rights
+    ]  # all the variance is between seeds
     draws = measures.frontiers({"x": runs}, resamples=4000).at("x", 0)
     assert draws[0] == np.mean(rights)
     assert draws[1:].var() == pytest.approx(np.var(rights, ddof=1) / len(rights), rel=0.1)
@@ -239,10 +276,14 @@ def test_the_seeds_level_has_the_variance_of_a_mean_of_seeds(rights):
 def test_differences_are_paired():
     r, score = random_records(200)
     worse = score + np.random.default_rng(2).normal(size=200)
-    f = measures.frontiers({"a": [(r, score)], "b": [(r, worse)], "c": [(r, score.copy())]}, resamples=300)
+    f = measures.frontiers(
+        {"a": [(r, score)], "b": [(r, worse)], "c": [(r, score.copy())]}, resamples=300
+    )
     assert measures.estimate(f.at("a", 0.3) - f.at("c", 0.3)) == {"value": 0, "low": 0, "high": 0}
     width = lambda values: measures.estimate(values)["high"] - measures.estimate(values)["low"]  # noqa: E731
-    assert width(f.at("a", 0.3) - f.at("b", 0.3)) < 0.9 * np.hypot(width(f.at("a", 0.3)), width(f.at("b", 0.3)))
+    assert width(f.at("a", 0.3) - f.at("b", 0.3)) < 0.9 * np.hypot(
+        width(f.at("a", 0.3)), width(f.at("b", 0.3))
+    )
 
 
 def test_another_method_changes_no_interval_and_a_seed_repeats_them():
@@ -251,7 +292,9 @@ def test_another_method_changes_no_interval_and_a_seed_repeats_them():
     together = measures.frontiers({"b": [b, b], "a": [a]}, resamples=30)
     assert np.array_equal(alone.accuracy["a"], together.accuracy["a"])
     other = measures.frontiers({"a": [a]}, resamples=30, seed=1).accuracy["a"]
-    assert not np.array_equal(alone.accuracy["a"], other) and np.array_equal(alone.accuracy["a"][0], other[0])
+    assert not np.array_equal(alone.accuracy["a"], other) and np.array_equal(
+        alone.accuracy["a"][0], other[0]
+    )
 
 
 def test_estimate_by_hand_and_with_undefined_resamples():
@@ -273,19 +316,33 @@ def refused(message, call, *args, **kwargs):
 
 def test_bad_input_is_refused_with_the_reason():
     r, holed = records(), np.array([1.0, np.nan, 2.0, np.nan, 0.0])
-    refused(r"needs both classes: local_correct says right on all 5 prompts", measures.auc, records([T] * 5), SCORE)
+    refused(
+        r"needs both classes: local_correct says right on all 5 prompts",
+        measures.auc,
+        records([T] * 5),
+        SCORE,
+    )
     refused(r"says wrong on all 5 prompts", measures.auc, records([F] * 5), SCORE)
     refused(r"NaN in 2 of 5 rows \(first: row 2\)", measures.auc, r, holed)
     refused(r"NaN in 2 of 5 rows", measures.replay, r, holed, 0.2)
     refused(r"the score of mine is NaN in 2 of 5 rows", measures.frontiers, {"mine": [(r, holed)]})
-    refused(r"the score of mine has shape \(4,\): .* each of 5 prompts", measures.frontiers, {"mine": [(r, SCORE[:4])]})
+    refused(
+        r"the score of mine has shape \(4,\): .* each of 5 prompts",
+        measures.frontiers,
+        {"mine": [(r, SCORE[:4])]},
+    )
     refused(r"from 0 to 1: got 30", measures.replay, r, SCORE, 30)
     refused(r"from 0 to 1", measures.frontiers, {"x": [(r, SCORE)]}, budgets=[-0.1])
     refused(r"resamples=0", measures.frontiers, {"x": [(r, SCORE)]}, resamples=0)
     refused(r"nothing to compare", measures.frontiers, {})
     refused(r"nothing to compare", measures.frontiers, {"x": []})
     refused(r"above 0 and up to 1: got 80", measures.cpt, *curve(r, SCORE), 80)
-    refused(r"not computed at a budget of 0.355", measures.frontiers({"x": [(r, SCORE)]}, resamples=1).at, "x", 0.355)
+    refused(
+        r"not computed at a budget of 0.355",
+        measures.frontiers({"x": [(r, SCORE)]}, resamples=1).at,
+        "x",
+        0.355,
+    )
 
 
 def test_other_prompts_are_refused():

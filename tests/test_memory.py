@@ -38,7 +38,9 @@ def shapes(tree):
 
 
 def trained_and_frozen(cfg, config):
-    return memory._model(cfg, config.lora.rank, tuple(config.lora.targets), config.model.param_dtype)
+    return memory._model(
+        cfg, config.lora.rank, tuple(config.lora.targets), config.model.param_dtype
+    )
 
 
 def update_bytes(cfg, config) -> int:
@@ -46,14 +48,25 @@ def update_bytes(cfg, config) -> int:
     optimizer = optim.make_optimizer(lambda _: 0.0, 0.0, 1.0, config.model.param_dtype)
     params, frozen = trained_and_frozen(cfg, config)
     states = gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
-    state = jax.eval_shape(lambda p: gapg.init_state(p, optimizer, *states, config.optim.average > 0), params)
+    state = jax.eval_shape(
+        lambda p: gapg.init_state(p, optimizer, *states, config.optim.average > 0), params
+    )
     body = gapg.make_step(
         cfg, optimizer, gapg.GAPG, axis=parallel.AXIS, micro_rows=config.train.micro_rows, lengths=(config.max_new_tokens,),
         temperature=1.0, chunk=config.train.logprob_chunk, average=config.optim.average,
     )  # fmt: skip
-    P, G, L, T = config.prompts_per_step // 2, config.group, config.prompt_length, config.max_new_tokens
+    P, G, L, T = (
+        config.prompts_per_step // 2,
+        config.group,
+        config.prompt_length,
+        config.max_new_tokens,
+    )
     array = jax.ShapeDtypeStruct
-    prompts, rows, flags = (P, L), (P, G, T), {n: array((P, G), bool) for n in ("correct", "called", "formatted")}
+    prompts, rows, flags = (
+        (P, L),
+        (P, G, T),
+        {n: array((P, G), bool) for n in ("correct", "called", "formatted")},
+    )
     batch = gapg.Rollout(
         array(prompts, jnp.int32), array(prompts, bool), array(rows, jnp.int32), array(rows, jnp.float32), array(rows, bool),
         **flags, cloud_correct=array((P,), bool), cloud_known=array((P,), bool),
@@ -75,8 +88,12 @@ def sampling_bytes(cfg, config) -> int:
     whole = lora.join(*reversed(trained_and_frozen(cfg, config)))
     keys = jax.eval_shape(lambda: sampler.prompt_keys(0, 0, jnp.arange(P)))
     inputs = array((P, L), jnp.int32), array((P, L), bool), keys, array((), jnp.float32)
-    context, state = jax.eval_shape(lambda p, *rest: sampler.start(p, cfg, *rest, settings), whole, *inputs)
-    context = context.replace(past=(state.open,) * (-(-(settings.max_new - 1) // settings.columns) - 1))
+    context, state = jax.eval_shape(
+        lambda p, *rest: sampler.start(p, cfg, *rest, settings), whole, *inputs
+    )
+    context = context.replace(
+        past=(state.open,) * (-(-(settings.max_new - 1) // settings.columns) - 1)
+    )
     options = {"xla_backend_optimization_level": 0}
     advance = jax.jit(lambda *a: sampler.advance(a[0], cfg, *a[1:], settings), donate_argnums=2)
     column = advance.lower(whole, context, state, array((), jnp.int32), array((), jnp.float32))
@@ -97,7 +114,10 @@ HALF = {"model.dtype": "bfloat16"}
     "changes, architecture",
     [
         ({"optim.average": 0.9}, {"num_hidden_layers": 1, "model_type": "qwen3", "head_dim": 24}),
-        ({"max_new_tokens": 97, "train.micro_rows": 4}, {"vocab_size": 6000, "tie_word_embeddings": False}),
+        (
+            {"max_new_tokens": 97, "train.micro_rows": 4},
+            {"vocab_size": 6000, "tie_word_embeddings": False},
+        ),
         ({"lora.rank": 4}, {}),
         ({"model.param_dtype": "bfloat16"} | HALF, {"num_hidden_layers": 1, "hidden_size": 128}),
     ],
@@ -107,19 +127,26 @@ def test_the_plan_of_an_update_is_what_the_compiler_reserves(changes, architectu
     cfg, config = make(changes, **architecture)
     plan = memory.plan(cfg, config, devices=2, cpu=True)
     real = update_bytes(cfg, config)
-    assert (sum(plan.held.values()) + sum(plan.update.values())) / real == pytest.approx(1, abs=0.15)
+    assert (sum(plan.held.values()) + sum(plan.update.values())) / real == pytest.approx(
+        1, abs=0.15
+    )
 
 
 @pytest.mark.parametrize(
     "changes, architecture",
-    [({}, {"num_hidden_layers": 4}), ({"decode.slot_counts": 1, "lora.rank": 4} | HALF, {"vocab_size": 6000})],
+    [
+        ({}, {"num_hidden_layers": 4}),
+        ({"decode.slot_counts": 1, "lora.rank": 4} | HALF, {"vocab_size": 6000}),
+    ],
     ids=["cache", "logits"],
 )
 def test_the_plan_of_sampling_is_what_the_compiler_reserves(changes, architecture):
     cfg, config = make(changes, **architecture)
     plan = memory.plan(cfg, config, devices=2, cpu=True)
     real = sampling_bytes(cfg, config)
-    assert (plan.held["parameters"] + sum(plan.sampling.values())) / real == pytest.approx(1, abs=0.15)
+    assert (plan.held["parameters"] + sum(plan.sampling.values())) / real == pytest.approx(
+        1, abs=0.15
+    )
 
 
 def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
@@ -135,20 +162,32 @@ def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
 def test_parameters_and_optimizer_by_hand():
     cfg, config = make()
     count = 768 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 64 + 2 * 32 + 3 * 64 * 224 + 2 * 64)
-    assert memory.plan(cfg, config, 2).held == {"parameters": 4 * count, "optimizer": 8 * count, "average": 0}
+    assert memory.plan(cfg, config, 2).held == {
+        "parameters": 4 * count,
+        "optimizer": 8 * count,
+        "average": 0,
+    }
     cfg, config = make({"lora.rank": 2, "lora.targets": ("q_proj",), "optim.average": 0.5} | HALF)
     adapter = 2 * 2 * (64 + 64)
     held = {"parameters": 4 * adapter + 2 * count, "optimizer": 8 * adapter, "average": 4 * adapter}
     assert memory.plan(cfg, config, 2).held == held
 
 
-def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_would(small, tmp_path, monkeypatch):
+def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_would(
+    small, tmp_path, monkeypatch
+):
     cfg, config = make()
     need = memory.plan(cfg, config, 2).total
-    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory.check(cfg, config, 2, need)
-    with pytest.raises(UserError, match=r"GiB on each of 2 devices.*it fits with --config.train.micro_rows=4\n"):
+    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory.check(
+        cfg, config, 2, need
+    )
+    with pytest.raises(
+        UserError, match=r"GiB on each of 2 devices.*it fits with --config.train.micro_rows=4\n"
+    ):
         memory.check(cfg, config, 2, need - 1)
-    with pytest.raises(UserError, match="nothing that could be changed makes it fit: use a smaller model"):
+    with pytest.raises(
+        UserError, match="nothing that could be changed makes it fit: use a smaller model"
+    ):
         memory.check(cfg, config, 2, 1000)
     monkeypatch.setattr(memory, "limit", lambda: 1000.0)
     with pytest.raises(UserError, match="GiB"):  # the command line asks
@@ -163,7 +202,10 @@ def test_what_is_named_fits_and_nothing_milder_does():
         changes = memory.fitting(cfg, config, 2, have)
         fits = []
         for other in memory._choices(config, 2):
-            fits.append(memory.plan(*memory.changed(cfg, config, other), other.get("devices", 2)).total <= have)
+            fits.append(
+                memory.plan(*memory.changed(cfg, config, other), other.get("devices", 2)).total
+                <= have
+            )
             if other == changes:
                 break
         assert fits[-1] and not any(fits[:-1])
@@ -173,17 +215,26 @@ def test_half_precision_remat_smaller_chunks_lora_and_more_devices_need_less():
     cfg, config = make()
     plain = memory.plan(cfg, config, 2)
     less = lambda part, devices=2, **c: (  # noqa: E731
-        sum(getattr(memory.plan(*make({k.replace("__", "."): v for k, v in c.items()}), devices), part).values())
+        sum(
+            getattr(
+                memory.plan(*make({k.replace("__", "."): v for k, v in c.items()}), devices), part
+            ).values()
+        )
         < sum(getattr(plain, part).values())
     )
     assert less("sampling", decode__cache_dtype="bfloat16") and less("sampling", devices=4)
     assert less("update", train__remat=True) and less("update", train__logprob_chunk=8)
-    assert less("held", lora__rank=2) and less("held", model__param_dtype="bfloat16", model__dtype="bfloat16")
+    assert less("held", lora__rank=2) and less(
+        "held", model__param_dtype="bfloat16", model__dtype="bfloat16"
+    )
     assert memory.limit() > 2**28
 
 
 def test_published_shapes_have_the_sizes_of_their_names():
-    counts = {name: measure.parameters(hf.config_from_hf(c)) / 1e9 for name, c in published.CONFIGS.items()}
+    counts = {
+        name: measure.parameters(hf.config_from_hf(c)) / 1e9
+        for name, c in published.CONFIGS.items()
+    }
     want = {
         "Llama-3.2-1B": 1.236,
         "Llama-3.2-3B": 3.213,
@@ -196,9 +247,20 @@ def test_published_shapes_have_the_sizes_of_their_names():
 
 
 def test_the_command_line_plans_for_devices_that_are_not_there():
-    command = [sys.executable, "-m", "collab_jax.memory", "--config", "configs/countdown_tiny.py", "--devices=8"]
-    run = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)  # noqa: E731
+    command = [
+        sys.executable,
+        "-m",
+        "collab_jax.memory",
+        "--config",
+        "configs/countdown_tiny.py",
+        "--devices=8",
+    ]
+    run = lambda *more: subprocess.run(
+        [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )  # noqa: E731
     done = run("--gib=16", "--config.group=64")
     assert done.returncode == 0 and "on each of 8 devices" in done.stdout, done.stderr
     done = run("--gib=0.001")
-    assert done.returncode == 1 and done.stderr.startswith("error: this run needs about"), done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("error: this run needs about"), (
+        done.stderr
+    )

@@ -37,10 +37,18 @@ def write(path, rows):
 @pytest.fixture
 def folder(tmp_path):
     """Training and test rows of two maths tasks, sums and products, and rows of one's own."""
-    for name, count, sign, operate in (("math", 6, "+", operator.add), ("gsm8k", 3, "*", operator.mul)):
+    for name, count, sign, operate in (
+        ("math", 6, "+", operator.add),
+        ("gsm8k", 3, "*", operator.mul),
+    ):
         for split in ("train", "test"):
             rows = [
-                {"id": f"{split}{i}", "problem": f"{i}{sign}{i}, {split}", "answer": str(operate(i, i)), "level": 1}
+                {
+                    "id": f"{split}{i}",
+                    "problem": f"{i}{sign}{i}, {split}",
+                    "answer": str(operate(i, i)),
+                    "level": 1,
+                }
                 for i in range(count)
             ]
             write(tmp_path / f"{name}_{split}.jsonl", rows)
@@ -62,13 +70,19 @@ def test_a_pattern_meets_the_weights_and_spreads_them_evenly():
 
 def test_training_prompts_follow_the_weights_and_go_through_each_task_in_its_own_epochs():
     pools = [np.arange(12), np.arange(12, 16)]
-    steps = [mix.indices(3, np.arange(8 * i, 8 * i + 8), pools, [3, 1], train._in_order) for i in range(300)]
+    steps = [
+        mix.indices(3, np.arange(8 * i, 8 * i + 8), pools, [3, 1], train._in_order)
+        for i in range(300)
+    ]
     assert all((step < 12).sum() == 6 for step in steps)
     flat = np.concatenate(steps)
     for pool in pools:
         mine = flat[np.isin(flat, pool)]
         epochs = [mine[i : i + len(pool)].tolist() for i in range(0, len(mine), len(pool))]
-        assert all(sorted(epoch) == pool.tolist() for epoch in epochs) and len(set(map(tuple, epochs))) > 3
+        assert (
+            all(sorted(epoch) == pool.tolist() for epoch in epochs)
+            and len(set(map(tuple, epochs))) > 3
+        )
     whole = mix.indices(3, np.arange(2400), pools, [3, 1], train._in_order)
     assert np.array_equal(whole, flat)  # a function of seed and place alone, hence of (seed, step)
     one = mix.indices(3, np.arange(50), pools[:1], [1], train._in_order)
@@ -79,17 +93,30 @@ def test_a_mix_is_a_task_whose_examples_know_theirs(folder):
     settings = config(folder, mix=(("math", 2), ("gsm8k", 1)))
     task = make_task(settings)
     examples, held = task.load("train"), task.load("test")
-    assert task.name == "mix" and task.weights == {"math": pytest.approx(2 / 3), "gsm8k": pytest.approx(1 / 3)}
-    assert Counter(e.task for e in examples) == {"math": 6, "gsm8k": 3} and len({e.id for e in examples}) == 9
-    assert {(e.id, e.stratum) for e in held if e.task == "gsm8k"} >= {("gsm8k/test0", "gsm8k, level 1")}
-    assert Counter(e.task for e in held[:3]) == {"math": 2, "gsm8k": 1}  # the beginning is a mix too
+    assert task.name == "mix" and task.weights == {
+        "math": pytest.approx(2 / 3),
+        "gsm8k": pytest.approx(1 / 3),
+    }
+    assert (
+        Counter(e.task for e in examples) == {"math": 6, "gsm8k": 3}
+        and len({e.id for e in examples}) == 9
+    )
+    assert {(e.id, e.stratum) for e in held if e.task == "gsm8k"} >= {
+        ("gsm8k/test0", "gsm8k, level 1")
+    }
+    assert Counter(e.task for e in held[:3]) == {
+        "math": 2,
+        "gsm8k": 1,
+    }  # the beginning is a mix too
     assert [pool.size for pool in mix.pools(task, examples)] == [6, 3]
     with pytest.raises(UserError, match="no training prompt of 'gsm8k' is left"):
         mix.pools(task, [e for e in examples if e.task == "math"])
     sum3 = next(e for e in held if e.id == "math/test3")
     product3 = next(e for e in held if e.id == "gsm8k/test2")
     assert task.prompt(sum3)[0]["content"] == "Solve: 3+3, test" and task.gold(product3) == "4"
-    verdicts = task.verify([sum3, product3, sum3, product3], [answered("6"), answered("4"), MARKER, answered("6")])
+    verdicts = task.verify(
+        [sum3, product3, sum3, product3], [answered("6"), answered("4"), MARKER, answered("6")]
+    )
     assert verdicts == [RIGHT, RIGHT, CALLED, WRONG]
 
 
@@ -98,7 +125,9 @@ def test_a_mix_verifies_one_batch_for_each_task(folder):
 
     def part(name):
         task = make_task(config(folder, name))
-        verify = lambda examples, responses: calls.append((name, list(responses))) or [RIGHT] * len(examples)  # noqa: E731
+        verify = lambda examples, responses: (
+            calls.append((name, list(responses))) or [RIGHT] * len(examples)
+        )  # noqa: E731
         return task.__class__(name, task.load, task.prompt, task.cloud_prompt, verify)
 
     task = mix.make_task({n: part(n) for n in ("math", "gsm8k")}, {"math": 0.5, "gsm8k": 0.5})
@@ -184,7 +213,10 @@ def test_a_reward_of_ones_own(folder, tmp_path):
         RIGHT, WRONG, UNJUDGED, CALLED
     ]  # fmt: skip
     assert of("long").verify([town, town], ["x" * 50, "x" * 49]) == [Verdict(True, False, False), Verdict(False, False, False)]  # fmt: skip
-    with pytest.raises(UserError, match=r"mine.py:broken: example 'a', line 11: KeyError: 'points': mend the function"):
+    with pytest.raises(
+        UserError,
+        match=r"mine.py:broken: example 'a', line 11: KeyError: 'points': mend the function",
+    ):
         of("broken").verify([town], [answered("x")])
     with pytest.raises(UserError, match=r"mine.py:odd: example 'a' got 'yes': return a bool"):
         of("odd").verify([town], [answered("x")])
@@ -215,7 +247,9 @@ class Fake:
         self.asked += [prompt[0]["content"] for prompt in prompts]
         said = lambda p: "Yes." if "good" in p else "no" if "bad" in p else "I think that yes"  # noqa: E731
         return [
-            Failure("down") if "down" in p[0]["content"] else Reply(said(p[0]["content"]), 1, 1, 0.0, 0.0)
+            Failure("down")
+            if "down" in p[0]["content"]
+            else Reply(said(p[0]["content"]), 1, 1, 0.0, 0.0)
             for p in prompts
         ]
 
@@ -229,7 +263,9 @@ def test_a_model_as_judge(folder, tmp_path):
     nothing = Verdict(False, False, False)
     assert verdicts == [RIGHT, WRONG, UNJUDGED, UNJUDGED, RIGHT, CALLED, nothing, WRONG, WRONG]
     assert (
-        len(fake.asked) == 5 and "<reference>New  Delhi</reference>" in fake.asked[0] and "A capital?" in fake.asked[0]
+        len(fake.asked) == 5
+        and "<reference>New  Delhi</reference>" in fake.asked[0]
+        and "A capital?" in fake.asked[0]
     )
     assert "<reference>" not in fake.asked[3]
     verify([town, town], responses[:2])
@@ -243,7 +279,9 @@ def test_a_judge_by_config_and_a_cloud_answer_that_it_cannot_judge(folder, tmp_p
     judged = judge.judged(settings, task, store.path)
     town, poem = task.load("test")
     assert judged.verify([town, town, poem], [answered("NEW DELHI"), answered("Delhi"), answered("x")]) == [RIGHT, WRONG, UNJUDGED]  # fmt: skip
-    assert {row[0] for row in store.query("SELECT DISTINCT model FROM answers")} == {"simulated-judge"}
+    assert {row[0] for row in store.query("SELECT DISTINCT model FROM answers")} == {
+        "simulated-judge"
+    }
     poet = SimulatedCloud("poet", lambda messages: answered("roses"), 0.0, 0.0, 0.0, 0.0)
     correct, known, answers = ask_cloud(judged, CachedCloud(poet, store), [town, poem])
     assert not correct.any() and known.tolist() == [True, False] and answers.failed == 0

@@ -29,7 +29,9 @@ def execute(*ids, **names):
     return types.SimpleNamespace(**names)
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_is_committed_without_outputs(path):
     notebook = json.loads(path.read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
@@ -41,15 +43,23 @@ def test_is_committed_without_outputs(path):
 def test_its_settings_are_those_of_the_config():
     ours = execute("settings")
     config = runpy.run_path(str(ROOT / "configs" / "countdown_tiny.py"))["get_config"]()
-    assert (ours.STEPS, ours.BUDGET, ours.DATA_DIR) == (config.train.steps, config.budget, config.task.data_dir)
+    assert (ours.STEPS, ours.BUDGET, ours.DATA_DIR) == (
+        config.train.steps,
+        config.budget,
+        config.task.data_dir,
+    )
     assert ours.PROMPTS <= config.task.test_examples
 
 
 @pytest.fixture(scope="module")
 def run_notebook(tmp_path_factory):
     """run_notebook(path, **environment): outputs by cell of the whole notebook, in a kernel of this very Python, from notebooks/."""
-    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install '.[test]'")
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[test]'")
+    nbformat = pytest.importorskip(
+        "nbformat", reason="nbformat is not installed: pip install '.[test]'"
+    )
+    nbclient = pytest.importorskip(
+        "nbclient", reason="nbclient is not installed: pip install '.[test]'"
+    )
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install '.[test]'")
     tmp = tmp_path_factory.mktemp("jupyter")
     spec = tmp / "jupyter" / "kernels" / "this-python" / "kernel.json"
@@ -68,10 +78,16 @@ def run_notebook(tmp_path_factory):
             patch.setenv("JUPYTER_RUNTIME_DIR", str(tmp / "runtime"))
             patch.setenv("IPYTHONDIR", str(tmp / "ipython"))
             where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-            nbclient.NotebookClient(notebook, timeout=600, kernel_name="this-python", resources=where).execute()
+            nbclient.NotebookClient(
+                notebook, timeout=600, kernel_name="this-python", resources=where
+            ).execute()
         outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
-        assert not any(output.output_type == "error" for cell in outputs.values() for output in cell)
-        return {key: [o.get("text") or o.get("data", {}) for o in cell] for key, cell in outputs.items()}
+        assert not any(
+            output.output_type == "error" for cell in outputs.values() for output in cell
+        )
+        return {
+            key: [o.get("text") or o.get("data", {}) for o in cell] for key, cell in outputs.items()
+        }
 
     return run
 
@@ -83,8 +99,12 @@ def executed(run_notebook, data_dir, tmp_path_factory):
     own = {"train.steps": "STEPS", "eval.prompts": "PROMPTS"}
     settings = {name: str(SMALL[key]) for key, name in own.items()}
     settings |= {"WORKDIR": str(workdir), "DATA_DIR": str(data_dir)}
-    settings["FLAGS"] = " ".join(f"--config.{key}={value}" for key, value in SMALL.items() if key not in own)
-    return run_notebook(NOTEBOOK, **{f"COLLAB_JAX_NOTEBOOK_{name}": x for name, x in settings.items()}), workdir
+    settings["FLAGS"] = " ".join(
+        f"--config.{key}={value}" for key, value in SMALL.items() if key not in own
+    )
+    return run_notebook(
+        NOTEBOOK, **{f"COLLAB_JAX_NOTEBOOK_{name}": x for name, x in settings.items()}
+    ), workdir
 
 
 def rows(cell):
@@ -110,11 +130,18 @@ def test_results_are_read_as_they_were_published(run_notebook):
     out = run_notebook(NOTEBOOK.parent / "03_read_results.ipynb")
     result = json.loads((ROOT / "launch" / "results" / "paper_table" / "compare.json").read_text())
     assert [row[0] for row in rows(out["table"])[::2]] == list(result["models"])
-    by_hand, replayed = re.search(r"calls: ([\d.]+)%, by measures.replay ([\d.]+)%", out["replay"][0]).groups()
+    by_hand, replayed = re.search(
+        r"calls: ([\d.]+)%, by measures.replay ([\d.]+)%", out["replay"][0]
+    ).groups()
     assert abs(float(by_hand) - float(replayed)) < 0.05
     for budget, _, calls, safe in rows(out["calibration"]):
-        assert abs(float(calls.split()[0]) - float(budget[:-1])) < 5 and float(safe.split()[0]) < float(budget[:-1]) + 3
-    fixed, online = map(float, re.search(r"fixed bias ([\d.]+)%, online rule ([\d.]+)%", out["stream"][-1]).groups())
+        assert (
+            abs(float(calls.split()[0]) - float(budget[:-1])) < 5
+            and float(safe.split()[0]) < float(budget[:-1]) + 3
+        )
+    fixed, online = map(
+        float, re.search(r"fixed bias ([\d.]+)%, online rule ([\d.]+)%", out["stream"][-1]).groups()
+    )
     assert fixed > 35 and abs(online - 30) < 3
 
 
@@ -122,7 +149,8 @@ def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook,
     """By the notebook's small stand-in, taught for a shorter time: each stage leaves what the next one and a server need."""
     names = {"WORKDIR": str(tmp_path), "SCHOOL": "150"}
     out = run_notebook(
-        NOTEBOOK.parent / "04_bring_your_model.ipynb", **{f"COLLAB_JAX_NOTEBOOK_{k}": v for k, v in names.items()}
+        NOTEBOOK.parent / "04_bring_your_model.ipynb",
+        **{f"COLLAB_JAX_NOTEBOOK_{k}": v for k, v in names.items()},
     )
     assert "on each of 1 device" in "".join(out["memory"])
     kinds = dict(re.findall(r"(\d+) x (answer|call), for example", out["warm"][-1]))
@@ -133,16 +161,25 @@ def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook,
     assert config["decision_token"] == "<|quad_start|>" and config["marker"].startswith("<unknown>")
     assert (config["target"], config["value"]) == ("rate", 0.3)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "The call begins with one token, `<|quad_start|>`" in card and "before and after training" in card
+    assert (
+        "The call begins with one token, `<|quad_start|>`" in card
+        and "before and after training" in card
+    )
     assert re.match(r"\d+ parameters, ", out["use"][0]) and "model.safetensors" in out["use"][0]
 
 
 def test_runs_the_checkout_around_it_and_shows_the_command(executed):
     texts, workdir = executed
     assert texts["checkout"] == ["code: the checkout around this notebook\n"]
-    assert len(texts["install"]) == 1 and texts["install"][0].startswith("jax ") and " on CPU: " in texts["install"][0]
+    assert (
+        len(texts["install"]) == 1
+        and texts["install"][0].startswith("jax ")
+        and " on CPU: " in texts["install"][0]
+    )
     printed = texts["train"][0]
-    assert printed.startswith("$ python -m collab_jax.train --config configs/countdown_tiny.py --workdir ")
+    assert printed.startswith(
+        "$ python -m collab_jax.train --config configs/countdown_tiny.py --workdir "
+    )
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == SMALL["train.steps"]
 
 
@@ -153,7 +190,10 @@ def test_status_and_curves_are_refreshed_in_place(executed):
 
 def test_examples_show_questions_and_responses_of_each_kind(executed):
     text = "".join(executed[0]["examples"])
-    counts = [int(n) for n in re.findall(rf"^=== .*: ([0-9]+) of {SMALL['eval.prompts']}$", text, re.MULTILINE)]
+    counts = [
+        int(n)
+        for n in re.findall(rf"^=== .*: ([0-9]+) of {SMALL['eval.prompts']}$", text, re.MULTILINE)
+    ]
     assert len(counts) == 4 and sum(counts) == SMALL["eval.prompts"]
     assert text.count("question  ") == text.count("wrote  ") == sum(min(n, 2) for n in counts)
     assert text.count("unaided  ") == text.count("cloud  ") == sum(min(n, 2) for n in counts[1:3])
@@ -186,27 +226,41 @@ def test_without_a_checkout_it_asks_for_an_address_and_clones_it(monkeypatch, tm
     monkeypatch.setenv("COLLAB_JAX_NOTEBOOK_REPOSITORY", "https://example.org/collab_jax")
     found = execute("settings", "checkout")
     assert found.CLONED and found.ROOT == pathlib.Path.cwd() / "collab_jax"
-    assert calls == [["git", "clone", "--depth", "1", "https://example.org/collab_jax", str(found.ROOT)]]
+    assert calls == [
+        ["git", "clone", "--depth", "1", "https://example.org/collab_jax", str(found.ROOT)]
+    ]
 
 
 @pytest.mark.parametrize("recent", [True, False])
 def test_installs_around_the_jax_that_is_there(monkeypatch, tmp_path, recent, capsys):
     """pip is a stand-in; `recent`: whether it finds a solution with the jax that came with the machine."""
     site = {"jax": "0.10.1", "jaxlib": "0.10.1", "jax_cuda12_plugin": "0.10.1", "numpy": "2.0"}
-    packages = [types.SimpleNamespace(metadata={"Name": name}, version=version) for name, version in site.items()]
+    packages = [
+        types.SimpleNamespace(metadata={"Name": name}, version=version)
+        for name, version in site.items()
+    ]
     monkeypatch.setattr("importlib.metadata.distributions", lambda: packages)
     pip = []
 
     def stand_in(command, **_):
         code, out = 0, "0.10.1|gpu|1|A card\n"
         if "pip" in command:
-            held = pathlib.Path(command[-1]).read_text().split() if "--constraint" in command else None
+            held = (
+                pathlib.Path(command[-1]).read_text().split() if "--constraint" in command else None
+            )
             pip.append((command[command.index("-e") + 1], held))
             code = int(held is not None and not recent)
         return subprocess.CompletedProcess(command, code, out, "")
 
     monkeypatch.setattr(subprocess, "run", stand_in)
-    names = {"subprocess": subprocess, "sys": sys, "os": os, "pathlib": pathlib, "ROOT": tmp_path, "CLONED": True}
+    names = {
+        "subprocess": subprocess,
+        "sys": sys,
+        "os": os,
+        "pathlib": pathlib,
+        "ROOT": tmp_path,
+        "CLONED": True,
+    }
     execute("install", **names)
     held = ["jax==0.10.1", "jaxlib==0.10.1", "jax-cuda12-plugin==0.10.1"]
     assert pip == [(str(tmp_path), held)] + ([] if recent else [(f"{tmp_path}[gpu]", None)])

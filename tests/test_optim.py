@@ -28,17 +28,23 @@ def trajectory(optimizer, dtype, steps, lr_free_grads):
 def grads():
     """Gradients with a direction of their own in each weight, and noise: what RL has."""
     draw = np.random.default_rng(0)
-    return (np.sign(draw.standard_normal((8, 8))) + draw.standard_normal((300, 8, 8))).astype(np.float32)
+    return (np.sign(draw.standard_normal((8, 8))) + draw.standard_normal((300, 8, 8))).astype(
+        np.float32
+    )
 
 
 def test_bfloat16_parameters_take_small_steps_that_plain_rounding_loses(grads):
     schedule = lambda _: 5e-6  # noqa: E731
     start = np.asarray(jnp.linspace(-0.04, 0.04, 64).reshape(8, 8).astype(jnp.bfloat16), np.float32)
-    half, state = trajectory(optim.make_optimizer(schedule, 0.0, 1.0, "bfloat16"), "bfloat16", 300, grads)
+    half, state = trajectory(
+        optim.make_optimizer(schedule, 0.0, 1.0, "bfloat16"), "bfloat16", 300, grads
+    )
     full, _ = trajectory(optim.make_optimizer(schedule, 0.0, 1.0), "float32", 300, grads)
     plain, _ = trajectory(optax.adamw(schedule, weight_decay=0.0), "bfloat16", 300, grads)
     moved = full - np.linspace(-0.04, 0.04, 64, dtype=np.float32).reshape(8, 8)
-    paid = half + np.asarray(state.owed["w"], np.float32) - start  # what the weights would be without rounding
+    paid = (
+        half + np.asarray(state.owed["w"], np.float32) - start
+    )  # what the weights would be without rounding
     np.testing.assert_allclose(paid, moved, atol=0.03 * np.abs(moved).max())
     assert (
         np.mean(np.sign(half - start) == np.sign(moved)) > 0.9

@@ -27,7 +27,9 @@ def test_any_text_stays_one_line_of_code(text):
     made = markdown.markdown(f"- **kind**: {page.code(text)} -> {page.code('x')}")
     assert made.count("<code>") == 2 and "<script" not in made and "\n" not in page.code(text)
     shown = re.search("<code>(.*?)</code>", made)[1]
-    assert shown == re.sub("\r\n|\r|\n", " ⏎ ", text).replace("<", "&lt;").replace(">", "&gt;").strip()
+    assert (
+        shown == re.sub("\r\n|\r|\n", " ⏎ ", text).replace("<", "&lt;").replace(">", "&gt;").strip()
+    )
 
 
 def test_a_table_survives_what_is_in_its_cells(tmp_path):
@@ -35,7 +37,10 @@ def test_a_table_survives_what_is_in_its_cells(tmp_path):
     page.save(tmp_path, "t", f"# A < B\n\n{text}\n")
     made = (tmp_path / "t.html").read_text(encoding="utf-8")
     assert (
-        made.count("<td>") == 4 and made.count("<th>") == 2 and "<img" not in made and "<title>A &lt; B</title>" in made
+        made.count("<td>") == 4
+        and made.count("<th>") == 2
+        and "<img" not in made
+        and "<title>A &lt; B</title>" in made
     )
     assert "q&lt;r&gt;</code>" in made and "a|b" in made and "⏎" not in made
 

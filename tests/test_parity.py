@@ -25,7 +25,9 @@ def full_precision():
 
 @functools.partial(jit, static_argnums=1)
 def all_logits(params, cfg, tokens, real):
-    hidden, _ = decoder.forward(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))
+    hidden, _ = decoder.forward(
+        params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real)
+    )
     return decoder.logits(params, cfg, hidden)
 
 
@@ -37,7 +39,9 @@ def read(folder):
 def left_padded(golden):
     """The golden rows, moved to the right edge: tokens and real [R, S]."""
     S = golden["tokens"].shape[1]
-    tokens = np.stack([np.roll(row, S - n) for row, n in zip(golden["tokens"], golden["lengths"], strict=True)])
+    tokens = np.stack(
+        [np.roll(row, S - n) for row, n in zip(golden["tokens"], golden["lengths"], strict=True)]
+    )
     return tokens, np.arange(S) >= S - golden["lengths"][:, None]
 
 
@@ -45,7 +49,10 @@ def logit_error(params, cfg, golden) -> float:
     """Largest difference from the golden logits, all rows in one batch with ragged padding on the left."""
     tokens, real = left_padded(golden)
     ours = np.asarray(all_logits(params, cfg, tokens, real))
-    error = [np.abs(o[-n:] - g[:n]).max() for o, g, n in zip(ours, golden["logits"], golden["lengths"], strict=True)]
+    error = [
+        np.abs(o[-n:] - g[:n]).max()
+        for o, g, n in zip(ours, golden["logits"], golden["lengths"], strict=True)
+    ]
     return float(max(error))
 
 
@@ -67,9 +74,13 @@ def test_golden_logits_and_greedy_continuation(kind):
 
 def test_golden_files_have_what_is_odd():
     """Each switch of the decoder is on in one of them, and none stands at a value that hides it."""
-    llama, qwen2, qwen3, *others = found = [hf.config_from_hf(hf.read_config(FOLDER / kind)) for kind in KINDS]
+    llama, qwen2, qwen3, *others = found = [
+        hf.config_from_hf(hf.read_config(FOLDER / kind)) for kind in KINDS
+    ]
     assert [c.tied for c in found] == [True, False, True, False, True, False]
-    assert llama.rope_scaling and others[0].mlp_bias and others[0].output_bias and others[2].qkv_bias
+    assert (
+        llama.rope_scaling and others[0].mlp_bias and others[0].output_bias and others[2].qkv_bias
+    )
     assert qwen2.qkv_bias and qwen2.num_heads > qwen2.num_kv_heads
     assert qwen3.qk_norm and qwen3.head_dim * qwen3.num_heads != qwen3.hidden_size
     assert len({c.norm_eps for c in found}) == 6
@@ -85,7 +96,10 @@ def test_live_there_and_back(kind, tmp_path):
     make = runpy.run_path(str(FOLDER / "make.py"))
     model = make["random_model"](kind, make["GOLDEN"][kind], seed=7)
     model.save_pretrained(tmp_path / "theirs")
-    rows = [np.random.default_rng(i).integers(make["VOCAB"], size=n).tolist() for i, n in enumerate((11, 6, 1))]
+    rows = [
+        np.random.default_rng(i).integers(make["VOCAB"], size=n).tolist()
+        for i, n in enumerate((11, 6, 1))
+    ]
     golden = dict(
         tokens=np.array([row + [0] * (11 - len(row)) for row in rows]),
         lengths=np.array([len(row) for row in rows]),
@@ -94,15 +108,29 @@ def test_live_there_and_back(kind, tmp_path):
     cfg, params = read(tmp_path / "theirs")
     error = logit_error(params, cfg, golden)
 
-    hf.save(tmp_path / "ours", params, hf.read_config(tmp_path / "theirs"), "float32", tokenizer=tmp_path / "theirs")
+    hf.save(
+        tmp_path / "ours",
+        params,
+        hf.read_config(tmp_path / "theirs"),
+        "float32",
+        tokenizer=tmp_path / "theirs",
+    )
     back, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager", output_loading_info=True
     )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert (
+        not report["missing_keys"]
+        and not report["unexpected_keys"]
+        and not report["mismatched_keys"]
+    )
     weights = back.state_dict()
     assert weights.keys() == model.state_dict().keys()
-    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())  # bit for bit
-    for row, want in zip(rows, golden["logits"], strict=True):  # torch rounds by where weights lie in memory
+    assert all(
+        torch.equal(weights[name], value) for name, value in model.state_dict().items()
+    )  # bit for bit
+    for row, want in zip(
+        rows, golden["logits"], strict=True
+    ):  # torch rounds by where weights lie in memory
         np.testing.assert_allclose(make["logits_of"](back, row), want, atol=2e-5)
     print(f"{kind}: largest logit error {error:.1e}")
     assert error <= TOLERANCE

@@ -19,7 +19,11 @@ def environment(**extra):
 
 def first_line(*command, **extra):
     out = subprocess.run(
-        [sys.executable, *command], env=environment(**extra), capture_output=True, text=True, timeout=60
+        [sys.executable, *command],
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     return out.stdout.splitlines()[0], out.returncode
 
@@ -29,11 +33,15 @@ def test_a_program_that_imports_us_is_left_alone():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the variables are glibc's")
-@pytest.mark.skipif(any(map(os.path.exists, process.ACCELERATORS)), reason="there is an accelerator")
+@pytest.mark.skipif(
+    any(map(os.path.exists, process.ACCELERATORS)), reason="there is an accelerator"
+)
 def test_a_command_line_starts_anew_once_and_a_setting_of_the_users_stands(monkeypatch):
     started = []
     monkeypatch.setattr(os, "execve", lambda path, argv, env: started.append((argv, env)))
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "collab_jax.train", "--config", "x"])
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python", "-X", "dev", "-m", "collab_jax.train", "--config", "x"]
+    )
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
     process.restart_with_allocator()
     [(argv, env)] = started
@@ -79,7 +87,9 @@ def test_compiled_programs_are_kept_by_default_and_reused(tmp_path):
     for _ in range(2):
         env = environment(XDG_CACHE_HOME=str(tmp_path), JAX_PLATFORMS="cpu")
         env.pop("JAX_COMPILATION_CACHE_DIR", None)
-        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
         assert out.stdout.strip() == "7.0", out.stderr
         kept.append(files())
     assert kept[0] and kept[0] == kept[1]

@@ -11,7 +11,11 @@ from collab_jax import records
 from collab_jax.runtime.errors import UserError
 
 INF = np.inf
-TRACES = [np.array([-INF, 0.5, -1.25], np.float32), np.array([], np.float32), np.array([0.1], np.float32)]
+TRACES = [
+    np.array([-INF, 0.5, -1.25], np.float32),
+    np.array([], np.float32),
+    np.array([0.1], np.float32),
+]
 
 
 def table(**columns):
@@ -30,7 +34,10 @@ def same(a, b):
     for name in a:
         assert a[name].dtype == b[name].dtype, name
         if name == "margins":
-            assert all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a[name], b[name], strict=True))
+            assert all(
+                np.array_equal(x, y) and x.dtype == y.dtype
+                for x, y in zip(a[name], b[name], strict=True)
+            )
         else:
             assert a[name].tolist() == b[name].tolist(), name
 
@@ -59,7 +66,9 @@ def test_the_docstring_holds_every_column_with_its_type():
     assert {n: k for n, k in documented.items() if "<" not in n} == records.TYPES
     for name in ("score_<router>", "tokens_<router>"):
         assert documented[name] == records.type_of(name.replace("<router>", "x"))
-    assert set(records.DEFAULTS) == set(re.findall(r"^    (\w+) .*; default ", records.__doc__, re.M))
+    assert set(records.DEFAULTS) == set(
+        re.findall(r"^    (\w+) .*; default ", records.__doc__, re.M)
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,9 @@ def test_a_foreign_table_of_three_columns_and_a_score_just_works(tmp_path, name,
     assert r["id"].tolist() == ["1", "007"]
     assert r["local_correct"].tolist() == r["cloud_correct"].tolist() == [True, False]
     assert records.scores(r)["mine"].tolist() == [0.5, -2.0]
-    assert {c: r[c].tolist() for c in records.DEFAULTS} == {c: [v, v] for c, v in records.DEFAULTS.items()}
+    assert {c: r[c].tolist() for c in records.DEFAULTS} == {
+        c: [v, v] for c, v in records.DEFAULTS.items()
+    }
     assert r["ended"].dtype == bool
 
 
@@ -84,7 +95,10 @@ def test_a_foreign_parquet_with_integer_verdicts_nulls_and_lists(tmp_path):
     rows = {"id": [1, 2], "local_correct": [0, 1], "cloud_correct": [1.0, 0.0], "text": ["x", None], "margins": [[1.0, None], None], "score_r": [1, 2]}  # fmt: skip
     pq.write_table(pa.table(rows), tmp_path / "x.parquet")
     r = records.read(tmp_path / "x.parquet")
-    assert r["local_correct"].tolist() == [False, True] and r["cloud_correct"].tolist() == [True, False]
+    assert r["local_correct"].tolist() == [False, True] and r["cloud_correct"].tolist() == [
+        True,
+        False,
+    ]
     assert r["text"].tolist() == ["x", ""] and r["score_r"].dtype == float
     assert [m.tolist() for m in r["margins"]] == [[1.0, -INF], []]
 
@@ -110,7 +124,9 @@ def test_bad_rows_are_refused_with_file_row_and_reason(change, message):
 
 
 def test_missing_columns_and_empty_tables_are_refused():
-    with pytest.raises(UserError, match=r"x.csv has no column id and no cloud_correct \(it has local_correct, ID\)"):
+    with pytest.raises(
+        UserError, match=r"x.csv has no column id and no cloud_correct \(it has local_correct, ID\)"
+    ):
         records.check({"local_correct": [True], "ID": ["a"]}, "x.csv")
     with pytest.raises(UserError, match="x.csv holds no rows"):
         records.check({name: [] for name in records.REQUIRED}, "x.csv")
@@ -121,14 +137,22 @@ def test_missing_columns_and_empty_tables_are_refused():
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("x.txt", b"", r"x.txt is not a table of records: the name must end in .parquet, .jsonl, .csv"),
+        (
+            "x.txt",
+            b"",
+            r"x.txt is not a table of records: the name must end in .parquet, .jsonl, .csv",
+        ),
         ("x.parquet", b"PAR1 cut off", r"cannot read .*x.parquet \(.*is it there, and complete"),
         ("x.jsonl", b'{"id": 1}\n{"id": ', r"x.jsonl: line 2 is not JSON"),
         ("x.jsonl", b"[1]\n", r"x.jsonl: line 1 is not a JSON object"),
         ("x.jsonl", b"", r"x.jsonl has no column id"),
         ("x.csv", b"", r"x.csv has no column id"),
         ("x.csv", b"id,local_correct,cloud_correct\n", "x.csv holds no rows"),
-        ("x.csv", b"id,local_correct,cloud_correct\na,1\n", "x.csv: row 1 has 2 cells, the header has 3"),
+        (
+            "x.csv",
+            b"id,local_correct,cloud_correct\na,1\n",
+            "x.csv: row 1 has 2 cells, the header has 3",
+        ),
         ("x.csv", b"id,id,cloud_correct\na,1,1\n", "the header has id twice"),
         ("x.csv", b"id\n\xff\n", r"cannot read .*x.csv \(.*decode"),
     ],
@@ -160,7 +184,9 @@ def test_align_refuses_other_prompts():
     with pytest.raises(UserError, match=r"A and B are of other prompts: 2 ids in both, 1 only in A \(as '07'\), 1 only in B \(as 'z'\)"):  # fmt: skip
         records.align(table(), table(id=["a", "z", "b"]), "A", "B")
     part = {name: column[:2] for name, column in table().items()}
-    with pytest.raises(UserError, match=r"2 ids in both, 1 only in the first table \(as '07'\); evaluate both"):
+    with pytest.raises(
+        UserError, match=r"2 ids in both, 1 only in the first table \(as '07'\); evaluate both"
+    ):
         records.align(table(), part)
     with pytest.raises(UserError, match=r"have 1 ids with another prompt \(as 'b'\)"):
         records.align(table(prompt=["p", "q", "r"]), table(prompt=["p", "Q", "r"]))

@@ -30,12 +30,19 @@ def verdicts(parts, responses, ended=True, change=lambda ids: ids):
     for i, ids in enumerate(rows):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     got = rollout.judge(task, text, [EXAMPLE] * len(rows), tokens, mask, np.full(len(rows), ended))
-    return list(zip(got.correct.tolist(), got.called.tolist(), got.formatted.tolist(), strict=True)), got.texts
+    return list(
+        zip(got.correct.tolist(), got.called.tolist(), got.formatted.tolist(), strict=True)
+    ), got.texts
 
 
 def test_verdicts_of_finished_responses(parts):
     got, texts = verdicts(parts, [RIGHT, WRONG, CALL, "ok ok"])
-    assert got == [(True, False, True), (False, False, True), (False, True, False), (False, False, False)]
+    assert got == [
+        (True, False, True),
+        (False, False, True),
+        (False, True, False),
+        (False, False, False),
+    ]
     assert texts[:3] == [RIGHT, WRONG, CALL]
 
 

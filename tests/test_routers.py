@@ -23,7 +23,8 @@ def test_what_has_no_answer_goes_first_and_in_the_routers_order(name):
 def test_random_is_expected_and_perfect_is_best():
     table = make(500)
     right = {
-        name: measures.replay(table, routers.score(name, table), 0.3).mean() for name in ("random", "perfect", "margin")
+        name: measures.replay(table, routers.score(name, table), 0.3).mean()
+        for name in ("random", "perfect", "margin")
     }
     ends = table["local_correct"].mean(), table["cloud_correct"].mean()
     assert right["random"] == pytest.approx(0.7 * ends[0] + 0.3 * ends[1])
@@ -60,7 +61,9 @@ def hard_or_easy(n, seed):
     )
 
 
-@pytest.mark.parametrize("name, floor", [("features_linear", 0.98), ("features_trees", 0.98), ("margin_logprob", 0.78)])
+@pytest.mark.parametrize(
+    "name, floor", [("features_linear", 0.98), ("features_trees", 0.98), ("margin_logprob", 0.78)]
+)
 def test_learned_routers_learn(name, floor):
     fit_on, table = hard_or_easy(400, 1), hard_or_easy(400, 2)
     answered = {key: column[~no_answer(table)] for key, column in table.items()}
@@ -68,14 +71,17 @@ def test_learned_routers_learn(name, floor):
     assert measures.auc(answered, score(answered)) > floor
     if name == "margin_logprob":  # better than either alone, and what has no answer first
         assert measures.auc(answered, score(answered)) > max(
-            measures.auc(answered, routers.score(single, answered)) for single in ("margin", "logprob")
+            measures.auc(answered, routers.score(single, answered))
+            for single in ("margin", "logprob")
         )
         assert score(table)[no_answer(table)].min() > score(table)[~no_answer(table)].max()
 
 
 def test_recorded_scores_are_routers():
     table = make(5 * 2, score_mine=range(10))
-    assert routers.possible(table)[-1] == "mine" and routers.score("mine", table).tolist() == list(range(10))
+    assert routers.possible(table)[-1] == "mine" and routers.score("mine", table).tolist() == list(
+        range(10)
+    )
 
 
 def test_possible_are_those_with_columns():

@@ -28,12 +28,19 @@ def scene(small, tmp_path_factory):
     fit, held = train.fit_examples(run), evaluate.held_out(run)
     device = Device(run, state.params, {e.id: e for e in fit + held})
     parts = run.text, run.task, run.cloud
-    tables = [evaluate.evaluate(sample, state.params, *parts, e, config, "x", natural=False) for e in (fit, held)]
+    tables = [
+        evaluate.evaluate(sample, state.params, *parts, e, config, "x", natural=False)
+        for e in (fit, held)
+    ]
     return device, *tables
 
 
 def test_batches_go_through_all_rows_once():
-    assert [(rows.tolist(), n) for rows, n in batches(5, 2)] == [([0, 1], 2), ([2, 3], 2), ([4, 0], 1)]
+    assert [(rows.tolist(), n) for rows, n in batches(5, 2)] == [
+        ([0, 1], 2),
+        ([2, 3], 2),
+        ([4, 0], 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,9 @@ def test_last_hidden_is_that_of_one_pass_over_the_whole_row(scene):
     response = text.response_ids(table["text"][0])
     whole = np.array([prompt + response[:-1]])
     real = np.ones(whole.shape, bool)
-    want, _ = decoder.forward(params, cfg, whole, decoder.positions_of(real), decoder.causal_mask(real))
+    want, _ = decoder.forward(
+        params, cfg, whole, decoder.positions_of(real), decoder.causal_mask(real)
+    )
     padded = np.array([[text.pad_id] * 2 + prompt])
     mask = padded != text.pad_id
     responses = np.array([response + [text.pad_id] * 3])
@@ -89,14 +98,19 @@ def test_verification_is_the_odds_of_no_against_yes(scene):
     last, _ = decoder.prefill(params, cfg, ids, np.ones(ids.shape, bool))
     logits = decoder.logits(params, cfg, last)[0]
     no, yes = (text.tokenizer.convert_tokens_to_ids(word) for word in (" no", " ok"))
-    assert score[3] == pytest.approx(float(logits[no] - logits[yes]), abs=1e-4) and tokens[3] == ids.size + 1
+    assert (
+        score[3] == pytest.approx(float(logits[no] - logits[yes]), abs=1e-4)
+        and tokens[3] == ids.size + 1
+    )
 
 
 def test_records_get_the_columns_and_compare_reads_them(scene):
     device, fit_on, table = scene
     names = ("hidden", "verification")
     found = recorded.record(names, device, fit_on, table)
-    assert set(found) - set(table) == {f"{kind}_{name}" for kind in ("score", "tokens") for name in names}
+    assert set(found) - set(table) == {
+        f"{kind}_{name}" for kind in ("score", "tokens") for name in names
+    }
     result = compare.compare({"m": compare.Model([found], [fit_on])}, resamples=2)
     assert {"m: hidden", "m: verification", "m: margin"} <= set(result["methods"])
 
@@ -111,7 +125,8 @@ def test_a_router_that_fails_costs_itself_alone(scene, monkeypatch, capsys):
     assert set(found) - set(table) == {"score_verification", "tokens_verification"}
     told = capsys.readouterr().err
     assert (
-        "hidden is left out: a router cannot be fitted" in told and "agreement is left out: 24 scores are NaN" in told
+        "hidden is left out: a router cannot be fitted" in told
+        and "agreement is left out: 24 scores are NaN" in told
     )
 
 
@@ -131,12 +146,18 @@ def test_a_router_that_fails_costs_itself_alone(scene, monkeypatch, capsys):
             "different tokens",
         ),
         (
-            {"routers__record": ("classifier",), "eval__fit_prompts": 8, "routers__classifier": "no-such-model"},
+            {
+                "routers__record": ("classifier",),
+                "eval__fit_prompts": 8,
+                "routers__classifier": "no-such-model",
+            },
             "no model at",
         ),
     ],
 )
-def test_what_cannot_be_recorded_is_refused_before_anything_is_spent(small, tmp_path, changes, says):
+def test_what_cannot_be_recorded_is_refused_before_anything_is_spent(
+    small, tmp_path, changes, says
+):
     run = experiment.prepare(small(**changes), tmp_path)
     with pytest.raises(UserError, match=says):
         recorded.check(run)

@@ -20,7 +20,17 @@ from collab_jax.runtime import metrics
 def command(module, workdir, data_dir, *more, config="configs/countdown_tiny.py", **overrides):
     settings = SMALL | {"task.data_dir": data_dir, "train.steps": 6} | overrides
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", f"collab_jax.{module}", "--config", config, "--workdir", str(workdir), *flags, *more]
+    return [
+        sys.executable,
+        "-m",
+        f"collab_jax.{module}",
+        "--config",
+        config,
+        "--workdir",
+        str(workdir),
+        *flags,
+        *more,
+    ]
 
 
 def run(*args, **kwargs):
@@ -36,14 +46,19 @@ def wait_for_rows(process, workdir, count):
 
 
 def saved(workdir, step):
-    return ocp.StandardCheckpointer().restore(workdir.absolute() / "checkpoints" / str(step) / "default")
+    return ocp.StandardCheckpointer().restore(
+        workdir.absolute() / "checkpoints" / str(step) / "default"
+    )
 
 
 def told(workdir):
     """metrics.jsonl without what may differ between a straight and a resumed run: times, and answers bought twice over."""
     rows = metrics.read(workdir / "metrics.jsonl")
     free = "cloud_bought", "cloud_failed", "cloud_tokens", "cloud_usd"
-    return [{k: v for k, v in row.items() if not k.startswith("seconds") and k not in free} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds") and k not in free}
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +77,27 @@ def test_killed_stopped_and_resumed_equals_straight_bit_for_bit(straight, data_d
     assert first.wait() == -signal.SIGKILL
     first.communicate()
 
-    second = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    second = subprocess.Popen(
+        start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for_rows(second, tmp_path, 4)
     second.send_signal(signal.SIGTERM)
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
-    if not (tmp_path / "report.json").exists():  # a quick machine may have finished before the signal came
+    if not (
+        tmp_path / "report.json"
+    ).exists():  # a quick machine may have finished before the signal came
         assert "the same command goes on from step" in out
 
     assert run(start).returncode == 0
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path, 6), saved(straight, 6))
     assert told(tmp_path) == told(straight)
     a, b = (json.loads((w / "report.json").read_text()) for w in (tmp_path, straight))
-    assert a["after"] == b["after"] and a["cloud_calls"] == b["cloud_calls"] and a["filter"] == b["filter"]
+    assert (
+        a["after"] == b["after"]
+        and a["cloud_calls"] == b["cloud_calls"]
+        and a["filter"] == b["filter"]
+    )
 
 
 def test_one_device_equals_two(straight, data_dir, tmp_path):
@@ -94,9 +117,9 @@ def test_one_device_equals_two(straight, data_dir, tmp_path):
         "call_rate",
     )
     assert {k: one[k] for k in exact} == {k: two[k] for k in exact}
-    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4) and one["reward"] == pytest.approx(
-        two["reward"]
-    )
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4) and one[
+        "reward"
+    ] == pytest.approx(two["reward"])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
         saved(tmp_path, 6)["params"],
@@ -108,7 +131,10 @@ def test_evaluating_a_finished_run_gives_the_reports_figures(straight, data_dir)
     done = run(command("evaluate", straight, data_dir))
     assert done.returncode == 0, done.stderr
     report = json.loads((straight / "report.json").read_text())
-    assert json.loads((straight / "eval.json").read_text())["at_budget"] == report["after"]["at_budget"]
+    assert (
+        json.loads((straight / "eval.json").read_text())["at_budget"]
+        == report["after"]["at_budget"]
+    )
 
 
 def test_what_is_exported_is_what_was_trained(straight, data_dir, tmp_path):
@@ -120,7 +146,10 @@ def test_what_is_exported_is_what_was_trained(straight, data_dir, tmp_path):
     assert (folder / "tokenizer.json").exists() and (folder / "chat_template.jinja").exists()
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nbase_model: countdown-tiny\n") and "`<unknown>` (id " in card
-    assert "| accuracy on the device (marker disallowed) |" in card and "24 held-out prompts of countdown" in card
+    assert (
+        "| accuracy on the device (marker disallowed) |" in card
+        and "24 held-out prompts of countdown" in card
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +169,8 @@ def test_misuse_is_one_line_and_a_status(tmp_path, data_dir, arguments, says):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"), [([], "--config"), (["--config", "configs/nope.py", "--workdir", "unused"], "configs/nope.py")]
+    ("flags", "says"),
+    [([], "--config"), (["--config", "configs/nope.py", "--workdir", "unused"], "configs/nope.py")],
 )
 def test_missing_flags_and_files_are_named(flags, says):
     done = subprocess.run(

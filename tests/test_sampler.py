@@ -36,7 +36,9 @@ SAMPLED = {**GREEDY, "group": G, "temperature": 0.8}
 
 
 def run(params, cfg, prompts, real, keys, beta=0.0, **settings):
-    return sampler.sample(params, cfg, prompts, real, keys, beta, settings=Settings(**settings), wrap=wrap)
+    return sampler.sample(
+        params, cfg, prompts, real, keys, beta, settings=Settings(**settings), wrap=wrap
+    )
 
 
 def random_params(cfg, seed):
@@ -45,7 +47,11 @@ def random_params(cfg, seed):
 
     def one(path, leaf):
         noise = draw.standard_normal(leaf.shape).astype(np.float32)
-        return {"scale": 1 + 0.3 * noise, "embedding": noise, "kernel": 1.5 * noise / leaf.shape[0] ** 0.5}[path[-1]]
+        return {
+            "scale": 1 + 0.3 * noise,
+            "embedding": noise,
+            "kernel": 1.5 * noise / leaf.shape[0] ** 0.5,
+        }[path[-1]]
 
     flat = traverse_util.flatten_dict(shapes)
     return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in flat.items()})
@@ -75,12 +81,16 @@ def greedy(beta=float(DISALLOWED)):
 
 @functools.cache
 def sampled(beta=0.0):
-    return jax.tree.map(np.asarray, run(PARAMS, CFG, *prompts(), keys(), np.float32(beta), **SAMPLED))
+    return jax.tree.map(
+        np.asarray, run(PARAMS, CFG, *prompts(), keys(), np.float32(beta), **SAMPLED)
+    )
 
 
 @functools.partial(jit, static_argnums=1)
 def _forward(params, cfg, tokens, real):
-    hidden, _ = decoder.forward(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))
+    hidden, _ = decoder.forward(
+        params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real)
+    )
     return decoder.logits(params, cfg, hidden)
 
 
@@ -163,19 +173,25 @@ def test_eos_is_inside_the_mask_and_nothing_after_it():
     np.testing.assert_array_equal(samples.mask, np.arange(T) < length[..., None])  # no hole
     last = np.take_along_axis(samples.tokens, length[..., None] - 1, axis=-1)[..., 0]
     is_eos = np.isin(samples.tokens, GREEDY["eos_ids"]) & samples.mask
-    np.testing.assert_array_equal(is_eos.sum(-1), samples.ended)  # one where it ended, none where it was cut off
+    np.testing.assert_array_equal(
+        is_eos.sum(-1), samples.ended
+    )  # one where it ended, none where it was cut off
     np.testing.assert_array_equal(np.isin(last, GREEDY["eos_ids"]), samples.ended)
     assert (length[~samples.ended] == T).all()
     assert (samples.tokens[~samples.mask] == PAD).all() and (samples.logp[~samples.mask] == 0).all()
     assert (samples.margins[~samples.mask] == -np.inf).all()
-    assert 0 < samples.ended.mean() < 1 and len(set(last[samples.ended])) == 2  # both ends, and cut-off rows, occur
+    assert (
+        0 < samples.ended.mean() < 1 and len(set(last[samples.ended])) == 2
+    )  # both ends, and cut-off rows, occur
 
 
 def test_greedy_alone_is_greedy_in_a_batch():
     whole = greedy(0.0)
     for i in range(4):
         tokens, real = (x[i : i + 1] for x in prompts())
-        alone = run(PARAMS, CFG, tokens, real, keys(1, seed=9), np.float32(0.0), **GREEDY)  # greedy ignores the keys
+        alone = run(
+            PARAMS, CFG, tokens, real, keys(1, seed=9), np.float32(0.0), **GREEDY
+        )  # greedy ignores the keys
         for name in ("tokens", "mask", "ended"):
             np.testing.assert_array_equal(getattr(alone, name)[0, 0], getattr(whole, name)[i])
         np.testing.assert_allclose(alone.logp[0, 0], whole.logp[i], atol=5e-5)
@@ -194,7 +210,9 @@ def test_samples_depend_on_the_global_index_alone():
         tokens, real = (x[start : start + 4] for x in prompts())
         half = run(PARAMS, CFG, tokens, real, keys(4, start=start), np.float32(0.0), **SAMPLED)
         for name in ("tokens", "mask", "ended"):
-            np.testing.assert_array_equal(getattr(half, name), getattr(whole, name)[start : start + 4])
+            np.testing.assert_array_equal(
+                getattr(half, name), getattr(whole, name)[start : start + 4]
+            )
     wrong = run(PARAMS, CFG, tokens, real, keys(4, start=0), np.float32(0.0), **SAMPLED)
     assert (np.asarray(wrong.tokens) != whole.tokens[4:]).any((1, 2)).all()
 
@@ -205,7 +223,9 @@ def test_seed_step_index_and_group_member_each_change_the_samples():
     for other in (keys(seed=1), keys(step=1)):
         tokens = np.asarray(run(PARAMS, CFG, *prompts(), other, np.float32(0.0), **SAMPLED).tokens)
         assert (tokens != drawn).any((1, 2)).all()
-    everyone = [jax.random.key_data(keys(3, seed, step)).tolist() for seed in (0, 1) for step in (0, 1)]
+    everyone = [
+        jax.random.key_data(keys(3, seed, step)).tolist() for seed in (0, 1) for step in (0, 1)
+    ]
     assert len({tuple(key) for some in everyone for key in some}) == 12
 
 
@@ -232,8 +252,13 @@ def first_logits(beta):
 
 def test_first_token_frequencies_over_steps_and_rows():
     tokens, real = (np.repeat(x[2:3], 8, axis=0) for x in prompts())
-    found = [run(PARAMS, CFG, tokens, real, keys(step=step), np.float32(1), **SAMPLED) for step in range(80)]
-    drawn, logp = (np.ravel([getattr(s, name)[..., 0] for s in found]) for name in ("tokens", "logp"))
+    found = [
+        run(PARAMS, CFG, tokens, real, keys(step=step), np.float32(1), **SAMPLED)
+        for step in range(80)
+    ]
+    drawn, logp = (
+        np.ravel([getattr(s, name)[..., 0] for s in found]) for name in ("tokens", "logp")
+    )
     assert check_frequencies(drawn, logp, first_logits(1.0)[2] / SAMPLED["temperature"], 1.0) == V
 
 
@@ -241,7 +266,9 @@ def test_first_token_frequencies_of_a_nucleus():
     settings = {**SAMPLED, "group": 2048, "max_new": 1, "temperature": 0.7, "top_p": 0.75}
     samples = run(PARAMS, CFG, *(x[:2] for x in prompts()), keys(2), np.float32(1), **settings)
     drawn, logp = (np.asarray(x[..., 0]) for x in (samples.tokens, samples.logp))
-    sizes = [check_frequencies(drawn[i], logp[i], first_logits(1.0)[i] / 0.7, 0.75) for i in range(2)]
+    sizes = [
+        check_frequencies(drawn[i], logp[i], first_logits(1.0)[i] / 0.7, 0.75) for i in range(2)
+    ]
     assert 1 < max(sizes) < V
 
 
@@ -254,13 +281,19 @@ def test_nucleus_by_hand():
     assert kept(0.81) == kept(0.94) == [0, 1, 3]
     assert kept(0.96) == [0, 1, 2, 3]
     assert kept(1e-9) == kept(0.0) == [1]  # the best always stays
-    np.testing.assert_array_equal(sampler.nucleus(logits, 0.6)[0, jnp.array([1, 3])], logits[0, jnp.array([1, 3])])
+    np.testing.assert_array_equal(
+        sampler.nucleus(logits, 0.6)[0, jnp.array([1, 3])], logits[0, jnp.array([1, 3])]
+    )
 
 
 def test_nucleus_with_disallowed_tokens_and_large_logits():
-    logits = jnp.array([[-jnp.inf, 80.0, 79.0, -1e30, -jnp.inf], [1e4, 0.0, -1e4, -jnp.inf, 9999.0]])
+    logits = jnp.array(
+        [[-jnp.inf, 80.0, 79.0, -1e30, -jnp.inf], [1e4, 0.0, -1e4, -jnp.inf, 9999.0]]
+    )
     kept = np.isfinite(sampler.nucleus(logits, 0.9))
-    np.testing.assert_array_equal(kept, [[False, True, True, False, False], [True, False, False, False, True]])
+    np.testing.assert_array_equal(
+        kept, [[False, True, True, False, False], [True, False, False, False, True]]
+    )
 
 
 # ---------------------------------------------------------------- when it ends
@@ -295,14 +328,18 @@ CLOCK = dict(_8=9, _9=10, _10=EOS)  # from 8: over after three tokens
 
 
 @pytest.mark.parametrize(
-    "long, last", [(dict(_5=5), T), (dict(_5=6, _6=7, _7=11, _11=12, _12=13, _13=EOS), 7)], ids=["cut off", "over"]
+    "long, last",
+    [(dict(_5=5), T), (dict(_5=6, _6=7, _7=11, _11=12, _12=13, _13=EOS), 7)],
+    ids=["cut off", "over"],
 )
 def test_columns_end_with_the_last_row_and_slots_with_most_rows(long, last):
     """Of 32 rows, 28 are over after three tokens, so a quarter of the slots holds the other four."""
     tokens = np.array([8] * 13 + [5] * 4 + [8] * 15, np.int32)[:, None]
     settings = Settings(**{**CHAIN_SETTINGS, "slot_counts": 3})
     ran, reported = [], []
-    one = sampler.Sampler(CHAIN, settings, lambda p, *a: sampler.start(p, CHAIN, *a, settings), recording(ran))
+    one = sampler.Sampler(
+        CHAIN, settings, lambda p, *a: sampler.start(p, CHAIN, *a, settings), recording(ran)
+    )
     samples = one(
         chain_params(walk(**CLOCK, **long)), tokens, tokens >= 0, keys(32), bias=np.float32(0),
         finished=lambda tokens, mask, ended, now: reported.append((now[:, 0], mask[:, 0].sum(-1), ended[:, 0])),
@@ -310,7 +347,11 @@ def test_columns_end_with_the_last_row_and_slots_with_most_rows(long, last):
     length = np.where(tokens[:, 0] == 5, 6 if last == 7 else T, 3)
     np.testing.assert_array_equal(np.asarray(samples.mask[:, 0]).sum(-1), length)
     np.testing.assert_array_equal(samples.ended[:, 0], length < T)
-    assert ran == [(32, 3), (8, 5), (8, 7)] if last == 7 else [(32, 3)] + [(8, t) for t in (5, 7, 9, 11, 12)]
+    assert (
+        ran == [(32, 3), (8, 5), (8, 7)]
+        if last == 7
+        else [(32, 3)] + [(8, t) for t in (5, 7, 9, 11, 12)]
+    )
     # Each row is handed over once, when it is whole.
     times = np.sum([now for now, _, _ in reported], axis=0)
     assert (times == 1).all()
@@ -322,7 +363,11 @@ def test_columns_end_with_the_last_row_and_slots_with_most_rows(long, last):
 def test_slots_and_segments_change_no_sample():
     """Rows that end are overtaken by others in their slots, keys and values in other segments."""
     whole = sampled()
-    for change in (dict(slot_counts=1), dict(slot_counts=3, segments=1), dict(slot_counts=1, segments=1)):
+    for change in (
+        dict(slot_counts=1),
+        dict(slot_counts=3, segments=1),
+        dict(slot_counts=1, segments=1),
+    ):
         other = run(PARAMS, CFG, *prompts(), keys(), **{**SAMPLED, **change})
         for name in ("tokens", "mask", "ended"):
             np.testing.assert_array_equal(getattr(other, name), getattr(whole, name))
@@ -331,7 +376,10 @@ def test_slots_and_segments_change_no_sample():
 
 
 def test_half_precision_cache_is_close():
-    whole, half = sampled(), run(PARAMS, CFG, *prompts(), keys(), **{**SAMPLED, "cache_dtype": "bfloat16"})
+    whole, half = (
+        sampled(),
+        run(PARAMS, CFG, *prompts(), keys(), **{**SAMPLED, "cache_dtype": "bfloat16"}),
+    )
     np.testing.assert_array_equal(half.tokens[:, :, 0], whole.tokens[:, :, 0])
     difference = np.abs(np.asarray(half.logp) - whole.logp)[:, :, 1]
     same = np.asarray(half.tokens[:, :, 1] == whole.tokens[:, :, 1])
@@ -340,7 +388,10 @@ def test_half_precision_cache_is_close():
 
 def test_pad_that_is_also_an_eos():
     samples = chain_run(walk(_5=6, _6=PAD, _7=EOS), [5, 7])
-    assert samples.tokens[:, :3].tolist() == [[6, PAD, PAD], [EOS, PAD, PAD]] and not samples.tokens[:, 3:].any()
+    assert (
+        samples.tokens[:, :3].tolist() == [[6, PAD, PAD], [EOS, PAD, PAD]]
+        and not samples.tokens[:, 3:].any()
+    )
     assert samples.mask.sum(-1).tolist() == [2, 1] and samples.ended.all()
 
 
@@ -386,7 +437,9 @@ def test_margins_are_those_of_the_uncached_logits(which):
         "disallowed": lambda: sampled(float(DISALLOWED)),
     }[which]()
     logits = recomputed_logits(samples)
-    margins = logits[..., DECISION] - np.delete(logits, DECISION, axis=-1).max(-1)  # before any bias
+    margins = logits[..., DECISION] - np.delete(logits, DECISION, axis=-1).max(
+        -1
+    )  # before any bias
     state = samples.mask & ~opened_before(samples)
     np.testing.assert_allclose(samples.margins[state], margins[state], atol=5e-5)
     assert (samples.margins[~state] == -np.inf).all()
@@ -418,10 +471,16 @@ def test_after_the_answer_opened_the_bias_is_off_and_the_marker_is_a_word():
 
 
 def test_call_at():
-    margins = np.array([[-3.0, -1.0, -2.0, -np.inf], [-np.inf] * 4, [-5.0, -9.0, -4.0, -0.5]], np.float32)
+    margins = np.array(
+        [[-3.0, -1.0, -2.0, -np.inf], [-np.inf] * 4, [-5.0, -9.0, -4.0, -0.5]], np.float32
+    )
     for array in (margins, jnp.asarray(margins)):
         assert sampler.call_at(array, 0.0).tolist() == [-1, -1, -1]
-        assert sampler.call_at(array, 1.0).tolist() == [-1, -1, 3]  # a margin of exactly -beta does not call
+        assert sampler.call_at(array, 1.0).tolist() == [
+            -1,
+            -1,
+            3,
+        ]  # a margin of exactly -beta does not call
         assert sampler.call_at(array, 2.5).tolist() == [1, -1, 3]
         assert sampler.call_at(array, 4.5).tolist() == [0, -1, 2]
         assert sampler.call_at(array, np.inf).tolist() == [0, -1, 0]
@@ -456,7 +515,9 @@ def test_one_disallowed_pass_holds_the_decision_at_every_bias():
     for beta in [0.0, 1e9, -1e9, *(-between).tolist()]:
         shares.append(check_frontier(base, greedy(beta), beta).mean())
         crossings |= set(sampler.call_at(base.margins, beta).tolist())
-    assert {0.0, 1.0} < set(shares) and len(set(shares)) >= 4  # nobody, everybody, and some shares between
+    assert {0.0, 1.0} < set(shares) and len(
+        set(shares)
+    ) >= 4  # nobody, everybody, and some shares between
     assert len(crossings) >= 5  # never, at once, and later
     assert base.ended.any() and (base.tokens == ANSWER).any()
 
@@ -483,7 +544,11 @@ def test_a_tie_does_not_call_whichever_token_comes_first():
 def test_call_at_holds_the_bias_as_the_device_does():
     """0.7 as float64 is above float32's 0.7, which is what the device adds."""
     margins = np.array([[-0.7]], np.float32)
-    assert sampler.call_at(margins, 0.7).tolist() == sampler.call_at(margins, np.float64(0.7)).tolist() == [-1]
+    assert (
+        sampler.call_at(margins, 0.7).tolist()
+        == sampler.call_at(margins, np.float64(0.7)).tolist()
+        == [-1]
+    )
 
 
 # ---------------------------------------------------------------- a marker in plain text
@@ -517,7 +582,9 @@ def test_plain_margins_are_of_the_best_continuing_token_against_the_best_other()
     assert (samples.margins[~state] == -np.inf).all()
     assert (np.isin(samples.tokens, STEMS) & samples.mask).any()
     chosen = np.take_along_axis(table, samples.tokens[..., None], -1)[..., 0]
-    assert not (chosen & samples.mask).any()  # disallowed: no continuing token is ever written where it would decide
+    assert not (
+        chosen & samples.mask
+    ).any()  # disallowed: no continuing token is ever written where it would decide
 
 
 def test_one_disallowed_pass_holds_the_plain_decision_at_every_bias():
@@ -526,7 +593,10 @@ def test_one_disallowed_pass_holds_the_plain_decision_at_every_bias():
     called_after, shares = set(), set()
     for beta in [0.0, 1e9, *(-steps[:: len(steps) // 6] + 1e-4).tolist()]:
         decoded, crossing = plain(beta), np.asarray(sampler.call_at(base.margins, beta))
-        table = np.take_along_axis(deciding(decoded), decoded.tokens[..., None], -1)[..., 0] & decoded.mask
+        table = (
+            np.take_along_axis(deciding(decoded), decoded.tokens[..., None], -1)[..., 0]
+            & decoded.mask
+        )
         np.testing.assert_array_equal(np.where(table.any(-1), table.argmax(-1), -1), crossing)
         for i, t in enumerate(crossing):
             np.testing.assert_array_equal(
@@ -543,7 +613,12 @@ def test_plain_marker_without_a_token_that_decides_at_once():
     tokens = np.array([[5]], np.int32)
     table = walk(_5=9, _9=12, _12=13, _13=EOS)
     table[9, 11] = 4.0
-    for beta, want in ((-np.inf, [9, 12, 13, EOS]), (5.0, [9, 12, 13, EOS]), (6.5, [9, 11]), (np.inf, [9, 11])):
+    for beta, want in (
+        (-np.inf, [9, 12, 13, EOS]),
+        (5.0, [9, 12, 13, EOS]),
+        (6.5, [9, 11]),
+        (np.inf, [9, 11]),
+    ):
         settings = {**CHAIN_SETTINGS, "marker": marker}
         samples = run(chain_params(table), CHAIN, tokens, tokens >= 0, keys(1), beta, **settings)
         assert samples.tokens[0, 0, : len(want)].tolist() == want

@@ -21,7 +21,15 @@ from collab_jax.routing import measures
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need external assistance ", "</unknown>")
+TAGS = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<unknown>",
+    " I need external assistance ",
+    "</unknown>",
+)
 ARCHITECTURE = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 128,
@@ -34,17 +42,29 @@ def made(tmp_path_factory):
     """(config, folder): a random model that knows each character, and a few rows of every benchmark."""
     folder = tmp_path_factory.mktemp("suite")
     characters = sorted(set(string.printable) - set("\r\x0b\x0c"))
-    text_lib.word_tokenizer([*TAGS, *characters], "<pad>", "<eos>", "<unk>").save_pretrained(folder / "words")
+    text_lib.word_tokenizer([*TAGS, *characters], "<pad>", "<eos>", "<unk>").save_pretrained(
+        folder / "words"
+    )
     cfg = hf.config_from_hf(ARCHITECTURE | {"vocab_size": 3 + len(TAGS) + len(characters)})
     params = decoder.init(cfg, jax.random.key(0))
-    hf.save(folder / "model", params, ARCHITECTURE | {"vocab_size": cfg.vocab_size}, "float32", folder / "words")
+    hf.save(
+        folder / "model",
+        params,
+        ARCHITECTURE | {"vocab_size": cfg.vocab_size},
+        "float32",
+        folder / "words",
+    )
     for name, count in SIZES.items():
-        rows = [{"id": f"{name}/{i}", "problem": f"{i}+{i}?", "answer": str(2 * i), "level": 1} for i in range(count)]
+        rows = [
+            {"id": f"{name}/{i}", "problem": f"{i}+{i}?", "answer": str(2 * i), "level": 1}
+            for i in range(count)
+        ]
         rows.append(rows[0] | {"id": "long", "problem": "1+" * 30})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     choices = {"choices": ["1", "2"], "answer": "B"}
     rows = [
-        {"id": f"c{i}", "problem": f"{i}?", **choices, **({"math_train_id": "x"} if i == 1 else {})} for i in range(4)
+        {"id": f"c{i}", "problem": f"{i}?", **choices, **({"math_train_id": "x"} if i == 1 else {})}
+        for i in range(4)
     ]
     (folder / "mmlu_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = SMALL | {
@@ -78,11 +98,24 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in batch], run.config.prompt_length)
     got = rollout.collect(sample, params, run.text, run.task, run.cloud, batch, *prompts, 0, 0)
     assert got.cloud_asked == 8 and got.verifier_failures == got.verifier_timeouts == 0
-    assert parallel.gather(got.rollout).cloud_correct.sum() >= 6  # the simulated cloud knows both tasks
+    assert (
+        parallel.gather(got.rollout).cloud_correct.sum() >= 6
+    )  # the simulated cloud knows both tasks
 
     held = evaluate.held_out(run)
-    table = evaluate.evaluate(sample, params, run.text, run.task, run.cloud, held, run.config, "mix", seed=1)
-    assert table["task"].tolist() == ["math", "math", "gsm8k", "math", "math", "math", "gsm8k", "math"]
+    table = evaluate.evaluate(
+        sample, params, run.text, run.task, run.cloud, held, run.config, "mix", seed=1
+    )
+    assert table["task"].tolist() == [
+        "math",
+        "math",
+        "gsm8k",
+        "math",
+        "math",
+        "math",
+        "gsm8k",
+        "math",
+    ]
     assert set(table["stratum"]) == {"math, level 1", "gsm8k, level 1"}
 
 
@@ -100,11 +133,18 @@ def test_the_papers_table_in_one_command(made, workdir):
     out = workdir / "suite-paper"
     result = json.loads((out / "table.json").read_text())
     assert list(result["benchmarks"]) == list(suite.SUITES["paper"]) and result["step"] == 0
-    sizes = {name: (of["prompts"], of["samples"], of["too_long"]) for name, of in result["benchmarks"].items()}
-    assert sizes == {name: (SIZES[name], 3 if name in suite.SMALL else 1, 1) for name in suite.SUITES["paper"]}
+    sizes = {
+        name: (of["prompts"], of["samples"], of["too_long"])
+        for name, of in result["benchmarks"].items()
+    }
+    assert sizes == {
+        name: (SIZES[name], 3 if name in suite.SMALL else 1, 1) for name in suite.SUITES["paper"]
+    }
     for name, of in result["benchmarks"].items():
         table = records.read(out / f"{name}.parquet")
-        assert set(table["task"]) == {name} and len(set(table["id"])) == of["prompts"] * of["samples"]
+        assert (
+            set(table["task"]) == {name} and len(set(table["id"])) == of["prompts"] * of["samples"]
+        )
         assert of["device"]["value"] == table["local_correct"].mean() and of["cloud"]["value"] == pytest.approx(table["cloud_correct"].mean())  # fmt: skip
         assert of["calls"]["value"] == pytest.approx(table["natural_called"].mean())
     drawn = records.read(out / "amc23.parquet")
@@ -122,15 +162,21 @@ def test_the_papers_table_in_one_command(made, workdir):
 def test_rows_that_the_run_was_trained_on_are_left_out(made, workdir):
     assert suite.main(made[0], workdir, "mmlu,gsm8k") == 0
     result = json.loads((workdir / "suite-mmlu+gsm8k" / "table.json").read_text())
-    assert result["benchmarks"]["mmlu"]["prompts"] == 3 and result["benchmarks"]["mmlu"]["seen_in_training"] == 1
+    assert (
+        result["benchmarks"]["mmlu"]["prompts"] == 3
+        and result["benchmarks"]["mmlu"]["seen_in_training"] == 1
+    )
     assert any(
-        "left out 1 problems that stand in the training data of this run (gsm8k, math)" in n for n in result["notes"]
+        "left out 1 problems that stand in the training data of this run (gsm8k, math)" in n
+        for n in result["notes"]
     )
     assert not records.read(workdir / "suite-mmlu+gsm8k" / "mmlu.parquet")["local_correct"].any()
 
 
 def test_an_unknown_suite_is_named(made, workdir):
-    with pytest.raises(UserError, match=r"--suite papers: no 'papers' among the suites \['paper'\] and the tasks"):
+    with pytest.raises(
+        UserError, match=r"--suite papers: no 'papers' among the suites \['paper'\] and the tasks"
+    ):
         suite.main(made[0], workdir, "papers")
     with pytest.raises(UserError, match="'chess'"):
         suite.benchmarks("math,chess")
@@ -162,7 +208,9 @@ def test_intervals_are_of_prompts_not_of_samples():
     counts = {"samples": 1}
     result = suite.summarize({f"b{i}": (make(100, seed=i), counts) for i in range(4)}, 0.3)
     widths = [width(of["device"]) for of in result["benchmarks"].values()]
-    assert width(result["average"]["device"]) == pytest.approx(np.mean(widths) / 2, rel=0.2)  # four independent ones
+    assert width(result["average"]["device"]) == pytest.approx(
+        np.mean(widths) / 2, rel=0.2
+    )  # four independent ones
     assert result["benchmarks"]["b1"]["device"] == measures.estimate(
         suite.figures([make(100, seed=1)], 0.3, 1)["device"]
     )

@@ -9,19 +9,26 @@ from collab_jax.runtime.errors import UserError
 
 def test_summary_by_hand():
     s = summary.summary(make())
-    assert s["n"] == 5 and s["local_accuracy"]["value"] == 0.4 and s["cloud_accuracy"]["value"] == 0.6
+    assert (
+        s["n"] == 5 and s["local_accuracy"]["value"] == 0.4 and s["cloud_accuracy"]["value"] == 0.6
+    )
     natural = s["natural"]  # prompts 0 and 1 called (both right in the cloud), 4 was cut off
     assert natural["call_rate"]["value"] == 0.4 and natural["local_share"]["value"] == 0.4
     assert natural["overall_accuracy"]["value"] == 0.6 and natural["local_correct"]["value"] == 0.2
     assert natural["marker_completed"] == 0.5 and s["no_answer"]["value"] == 0.2
-    assert set(s["at_budget"]) == {"0.1", "0.2", "0.3"} and s["device_tokens"] == {"local": 10.0, "natural": 5.0}
+    assert set(s["at_budget"]) == {"0.1", "0.2", "0.3"} and s["device_tokens"] == {
+        "local": 10.0,
+        "natural": 5.0,
+    }
     # With no answer to prompt 4, it and its -2 rank first: of the wrong 4, 1, 2 and the right 3, 0 all pairs are in order.
     assert s["auc"]["margin"] == 1.0 and s["auc_answered"]["margin"] == 1.0
     assert s["auc"]["logprob"] == pytest.approx(5 / 6)  # 2, at -0.2, is behind 3
 
 
 def test_at_budget_by_hand():
-    at = summary.at_budgets(make())["0.2"]  # one prompt goes: 4, which has no answer and is right in the cloud
+    at = summary.at_budgets(make())[
+        "0.2"
+    ]  # one prompt goes: 4, which has no answer and is right in the cloud
     assert at["margin"]["value"] == at["logprob"]["value"] == at["perfect"]["value"] == 0.6
     assert at["random"]["value"] == pytest.approx(0.8 * 0.4 + 0.2 * 0.6)
     assert at["margin_over_random"]["value"] == pytest.approx(0.16) and at["perfect_gain_share"][
@@ -46,5 +53,8 @@ def test_gains_are_paired_by_id_and_refuse_other_prompts():
 
 def test_examples_to_show_are_what_they_say():
     shown = dict(summary.examples_to_show(make()))
-    assert shown["asked, though it would have solved it"] == 0 and shown["rightly asked the cloud"] == 1
+    assert (
+        shown["asked, though it would have solved it"] == 0
+        and shown["rightly asked the cloud"] == 1
+    )
     assert shown["solved on the device"] == 3 and shown["stayed, and was wrong"] == 2

@@ -28,7 +28,11 @@ TWO = Sweep(
 
 def test_order_and_command_line(tmp_path):
     found = sweep.jobs(TWO, tmp_path)
-    assert [str(job.folder.relative_to(tmp_path)) for job in found] == ["b/seed-0", "a/seed-5", "b/seed-1"]
+    assert [str(job.folder.relative_to(tmp_path)) for job in found] == [
+        "b/seed-0",
+        "a/seed-5",
+        "b/seed-1",
+    ]
     words = sweep.command(TWO, found[1])
     assert words[1:4] == ["-m", "collab_jax.train", "--config"] and words[5:] == [
         "--workdir", str(found[1].folder), "--config.train.steps=3", "--config.algorithm.filter=none", "--config.seed=5"
@@ -60,12 +64,17 @@ row = dict(local_accuracy=0.5, call_rate=0.25, reward=1.0, cloud_bought=2, secon
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Replaces training: stand_in[cell] is "fail" or "slow"."""
-    records.write(tmp_path / "table.parquet", make(40, natural_text=["<answer> 1 </answer>"] * 40, text=["x"] * 40))
+    records.write(
+        tmp_path / "table.parquet",
+        make(40, natural_text=["<answer> 1 </answer>"] * 40, text=["x"] * 40),
+    )
     kinds = {}
 
     def command(of, job):
         make_workdir(job.folder)
-        claim(sweep.config_of(of, job.changes), job.folder)  # as training does at first: it writes config.json
+        claim(
+            sweep.config_of(of, job.changes), job.folder
+        )  # as training does at first: it writes config.json
         return [
             sys.executable,
             "-c",
@@ -90,7 +99,9 @@ def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys)
     with pytest.raises(UserError, match="train.steps=3 then, 4 now"):
         sweep.run(TWO._replace(overrides={"train.steps": 4}), out)
     config = out / "b" / "seed-0" / "config.json"
-    older = {key: value for key, value in json.loads(config.read_text()).items() if key != "routers"}
+    older = {
+        key: value for key, value in json.loads(config.read_text()).items() if key != "routers"
+    }
     config.write_text(json.dumps(older))
     assert sweep.run(TWO, out) == []  # a run from before a key was there is still that run
     config.unlink()
@@ -104,7 +115,9 @@ def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys)
 def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
     other = Sweep(TWO.config, {}, {"b": Cell({}, (0, 1)), "c": Cell({"eval.prompts": 7}, (0,))})
     sweep.run(other, tmp_path / "out")
-    evaluated = {path.parent.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("evaluated")}
+    evaluated = {
+        path.parent.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("evaluated")
+    }
     assert evaluated == {"b/seed-0", "c/seed-0"}
 
 
@@ -126,11 +139,26 @@ def test_the_report_by_hand(tmp_path, stand_in):
         for line in text.splitlines()
         if "|" in line
     }
-    assert text.startswith("# Two `cells`") and "date today, devices 2 x abacus" in text and "Seeds: b 2, a 1" in text
-    assert lines["b"] == ["3", "1.5", "1.50 M", "6", "12.5%", "25.0%"]  # the last table: what training cost
+    assert (
+        text.startswith("# Two `cells`")
+        and "date today, devices 2 x abacus" in text
+        and "Seeds: b 2, a 1" in text
+    )
+    assert lines["b"] == [
+        "3",
+        "1.5",
+        "1.50 M",
+        "6",
+        "12.5%",
+        "25.0%",
+    ]  # the last table: what training cost
     assert "stayed, and was wrong" in text and "random" in lines
     page = (out / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 2 and 'src="frontier' not in page and "<table>" in page
+    assert (
+        page.count("data:image/svg+xml;base64,") == 2
+        and 'src="frontier' not in page
+        and "<table>" in page
+    )
 
 
 def test_every_cell_is_measured_with_other_clouds(tmp_path, data_dir):
@@ -159,7 +187,11 @@ def test_what_is_published_is_small_and_a_sweep_goes_on_from_it(tmp_path, stand_
     flags = ["--config", "x.py", "--out"]
     assert sweep.main([*flags, str(out), "--publish", str(to)]) == 0
     assert not list(to.rglob("checkpoints")) and len(list(to.rglob("before.parquet"))) == 1
-    with_text = [path.parent.name for path in to.rglob("after.parquet") if "natural_text" in records.read(path)]
+    with_text = [
+        path.parent.name
+        for path in to.rglob("after.parquet")
+        if "natural_text" in records.read(path)
+    ]
     assert with_text == ["seed-0"]
     stand_in.update(a="fail", b="fail")  # nothing is run again
     assert sweep.main([*flags, str(to)]) == 0
@@ -174,7 +206,9 @@ def test_a_stop_lets_the_run_save(tmp_path, stand_in):
         f"sweep.command = lambda _, job: [sys.executable, '-c', t.TRAIN, str(job.folder), 'none', 'slow']\n"
         f"sys.exit(sweep.main(['--config', 'x', '--out', {str(tmp_path / 'out')!r}]))"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     folder = tmp_path / "out" / "b" / "seed-0"
     for _ in range(600):
         if (folder / "started").exists():

@@ -192,7 +192,21 @@ def test_answer_of(response, answer):
 
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-PIECES = [*TAGS, *TAGS, *TAGS, MARKER, MARKER, "1+2+3", "1*2*3", "9", " ", "\n", "so", "<answer", "</unknown>"]
+PIECES = [
+    *TAGS,
+    *TAGS,
+    *TAGS,
+    MARKER,
+    MARKER,
+    "1+2+3",
+    "1*2*3",
+    "9",
+    " ",
+    "\n",
+    "so",
+    "<answer",
+    "</unknown>",
+]
 
 
 def read(pieces):
@@ -202,7 +216,9 @@ def read(pieces):
     order = [piece for piece in solid if piece in TAGS]
     formatted = order == TAGS and solid[0] == TAGS[0] and solid[-1] == TAGS[-1]
     formatted = formatted and solid.index("<answer>") == solid.index("</think>") + 1
-    closed = [i for i, piece in enumerate(pieces) if piece == "<answer>" and "</answer>" in pieces[i:]]
+    closed = [
+        i for i, piece in enumerate(pieces) if piece == "<answer>" and "</answer>" in pieces[i:]
+    ]
     answer = pieces[closed[-1] + 1 : pieces.index("</answer>", closed[-1])] if closed else []
     correct = "".join(answer).strip() in ("1+2+3", "1*2*3")
     return correct, called, formatted
@@ -218,7 +234,14 @@ def responses(n):
         pieces = list(
             rng.choice(
                 [
-                    ["<think>", "so", "</think>", "<answer>", rng.choice(["1+2+3", "9"]), "</answer>"],
+                    [
+                        "<think>",
+                        "so",
+                        "</think>",
+                        "<answer>",
+                        rng.choice(["1+2+3", "9"]),
+                        "</answer>",
+                    ],
                     ["<think>", "so", "</think>", MARKER],
                     ["<think>", MARKER],
                 ]
@@ -273,7 +296,11 @@ def test_hostile_responses(response):
 
 def test_task_has_all_its_parts():
     task = make_task(config())
-    assert isinstance(task, Task) and task.name == "countdown" and {"countdown", "math", "mmlu"} < set(TASKS)
+    assert (
+        isinstance(task, Task)
+        and task.name == "countdown"
+        and {"countdown", "math", "mmlu"} < set(TASKS)
+    )
     assert task.solve_prompt and task.demonstrations
     assert task.prompt(EXAMPLE) == [{"role": "user", "content": "1 2 3=6"}]
     example, response = next(task.demonstrations(0))
@@ -304,7 +331,10 @@ def test_prompt_is_the_configured_sentence():
         ({"test_examples": -3}, "train_examples and test_examples must be at least 1"),
         ({"prompt": "{nums}"}, "config.task.prompt=.*numbers.*target"),
         ({"prompt": "{}={}"}, "config.task.prompt=.*numbers.*target"),
-        ({"prompt": 'Give {"answer": ...} for {numbers}={target}'}, "config.task.prompt=.*numbers.*target"),
+        (
+            {"prompt": 'Give {"answer": ...} for {numbers}={target}'},
+            "config.task.prompt=.*numbers.*target",
+        ),
         ({"prompt": "{numbers"}, "config.task.prompt=.*numbers.*target"),
     ],
 )

@@ -5,7 +5,16 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collab_jax.models import text as text_lib
@@ -59,7 +68,9 @@ def bpe_folder(request, tmp_path_factory):
     )
     inner.train_from_iterator(corpus, trainer)
     folder = tmp_path_factory.mktemp("bpe")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|end|>"
+    )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
@@ -71,7 +82,13 @@ def load(folder, **changes) -> text_lib.Text:
 
 def load_bpe(folder, **changes) -> text_lib.Text:
     return load(
-        folder, **{"pad": "<|pad|>", "eos": ("<|end|>", "<|eot|>"), "decision_token": "<|reserved_5|>", **changes}
+        folder,
+        **{
+            "pad": "<|pad|>",
+            "eos": ("<|end|>", "<|eot|>"),
+            "decision_token": "<|reserved_5|>",
+            **changes,
+        },
     )
 
 
@@ -97,7 +114,11 @@ def test_every_token_is_explicit(words_folder):
     text = load(words_folder)
     ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     assert (text.pad_id, text.eos_ids, text.decision_id) == (0, (1,), ids["<unknown>"])
-    assert text.marker_ids == (ids["<unknown>"], ids[" I need external assistance "], ids["</unknown>"])
+    assert text.marker_ids == (
+        ids["<unknown>"],
+        ids[" I need external assistance "],
+        ids["</unknown>"],
+    )
     assert text.answer_open == ((ids["<answer>"],),)
     assert load(words_folder, eos=("<eos>", "\n")).eos_ids == (1, ids["\n"])
 
@@ -112,7 +133,10 @@ def test_every_token_is_explicit(words_folder):
     ],
 )
 def test_token_not_in_the_vocabulary_is_named(words_folder, bpe_folder, key, value, token):
-    for loader, folder in ((load, words_folder), (load_bpe, bpe_folder)):  # with an unknown-token, and without
+    for loader, folder in (
+        (load, words_folder),
+        (load_bpe, bpe_folder),
+    ):  # with an unknown-token, and without
         with pytest.raises(text_lib.TextError) as raised:
             loader(folder, **{key: value})
         assert f"config.text.{key}={token!r} is not one token" in str(raised.value)
@@ -162,7 +186,9 @@ def test_prompts_are_padded_on_the_left_and_end_where_the_response_begins(words_
 def test_prompt_longer_than_its_room(words_folder):
     text = load(words_folder)
     assert text.prompt_batch([prompt("1+2=3")], 6)[1].all()
-    with pytest.raises(text_lib.TextError, match=r"prompt '1\+2=3' has 6 tokens.* prompt_length=5: raise"):
+    with pytest.raises(
+        text_lib.TextError, match=r"prompt '1\+2=3' has 6 tokens.* prompt_length=5: raise"
+    ):
         text.prompt_batch([prompt("1"), prompt("1+2=3")], 5)
 
 
@@ -175,14 +201,18 @@ def test_chat_of_several_messages(words_folder):
 # ---------------------------------------------------------------- responses
 
 
-@pytest.mark.parametrize("response", ["<think>1+2=3</think><answer>1+2</answer>", f"<think>1 +\n{MARKER}", MARKER, ""])
+@pytest.mark.parametrize(
+    "response", ["<think>1+2=3</think><answer>1+2</answer>", f"<think>1 +\n{MARKER}", MARKER, ""]
+)
 def test_response_round_trip_by_words(words_folder, response):
     text = load(words_folder)
     assert text.response_ids(response)[-1] == text.eos_ids[0]
     assert round_trip(text, response) == response
 
 
-@pytest.mark.parametrize("response", ["<think> it's 12 </think>\n<answer>3</answer>", f"<think> né 漢\n{MARKER}", ""])
+@pytest.mark.parametrize(
+    "response", ["<think> it's 12 </think>\n<answer>3</answer>", f"<think> né 漢\n{MARKER}", ""]
+)
 def test_response_round_trip_by_bpe(bpe_folder, response):
     text = load_bpe(bpe_folder)
     assert round_trip(text, response) == response
@@ -194,7 +224,9 @@ def test_a_reserved_token_stands_for_the_marker(words_folder, bpe_folder):
         ids = text.response_ids(f"<think>1{MARKER}")
         assert ids[-2:] == [text.decision_id, text.eos_ids[0]] and ids.count(text.decision_id) == 1
         assert round_trip(text, f"<think>1{MARKER}") == f"<think>1{MARKER}"
-        [found] = text.decode(np.array([[text.decision_id, text.eos_ids[0]]]), np.ones((1, 2), bool))
+        [found] = text.decode(
+            np.array([[text.decision_id, text.eos_ids[0]]]), np.ones((1, 2), bool)
+        )
         assert found == MARKER
 
 
@@ -225,19 +257,36 @@ def opened_at(text, response) -> int | None:
 
 @pytest.mark.parametrize(
     "before",
-    ["", " ", "so ", "\n", "\n\n", "</think>", "<think> 12</think>", "</think>\n", "</think>\n\n", "it is.", "12"],
+    [
+        "",
+        " ",
+        "so ",
+        "\n",
+        "\n\n",
+        "</think>",
+        "<think> 12</think>",
+        "</think>\n",
+        "</think>\n\n",
+        "it is.",
+        "12",
+    ],
 )
 @pytest.mark.parametrize("after", ["5</answer>", " 5", "\n5"])
 def test_answer_of_several_tokens_is_seen_to_open(bpe_folder, before, after):
     text = load_bpe(bpe_folder)
-    assert text.tokenizer.convert_tokens_to_ids("<answer>") is None and max(map(len, text.answer_open)) > 1
+    assert (
+        text.tokenizer.convert_tokens_to_ids("<answer>") is None
+        and max(map(len, text.answer_open)) > 1
+    )
     n = opened_at(text, f"{before}<answer>{after}")
     assert n is not None
     written = text.tokenizer.decode(text.response_ids(f"{before}<answer>{after}")[:n])
     assert written == f"{before}<answer"
 
 
-@pytest.mark.parametrize("response", ["<think> the answer </think>", "answer>", "</answer>", "< answer", f"<{MARKER}"])
+@pytest.mark.parametrize(
+    "response", ["<think> the answer </think>", "answer>", "</answer>", "< answer", f"<{MARKER}"]
+)
 def test_what_opens_no_answer(bpe_folder, response):
     assert opened_at(load_bpe(bpe_folder), response) is None
 
@@ -253,7 +302,21 @@ def test_answer_as_one_added_token(bpe_folder, tmp_path):
 
 # ---------------------------------------------------------------- a marker in plain text
 
-CONTEXTS = ["", " ", "so ", "so", "\n", "\n\n", "</think>", "</think>\n", "</think>\n\n", "it is.", "12", "x <", "<<"]
+CONTEXTS = [
+    "",
+    " ",
+    "so ",
+    "so",
+    "\n",
+    "\n\n",
+    "</think>",
+    "</think>\n",
+    "</think>\n\n",
+    "it is.",
+    "12",
+    "x <",
+    "<<",
+]
 
 
 def decides(text, ids) -> list[bool]:
@@ -292,7 +355,11 @@ def test_no_one_token_begins_the_plain_marker_everywhere(bpe_folder):
 
 def test_plain_marker_of_one_word_is_decided_by_that_word_alone(words_folder):
     text = load(words_folder, decision_token="")
-    assert text.plain == ((load(words_folder).decision_id,), (text.tokenizer.convert_tokens_to_ids("<"),), ())
+    assert text.plain == (
+        (load(words_folder).decision_id,),
+        (text.tokenizer.convert_tokens_to_ids("<"),),
+        (),
+    )
 
 
 @pytest.mark.parametrize("marker", ["<ask> the cloud", "<answer>?", "<"])
@@ -317,12 +384,19 @@ QWEN25 = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 FAMILIES = {
-    "llama3": (LLAMA3, ["<|bos|>", "<|start_header_id|>", "<|end_header_id|>"], {"bos_token": "<|bos|>"}),
+    "llama3": (
+        LLAMA3,
+        ["<|bos|>", "<|start_header_id|>", "<|end_header_id|>"],
+        {"bos_token": "<|bos|>"},
+    ),
     "qwen2.5": (QWEN25, ["<|im_start|>", "<|im_end|>"], {}),
 }
 HI = "<think> is it 12?"
 WANTED = {
-    ("llama3", False): "<|bos|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot|>",
+    (
+        "llama3",
+        False,
+    ): "<|bos|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot|>",
     (
         "llama3",
         True,
@@ -337,13 +411,17 @@ REST = {
 
 
 @pytest.mark.parametrize("system", [False, True])
-@pytest.mark.parametrize(("bpe_folder", "family"), [(name, name) for name in FAMILIES], indirect=["bpe_folder"])
+@pytest.mark.parametrize(
+    ("bpe_folder", "family"), [(name, name) for name in FAMILIES], indirect=["bpe_folder"]
+)
 def test_chat_template_of_each_family(bpe_folder, tmp_path, family, system):
     """Special tokens, system prompt and generation prompt are the template's; Llama's BOS stands once, its date still."""
     template, special, names = FAMILIES[family]
     tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": special, **names})
-    if names:  # as Llama's own: a post-processor writes BOS before what is encoded with special tokens
+    if (
+        names
+    ):  # as Llama's own: a post-processor writes BOS before what is encoded with special tokens
         bos = tokenizer.convert_tokens_to_ids("<|bos|>")
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
@@ -360,4 +438,6 @@ def test_chat_template_of_each_family(bpe_folder, tmp_path, family, system):
     for token in special:
         assert ids.count(text.tokenizer.convert_tokens_to_ids(token)) == theirs.count(token) > 0
     assert ids.count(text.tokenizer.convert_tokens_to_ids("<|bos|>")) == (1 if names else 0)
-    assert text.response_ids("so")[:-1] == text.tokenizer.encode("so", add_special_tokens=False)  # none in a response
+    assert text.response_ids("so")[:-1] == text.tokenizer.encode(
+        "so", add_special_tokens=False
+    )  # none in a response

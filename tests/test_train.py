@@ -55,7 +55,9 @@ def finished(small, reads, tmp_path_factory):
     reads.clear()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+        lambda event, seconds, **_: (
+            compiled.append(event) if event.endswith("backend_compile_duration") else None
+        )
     )
     at_step, write = [], metrics.MetricsWriter.write
 
@@ -76,8 +78,21 @@ def finished(small, reads, tmp_path_factory):
 def test_report_has_the_promised_figures(finished):
     config, workdir, _ = finished
     report = json.loads((workdir / "report.json").read_text())
-    assert {"before", "after", "budget", "steps", "seconds", "filter_dropped", "cloud_calls", "config"} <= set(report)
-    assert report["steps"] == 4 and report["budget"] == config.budget and report["config"]["group"] == 4
+    assert {
+        "before",
+        "after",
+        "budget",
+        "steps",
+        "seconds",
+        "filter_dropped",
+        "cloud_calls",
+        "config",
+    } <= set(report)
+    assert (
+        report["steps"] == 4
+        and report["budget"] == config.budget
+        and report["config"]["group"] == 4
+    )
     for m in (report["before"], report["after"]):
         assert m["n"] == 24
         assert {"call_rate", "local_share", "overall_accuracy"} <= set(m["natural"])
@@ -139,7 +154,8 @@ def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(fini
     state = experiment.load_state(run)
     start = hf.load(run.folder, run.cfg, "float32")
     moved = [
-        not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(start), strict=True)
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(start), strict=True)
     ]
     assert all(moved) and state.step == 4
     assert state.filter.prompts == 32 and state.reward.counts.sum() == 128
@@ -151,12 +167,19 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, sm
     config, _, _ = finished
     warm = small("countdown_tiny_sft.py", lora__rank=2)
     assert sft.run(warm, tmp_path / "model") == sft.run(warm, tmp_path / "again") == 0
-    made, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
+    made, again = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again")
+    )
     assert made == again
-    others = [warm, *(small(cloud__kind=kind, cloud__model=model) for kind, model in OTHER_CLOUDS.items())]
+    others = [
+        warm,
+        *(small(cloud__kind=kind, cloud__model=model) for kind, model in OTHER_CLOUDS.items()),
+    ]
     for other in others[1:]:
         make_cloud(other, experiment.make_task(other), tmp_path / "other.sqlite")
-    classifier.check(experiment.prepare(config, tmp_path / "classified"))  # its one key is read where it is recorded
+    classifier.check(
+        experiment.prepare(config, tmp_path / "classified")
+    )  # its one key is read where it is recorded
     unread = []
 
     def walk(c, others, prefix=""):
@@ -169,7 +192,9 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, sm
 
     walk(config, others)
     assert unread == ["cpu_devices"]  # read by cli.py, before jax starts
-    model = experiment.prepare(small(model__path=str(tmp_path / "model"), task__train_examples=64), tmp_path / "run")
+    model = experiment.prepare(
+        small(model__path=str(tmp_path / "model"), task__train_examples=64), tmp_path / "run"
+    )
     assert experiment.load_state(model).step == 0  # what sft wrote can be trained
 
 
@@ -214,13 +239,19 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"algorithm__filter": "d3"}, r"\['d1d2', 'mixed', 'none', 'zero_variance'\]"),
         ({"algorithm__control_rate": -1.0}, "control_rate"),
         ({"algorithm__solo": 3}, "algorithm.solo=3 must be 0, or leave"),
-        ({"algorithm__solo": 2, "text__decision_token": ""}, "algorithm.solo=2 needs a config.text.decision_token"),
+        (
+            {"algorithm__solo": 2, "text__decision_token": ""},
+            "algorithm.solo=2 needs a config.text.decision_token",
+        ),
         ({"temperature": 0.0}, "temperature"),
         ({"optim__learning_rate": float("nan")}, "learning_rate=nan must be finite"),
         ({"train__steps": 0}, "at least 1"),
         ({"model__path": "no-such-model"}, "no model at 'no-such-model'"),
         ({"text__decision_token": "<call>"}, "decision_token='<call>' is not one token"),
-        ({"model__param_dtype": "float16"}, "model.param_dtype='float16': use 'float32' or 'bfloat16'"),
+        (
+            {"model__param_dtype": "float16"},
+            "model.param_dtype='float16': use 'float32' or 'bfloat16'",
+        ),
         ({"lora__rank": 1000}, r"lora.rank=1000 must lie in 0 \(off\) to 64"),
         ({"task__name": "chess"}, "config.task.name='chess' is unknown"),
         ({"cloud__kind": "sky"}, "config.cloud.kind='sky' is unknown"),
@@ -247,8 +278,12 @@ def test_prompts_longer_than_the_limit_are_told_and_left_out(small, tmp_path, ca
     everything = run.task.load("train")
     lengths = np.array([len(run.text.prompt_ids(run.task.prompt(e))) for e in everything])
     cut = int(np.median(lengths))
-    fitting = experiment.examples(experiment.prepare(small(prompt_length=cut), tmp_path / "cut"), "train")
-    assert [e.id for e in fitting] == [e.id for e, n in zip(everything, lengths, strict=True) if n <= cut]
+    fitting = experiment.examples(
+        experiment.prepare(small(prompt_length=cut), tmp_path / "cut"), "train"
+    )
+    assert [e.id for e in fitting] == [
+        e.id for e, n in zip(everything, lengths, strict=True) if n <= cut
+    ]
     assert 0 < len(fitting) < len(everything)
     assert f"left out: {(lengths > cut).sum()} of 64 train prompts" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 64 train prompts .*: raise config.prompt_length"):
@@ -277,17 +312,22 @@ def test_broken_store_is_refused_and_kept(small, tmp_path):
 def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
     config, workdir, _ = finished
     run = experiment.prepare(config, workdir)
-    other_shape = jax.tree.map(lambda x: np.zeros((*x.shape, 2), x.dtype), jax.device_get(experiment.load_state(run)))
+    other_shape = jax.tree.map(
+        lambda x: np.zeros((*x.shape, 2), x.dtype), jax.device_get(experiment.load_state(run))
+    )
     with pytest.raises(UserError, match="cannot restore|another --workdir"):
         run.checkpoints.restore(like=other_shape)
 
     shutil.copytree(workdir, tmp_path / "copy")
     largest = max(
-        (tmp_path / "copy" / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+        (tmp_path / "copy" / "checkpoints" / "4").rglob("*"),
+        key=lambda p: p.stat().st_size if p.is_file() else 0,
     )
     largest.write_bytes(largest.read_bytes()[:100])
     cut = experiment.prepare(config, tmp_path / "copy")
-    with pytest.raises(UserError, match="delete that folder and the run goes on from the one before"):
+    with pytest.raises(
+        UserError, match="delete that folder and the run goes on from the one before"
+    ):
         experiment.load_state(cut)
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / "4")
     assert experiment.load_state(experiment.prepare(config, tmp_path / "copy")).step == 2
@@ -295,11 +335,14 @@ def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
 
 def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "NONFINITE_LIMIT", 2)
-    broken = small(optim__learning_rate=1e38, optim__warmup_steps=1, train__steps=9, train__checkpoint_every=9)
+    broken = small(
+        optim__learning_rate=1e38, optim__warmup_steps=1, train__steps=9, train__checkpoint_every=9
+    )
     run, turn = experiment.prepare(broken, tmp_path), itertools.cycle([True, False, False])
     run = run._replace(
         task=dataclasses.replace(
-            run.task, verify=lambda examples, texts: [Verdict(next(turn), False, True) for _ in texts]
+            run.task,
+            verify=lambda examples, texts: [Verdict(next(turn), False, True) for _ in texts],
         )
     )
     with pytest.raises(UserError, match="not finite 2 steps in a row; the state is saved"):
@@ -309,8 +352,12 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
 
 
 def test_nothing_solved_stops_the_run_with_the_state_saved(small, tmp_path):
-    run = experiment.prepare(small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path)
-    hopeless = dataclasses.replace(run.task, verify=lambda examples, texts: [Verdict(False, False, True)] * len(texts))
+    run = experiment.prepare(
+        small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path
+    )
+    hopeless = dataclasses.replace(
+        run.task, verify=lambda examples, texts: [Verdict(False, False, True)] * len(texts)
+    )
     with pytest.raises(UserError, match="no prompt was solved on the device 2 steps in a row"):
         train.train(run._replace(task=hopeless), train.Stop())
     saved = experiment.load_state(run)
@@ -338,6 +385,11 @@ def test_alarm_names_the_collapse():
     assert "entropy is gone" in metrics.alarm([row | {"entropy": 0.0}] * 10)
     assert "cut off" in metrics.alarm([row | {"cut_off": 0.9}] * 10)
     uncalled = row | {"d2_called": 0}
-    assert "no prompt that only the cloud solves had a response that calls" in metrics.alarm([uncalled] * 10)
-    assert metrics.alarm([uncalled] * 9 + [row]) is None and metrics.alarm([uncalled | {"d2": 0}] * 10) is None
+    assert "no prompt that only the cloud solves had a response that calls" in metrics.alarm(
+        [uncalled] * 10
+    )
+    assert (
+        metrics.alarm([uncalled] * 9 + [row]) is None
+        and metrics.alarm([uncalled | {"d2": 0}] * 10) is None
+    )
     assert metrics.alarm([row | {"call_rate": 0.0}] * 9) is None

@@ -31,31 +31,48 @@ CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m collab_jax.bench", description="Speed on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_jax.bench", description="Speed on this machine."
+    )
     shown = ("decode", "update", "step", "peers", "settings")
-    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(shown)},{REHEARSE}}}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar=f"{{{','.join(shown)},{REHEARSE}}}"
+    )
     p = commands.add_parser(REHEARSE)
-    p.add_argument("--config", required=True, help="the experiment's file; --config.KEY=VALUE changes a setting")
+    p.add_argument(
+        "--config",
+        required=True,
+        help="the experiment's file; --config.KEY=VALUE changes a setting",
+    )
     p.add_argument("--layers", type=int, help="blocks, instead of all that the model has")
     p.add_argument("--steps", type=int, default=3)
     for name in (*shown, SERVE):
         p = commands.add_parser(name)
         p.add_argument("--repeats", type=int, default=7, help="timed rounds")
-        p.add_argument("--cpu_devices", type=int, default=2, help="host devices where there is no accelerator")
+        p.add_argument(
+            "--cpu_devices", type=int, default=2, help="host devices where there is no accelerator"
+        )
         p.add_argument("--prompts", type=int, default=32)
         p.add_argument("--group", type=int, default=8, help="responses for each prompt")
         p.add_argument("--json", type=pathlib.Path, help="file for every figure")
         if name in ("decode", "update", "peers"):
-            p.add_argument("--shape", default="tiny", help="tiny, 25m, qwen2.5-0.5b or qwen2.5-1.5b")
+            p.add_argument(
+                "--shape", default="tiny", help="tiny, 25m, qwen2.5-0.5b or qwen2.5-1.5b"
+            )
             p.add_argument("--prompt_length", type=int, default=16)
             p.add_argument("--max_new", type=int, default=56)
             p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-            p.add_argument("--micro_rows", type=int, default=16, help="responses of one backward pass")
+            p.add_argument(
+                "--micro_rows", type=int, default=16, help="responses of one backward pass"
+            )
             p.add_argument("--segments", type=int, default=2)
             p.add_argument("--slot_counts", type=int, default=3)
         if name == "peers":
             p.add_argument(
-                "--only", nargs="+", default=["decode", "update", "step"], choices=["decode", "update", "step"]
+                "--only",
+                nargs="+",
+                default=["decode", "update", "step"],
+                choices=["decode", "update", "step"],
             )
     args, settings = parser.parse_known_args(argv)
     if settings and args.command != REHEARSE:
@@ -82,27 +99,43 @@ class Bench:
 
         self.args, self.measure, self.work = args, measure, work
         dtype = getattr(args, "dtype", "float32")
-        self.ceilings = {"matmul_flop_s": measure.matmul_ceiling(dtype), "copy_bytes_s": measure.copy_ceiling()}
+        self.ceilings = {
+            "matmul_flop_s": measure.matmul_ceiling(dtype),
+            "copy_bytes_s": measure.copy_ceiling(),
+        }
         self.rows, self.figures, self.notes = [], {}, []
 
     def load(self, lengths: str):
         a = self.args
         if a.shape not in self.work.SHAPES:
             raise UserError(f"--shape={a.shape}: use one of {sorted(self.work.SHAPES)}")
-        return self.work.Load(a.shape, lengths, a.prompts, a.group, a.prompt_length, a.max_new, a.dtype, a.micro_rows)
+        return self.work.Load(
+            a.shape, lengths, a.prompts, a.group, a.prompt_length, a.max_new, a.dtype, a.micro_rows
+        )
 
     def time(self, cases: dict, title: str) -> dict:
         """Times `cases`: a work.Case, or a function of a peer, by name. Adds their rows."""
         print(title, file=sys.stderr)
         runs = {name: getattr(case, "run", case) for name, case in cases.items()}
-        timings = self.measure.interleaved(runs, self.args.repeats, lambda s: print(s, file=sys.stderr))
+        timings = self.measure.interleaved(
+            runs, self.args.repeats, lambda s: print(s, file=sys.stderr)
+        )
         for name, timing in timings.items():
-            figures = {"title": title, "name": name, **timing.summary(), "tokens_per_s": timing.rate}
+            figures = {
+                "title": title,
+                "name": name,
+                **timing.summary(),
+                "tokens_per_s": timing.rate,
+            }
             case = cases[name]
             if hasattr(case, "flop"):
-                figures["matmul_share"] = case.flop() / timing.seconds[-1] / self.ceilings["matmul_flop_s"]
+                figures["matmul_share"] = (
+                    case.flop() / timing.seconds[-1] / self.ceilings["matmul_flop_s"]
+                )
             if getattr(case, "bytes", None):
-                figures["copy_share"] = case.bytes() / timing.seconds[-1] / self.ceilings["copy_bytes_s"]
+                figures["copy_share"] = (
+                    case.bytes() / timing.seconds[-1] / self.ceilings["copy_bytes_s"]
+                )
             share = lambda key: f"{figures[key]:.0%}" if key in figures else ""  # noqa: E731, B023
             low, high = figures["quartiles_s"]
             self.rows.append(
@@ -123,7 +156,9 @@ class Bench:
         r = self.measure.ratio(timings[ours], timings[theirs])
         self.figures[f"{title}: {ours} / {theirs}"] = r
         low, high = r["quartiles"]
-        self.notes.append(f"{title}: {ours} is {r['median']:.2f} times {theirs} (quartiles {low:.2f} to {high:.2f})")
+        self.notes.append(
+            f"{title}: {ours} is {r['median']:.2f} times {theirs} (quartiles {low:.2f} to {high:.2f})"
+        )
 
     # ------------------------------------------------------------------------------------------- sub-commands
 
@@ -135,7 +170,9 @@ class Bench:
             cfg, params = self.work.make_model(load)
             params = parallel.replicate(params)
             cases = {
-                "ours": self.work.decode(load, cfg, params, self.args.segments, self.args.slot_counts),
+                "ours": self.work.decode(
+                    load, cfg, params, self.args.segments, self.args.slot_counts
+                ),
                 "fixed batch": self.work.decode(load, cfg, params, 1, 1),
             }
             title = f"decode {load.shape} {lengths}"
@@ -145,7 +182,8 @@ class Bench:
         for lengths in ("fixed", "long_tail"):
             load = self.load(lengths)
             self.time(
-                {"ours": self.work.update(load, *self.work.make_model(load), 4)}, f"update {load.shape} {lengths}"
+                {"ours": self.work.update(load, *self.work.make_model(load), 4)},
+                f"update {load.shape} {lengths}",
             )
 
     def step(self) -> None:
@@ -159,7 +197,9 @@ class Bench:
         found = peers.versions()
         print(f"peers: {found}", file=sys.stderr)
         if missing := {"torch", "transformers", "trl"} - set(found):
-            raise UserError(f"{', '.join(sorted(missing))} not installed: pip install -e '.[peers]'")
+            raise UserError(
+                f"{', '.join(sorted(missing))} not installed: pip install -e '.[peers]'"
+            )
         self.figures["peers"] = found
         a = self.args
         with tempfile.TemporaryDirectory() as scratch:
@@ -173,26 +213,39 @@ class Bench:
                 if "decode" in a.only:
                     sizes = {"group": load.group, "max_new": load.max_new, "dtype": load.dtype}
                     cases = {
-                        "ours": self.work.decode(load, cfg, parallel.replicate(params), a.segments, a.slot_counts),
-                        "transformers": peers.generate(folder, *prompts, eos_ids=self.work.eos_ids(load), **sizes),
+                        "ours": self.work.decode(
+                            load, cfg, parallel.replicate(params), a.segments, a.slot_counts
+                        ),
+                        "transformers": peers.generate(
+                            folder, *prompts, eos_ids=self.work.eos_ids(load), **sizes
+                        ),
                     }
                     title = f"decode {load.shape} {lengths}"
                     self.compare(self.time(cases, title), "ours", "transformers", title)
                 if "update" in a.only:
-                    batch, tokens = self.work.update_batch(load), self.work.response_lengths(load).sum()
+                    batch, tokens = (
+                        self.work.update_batch(load),
+                        self.work.response_lengths(load).sum(),
+                    )
                     ones = batch.correct * 2.0 - 1
                     theirs = peers.update(
                         folder, *prompts, batch.tokens, batch.mask, ones.astype("float32"), micro_rows=load.micro_rows,
                         learning_rate=1e-6, dtype=load.dtype,
                     )  # fmt: skip
-                    cases = {"ours": self.work.update(load, cfg, params, 4), "torch": _counted(theirs, tokens)}
+                    cases = {
+                        "ours": self.work.update(load, cfg, params, 4),
+                        "torch": _counted(theirs, tokens),
+                    }
                     title = f"update {load.shape} {lengths}"
                     self.compare(self.time(cases, title), "ours", "torch", title)
         if "step" in a.only:
             self._against_trl(peers)
 
     def _against_trl(self, peers) -> None:
-        ours, same = make_training(self.args), make_training(self.args, {"algorithm.filter": "none"})
+        ours, same = (
+            make_training(self.args),
+            make_training(self.args, {"algorithm.filter": "none"}),
+        )
         c, run = ours.config, ours.run
         trl = peers.trl_step(
             run.folder, run.task.load("train")[:2048], text=run.text, task=run.task, config=c,
@@ -208,14 +261,23 @@ class Bench:
     def settings(self) -> None:
         """Processes of this program, each with other settings, that take a step in turn."""
         plain = {name: value for name, value in os.environ.items() if name not in process.ALLOCATOR}
-        off = plain | {"MALLOC_MMAP_MAX_": "65536"}  # glibc's own default, so that nothing starts anew
+        off = plain | {
+            "MALLOC_MMAP_MAX_": "65536"
+        }  # glibc's own default, so that nothing starts anew
         variants = {
             "2 host devices, allocator": (plain | process.ALLOCATOR, 2),
             "2 host devices": (off, 2),
             "1 host device, allocator": (plain | process.ALLOCATOR, 1),
             "1 host device": (off, 1),
         }
-        command = [sys.executable, "-m", "collab_jax.bench", SERVE, "--prompts", str(self.args.prompts)]
+        command = [
+            sys.executable,
+            "-m",
+            "collab_jax.bench",
+            SERVE,
+            "--prompts",
+            str(self.args.prompts),
+        ]
         children = {
             name: subprocess.Popen(
                 [*command, "--group", str(self.args.group), "--cpu_devices", str(devices)],
@@ -224,7 +286,9 @@ class Bench:
             for name, (env, devices) in variants.items()
         }  # fmt: skip
         try:
-            self.time({name: _remote(child) for name, child in children.items()}, "step countdown_tiny")
+            self.time(
+                {name: _remote(child) for name, child in children.items()}, "step countdown_tiny"
+            )
         finally:
             for child in children.values():
                 child.stdin.close()
@@ -284,17 +348,26 @@ def main(argv: list[str]) -> int:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_enable_compilation_cache", False)  # a first call is to show what compiling costs
+        jax.config.update(
+            "jax_enable_compilation_cache", False
+        )  # a first call is to show what compiling costs
     if args.prompts % jax.local_device_count():
-        raise UserError(f"--prompts={args.prompts} must be a multiple of the {jax.local_device_count()} devices")
+        raise UserError(
+            f"--prompts={args.prompts} must be a multiple of the {jax.local_device_count()} devices"
+        )
     if args.command == SERVE:
         return serve_steps(args)
     bench = Bench(args)
     getattr(bench, args.command)()
     m, c = bench.measure, bench.ceilings
     machine = process.machine()
-    print(" ".join(f"{k} {v}," for k, v in machine.items()) + f" peak memory {m.peak_memory() / 2**30:.2f} GiB")
-    print(f"ceilings: matmul {m.number(c['matmul_flop_s'])}FLOP/s, copy {m.number(c['copy_bytes_s'])}B/s\n")
+    print(
+        " ".join(f"{k} {v}," for k, v in machine.items())
+        + f" peak memory {m.peak_memory() / 2**30:.2f} GiB"
+    )
+    print(
+        f"ceilings: matmul {m.number(c['matmul_flop_s'])}FLOP/s, copy {m.number(c['copy_bytes_s'])}B/s\n"
+    )
     print(page.table(Bench.HEADER, bench.rows))
     print("\n".join(["", *bench.notes]))
     if args.json:

@@ -39,7 +39,9 @@ def prompts(*numbers: int) -> list[Messages]:
     return [[{"role": "user", "content": f"What is {i} + {i}?"}] for i in range(*numbers)]
 
 
-def client(url: str, path: pathlib.Path, workers: int, total: float = 60.0, **policy) -> CachedCloud:
+def client(
+    url: str, path: pathlib.Path, workers: int, total: float = 60.0, **policy
+) -> CachedCloud:
     """A cloud at the server of a bench; no pause before a retry but the server's and the usual backoff."""
     cloud = OpenAICloud("m", {"max_tokens": 50}, url, "", (1.0, 2.0), (10.0, total, total), workers)
     return CachedCloud(cloud, Store(path), Policy(**{"retries": 20} | policy))
@@ -53,7 +55,9 @@ def store(folder: pathlib.Path, args: argparse.Namespace) -> None:
     keys: list[str] = []
     while size <= rows:
         for first in range(size_before, size, 5000):
-            keys += db.put_many("m", {}, [(messages, reply) for messages in prompts(first, min(first + 5000, size))])
+            keys += db.put_many(
+                "m", {}, [(messages, reply) for messages in prompts(first, min(first + 5000, size))]
+            )
         filled = time.perf_counter() - start
         rates = []
         for batch in (1, 500):
@@ -80,18 +84,35 @@ def faults(folder: pathlib.Path, args: argparse.Namespace) -> None:
     count = args.prompts
     with FaultServer(str.upper, share=0.3) as server:
         start = time.perf_counter()
-        answers = client(server.url, folder / "faults.sqlite", 64, total=10.0).answer(prompts(count))
+        answers = client(server.url, folder / "faults.sqlite", 64, total=10.0).answer(
+            prompts(count)
+        )
         seconds = time.perf_counter() - start
-        hold(answers.bought == count and None not in answers.replies, "every prompt is answered behind faults")
+        hold(
+            answers.bought == count and None not in answers.replies,
+            "every prompt is answered behind faults",
+        )
         hold(set(server.whole.values()) == {1}, "no reply that was sent whole is bought twice")
-        print(f"faults: {count} answers for {server.requests} requests in {seconds:.1f} s; {dict(server.met)}")
+        print(
+            f"faults: {count} answers for {server.requests} requests in {seconds:.1f} s; {dict(server.met)}"
+        )
 
 
 def kills(folder: pathlib.Path, args: argparse.Namespace) -> None:
     """A killed buyer loses at most what was in flight."""
     draw, count, workers = random.Random(0), args.prompts, 16
-    with FaultServer(str.upper, share=0.3, faults=("429", "500", "reset", "truncated", "empty"), delay=0.05) as server:
-        command = [sys.executable, "-m", "collab_jax.bench", "cloud", "--buy", server.url, str(folder / "kills.sqlite")]
+    with FaultServer(
+        str.upper, share=0.3, faults=("429", "500", "reset", "truncated", "empty"), delay=0.05
+    ) as server:
+        command = [
+            sys.executable,
+            "-m",
+            "collab_jax.bench",
+            "cloud",
+            "--buy",
+            server.url,
+            str(folder / "kills.sqlite"),
+        ]
         for _ in range(args.kills):
             child, before = subprocess.Popen([*command, str(count), str(workers)]), server.requests
             while server.requests == before and child.poll() is None:
@@ -102,8 +123,13 @@ def kills(folder: pathlib.Path, args: argparse.Namespace) -> None:
         done = subprocess.run([*command, str(count), str(workers)], timeout=300)
         hold(done.returncode == 0, "the last start answers everything")
         whole, in_flight = server.whole.total(), args.kills * workers
-        hold(len(server.whole) == count and whole <= count + in_flight, "a kill loses the calls in flight alone")
-        print(f"kills: {args.kills} kills; {count} answers, {whole} replies sent whole (allowed {count + in_flight})")
+        hold(
+            len(server.whole) == count and whole <= count + in_flight,
+            "a kill loses the calls in flight alone",
+        )
+        print(
+            f"kills: {args.kills} kills; {count} answers, {whole} replies sent whole (allowed {count + in_flight})"
+        )
 
 
 def buy(url: str, path: str, count: str, workers: str) -> int:
@@ -115,9 +141,13 @@ def buy(url: str, path: str, count: str, workers: str) -> int:
 def budget(folder: pathlib.Path, args: argparse.Namespace) -> None:
     """The server sees no request too many."""
     with FaultServer(str.upper, share=0.3, faults=("429", "500", "truncated", "empty")) as server:
-        answers = client(server.url, folder / "budget.sqlite", 64, max_calls=100).answer(prompts(args.prompts))
+        answers = client(server.url, folder / "budget.sqlite", 64, max_calls=100).answer(
+            prompts(args.prompts)
+        )
         hold(server.requests <= 100, "64 workers stay within max_calls=100")
-        print(f"budget: 64 workers, max_calls=100: {server.requests} requests, {answers.bought} answers")
+        print(
+            f"budget: 64 workers, max_calls=100: {server.requests} requests, {answers.bought} answers"
+        )
 
 
 def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
@@ -142,9 +172,23 @@ def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
     def prepare(server: FaultServer, name: str, **cloud):
         config = runpy.run_path(str(CONFIG))["get_config"]()
         config.update_from_flattened_dict(
-            {"prompts_per_step": 8, "group": 4, "train.steps": steps, "train.checkpoint_every": 10, "eval.prompts": 0}
+            {
+                "prompts_per_step": 8,
+                "group": 4,
+                "train.steps": steps,
+                "train.checkpoint_every": 10,
+                "eval.prompts": 0,
+            }
         )
-        config.cloud.update(dict(kind="openai", model="deepseek-reasoner", base_url=server.url, key_env="", retries=20))
+        config.cloud.update(
+            dict(
+                kind="openai",
+                model="deepseek-reasoner",
+                base_url=server.url,
+                key_env="",
+                retries=20,
+            )
+        )
         config.cloud.update(dict(timeouts=(10.0, 10.0, 10.0), concurrency=32) | cloud)
         return experiment.prepare(config.lock(), folder / name)
 
@@ -160,12 +204,22 @@ def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
     with FaultServer(solve, share=0.3) as server:
         run = prepare(server, "prefetched")
         examples = experiment.examples(run, "train")
-        used = [examples[i] for i in train.prompt_indices(run.config.seed, 0, 8 * steps, len(examples))]
-        hold(None not in run.cloud.answer(*rollout.cloud_prompts(run.task, used)).replies, "prefetch completes")
+        used = [
+            examples[i] for i in train.prompt_indices(run.config.seed, 0, 8 * steps, len(examples))
+        ]
+        hold(
+            None not in run.cloud.answer(*rollout.cloud_prompts(run.task, used)).replies,
+            "prefetch completes",
+        )
         train.train(run, NoStop())
-        hold(same(state(run), state(healthy)), "prefetched behind faults, the parameters are those of a healthy server")
+        hold(
+            same(state(run), state(healthy)),
+            "prefetched behind faults, the parameters are those of a healthy server",
+        )
         hold(set(server.whole.values()) == {1}, "no reply that was sent whole is bought twice")
-        print(f"training: {steps} steps, prefetched behind faults: the same parameters, bit for bit")
+        print(
+            f"training: {steps} steps, prefetched behind faults: the same parameters, bit for bit"
+        )
     with FaultServer(solve, share=0.3) as server:
         run = prepare(server, "straight", wait=0.2, retries=1)
         train.train(run, NoStop())
@@ -189,7 +243,9 @@ def main(argv: list[str]) -> int:
     logging.getLogger("collab_jax").setLevel(logging.ERROR)  # failed calls are the exercise
     if argv[:1] == ["--buy"]:
         return buy(*argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m collab_jax.bench cloud", description="The cloud's promises.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_jax.bench cloud", description="The cloud's promises."
+    )
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--rows", type=int, default=1_000_000, help="answers in the store")
     parser.add_argument("--prompts", type=int, default=500, help="of faults, kills and budget")

@@ -23,7 +23,14 @@ class FaultServer:
     """
 
     def __init__(
-        self, answer: Callable, share: float = 0.0, faults=FAULTS, seed: int = 0, delay=0.0, stall=20.0, after="0"
+        self,
+        answer: Callable,
+        share: float = 0.0,
+        faults=FAULTS,
+        seed: int = 0,
+        delay=0.0,
+        stall=20.0,
+        after="0",
     ):
         self.answer, self.share, self.faults, self.delay, self.stall, self.after = (
             answer,
@@ -37,7 +44,11 @@ class FaultServer:
         self.whole: Counter[str] = Counter()
         self.met: Counter[str] = Counter()  # faults
         self.keys: set[str] = set()  # Authorization headers
-        self._random, self._lock, self._closing = random.Random(seed), threading.Lock(), threading.Event()
+        self._random, self._lock, self._closing = (
+            random.Random(seed),
+            threading.Lock(),
+            threading.Event(),
+        )
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"faulty": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
@@ -96,9 +107,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault in ("empty", None):
             answer = s.answer(content)
-            message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}] if fault is None else []
-            self._send(200, {"id": "x", "object": "chat.completion", "choices": choices, "usage": USAGE})
+            message = (
+                answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+            )
+            choices = (
+                [{"index": 0, "message": message, "finish_reason": "stop"}] if fault is None else []
+            )
+            self._send(
+                200, {"id": "x", "object": "chat.completion", "choices": choices, "usage": USAGE}
+            )
             s.whole[content] += fault is None
         elif fault == "truncated":
             self._send(200, {"id": "x", "choices": [{"message": {"content": "lost"}}]}, cut=30)

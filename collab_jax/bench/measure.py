@@ -34,7 +34,9 @@ class Timing(NamedTuple):
         return sum(self.work) / sum(self.seconds)
 
     def summary(self) -> dict:
-        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+        low, _, high = (
+            statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
+        )
         return {
             "median_s": self.median,
             "quartiles_s": [low, high],
@@ -44,7 +46,9 @@ class Timing(NamedTuple):
         }
 
 
-def interleaved(runs: dict[str, Callable[[], float]], repeats: int, say: Callable[[str], None] = print) -> dict:
+def interleaved(
+    runs: dict[str, Callable[[], float]], repeats: int, say: Callable[[str], None] = print
+) -> dict:
     """Timing of each function by name: one call each, two to settle, then `repeats` rounds of one call each in turn, so
     that all share whatever the machine's speed does. A function returns its work once that is done."""
     firsts = {}
@@ -66,7 +70,10 @@ def interleaved(runs: dict[str, Callable[[], float]], repeats: int, say: Callabl
 
 def ratio(a: Timing, b: Timing) -> dict:
     """How many times the work a second of `b` does `a` do: median and quartiles of the ratios round by round."""
-    ratios = [(wa / sa) / (wb / sb) for wa, sa, wb, sb in zip(a.work, a.seconds, b.work, b.seconds, strict=True)]
+    ratios = [
+        (wa / sa) / (wb / sb)
+        for wa, sa, wb, sb in zip(a.work, a.seconds, b.work, b.seconds, strict=True)
+    ]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"median": statistics.median(ratios), "quartiles": [low, high]}
 
@@ -115,10 +122,20 @@ def forward_flop(cfg: DecoderConfig, start: np.ndarray, count: np.ndarray, logit
 def parameters(cfg: DecoderConfig) -> int:
     """Parameters that a decoded token reads: all but an untied embedding."""
     E, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    return cfg.num_layers * (E * H * (2 * N + 2 * K) + 3 * E * cfg.intermediate_size) + E * cfg.vocab_size
+    return (
+        cfg.num_layers * (E * H * (2 * N + 2 * K) + 3 * E * cfg.intermediate_size)
+        + E * cfg.vocab_size
+    )
 
 
-def decode_bytes(cfg: DecoderConfig, prompts: int, length: int, lengths: np.ndarray, cache_bytes: int, itemsize: int):
+def decode_bytes(
+    cfg: DecoderConfig,
+    prompts: int,
+    length: int,
+    lengths: np.ndarray,
+    cache_bytes: int,
+    itemsize: int,
+):
     """Bytes that decoding must read: the parameters once a column, and the keys and values once for each useful token.
 
     lengths: i[B] tokens of each response of `prompts` groups, whose prompt of `length` tokens is read once a column.
@@ -132,7 +149,9 @@ def decode_bytes(cfg: DecoderConfig, prompts: int, length: int, lengths: np.ndar
 def peak_memory() -> float:
     """Bytes: the process's largest resident set, or the first accelerator's largest use."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- output

@@ -118,7 +118,9 @@ def update(
 
     P, G, T = tokens.shape
     model = _load(folder, dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
+    )
     rows = lambda x, *shape: torch.tensor(x).reshape(P * G, *shape)  # noqa: E731
     targets, weight, A = rows(tokens, T).long(), rows(mask, T), rows(advantages)
     each = lambda x: torch.tensor(x).repeat_interleave(G, 0)  # noqa: E731
@@ -126,7 +128,9 @@ def update(
     real = torch.cat([each(prompt_mask), weight[:, :-1]], 1).long()
 
     def loss_of(part: slice):
-        logits = model(input_ids=ids[part], attention_mask=real[part], use_cache=False, logits_to_keep=T).logits
+        logits = model(
+            input_ids=ids[part], attention_mask=real[part], use_cache=False, logits_to_keep=T
+        ).logits
         logp = logits.float().log_softmax(-1).gather(-1, targets[part, :, None])[..., 0]
         return -(A[part] * (logp * weight[part]).sum(1)).sum() / (P * G)
 
@@ -167,7 +171,9 @@ class HeldTrainer:
     def _run(self, train: Callable[[], object]) -> None:
         try:
             train()
-            self._error = RuntimeError("the trainer came to its end: give it more examples than a step takes")
+            self._error = RuntimeError(
+                "the trainer came to its end: give it more examples than a step takes"
+            )
         except BaseException as error:
             self._error = error
         self._done.release()
@@ -198,13 +204,21 @@ class HeldTrainer:
 def _prompt_string(tokenizer, ids: list[int]) -> str:
     """A string that `tokenizer(string)` turns into just `ids`; raises ValueError where decoding gives none."""
     for first in (0, 1):  # 1: the tokenizer itself puts the first token, its BOS, before a string
-        written = tokenizer.decode(ids[first:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        written = tokenizer.decode(
+            ids[first:], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         if tokenizer(written)["input_ids"] == ids:
             return written
     raise ValueError(f"no string has the tokens of the prompt {tokenizer.decode(ids)!r}")
 
 
-def rewards(task: Task, text: Text, alphas, examples: Sequence[Example], completions: Sequence[Sequence[int]]):
+def rewards(
+    task: Task,
+    text: Text,
+    alphas,
+    examples: Sequence[Example],
+    completions: Sequence[Sequence[int]],
+):
     """Hierarchical reward f32[B] of completions (tokens, EOS in where it was written), the cloud taken to be right.
 
     alphas: `config.reward`.
@@ -241,8 +255,12 @@ def trl_step(
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of how TRL calls it
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report the trainer's set-up
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # of how TRL calls it
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = (
+        True  # TRL would report the trainer's set-up
+    )
     B = prompts_per_step * group
     # Seconds a step of the tiny model on two cores (32 prompts x 8, 56 tokens), medians of runs: 128 rows 1.8 to 1.9, the
     # fastest by a little; 256 rows 1.8 to 2.0; 64 rows 1.8 to 2.0; 32 rows 1.9.
@@ -258,16 +276,22 @@ def trl_step(
 
     def reward(completion_ids, index, **_):
         held.tokens = sum(map(len, completion_ids))
-        return rewards(task, text, config.reward, [examples[i] for i in index], completion_ids).tolist()
+        return rewards(
+            task, text, config.reward, [examples[i] for i in index], completion_ids
+        ).tolist()
 
     model = _load(folder, "float32")
     model.generation_config.eos_token_id = list(text.eos_ids)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_id)
     # Strings rather than messages: TRL would render the chat template again for every row of every step.
-    prompts = [_prompt_string(tokenizer, text.prompt_ids(task.prompt(example))) for example in examples]
+    prompts = [
+        _prompt_string(tokenizer, text.prompt_ids(task.prompt(example))) for example in examples
+    ]
     data = datasets.Dataset.from_dict({"prompt": prompts, "index": range(len(examples))})
-    with tempfile.TemporaryDirectory() as scratch:  # the trainer wants a folder, and nothing is saved
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # the trainer wants a folder, and nothing is saved
         settings = GRPOConfig(
             output_dir=scratch,
             seed=config.seed,
@@ -300,7 +324,12 @@ def trl_step(
             disable_tqdm=True,
         )
         trainer = GRPOTrainer(
-            model, reward, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[Hold()]
+            model,
+            reward,
+            args=settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[Hold()],
         )
     held.start(trainer.train)
     return held

@@ -32,14 +32,18 @@ MADE_UP_TOKENS = 8192  # of a tokenizer that is made up, at most
 def read_config(file: str, overrides: list[str]) -> ConfigDict:
     """The locked config of FILE with `--config.KEY=VALUE` overrides, as every command line reads it."""
     values, argv = flags.FlagValues(), ["rehearse", f"--config={file}", *overrides]
-    flag = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+    flag = config_flags.DEFINE_config_file(
+        "config", flag_values=values, lock_config=True, sys_argv=argv
+    )
     try:
         stray = values(argv)[1:]
         _ = flag.value.cpu_devices  # a file that is not there is told at the first use only
     except cli.MISTAKES as error:
         raise UserError(" ".join(str(error).split())) from None
     if stray:
-        raise UserError(f"unexpected argument {stray[0]!r}: settings are written --config.KEY=VALUE")
+        raise UserError(
+            f"unexpected argument {stray[0]!r}: settings are written --config.KEY=VALUE"
+        )
     return flag.value
 
 
@@ -61,7 +65,9 @@ def make_up_tokenizer(texts: Iterable[str], config: ConfigDict, size: int):
         raise UserError(
             f"a tokenizer has at least {inner.get_vocab_size()} tokens, and this model's vocabulary is {size}"
         )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=config.text.pad, eos_token=config.text.eos[0])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=config.text.pad, eos_token=config.text.eos[0]
+    )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
     return tokenizer
 
@@ -86,18 +92,30 @@ def make_folder(config: ConfigDict, architecture: dict, folder: pathlib.Path) ->
     known = (source / "tokenizer.json").is_file()
     if not known:
         task = make_task(config)
-        texts = [message["content"] for example in task.load("train") for message in task.prompt(example)]
+        texts = [
+            message["content"] for example in task.load("train") for message in task.prompt(example)
+        ]
         size = min(MADE_UP_TOKENS, cfg.vocab_size)
         make_up_tokenizer(texts, config, size).save_pretrained(folder)
-    hf.save(folder, work.random_params(cfg, config.model.dtype), architecture, config.model.dtype, source)
-    return f"{cfg.num_layers} blocks, random weights, {'its own' if known else 'a made-up'} tokenizer"
+    hf.save(
+        folder,
+        work.random_params(cfg, config.model.dtype),
+        architecture,
+        config.model.dtype,
+        source,
+    )
+    return (
+        f"{cfg.num_layers} blocks, random weights, {'its own' if known else 'a made-up'} tokenizer"
+    )
 
 
 def half_right(found: gapg.Rollout) -> gapg.Rollout:
     """The rollout, with axis D, as if every other response of each group were right."""
     right = np.broadcast_to(np.arange(found.correct.shape[-1]) % 2 == 0, found.correct.shape)
     known = np.ones(found.cloud_known.shape, bool)
-    return found.replace(correct=right, called=np.zeros_like(right), cloud_correct=known, cloud_known=known)
+    return found.replace(
+        correct=right, called=np.zeros_like(right), cloud_correct=known, cloud_known=known
+    )
 
 
 def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
@@ -113,15 +131,21 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         run = experiment.prepare(config, folder / "run")
         ceiling = measure.matmul_ceiling(config.model.dtype)
         examples, Q = experiment.examples(run, "train"), config.prompts_per_step
-        prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
+        prompts = run.text.prompt_batch(
+            [run.task.prompt(e) for e in examples], config.prompt_length
+        )
         kinds = {"group": config.group, "solo": config.algorithm.solo}
-        sample = rollout.make_sampler(run.cfg, run.text, config, **kinds, temperature=config.temperature)
+        sample = rollout.make_sampler(
+            run.cfg, run.text, config, **kinds, temperature=config.temperature
+        )
         step, state, rows = train.make_step(run), parallel.replicate(experiment.load_state(run)), []
         for i in range(steps):
             started = time.perf_counter()
             chosen = train.prompt_indices(config.seed, i, Q, len(examples))
             batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
-            found = rollout.collect(sample, state.behaviour, run.text, run.task, run.cloud, *batch, config.seed, i)
+            found = rollout.collect(
+                sample, state.behaviour, run.text, run.task, run.cloud, *batch, config.seed, i
+            )
             sampled = time.perf_counter()
             state, metrics = step(state, half_right(found.rollout))
             metrics = parallel.unreplicate(metrics)
@@ -129,14 +153,35 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
             tokens, seconds = int(metrics["tokens"]), (sampled - started, ended - sampled)
             learnt = int(metrics["kept"] - metrics["no_signal"]) / Q
             forward = work.forward_flop(run.cfg, jax.tree.map(np.asarray, found.rollout))
-            share = [f / s / ceiling for f, s in zip((forward, 3 * learnt * forward), seconds, strict=True)]
+            share = [
+                f / s / ceiling
+                for f, s in zip((forward, 3 * learnt * forward), seconds, strict=True)
+            ]
             cells = [f"{seconds[0]:.2f}", f"{share[0]:.1%}", f"{seconds[1]:.2f}", f"{share[1]:.1%}"]
-            cells += [measure.number(tokens), measure.number(tokens / sum(seconds)), str(found.cloud_asked)]
-            rows.append((f"{i + 1}{' (compiles)' * (i == 0)}", *cells, f"{metrics['drift_max']:.3f}"))
-    head = ("step", "rollout s", "of ceiling", "update s", "of ceiling", "tokens", "tokens/s", "asked", "drift, most")
+            cells += [
+                measure.number(tokens),
+                measure.number(tokens / sum(seconds)),
+                str(found.cloud_asked),
+            ]
+            rows.append(
+                (f"{i + 1}{' (compiles)' * (i == 0)}", *cells, f"{metrics['drift_max']:.3f}")
+            )
+    head = (
+        "step",
+        "rollout s",
+        "of ceiling",
+        "update s",
+        "of ceiling",
+        "tokens",
+        "tokens/s",
+        "asked",
+        "drift, most",
+    )
     machine = " ".join(f"{key} {value}," for key, value in process.machine().items())
     where = (
-        "the process, of which the plan is only the devices' part" if jax.default_backend() == "cpu" else "one device"
+        "the process, of which the plan is only the devices' part"
+        if jax.default_backend() == "cpu"
+        else "one device"
     )
     return (
         f"{name}: {made}\n{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n{shown}\n\n"

@@ -95,7 +95,9 @@ def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
         raise ValueError(f"a clock of {ticks} ticks does not fit {cfg.hidden_size} wide")
     for name, layer in params.items():
         if name.startswith("layers_"):
-            layer["self_attn"]["o_proj"]["kernel"] = np.zeros_like(layer["self_attn"]["o_proj"]["kernel"])
+            layer["self_attn"]["o_proj"]["kernel"] = np.zeros_like(
+                layer["self_attn"]["o_proj"]["kernel"]
+            )
             layer["mlp"]["down_proj"]["kernel"] = np.zeros_like(layer["mlp"]["down_proj"]["kernel"])
     embedding = np.zeros_like(params["embed_tokens"]["embedding"])
     embedding[range(size), range(size)] = 1
@@ -105,7 +107,9 @@ def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
     for token in range(FIRST, size):
         logits[token, token + 1 if token + 1 < size else EOS] = 40
     head = np.zeros_like(params["lm_head"]["kernel"])
-    head[:size] = logits / cfg.hidden_size**0.5  # the norm of a one-hot row is the root of its width
+    head[:size] = (
+        logits / cfg.hidden_size**0.5
+    )  # the norm of a one-hot row is the root of its width
     return {**params, "embed_tokens": {"embedding": embedding}, "lm_head": {"kernel": head}}
 
 
@@ -127,7 +131,9 @@ def make_prompts(load: Load) -> tuple[np.ndarray, np.ndarray]:
 def response_lengths(load: Load) -> np.ndarray:
     """i[Q, G] for an update: what the mix would sample."""
     draw = np.random.default_rng(0).random((load.prompts, load.group))
-    return np.where((draw < LONG_SHARE) | (load.lengths == "fixed"), load.max_new, load.max_new // 4)
+    return np.where(
+        (draw < LONG_SHARE) | (load.lengths == "fixed"), load.max_new, load.max_new // 4
+    )
 
 
 class Case(NamedTuple):
@@ -155,10 +161,15 @@ def decode(load: Load, cfg: DecoderConfig, params, segments: int, slot_counts: i
 
     def begin(params, prompts, prompt_mask, seed, bias):
         index = jax.lax.axis_index(parallel.AXIS) * len(prompts) + jax.numpy.arange(len(prompts))
-        return sampler.start(params, cfg, prompts, prompt_mask, sampler.prompt_keys(seed, 0, index), bias, settings)
+        return sampler.start(
+            params, cfg, prompts, prompt_mask, sampler.prompt_keys(seed, 0, index), bias, settings
+        )
 
     D = jax.local_device_count()
-    sample, inputs = Sampler(cfg, settings, begin, parallel.pmap), parallel.shard(make_prompts(load), D)
+    sample, inputs = (
+        Sampler(cfg, settings, begin, parallel.pmap),
+        parallel.shard(make_prompts(load), D),
+    )
     latest = {"seed": 0}
 
     def run() -> float:
@@ -175,7 +186,9 @@ def decode(load: Load, cfg: DecoderConfig, params, segments: int, slot_counts: i
 
     def moved() -> float:
         size = np.dtype(jax.numpy.dtype(load.dtype)).itemsize
-        return measure.decode_bytes(cfg, load.prompts, load.prompt_length, latest["lengths"], size, size)
+        return measure.decode_bytes(
+            cfg, load.prompts, load.prompt_length, latest["lengths"], size, size
+        )
 
     return Case(run, flop, moved)
 
@@ -190,7 +203,9 @@ def update_batch(load: Load) -> gapg.Rollout:
         prompts=prompts,
         prompt_mask=prompt_mask,
         tokens=np.where(
-            mask, np.random.default_rng(1).integers(4, SHAPES[load.shape]["vocab_size"], mask.shape), PAD
+            mask,
+            np.random.default_rng(1).integers(4, SHAPES[load.shape]["vocab_size"], mask.shape),
+            PAD,
         ).astype(np.int32),
         logp=np.zeros(mask.shape, np.float32),
         mask=mask,
@@ -223,7 +238,9 @@ def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case
         chunk=64,
     )
     step = parallel.pmap(lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,))
-    state = gapg.init_state(params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3))
+    state = gapg.init_state(
+        params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
+    )
     held = {"state": parallel.replicate(jax.device_get(state))}
     batch = parallel.shard(update_batch(load), jax.local_device_count())
     tokens = response_lengths(load)
@@ -262,7 +279,9 @@ def training(config_file: str, overrides: dict) -> Training:
     run = experiment.prepare(config, pathlib.Path(folder.name))
     examples, Q = experiment.examples(run, "train"), config.prompts_per_step
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
-    sample = rollout.make_sampler(run.cfg, run.text, config, group=config.group, temperature=config.temperature)
+    sample = rollout.make_sampler(
+        run.cfg, run.text, config, group=config.group, temperature=config.temperature
+    )
     step, first = train.make_step(run), experiment.load_state(run)
     latest = {"i": 0, "state": parallel.replicate(first)}
 
@@ -279,7 +298,9 @@ def training(config_file: str, overrides: dict) -> Training:
         return float(latest["metrics"]["tokens"])
 
     def flop() -> float:
-        learnt = int(latest["metrics"]["kept"] - latest["metrics"]["no_signal"]) / Q  # of the prompts, by their number
+        learnt = (
+            int(latest["metrics"]["kept"] - latest["metrics"]["no_signal"]) / Q
+        )  # of the prompts, by their number
         return (1 + 3 * learnt) * forward_flop(run.cfg, latest["rollout"])
 
     return Training(Case(one, flop), config, run, folder)

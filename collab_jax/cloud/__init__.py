@@ -43,17 +43,27 @@ def make_cloud(config, task, store_path: Path) -> CachedCloud:
     """
     c = config.cloud
     if c.kind not in KINDS:
-        raise UserError(f"config.cloud.kind={c.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        raise UserError(
+            f"config.cloud.kind={c.kind!r} is unknown: choose one of {', '.join(KINDS)}"
+        )
     if c.mode not in MODES:
-        raise UserError(f"config.cloud.mode={c.mode!r} is unknown: choose one of {', '.join(MODES)}")
+        raise UserError(
+            f"config.cloud.mode={c.mode!r} is unknown: choose one of {', '.join(MODES)}"
+        )
     if c.when_spent not in ("continue", "stop"):
-        raise UserError(f"config.cloud.when_spent={c.when_spent!r} is unknown: choose continue or stop")
+        raise UserError(
+            f"config.cloud.when_spent={c.when_spent!r} is unknown: choose continue or stop"
+        )
     if min(c.retries, c.wait, c.prefetch, c.concurrency - 1, c.batch_size - 1) < 0:
         raise UserError(
             "config.cloud: retries, wait and prefetch must be at least 0, concurrency and batch_size at least 1"
         )
-    if any(limit is not None and not limit >= 0 for limit in (c.max_calls, c.max_usd)):  # nan would be no limit
-        raise UserError(f"config.cloud: max_calls={c.max_calls} and max_usd={c.max_usd} must be at least 0, or None")
+    if any(
+        limit is not None and not limit >= 0 for limit in (c.max_calls, c.max_usd)
+    ):  # nan would be no limit
+        raise UserError(
+            f"config.cloud: max_calls={c.max_calls} and max_usd={c.max_usd} must be at least 0, or None"
+        )
     cloud = KINDS[c.kind](c, task)
     policy = Policy(c.mode, c.retries, c.max_calls, c.max_usd, stop=c.when_spent == "stop")
     return CachedCloud(cloud, Store(store_path), policy)

@@ -62,13 +62,18 @@ def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
 
     signal.signal(signal.SIGINT, stop)
     try:
-        with tqdm(total=total, initial=total - len(missing), desc="prefetch", unit="answer", mininterval=1) as bar:
+        with tqdm(
+            total=total, initial=total - len(missing), desc="prefetch", unit="answer", mininterval=1
+        ) as bar:
             fruitless = 0
             while missing and not stopped and fruitless < FRUITLESS:
                 bought = buy(run.cloud, missing, bar)
                 fruitless = 0 if bought else fruitless + 1
                 missing = missing_prompts(run, SPLIT.value)
-                pause(run.cloud.breaker.seconds_left() if missing and fruitless < FRUITLESS else 0.0, stopped)
+                pause(
+                    run.cloud.breaker.seconds_left() if missing and fruitless < FRUITLESS else 0.0,
+                    stopped,
+                )
     finally:
         signal.signal(signal.SIGINT, previous)
     spent = run.cloud.budget.spent()
@@ -91,7 +96,10 @@ def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
 def missing_prompts(run: Run, split: str) -> list[tuple[str, Messages]]:
     """(id, messages) of the prompts of a split without an answer, each once."""
     prompts, names = rollout.cloud_prompts(run.task, experiment.examples(run, split))
-    by_key = {run.cloud.key(messages): (name, messages) for name, messages in zip(names, prompts, strict=True)}
+    by_key = {
+        run.cloud.key(messages): (name, messages)
+        for name, messages in zip(names, prompts, strict=True)
+    }
     found = run.cloud.store.get_many(by_key)
     return [pair for key, pair in by_key.items() if key not in found]
 
@@ -103,8 +111,12 @@ def estimate(run: Run, missing: list[Messages]) -> str:
     """
     cloud, n = run.cloud.cloud, len(missing)
     columns = "input_tokens, output_tokens, usd"
-    rows = run.cloud.store.query(f"SELECT {columns} FROM answers WHERE model = ? LIMIT {SAMPLE}", [cloud.model])
-    highest = statistics.fmean(cloud.highest_usd(messages) for messages in missing[:: -(-n // SAMPLE)])
+    rows = run.cloud.store.query(
+        f"SELECT {columns} FROM answers WHERE model = ? LIMIT {SAMPLE}", [cloud.model]
+    )
+    highest = statistics.fmean(
+        cloud.highest_usd(messages) for messages in missing[:: -(-n // SAMPLE)]
+    )
     if not rows:
         characters = statistics.fmean(
             sum(len(m["content"]) for m in messages) for messages in missing[:: -(-n // SAMPLE)]
@@ -152,9 +164,13 @@ def status(config: ConfigDict, workdir: pathlib.Path) -> int:
         "SELECT model, COUNT(*), SUM(input_tokens), SUM(output_tokens), TOTAL(usd) FROM answers GROUP BY model"
     )
     for model, count, inputs, outputs, usd in rows:
-        print(f"  {model}: {count} answers, {inputs} input and {outputs} output tokens, {usd:.4f} USD")
+        print(
+            f"  {model}: {count} answers, {inputs} input and {outputs} output tokens, {usd:.4f} USD"
+        )
     limits = f"limits: max_calls={config.cloud.max_calls}, max_usd={config.cloud.max_usd}"
-    print(f"spent: {spent.calls} calls, {spent.usd:.4f} USD, prices of {config.cloud.prices_date}; {limits}")
+    print(
+        f"spent: {spent.calls} calls, {spent.usd:.4f} USD, prices of {config.cloud.prices_date}; {limits}"
+    )
     (flying,) = store.query("SELECT COUNT(*) FROM leases WHERE expires > ?", [time.time()])[0]
     print(f"being bought: {flying}")
     for split in ("train", "test"):
@@ -182,7 +198,9 @@ def verify(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Whether every answer is what was stored: 0, or 1 with what is wrong."""
     store = experiment.prepare(config, workdir).cloud.store
     problems = transfer.verify(store)
-    print("\n".join(problems) or f"{store.path}: {ledger(store).calls} answers, each as it was stored")
+    print(
+        "\n".join(problems) or f"{store.path}: {ledger(store).calls} answers, each as it was stored"
+    )
     return int(bool(problems))
 
 

@@ -44,7 +44,9 @@ class Budget:
             for price in prices:
                 if self.max_calls is not None and calls + 1 > self.max_calls:
                     break
-                if self.max_usd is not None and usd + price > self.max_usd * (1 + 1e-12):  # sums are rounded
+                if self.max_usd is not None and usd + price > self.max_usd * (
+                    1 + 1e-12
+                ):  # sums are rounded
                     break
                 calls, usd, granted = calls + 1, usd + price, granted + 1
             if granted:

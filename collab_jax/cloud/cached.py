@@ -74,9 +74,20 @@ class Pending:
     """Answers on their way."""
 
     def __init__(
-        self, keys: list[str], found: dict[str, Reply], orders: dict[str, Future], own: set[str], strict: bool
+        self,
+        keys: list[str],
+        found: dict[str, Reply],
+        orders: dict[str, Future],
+        own: set[str],
+        strict: bool,
     ):
-        self._keys, self._found, self._orders, self._own, self._strict = keys, found, orders, own, strict
+        self._keys, self._found, self._orders, self._own, self._strict = (
+            keys,
+            found,
+            orders,
+            own,
+            strict,
+        )
 
     def done(self) -> bool:
         return all(order.done() for order in self._orders.values())
@@ -89,8 +100,12 @@ class Pending:
         """
         done, _ = concurrent.futures.wait(self._orders.values(), None if self._strict else wait)
         results = {name: order.result() for name, order in self._orders.items() if order in done}
-        replies = self._found | {name: r for name, (r, _) in results.items() if isinstance(r, Reply)}
-        if self._strict and (failures := [r for r, _ in results.values() if isinstance(r, Failure)]):
+        replies = self._found | {
+            name: r for name, (r, _) in results.items() if isinstance(r, Reply)
+        }
+        if self._strict and (
+            failures := [r for r, _ in results.values() if isinstance(r, Failure)]
+        ):
             raise CloudError(
                 f"config.cloud.mode='record' wants every answer, but {len(failures)} prompts have none ({failures[0].reason}): "
                 "start again to buy the rest, or use mode 'live'"
@@ -149,7 +164,9 @@ class CachedCloud:
                 self._chunks.put(new[start : start + self.cloud.batch])
                 if self._threads < self.cloud.workers:
                     self._start_thread()
-        return Pending(keys, found, orders, {order.key for order in new}, self.policy.mode == "record")
+        return Pending(
+            keys, found, orders, {order.key for order in new}, self.policy.mode == "record"
+        )
 
     def take_tally(self) -> Tally:
         """What was bought since the last call of this method."""
@@ -207,10 +224,14 @@ class CachedCloud:
             try:
                 for name, reply in self.store.get_many(left).items():
                     self._finish(left.pop(name), reply)
-                for order, outcome in self._ask([left.pop(name) for name in list(left) if name in mine]):
+                for order, outcome in self._ask(
+                    [left.pop(name) for name in list(left) if name in mine]
+                ):
                     self._finish(order, outcome, bought=isinstance(outcome, Reply))
             finally:
-                self._leases.release(mine)  # not all of the chunk: one that failed may be another thread's by now
+                self._leases.release(
+                    mine
+                )  # not all of the chunk: one that failed may be another thread's by now
             if left:
                 self._cancelled.wait(POLL_SECONDS)
         for order in left.values():
@@ -221,7 +242,9 @@ class CachedCloud:
         attempt = 0
         while orders:
             if self._cancelled.is_set() or not self.breaker.allows():
-                yield from ((order, CANCELLED if self._cancelled.is_set() else OPEN) for order in orders)
+                yield from (
+                    (order, CANCELLED if self._cancelled.is_set() else OPEN) for order in orders
+                )
                 return
             prices = [self.cloud.highest_usd(order.messages) for order in orders]
             granted = self.budget.reserve(prices)
@@ -239,11 +262,17 @@ class CachedCloud:
                 self.reasons[SPENT.reason] += len(refused)
             yield from ((order, SPENT) for order in refused)
             if again:
-                asked_for = [r.retry_after for _, r in outcomes if isinstance(r, Failure) and r.retry_after is not None]
+                asked_for = [
+                    r.retry_after
+                    for _, r in outcomes
+                    if isinstance(r, Failure) and r.retry_after is not None
+                ]
                 self._cancelled.wait(pause(attempt, max(asked_for, default=None)))
             orders, attempt = again, attempt + 1
 
-    def _call(self, orders: list[Order], prices: list[float]) -> list[tuple[Order, Reply | Failure]]:
+    def _call(
+        self, orders: list[Order], prices: list[float]
+    ) -> list[tuple[Order, Reply | Failure]]:
         """One attempt; its answers are stored and its cost is booked when it returns."""
         model, parameters = self.cloud.model, self.cloud.parameters
         try:
@@ -259,17 +288,23 @@ class CachedCloud:
             outcomes = [Failure(type(error).__name__, usd=None)] * len(orders)
         pairs = list(zip(orders, outcomes, strict=True))
         rows = [row(model, parameters, o.messages, r) for o, r in pairs if isinstance(r, Reply)]
-        cost = sum(price if r.usd is None else r.usd for price, r in zip(prices, outcomes, strict=True))
+        cost = sum(
+            price if r.usd is None else r.usd for price, r in zip(prices, outcomes, strict=True)
+        )
         with self.store.transaction() as db:
             insert(db, rows)
             settle(db, sum(prices), cost)
-        stored = self.store.get_many(values[0] for values in rows)  # should another have been quicker, its answer
+        stored = self.store.get_many(
+            values[0] for values in rows
+        )  # should another have been quicker, its answer
         replies = [r for r in outcomes if isinstance(r, Reply)]
         self._succeeded |= bool(replies)
         with self._lock:
             t = self._tally
             tokens = sum(r.input_tokens + r.output_tokens for r in replies)
-            self._tally = t._replace(bought=t.bought + len(rows), tokens=t.tokens + tokens, usd=t.usd + cost)
+            self._tally = t._replace(
+                bought=t.bought + len(rows), tokens=t.tokens + tokens, usd=t.usd + cost
+            )
         for failure in (r for r in outcomes if isinstance(r, Failure)):
             self._note(failure)
         if replies:
@@ -280,13 +315,17 @@ class CachedCloud:
         self.reasons[failure.reason] += 1
         if self.reasons[failure.reason] == 1:
             log.warning(
-                "cloud %s: a call failed (%s); more of these are only counted", self.cloud.model, failure.reason
+                "cloud %s: a call failed (%s); more of these are only counted",
+                self.cloud.model,
+                failure.reason,
             )
         self.breaker.note(failure.outage or bool(failure.fix), at_once=bool(failure.fix))
         if failure.fix and not self._succeeded:
             raise CloudError(f"cloud {self.cloud.model}: {failure.reason}: {failure.fix}")
 
-    def _finish(self, order: Order, outcome: Reply | Failure | None = None, bought=False, error=None) -> None:
+    def _finish(
+        self, order: Order, outcome: Reply | Failure | None = None, bought=False, error=None
+    ) -> None:
         if order.result.done():
             return
         with self._lock:

@@ -29,7 +29,11 @@ class Leases:
             db.execute("DELETE FROM leases WHERE expires < ?", (now,))
             for key in keys:
                 values = key, self.owner, now + self.seconds
-                mine |= {key} if db.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", values).rowcount else set()
+                mine |= (
+                    {key}
+                    if db.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", values).rowcount
+                    else set()
+                )
         with self._lock:
             self._held |= mine
         return mine
@@ -38,7 +42,10 @@ class Leases:
         """To be called a few times in `seconds`."""
         if self._held:
             with self.store.transaction(durable=False) as db:
-                db.execute("UPDATE leases SET expires = ? WHERE owner = ?", (time.time() + self.seconds, self.owner))
+                db.execute(
+                    "UPDATE leases SET expires = ? WHERE owner = ?",
+                    (time.time() + self.seconds, self.owner),
+                )
 
     def release(self, keys: Iterable[str]) -> None:
         """Gives keys back, bought or not."""
@@ -47,4 +54,7 @@ class Leases:
             self._held -= keys
         if keys:
             with self.store.transaction(durable=False) as db:
-                db.executemany("DELETE FROM leases WHERE key = ? AND owner = ?", [(key, self.owner) for key in keys])
+                db.executemany(
+                    "DELETE FROM leases WHERE key = ? AND owner = ?",
+                    [(key, self.owner) for key in keys],
+                )

@@ -27,6 +27,8 @@ def ledger(store: Store, keys: Iterable[str] | None = None) -> Ledger:
         rows = store.query(f"SELECT {columns} FROM answers")
     else:
         found = store.get_many(set(keys)).values()
-        rows = [(reply.input_tokens, reply.output_tokens, reply.seconds, reply.usd) for reply in found]
+        rows = [
+            (reply.input_tokens, reply.output_tokens, reply.seconds, reply.usd) for reply in found
+        ]
     inputs, outputs, seconds, usd = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Ledger(len(rows), sum(inputs), sum(outputs), math.fsum(seconds), math.fsum(usd))

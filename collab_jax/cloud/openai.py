@@ -40,8 +40,12 @@ class OpenAICloud:
     timeouts: tuple[float, float, float]
     workers: int
     batch: int = 1
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
-    _started: list = field(default_factory=list, init=False, repr=False, compare=False)  # [loop, client]
+    _lock: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
+    _started: list = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # [loop, client]
 
     @property
     def max_tokens(self) -> int | None:
@@ -75,7 +79,9 @@ class OpenAICloud:
                     )
                 connect, read, _ = self.timeouts
                 timeout = openai.Timeout(read, connect=connect)
-                client = openai.AsyncOpenAI(api_key=key.strip(), base_url=self.base_url, max_retries=0, timeout=timeout)
+                client = openai.AsyncOpenAI(
+                    api_key=key.strip(), base_url=self.base_url, max_retries=0, timeout=timeout
+                )
                 loop = asyncio.new_event_loop()
                 threading.Thread(target=loop.run_forever, daemon=True).start()
                 self._started[:] = loop, client
@@ -91,8 +97,12 @@ class OpenAICloud:
         create = client.chat.completions.with_raw_response.create
         try:
             async with asyncio.timeout(self.timeouts[2]):
-                response = await create(model=self.model, messages=messages, extra_body=self.parameters)
-                return self._reply(messages, json.loads(response.http_response.content), time.monotonic() - start)
+                response = await create(
+                    model=self.model, messages=messages, extra_body=self.parameters
+                )
+                return self._reply(
+                    messages, json.loads(response.http_response.content), time.monotonic() - start
+                )
         except (TimeoutError, openai.APITimeoutError) as error:
             return Failure("timeout", retry=True, usd=_charge(error), outage=True)
         except openai.APIStatusError as error:
@@ -106,16 +116,23 @@ class OpenAICloud:
         """What a complete response holds; anything in it may be missing or of another kind."""
         usage = _get(data, "usage", dict, {})
         counts = [_get(usage, name, int, None) for name in ("prompt_tokens", "completion_tokens")]
-        counts = [n if n is not None and 0 <= n < 2**40 else None for n in counts]  # no count otherwise
+        counts = [
+            n if n is not None and 0 <= n < 2**40 else None for n in counts
+        ]  # no count otherwise
         usd = self._usd(*counts) if None not in counts else None
         choice = next(iter(_get(data, "choices", list, [])), None)
         message = _get(choice, "message", dict, None)
         if message is None:
             return Failure("no choices", retry=True, usd=usd)
         text = _get(message, "content", str, "")
-        reasoning = _get(message, "reasoning_content", str, "") or _get(message, "reasoning", str, "")
+        reasoning = _get(message, "reasoning_content", str, "") or _get(
+            message, "reasoning", str, ""
+        )
         if usd is None:  # a server that does not count: our estimate, and the highest price
-            counts = [sum(len(m["content"]) for m in messages) // 4 + 1, len(reasoning + text) // 4 + 1]
+            counts = [
+                sum(len(m["content"]) for m in messages) // 4 + 1,
+                len(reasoning + text) // 4 + 1,
+            ]
             usd = self.highest_usd(messages)
         return Reply(text, *counts, seconds, usd, reasoning, _get(choice, "finish_reason", str, ""))
 
@@ -124,7 +141,10 @@ class OpenAICloud:
         status, headers = error.status_code, error.response.headers
         where = f"model {self.model!r} at {self.base_url}"
         if status == 401:
-            return Failure("401", fix=f"the key in the environment variable {self.key_env or '(none)'} was refused")
+            return Failure(
+                "401",
+                fix=f"the key in the environment variable {self.key_env or '(none)'} was refused",
+            )
         if status == 403:
             return Failure("403", fix=f"this key may not use {where}")
         if status == 404:
@@ -138,7 +158,11 @@ class OpenAICloud:
 
 def _charge(error: Exception) -> float | None:
     """What a call without a response cost: nothing where no connection was made, else not known."""
-    return 0.0 if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout") else None
+    return (
+        0.0
+        if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+        else None
+    )
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -178,14 +202,20 @@ def from_config(config, task) -> OpenAICloud:
     try:
         datetime.date.fromisoformat(config.prices_date)
     except ValueError:
-        raise CloudError(f"config.cloud.prices_date={config.prices_date!r} must be a date as 2026-01-31") from None
+        raise CloudError(
+            f"config.cloud.prices_date={config.prices_date!r} must be a date as 2026-01-31"
+        ) from None
     try:
         timeouts = tuple(map(float, config.timeouts))
     except (TypeError, ValueError):
         timeouts = ()
     if len(timeouts) != 3 or not all(seconds > 0 for seconds in timeouts):
-        raise CloudError(f"config.cloud.timeouts={config.timeouts} must be three numbers of seconds above 0")
-    if not re.fullmatch(r"(?a:[A-Za-z_]\w*)?", config.key_env):  # it may be the key itself: not shown
+        raise CloudError(
+            f"config.cloud.timeouts={config.timeouts} must be three numbers of seconds above 0"
+        )
+    if not re.fullmatch(
+        r"(?a:[A-Za-z_]\w*)?", config.key_env
+    ):  # it may be the key itself: not shown
         raise CloudError(
             "config.cloud.key_env must be the name of an environment variable (letters, digits, _), never the key itself"
         )
@@ -204,13 +234,19 @@ def from_config(config, task) -> OpenAICloud:
     except ValueError:  # brackets, or a port that is none
         named = False
     if not named:
-        raise CloudError("config.cloud.base_url must begin with http:// or https:// and name a host, and a port if any")
+        raise CloudError(
+            "config.cloud.base_url must begin with http:// or https:// and name a host, and a port if any"
+        )
     if url.username or url.password or url.query:
         raise CloudError(
             "config.cloud.base_url holds more than an address: a key belongs into the environment (key_env)"
         )
     if ours := sorted(OURS & cloud.parameters.keys()):
-        raise CloudError(f"config.cloud.parameters may not hold {', '.join(ours)}, which the client sets")
+        raise CloudError(
+            f"config.cloud.parameters may not hold {', '.join(ours)}, which the client sets"
+        )
     if config.max_usd is not None and cloud.max_tokens is None:
-        raise CloudError("config.cloud.max_usd needs parameters.max_tokens: without it a call has no highest price")
+        raise CloudError(
+            "config.cloud.max_usd needs parameters.max_tokens: without it a call has no highest price"
+        )
     return cloud

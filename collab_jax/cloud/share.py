@@ -2,7 +2,9 @@
 
 from collab_jax.cloud.protocol import Messages
 
-NOTE = "A smaller model began as follows, and gave up. It may be wrong; use what is right of it.\n\n"
+NOTE = (
+    "A smaller model began as follows, and gave up. It may be wrong; use what is right of it.\n\n"
+)
 
 
 def with_attempt(messages: Messages, attempt: str) -> Messages:

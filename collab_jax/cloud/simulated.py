@@ -29,11 +29,15 @@ class SimulatedCloud:
     wrong: str = "<answer>0</answer>"  # must be wrong for every prompt of the task
     batch: int = 4096
     workers: int = 1
-    _priced: dict[str, Reply] = field(default_factory=dict, init=False, repr=False, compare=False)  # solved already
+    _priced: dict[str, Reply] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # solved already
 
     def __post_init__(self):
         if not 0 <= self.error_rate <= 1:
-            raise UserError(f"config.cloud.error_rate={self.error_rate} must be a share between 0 and 1")
+            raise UserError(
+                f"config.cloud.error_rate={self.error_rate} must be a share between 0 and 1"
+            )
 
     @property
     def parameters(self) -> dict:
@@ -44,13 +48,18 @@ class SimulatedCloud:
         return reply.usd
 
     def answer(self, prompts: Sequence[Messages]) -> list[Reply]:
-        return [self._priced.pop(json.dumps(messages), None) or self._reply(messages) for messages in prompts]
+        return [
+            self._priced.pop(json.dumps(messages), None) or self._reply(messages)
+            for messages in prompts
+        ]
 
     def _reply(self, messages: Messages) -> Reply:
         text = self._text(messages)
         input_tokens = _estimate_tokens(sum(len(message["content"]) for message in messages))
         output_tokens = _estimate_tokens(len(text))
-        usd = (input_tokens * self.usd_per_million_input + output_tokens * self.usd_per_million_output) / 1e6
+        usd = (
+            input_tokens * self.usd_per_million_input + output_tokens * self.usd_per_million_output
+        ) / 1e6
         return Reply(text, input_tokens, output_tokens, self.seconds, usd)
 
     def _text(self, messages: Messages) -> str:
@@ -75,7 +84,9 @@ def from_config(config, task) -> SimulatedCloud:
     Raises UserError when `task.solve_prompt` is None.
     """
     if task.solve_prompt is None:
-        raise UserError(f"task {task.name!r} has no exact solver, which config.cloud.kind='simulated' needs")
+        raise UserError(
+            f"task {task.name!r} has no exact solver, which config.cloud.kind='simulated' needs"
+        )
     return SimulatedCloud(
         model=config.model,
         solve=task.solve_prompt,

@@ -18,7 +18,9 @@ from collab_jax.cloud.protocol import Messages, Reply
 from collab_jax.runtime.errors import UserError
 
 SCHEMA_VERSION = 2  # PRAGMA user_version
-APPLICATION_ID = 0x636A6178  # PRAGMA application_id, "cjax": tells a store from any other SQLite file
+APPLICATION_ID = (
+    0x636A6178  # PRAGMA application_id, "cjax": tells a store from any other SQLite file
+)
 BUSY_SECONDS = 60.0  # how long to wait for another process's write
 CHUNK = 500  # keys in one SELECT; older SQLite takes 999 at most
 
@@ -91,7 +93,9 @@ class Store:
         with self._errors():
             _refuse_damage(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
         try:
             with self._errors():
                 _prepare(self._db, self.path)
@@ -131,14 +135,18 @@ class Store:
         for start in range(0, len(keys), CHUNK):
             chunk = keys[start : start + CHUNK]
             marks = ",".join("?" * len(chunk))
-            rows = self.query(f"SELECT checksum, key, {REPLY_COLUMNS} FROM answers WHERE key IN ({marks})", chunk)
+            rows = self.query(
+                f"SELECT checksum, key, {REPLY_COLUMNS} FROM answers WHERE key IN ({marks})", chunk
+            )
             for stored, name, *reply in rows:
                 if stored != checksum(name, *reply):
                     raise _damaged(self.path, f"the answer {name[:12]} is not what was stored")
                 found[name] = Reply(*reply)
         return found
 
-    def put_many(self, model: str, parameters: dict, answers: Iterable[tuple[Messages, Reply]]) -> dict[str, Reply]:
+    def put_many(
+        self, model: str, parameters: dict, answers: Iterable[tuple[Messages, Reply]]
+    ) -> dict[str, Reply]:
         """Stores answers in one transaction, on disk when it returns, and gives what is now stored, by key.
 
         Where an answer was there already, that one stays and is returned.
@@ -172,7 +180,9 @@ def _refuse_damage(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             header = file.read(18)
-        page = {0: 1, 1: 65536}.get(n := int.from_bytes(header[16:], "big"), n)  # bytes; 1 is how 65536 is written
+        page = {0: 1, 1: 65536}.get(
+            n := int.from_bytes(header[16:], "big"), n
+        )  # bytes; 1 is how 65536 is written
         if header.startswith(b"SQLite format 3\0") and size % page:
             raise _damaged(path, "cut off inside a page")  # the missing part would be read as zeros
 
@@ -221,12 +231,18 @@ def _version(db: sqlite3.Connection, path: Path) -> int:
     """
     application, version, tables = (
         db.execute(sql).fetchone()[0]
-        for sql in ("PRAGMA application_id", "PRAGMA user_version", "SELECT COUNT(*) FROM sqlite_master")
+        for sql in (
+            "PRAGMA application_id",
+            "PRAGMA user_version",
+            "SELECT COUNT(*) FROM sqlite_master",
+        )
     )
     if (application, version, tables) == (0, 0, 0):
         return 0
     if application != APPLICATION_ID:
-        raise StoreError(f"answer store {path}: another program's SQLite file; {ADVICE[sqlite3.SQLITE_NOTADB]}")
+        raise StoreError(
+            f"answer store {path}: another program's SQLite file; {ADVICE[sqlite3.SQLITE_NOTADB]}"
+        )
     if version > SCHEMA_VERSION:
         raise StoreError(
             f"answer store {path}: schema version {version}, and this collab_jax reads up to {SCHEMA_VERSION}; "
@@ -237,7 +253,9 @@ def _version(db: sqlite3.Connection, path: Path) -> int:
 
 @contextlib.contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")  # takes the write lock at once: a later upgrade could fail without waiting
+    db.execute(
+        "BEGIN IMMEDIATE"
+    )  # takes the write lock at once: a later upgrade could fail without waiting
     try:
         yield
         db.execute("COMMIT")
@@ -247,7 +265,9 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def row(model: str, parameters: dict, messages: Messages, reply: Reply, created: str | None = None) -> tuple:
+def row(
+    model: str, parameters: dict, messages: Messages, reply: Reply, created: str | None = None
+) -> tuple:
     """A row of `answers`; created: UTC in ISO 8601, now where it is None."""
     name = key(model, messages, parameters)
     text, reasoning, reason = map(_storable, (reply.text, reply.reasoning, reply.finish_reason))
@@ -278,4 +298,6 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode  # made once: it is quick
+_canonical = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), allow_nan=False
+).encode  # made once: it is quick

@@ -33,7 +33,11 @@ def export(store: Store, path: Path) -> int:
     try:
         with beside.open("w", encoding="utf-8") as file:
             for _, model, parameters, prompt, created, *reply in _rows(store, columns):
-                line = {"model": model, "parameters": json.loads(parameters), "messages": json.loads(prompt)}
+                line = {
+                    "model": model,
+                    "parameters": json.loads(parameters),
+                    "messages": json.loads(prompt),
+                }
                 line |= Reply(*reply).__dict__ | {"created": created}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
@@ -55,12 +59,16 @@ def import_(store: Store, path: Path) -> Imported:
                     found, chunk = _add(store, chunk, found), []
             return _add(store, chunk, found)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}): is it a file that `export` wrote?") from None
+        raise UserError(
+            f"cannot read {path} ({type(error).__name__}): is it a file that `export` wrote?"
+        ) from None
 
 
 def verify(store: Store) -> list[str]:
     """What is wrong with the file, a line each: SQLite's own check, then every answer's key and checksum. [] for nothing."""
-    problems = [f"SQLite: {text}" for (text,) in store.query("PRAGMA integrity_check(20)") if text != "ok"]
+    problems = [
+        f"SQLite: {text}" for (text,) in store.query("PRAGMA integrity_check(20)") if text != "ok"
+    ]
     try:
         for name, stored, model, parameters, prompt, *reply in _rows(
             store, f"checksum, model, parameters, prompt, {REPLY_COLUMNS}"
@@ -84,7 +92,9 @@ def compact(store: Store) -> int:
 def _rows(store: Store, columns: str) -> Iterator[tuple]:
     """(key, *columns) of every answer, in the order of the keys."""
     last = ""
-    while rows := store.query(f"SELECT key, {columns} FROM answers WHERE key > ? ORDER BY key LIMIT {CHUNK}", [last]):
+    while rows := store.query(
+        f"SELECT key, {columns} FROM answers WHERE key > ? ORDER BY key LIMIT {CHUNK}", [last]
+    ):
         yield from rows
         last = rows[-1][0]
 
@@ -104,15 +114,21 @@ def _parse(path: Path, number: int, line: str) -> tuple:
     wrong = [
         name
         for name, kind in FIELDS.items()
-        if not isinstance(data, dict) or not isinstance(data.get(name), kind) or isinstance(data[name], bool)
+        if not isinstance(data, dict)
+        or not isinstance(data.get(name), kind)
+        or isinstance(data[name], bool)
     ]
     if wrong:
-        raise UserError(f"{path}, line {number}: {wrong[0]} is missing or of another type: export it again")
+        raise UserError(
+            f"{path}, line {number}: {wrong[0]} is missing or of another type: export it again"
+        )
     reply = Reply(**{name: data[name] for name in Reply.__dataclass_fields__})
     try:
         return row(data["model"], data["parameters"], data["messages"], reply, data["created"])
     except ValueError:  # NaN, which JSON does not have
-        raise UserError(f"{path}, line {number} holds a number that is not finite: export it again") from None
+        raise UserError(
+            f"{path}, line {number} holds a number that is not finite: export it again"
+        ) from None
 
 
 def _add(store: Store, rows: list[tuple], found: Imported) -> Imported:

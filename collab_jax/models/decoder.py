@@ -93,7 +93,9 @@ def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
     wavelength = 2 * jnp.pi / freq
     context = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = jnp.clip((context / wavelength - low) / (high - low), 0.0, 1.0)  # 0: long waves, scaled; 1: short, kept
+    smooth = jnp.clip(
+        (context / wavelength - low) / (high - low), 0.0, 1.0
+    )  # 0: long waves, scaled; 1: short, kept
     return freq * (smooth + (1 - smooth) / scaling.factor)
 
 
@@ -148,7 +150,9 @@ class Dense(nn.Module):
         init, dtype = nn.initializers.normal(self.cfg.initializer_range), self.cfg.dtype
         y = _project(x, self.param("kernel", init, (x.shape[-1], self.features)).astype(dtype))
         if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b"))
+            a, b = (
+                self.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b")
+            )
             y += self.cfg.lora_scale * _project(_project(x, a), b)
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
@@ -167,9 +171,13 @@ def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array
         """f32[R, K, g, n, t, S], for the g = B / R rows of each row of the segment."""
         R, _, _, S = k.shape
         rows = q.reshape(R, B // R, t, K, n, H).transpose(0, 3, 1, 4, 2, 5).reshape(R, K, -1, H)
-        s = jnp.einsum("rkqh,rkhs->rkqs", rows, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        s = jnp.einsum(
+            "rkqh,rkhs->rkqs", rows, k.astype(q.dtype), preferred_element_type=jnp.float32
+        )
         s = s.reshape(R, K, B // R, n, t, S) * H**-0.5
-        mask = mask.reshape(R, 1, B // R, 1, t, S) if mask.shape[0] == B else mask[:, None, None, None]
+        mask = (
+            mask.reshape(R, 1, B // R, 1, t, S) if mask.shape[0] == B else mask[:, None, None, None]
+        )
         return jnp.where(mask, s, jnp.finfo(jnp.float32).min)
 
     def by_row(x):
@@ -185,7 +193,9 @@ def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array
         R, _, g = s.shape[:3]
         w = jnp.exp(s - jnp.moveaxis(best.reshape(R, g, K, n, t), 1, 2)[..., None])
         total += by_row(w.sum(-1))
-        part = jnp.einsum("rkqs,rksh->rkqh", w.astype(q.dtype).reshape(R, K, g * n * t, -1), v.astype(q.dtype))
+        part = jnp.einsum(
+            "rkqs,rksh->rkqh", w.astype(q.dtype).reshape(R, K, g * n * t, -1), v.astype(q.dtype)
+        )
         y += by_row(part.reshape(R, K, g, n, t, H))
     y = y / total[..., None].astype(q.dtype)
     return y.transpose(0, 3, 1, 2, 4)
@@ -250,8 +260,16 @@ class Decoder(nn.Module):
     def __call__(self, tokens, positions, mask, past, open, index):
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
-        x = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=cfg.dtype, embedding_init=init, name="embed_tokens")(tokens)
-        angle = positions[:, :, None, None, None].astype(jnp.float32) * rope_frequencies(cfg)  # [B, t, 1, 1, H/2]
+        x = nn.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            dtype=cfg.dtype,
+            embedding_init=init,
+            name="embed_tokens",
+        )(tokens)
+        angle = positions[:, :, None, None, None].astype(jnp.float32) * rope_frequencies(
+            cfg
+        )  # [B, t, 1, 1, H/2]
         rope = jnp.sin(angle), jnp.cos(angle)
         block = nn.remat(Block) if cfg.remat else Block
         kv = []
@@ -262,7 +280,9 @@ class Decoder(nn.Module):
             kv.append(layer_kv)
         x = RMSNorm(cfg.norm_eps, cfg.dtype, name="norm")(x)
         if self.is_initializing() and not cfg.tied:
-            self.param("lm_head", lambda key: {"kernel": init(key, (cfg.hidden_size, cfg.vocab_size))})
+            self.param(
+                "lm_head", lambda key: {"kernel": init(key, (cfg.hidden_size, cfg.vocab_size))}
+            )
         k, v = zip(*kv, strict=True)
         return x, Segment(k=k, v=v)
 
@@ -315,10 +335,14 @@ def token_logprobs(
     """
 
     def one(hidden, targets, barred):
-        rows = hidden.reshape(-1, hidden.shape[-1])  # XLA's CPU compiler takes half as long again for [B, chunk, V]
+        rows = hidden.reshape(
+            -1, hidden.shape[-1]
+        )  # XLA's CPU compiler takes half as long again for [B, chunk, V]
         scaled = logits(params, cfg, rows) / temperature
         if barred is not None:
-            scaled = jnp.where(jnp.arange(scaled.shape[1]) == barred.reshape(-1, 1), -jnp.inf, scaled)
+            scaled = jnp.where(
+                jnp.arange(scaled.shape[1]) == barred.reshape(-1, 1), -jnp.inf, scaled
+            )
         chosen = jnp.take_along_axis(scaled, targets.reshape(-1, 1), axis=-1)[:, 0]
         return (chosen - jax.nn.logsumexp(scaled, axis=-1)).reshape(targets.shape)
 
@@ -345,7 +369,9 @@ def prefill(
     params: Params, cfg: DecoderConfig, prompts: jax.Array, prompt_mask: jax.Array
 ) -> tuple[jax.Array, Segment]:
     """(hidden state of each prompt's last token [P, E], its segment) of prompts i32[P, L] padded on the left."""
-    hidden, segment = forward(params, cfg, prompts, positions_of(prompt_mask), causal_mask(prompt_mask))
+    hidden, segment = forward(
+        params, cfg, prompts, positions_of(prompt_mask), causal_mask(prompt_mask)
+    )
     return hidden[:, -1], segment
 
 

@@ -35,7 +35,9 @@ class FolderError(UserError):
     """A model folder that cannot be used; the message says what to do."""
 
 
-def locate(path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")) -> pathlib.Path:
+def locate(
+    path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+) -> pathlib.Path:
     """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository (`org/name`): these `files`."""
     for folder in (pathlib.Path(path).expanduser(), ASSETS / path):
         if (folder / "config.json").is_file():
@@ -44,7 +46,9 @@ def locate(path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt"
         raise FolderError(f"{path!r} has no config.json: it is not a Hugging Face model folder")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         known = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
-        raise FolderError(f"no model at {path!r}: give a folder with config.json, a hub name, or one of {known}")
+        raise FolderError(
+            f"no model at {path!r}: give a folder with config.json, a hub name, or one of {known}"
+        )
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -58,7 +62,9 @@ def locate(path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt"
         raise FolderError(
             f"the hub has no {path!r}, or it is private: check the spelling, set HF_TOKEN, or give a local folder"
         ) from None
-    except Exception as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
+    except (
+        Exception
+    ) as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FolderError(
             f"cannot download {path!r} ({reason}): check the name and access, or give a local folder"
@@ -81,7 +87,9 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
     """DecoderConfig from the contents of config.json; refuses what the decoder does not compute."""
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
-        raise FolderError(f"model_type {kind!r} is not supported: use a Llama, Qwen2.5 or Qwen3 checkpoint")
+        raise FolderError(
+            f"model_type {kind!r} is not supported: use a Llama, Qwen2.5 or Qwen3 checkpoint"
+        )
     if hf.get("hidden_act", "silu") != "silu":
         raise FolderError(f"hidden_act {hf['hidden_act']!r} is not supported: only 'silu' is")
     if hf.get("use_sliding_window"):
@@ -91,7 +99,9 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
-        raise FolderError(f"rope type {rope_type!r} is not supported: only 'default' and 'llama3' are")
+        raise FolderError(
+            f"rope type {rope_type!r} is not supported: only 'default' and 'llama3' are"
+        )
     theta = rope.get("rope_theta", hf.get("rope_theta"))
     if theta is None:
         raise FolderError("config.json names no rope_theta")
@@ -100,7 +110,9 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
         names = [f.name for f in dataclasses.fields(RopeScaling)]
         _require(rope, names)
         scaling = RopeScaling(**{name: rope[name] for name in names})
-    bias = bool(hf.get("attention_bias", False))  # Qwen2.5 has it on q, k, v always; Llama and Qwen3 on o too, if set
+    bias = bool(
+        hf.get("attention_bias", False)
+    )  # Qwen2.5 has it on q, k, v always; Llama and Qwen3 on o too, if set
     heads = hf["num_attention_heads"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -140,14 +152,19 @@ def read_config(folder: pathlib.Path) -> dict:
     except (OSError, ValueError) as error:
         raise FolderError(f"cannot read {folder / 'config.json'}: {error}") from None
     if not isinstance(found, dict):
-        raise FolderError(f"{folder / 'config.json'} is not an object with settings: fetch it again")
+        raise FolderError(
+            f"{folder / 'config.json'} is not an object with settings: fetch it again"
+        )
     return found
 
 
 def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
     """The folder's parameters as `param_dtype`, on the host. Raises FolderError where they are not exactly those of `cfg`."""
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    wanted = {_to_hf_name(path): (path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items()}
+    wanted = {
+        _to_hf_name(path): (path, leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(shapes).items()
+    }
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FolderError(f"{folder} holds no .safetensors file")
@@ -166,30 +183,44 @@ def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
                     path, shape = wanted[name]
                     value = value.T if path[-1] == "kernel" else value
                     if value.shape != shape:
-                        raise FolderError(f"{file}: weight {name!r} has shape {value.shape}, config.json says {shape}")
+                        raise FolderError(
+                            f"{file}: weight {name!r} has shape {value.shape}, config.json says {shape}"
+                        )
                     found[name] = value.astype(param_dtype)
         except (SafetensorError, OSError) as error:
-            raise FolderError(f"cannot read {file} ({error}): it may be cut short; fetch it again") from None
+            raise FolderError(
+                f"cannot read {file} ({error}): it may be cut short; fetch it again"
+            ) from None
     if missing := sorted(set(wanted) - set(found)):
         raise FolderError(
-            f"{folder}: missing weight {missing[0]!r}" + f" and {len(missing) - 1} more" * (len(missing) > 1)
+            f"{folder}: missing weight {missing[0]!r}"
+            + f" and {len(missing) - 1} more" * (len(missing) > 1)
         )
     return traverse_util.unflatten_dict({wanted[name][0]: value for name, value in found.items()})
 
 
-SHARD_BYTES = 5_000_000_000  # of a safetensors file; a larger model is written as several, with an index
+SHARD_BYTES = (
+    5_000_000_000  # of a safetensors file; a larger model is written as several, with an index
+)
 INDEX = "model.safetensors.index.json"
 
 
-def save(folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path) -> None:
+def save(
+    folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path
+) -> None:
     """Writes config.json, the weights (one safetensors file, or shards with an index) and the tokenizer files of `tokenizer`.
 
     The kernels are transposed to Hugging Face's [out, in], a shard at a time; each file is written beside and moved into
     place, and weights of an earlier export that are not among them are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {_to_hf_name(path): (path, value) for path, value in traverse_util.flatten_dict(params).items()}
-    shards = _shards({name: value.size * jax.numpy.dtype(dtype).itemsize for name, (_, value) in flat.items()})
+    flat = {
+        _to_hf_name(path): (path, value)
+        for path, value in traverse_util.flatten_dict(params).items()
+    }
+    shards = _shards(
+        {name: value.size * jax.numpy.dtype(dtype).itemsize for name, (_, value) in flat.items()}
+    )
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]

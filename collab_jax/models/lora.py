@@ -24,7 +24,11 @@ def _kernels(cfg: DecoderConfig) -> dict[tuple[str, ...], tuple[int, int]]:
     """Shape [in, out] of each projection in a block, by path."""
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
     flat = traverse_util.flatten_dict(shapes)
-    return {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel" and len(path) > 2}
+    return {
+        path[:-1]: leaf.shape
+        for path, leaf in flat.items()
+        if path[-1] == "kernel" and len(path) > 2
+    }
 
 
 def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
@@ -34,10 +38,17 @@ def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
     kernels = _kernels(cfg)
     known = sorted({path[-1] for path in kernels})
     if unknown := [name for name in settings.targets if name not in known]:
-        raise UserError(f"config.lora.targets names {unknown[0]!r}: this model has {', '.join(known)}")
+        raise UserError(
+            f"config.lora.targets names {unknown[0]!r}: this model has {', '.join(known)}"
+        )
     if not settings.targets:
-        raise UserError(f"config.lora.targets is empty: name some of {', '.join(known)}, or set config.lora.rank=0")
-    path, shape = min(((p, s) for p, s in kernels.items() if p[-1] in settings.targets), key=lambda item: min(item[1]))
+        raise UserError(
+            f"config.lora.targets is empty: name some of {', '.join(known)}, or set config.lora.rank=0"
+        )
+    path, shape = min(
+        ((p, s) for p, s in kernels.items() if p[-1] in settings.targets),
+        key=lambda item: min(item[1]),
+    )
     if not 1 <= settings.rank <= min(shape):
         raise UserError(
             f"config.lora.rank={settings.rank} must lie in 0 (off) to {min(shape)}, the smaller side of {path[-1]} "
@@ -55,7 +66,9 @@ def init(cfg: DecoderConfig, settings: ConfigDict, key: jax.Array, dtype: str) -
         if path[-1] in settings.targets:
             key, own = jax.random.split(key)
             bound = rows**-0.5
-            flat[*path, "lora_a"] = jax.random.uniform(own, (rows, settings.rank), dtype, -bound, bound)
+            flat[*path, "lora_a"] = jax.random.uniform(
+                own, (rows, settings.rank), dtype, -bound, bound
+            )
             flat[*path, "lora_b"] = jax.numpy.zeros((settings.rank, columns), dtype)
     return traverse_util.unflatten_dict(flat)
 
@@ -76,7 +89,9 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
             b = traverse_util.flatten_dict(adapter)[*path[:-1], "lora_b"]
             kernel = flat[*path[:-1], "kernel"]
             product = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
-            flat[*path[:-1], "kernel"] = (np.asarray(kernel, np.float32) + scale * product).astype(kernel.dtype)
+            flat[*path[:-1], "kernel"] = (np.asarray(kernel, np.float32) + scale * product).astype(
+                kernel.dtype
+            )
     return traverse_util.unflatten_dict(flat)
 
 
@@ -86,8 +101,12 @@ def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str)
     weights = {}
     for path, value in traverse_util.flatten_dict(adapter).items():
         layer, *modules, leaf = path
-        name = ".".join([layer.replace("_", "."), *modules, {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]])
-        weights[f"base_model.model.model.{name}.weight"] = np.ascontiguousarray(np.asarray(value, np.float32).T)
+        name = ".".join(
+            [layer.replace("_", "."), *modules, {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]]
+        )
+        weights[f"base_model.model.model.{name}.weight"] = np.ascontiguousarray(
+            np.asarray(value, np.float32).T
+        )
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it for the owner alone
     config = {

@@ -12,7 +12,9 @@ _QWEN = {
 }  # fmt: skip
 
 
-def _sizes(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int) -> dict[str, int]:
+def _sizes(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int
+) -> dict[str, int]:
     return {
         "num_hidden_layers": layers,
         "hidden_size": hidden,

@@ -70,9 +70,13 @@ class Settings(NamedTuple):
     pad_id: int
     marker: Marker
     segments: int  # pieces in which a response's keys and values lie, about; more: less is read, more is compiled
-    slot_counts: int  # B slots, half of it, a quarter, ...: so many programs a segment, down to MIN_SLOTS
+    slot_counts: (
+        int  # B slots, half of it, a quarter, ...: so many programs a segment, down to MIN_SLOTS
+    )
     cache_dtype: str  # of keys and values
-    solo: int = 0  # the first so many responses of each group may not call: the marker is disallowed
+    solo: int = (
+        0  # the first so many responses of each group may not call: the marker is disallowed
+    )
 
     @property
     def columns(self) -> int:
@@ -96,7 +100,9 @@ class Samples:
     """G responses for each of P prompts, T columns."""
 
     tokens: jax.Array  # i32[P, G, T], pad off the mask
-    logp: jax.Array  # f32[P, G, T], of the sampling distribution; for greedy, of the biased one at temperature 1
+    logp: (
+        jax.Array
+    )  # f32[P, G, T], of the sampling distribution; for greedy, of the biased one at temperature 1
     mask: jax.Array  # bool[P, G, T], EOS in
     ended: jax.Array  # bool[P, G], False: cut off at T
     margins: jax.Array  # f32[P, G, T], m_t; -inf off decision states
@@ -135,12 +141,16 @@ def prompt_keys(seed: int | jax.Array, step: int | jax.Array, index: jax.Array) 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     """logits [B, V] with all but the smallest set of tokens of probability >= top_p at -inf; the best always stays."""
     order = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(order)  # mass of the strictly better ones
+    before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(
+        order
+    )  # mass of the strictly better ones
     threshold = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= jnp.minimum(threshold, order[:, :1]), logits, -jnp.inf)
 
 
-def _pick(state: SampleState, context: Context, logits: jax.Array, marker_bias: jax.Array, s: Settings) -> SampleState:
+def _pick(
+    state: SampleState, context: Context, logits: jax.Array, marker_bias: jax.Array, s: Settings
+) -> SampleState:
     """The state after one more token, from logits f32[R, V]."""
     if s.marker.plain is None:
         is_decision = jnp.arange(logits.shape[1]) == s.marker.decision_id
@@ -148,7 +158,10 @@ def _pick(state: SampleState, context: Context, logits: jax.Array, marker_bias: 
         call, gap = s.marker.decision_id, logits[:, s.marker.decision_id] - others.max(-1)
     else:
         is_decision = s.marker.plain.deciding(state.window[:, -1], logits.shape[1])
-        others, calls = jnp.where(is_decision, -jnp.inf, logits), jnp.where(is_decision, logits, -jnp.inf)
+        others, calls = (
+            jnp.where(is_decision, -jnp.inf, logits),
+            jnp.where(is_decision, logits, -jnp.inf),
+        )
         call, gap = jnp.argmax(calls, axis=-1), calls.max(-1) - others.max(-1)
     bias = jnp.where(context.row % s.group < s.solo, -jnp.inf, marker_bias)
     bias = jnp.where(state.opened, 0.0, bias)
@@ -181,7 +194,9 @@ def _pick(state: SampleState, context: Context, logits: jax.Array, marker_bias: 
         ended=samples.ended.at[home].set(ended),
         margins=samples.margins.at[at].set(jnp.where(live & ~state.opened, gap, -jnp.inf)),
     )
-    return state.replace(t=state.t + 1, token=token, window=window, opened=opened, ended=ended, samples=samples)
+    return state.replace(
+        t=state.t + 1, token=token, window=window, opened=opened, ended=ended, samples=samples
+    )
 
 
 def start(
@@ -199,7 +214,9 @@ def start(
     logits = jnp.repeat(decoder.logits(params, cfg, last), G, axis=0)
     context = Context(
         row=jnp.arange(P * G),
-        keys=jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(jnp.arange(G)))(keys).reshape(P * G),
+        keys=jax.vmap(lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(jnp.arange(G)))(
+            keys
+        ).reshape(P * G),
         prompt_mask=jnp.repeat(prompt_mask, G, axis=0),
         prompt=jax.tree.map(lambda x: x.astype(s.cache_dtype), prompt),
         past=(),
@@ -266,7 +283,9 @@ def compact(context: Context, state: SampleState, slots: int) -> tuple[Context, 
     slot = lambda tree: jax.tree.map(lambda x: x[stay], tree)  # noqa: E731
     row, keys, prompt_mask = slot((context.row, context.keys, context.prompt_mask))
     token, window, opened, ended = slot((state.token, state.window, state.opened, state.ended))
-    context = Context(row=row, keys=keys, prompt_mask=prompt_mask, prompt=segments[0], past=segments[1])
+    context = Context(
+        row=row, keys=keys, prompt_mask=prompt_mask, prompt=segments[0], past=segments[1]
+    )
     state = state.replace(token=token, window=window, opened=opened, ended=ended, open=segments[2])
     return context, state
 
@@ -282,9 +301,14 @@ class Sampler:
         self.settings = s = settings
         self._begin = wrap(begin)
         self._advance = wrap(
-            lambda params, context, state, stop, bias: advance(params, cfg, context, state, stop, bias, s), donate=(2,)
+            lambda params, context, state, stop, bias: advance(
+                params, cfg, context, state, stop, bias, s
+            ),
+            donate=(2,),
         )
-        self._compact = functools.cache(lambda slots: wrap(lambda context, state: compact(context, state, slots)))
+        self._compact = functools.cache(
+            lambda slots: wrap(lambda context, state: compact(context, state, slots))
+        )
         self._programs = {}  # by shape of the prompts
 
     def _compile(self, params, context: Context, state: SampleState, stop, bias) -> dict:
@@ -295,7 +319,9 @@ class Sampler:
             here, there = context.replace(past=(state.open,) * j), state
             for slots in ladder:
                 if slots != ladder[0]:
-                    job = jobs[_slots(there), slots, j] = self._compact(slots).lower(*_shapes((here, there)))
+                    job = jobs[_slots(there), slots, j] = self._compact(slots).lower(
+                        *_shapes((here, there))
+                    )
                     here, there = job.out_info
                 jobs[slots, j] = self._advance.lower(*_shapes((params, here, there, stop, bias)))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -315,19 +341,29 @@ class Sampler:
         programs = self._programs[shape]
         ladder, t, done = s.ladder(_slots(state)), 1, np.zeros(state.samples.ended.shape, bool)
         while True:
-            if t - 1 == (len(context.past) + 1) * C:  # the open segment is full: a copy is kept, and it goes on as room
+            if (
+                t - 1 == (len(context.past) + 1) * C
+            ):  # the open segment is full: a copy is kept, and it goes on as room
                 context = context.replace(past=(*context.past, jax.tree.map(jnp.copy, state.open)))
             ended = np.asarray(state.samples.ended) | (t == T)
             now, done = ended & ~done, ended
-            host = {name: np.asarray(getattr(state.samples, name)) for name in ("tokens", "mask", "ended") if finished}
+            host = {
+                name: np.asarray(getattr(state.samples, name))
+                for name in ("tokens", "mask", "ended")
+                if finished
+            }
             if not done.all():
                 # All devices keep the same number of slots, so that they run the same program.
                 live = (~done).reshape(-1, ladder[0]).sum(1).max()
                 for slots in ladder:
                     if live <= slots < _slots(state):
-                        context, state = programs[_slots(state), slots, len(context.past)](context, state)
+                        context, state = programs[_slots(state), slots, len(context.past)](
+                            context, state
+                        )
                 t = min(T, t + -(-T // LOOKS), (len(context.past) + 1) * C + 1)
-                state = programs[_slots(state), len(context.past)](params, context, state, full(t), bias)
+                state = programs[_slots(state), len(context.past)](
+                    params, context, state, full(t), bias
+                )
             if finished:
                 finished(**host, now=now)
             if done.all():
@@ -344,7 +380,9 @@ def _shapes(tree):
 
 @functools.cache
 def _single(cfg: DecoderConfig, settings: Settings, wrap: Callable) -> Sampler:
-    return Sampler(cfg, settings, lambda params, *inputs: start(params, cfg, *inputs, settings), wrap)
+    return Sampler(
+        cfg, settings, lambda params, *inputs: start(params, cfg, *inputs, settings), wrap
+    )
 
 
 def _jit(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
@@ -367,7 +405,9 @@ def sample(
     prompts i32[P, L] padded on the left, prompt_mask bool[P, L], keys [P] (ignored by greedy: temperature 0).
     marker_bias is added to the decision token's logit at decision states: 0 is natural, -inf disallows the marker.
     """
-    return _single(cfg, settings, wrap)(params, prompts, prompt_mask, keys, bias=np.float32(marker_bias))
+    return _single(cfg, settings, wrap)(
+        params, prompts, prompt_mask, keys, bias=np.float32(marker_bias)
+    )
 
 
 def call_at(margins, beta: float):

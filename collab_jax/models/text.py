@@ -52,12 +52,17 @@ class Text:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Tokens of a chat prompt, ending where the response begins."""
-        written = [{**m, "content": m["content"].replace(self.marker, self._marker_written)} for m in messages]
+        written = [
+            {**m, "content": m["content"].replace(self.marker, self._marker_written)}
+            for m in messages
+        ]
         return self.tokenizer.apply_chat_template(
             written, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
         )
 
-    def prompt_batch(self, prompts: Sequence[Messages], length: int) -> tuple[np.ndarray, np.ndarray]:
+    def prompt_batch(
+        self, prompts: Sequence[Messages], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(tokens i32[Q, L], real bool[Q, L]), padded on the left. Raises TextError where a prompt is longer than L."""
         tokens = np.full((len(prompts), length), self.pad_id, np.int32)
         real = np.zeros((len(prompts), length), bool)
@@ -84,7 +89,9 @@ class Text:
             [t for t in row[m].tolist() if t not in self.eos_ids and t < known]
             for row, m in zip(tokens, mask, strict=True)
         ]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts = self.tokenizer.batch_decode(
+            rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         written = self._marker_written
         return texts if written == self.marker else [t.replace(written, self.marker) for t in texts]
 
@@ -114,15 +121,21 @@ def _plain(tokenizer, marker: str) -> tuple[tuple[int, ...], tuple[int, ...], tu
     """
     shared = max(len(os.path.commonprefix([marker, tag])) for tag in TAGS)
     if shared > 1 or len(marker) <= shared:
-        raise TextError(f"config.text.marker={marker!r} begins like a tag: let it differ by its second character")
+        raise TextError(
+            f"config.text.marker={marker!r} begins like a tag: let it differ by its second character"
+        )
     stem, rest = marker[:shared], marker[shared:]
     rows = [[i] for i in range(len(tokenizer))]
-    pieces = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    pieces = tokenizer.batch_decode(
+        rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
     def opens(piece: str, tail: str) -> bool:
         return bool(piece) and (tail.startswith(piece) or piece.startswith(tail))
 
-    anywhere = [i for i, p in enumerate(pieces) if any(opens(p[j:], marker) for j in range(len(p) - shared))]
+    anywhere = [
+        i for i, p in enumerate(pieces) if any(opens(p[j:], marker) for j in range(len(p) - shared))
+    ]
     stems = [i for i, p in enumerate(pieces) if stem and p.endswith(stem)]
     after = [i for i, p in enumerate(pieces) if stem and opens(p, rest)]
     return tuple(anywhere), tuple(stems), tuple(after)
@@ -133,24 +146,36 @@ def load(folder: pathlib.Path, config) -> Text:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     except Exception as error:  # transformers raises many kinds for a damaged or missing tokenizer
-        raise TextError(f"no usable tokenizer in {folder}: {(str(error) or repr(error)).splitlines()[0]}") from None
+        raise TextError(
+            f"no usable tokenizer in {folder}: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from None
     if not tokenizer.chat_template:
         raise TextError(f"the tokenizer in {folder} has no chat template: add chat_template.jinja")
 
     def token_id(token: str, key: str) -> int:
         found = tokenizer.convert_tokens_to_ids(token)
         if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
-            raise TextError(f"config.text.{key}={token!r} is not one token of the tokenizer in {folder}")
+            raise TextError(
+                f"config.text.{key}={token!r} is not one token of the tokenizer in {folder}"
+            )
         return found
 
-    decision_id = token_id(config.decision_token, "decision_token") if config.decision_token else None
-    written = config.marker if config.marker.startswith(config.decision_token) else config.decision_token
+    decision_id = (
+        token_id(config.decision_token, "decision_token") if config.decision_token else None
+    )
+    written = (
+        config.marker if config.marker.startswith(config.decision_token) else config.decision_token
+    )
     marker_ids = tuple(tokenizer.encode(written, add_special_tokens=False))
     if decision_id is not None and marker_ids[:1] != (decision_id,):
-        raise TextError(f"config.text.marker={config.marker!r} does not begin with the token {config.decision_token!r}")
+        raise TextError(
+            f"config.text.marker={config.marker!r} does not begin with the token {config.decision_token!r}"
+        )
     answer_open = _answer_open(tokenizer, "<answer>")
     if not answer_open:
-        raise TextError(f"the tokenizer in {folder} cannot write '<answer>': add it to the vocabulary")
+        raise TextError(
+            f"the tokenizer in {folder} cannot write '<answer>': add it to the vocabulary"
+        )
     return Text(
         tokenizer=tokenizer,
         pad_id=token_id(config.pad, "pad"),
@@ -176,6 +201,8 @@ def word_tokenizer(words: Sequence[str], pad: str, eos: str, unk: str) -> PreTra
     pattern = Regex("|".join(map(re.escape, longest_first)))
     inner.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     inner.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=pad, eos_token=eos, unk_token=unk)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=pad, eos_token=eos, unk_token=unk
+    )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
     return tokenizer

@@ -26,7 +26,11 @@ def _save(path: pathlib.Path, figure) -> None:
 
 
 def _finish_frontier(path: pathlib.Path, figure, axes) -> None:
-    axes.set(xlabel="queries sent to the cloud (%)", ylabel="overall accuracy (%)", title="Accuracy against call rate")
+    axes.set(
+        xlabel="queries sent to the cloud (%)",
+        ylabel="overall accuracy (%)",
+        title="Accuracy against call rate",
+    )
     axes.set_xlim(0, 100)
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.25)
@@ -43,8 +47,15 @@ def frontier(path: pathlib.Path, before: Records, after: Records, report: dict) 
 
     for name in ("perfect", "margin", "logprob", "random"):
         width = 2 if name == "margin" else 1.3
-        axes.plot(*line(after, name), color=_COLOURS[name], label=f"after: {ROUTERS[name].title}", lw=width)
-    axes.plot(*line(before, "margin"), color=_COLOURS["margin"], ls="--", lw=1.2, label="before: margin")
+        axes.plot(
+            *line(after, name),
+            color=_COLOURS[name],
+            label=f"after: {ROUTERS[name].title}",
+            lw=width,
+        )
+    axes.plot(
+        *line(before, "margin"), color=_COLOURS["margin"], ls="--", lw=1.2, label="before: margin"
+    )
     natural = report["after"]["natural"]
     axes.plot(
         100 * natural["call_rate"]["value"],
@@ -53,12 +64,20 @@ def frontier(path: pathlib.Path, before: Records, after: Records, report: dict) 
         color=_COLOURS["margin"],
         label="after: natural",
     )
-    axes.axhline(100 * report["after"]["cloud_accuracy"]["value"], color="black", ls=":", lw=1, label="cloud alone")
+    axes.axhline(
+        100 * report["after"]["cloud_accuracy"]["value"],
+        color="black",
+        ls=":",
+        lw=1,
+        label="cloud alone",
+    )
     axes.axvline(100 * report["budget"], color="#aaaaaa", lw=0.8)
     _finish_frontier(path, figure, axes)
 
 
-def curves(path: pathlib.Path, rates: Sequence[float], lines: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def curves(
+    path: pathlib.Path, rates: Sequence[float], lines: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
     """Overall accuracy against call rate, a line for each method with its 95 % band.
 
     lines: by method "value", "low", "high", each [K] at the call rates [K].
@@ -67,7 +86,9 @@ def curves(path: pathlib.Path, rates: Sequence[float], lines: Mapping[str, Mappi
     for name, line in lines.items():
         value, low, high = (100 * np.array(line[key], float) for key in ("value", "low", "high"))
         (drawn,) = axes.plot(100 * np.array(rates), value, lw=1.4, label=name)
-        axes.fill_between(100 * np.array(rates), low, high, color=drawn.get_color(), alpha=0.12, lw=0)
+        axes.fill_between(
+            100 * np.array(rates), low, high, color=drawn.get_color(), alpha=0.12, lw=0
+        )
     _finish_frontier(path, figure, axes)
 
 
@@ -76,8 +97,18 @@ def training(path: pathlib.Path, rows: list[dict], budget: float) -> None:
     steps = np.array([row["step"] for row in rows])
     panels = [
         ("reward", [("reward", "mean reward")]),
-        ("responses (%)", [("local_accuracy", "right on the device"), ("call_rate", "called"), ("cut_off", "cut off")]),
-        ("prompts of a step", [("d1", "D1"), ("d2", "D2"), ("dropped", "dropped"), ("no_signal", "no signal")]),
+        (
+            "responses (%)",
+            [
+                ("local_accuracy", "right on the device"),
+                ("call_rate", "called"),
+                ("cut_off", "cut off"),
+            ],
+        ),
+        (
+            "prompts of a step",
+            [("d1", "D1"), ("d2", "D2"), ("dropped", "dropped"), ("no_signal", "no signal")],
+        ),
         ("entropy (nats a token)", [("entropy", "entropy")]),
         ("gradient norm before clipping", [("grad_norm", "norm")]),
         ("seconds a step", [("seconds", "step"), ("seconds_rollout", "of which rollout")]),
@@ -102,16 +133,26 @@ def training(path: pathlib.Path, rows: list[dict], budget: float) -> None:
 
 def sweep_training(path: pathlib.Path, cells: Mapping[str, Sequence[list[dict]]]) -> None:
     """Training of each cell, mean over its seeds and ten steps: against steps, and against the cloud answers bought until then."""
-    panels = [("local_accuracy", "right on the device (%)"), ("call_rate", "called (%)"), ("reward", "mean reward")]
+    panels = [
+        ("local_accuracy", "right on the device (%)"),
+        ("call_rate", "called (%)"),
+        ("reward", "mean reward"),
+    ]
     figure, grid = plt.subplots(2, 3, figsize=(13, 7))
     for column, (key, title) in enumerate(panels):
         for name, runs in cells.items():
             steps = min(map(len, runs))
             window = min(10, steps)
-            mean = lambda of, runs=runs, steps=steps: np.mean([[row[of] for row in rows[:steps]] for rows in runs], 0)  # noqa: E731
-            values = np.convolve(mean(key), np.ones(window) / window, "valid") * (100 if "%" in title else 1)
+            mean = lambda of, runs=runs, steps=steps: np.mean(
+                [[row[of] for row in rows[:steps]] for rows in runs], 0
+            )  # noqa: E731
+            values = np.convolve(mean(key), np.ones(window) / window, "valid") * (
+                100 if "%" in title else 1
+            )
             bought = np.cumsum(mean("cloud_bought"))[window - 1 :]
-            for axes, x in zip(grid[:, column], (np.arange(window, steps + 1), bought), strict=True):
+            for axes, x in zip(
+                grid[:, column], (np.arange(window, steps + 1), bought), strict=True
+            ):
                 axes.plot(x, values, lw=1.3, label=name)
         for axes, label in zip(grid[:, column], ("step", "cloud answers bought"), strict=True):
             axes.set_title(title, fontsize=10)

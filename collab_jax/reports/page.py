@@ -20,8 +20,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns. A cell may be made by `code`; in any other, nothing is markup."""
     head, *rows = [[_plain(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"  # noqa: E731
-    return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+    line = lambda cells: (
+        "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+    )  # noqa: E731
+    return "\n".join(
+        [line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)]
+    )
 
 
 def _plain(cell: str) -> str:
@@ -38,7 +42,9 @@ def code(text: str) -> str:
 
 def percent(rate: dict) -> str:
     """'63.1 (61.6 to 64.5)' from a figure with its interval."""
-    return f"{100 * rate['value']:.1f} ({_hundredfold(rate['low'])} to {_hundredfold(rate['high'])})"
+    return (
+        f"{100 * rate['value']:.1f} ({_hundredfold(rate['low'])} to {_hundredfold(rate['high'])})"
+    )
 
 
 def points(rate: dict) -> str:

@@ -41,9 +41,16 @@ def write(
         "steps": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
         "filter_dropped": 1 - int(filter_state.kept) / prompts,
-        "filter": {name: int(getattr(filter_state, name)) for name in ("prompts", "d1", "d2", "kept", "kept_d2")},
+        "filter": {
+            name: int(getattr(filter_state, name))
+            for name in ("prompts", "d1", "d2", "kept", "kept_d2")
+        },
         "cloud_calls": cost.everything.calls,
-        "cloud": {**cost.everything._asdict(), "training": cost.training._asdict(), "spent": cost.spent._asdict()},
+        "cloud": {
+            **cost.everything._asdict(),
+            "training": cost.training._asdict(),
+            "spent": cost.spent._asdict(),
+        },
         "config": json.loads(config.to_json_best_effort()),
         "machine": machine,
     }
@@ -51,7 +58,9 @@ def write(
     figures.frontier(workdir / "frontier.png", before, after, report)
     table = markdown_table(report)
     page.save(workdir, "report", markdown(report, table, after))
-    beside = workdir / "report.tmp"  # the last file, complete or not at all: a run that has it is finished
+    beside = (
+        workdir / "report.tmp"
+    )  # the last file, complete or not at all: a run that has it is finished
     beside.write_text(json.dumps(report, indent=2) + "\n")
     beside.replace(workdir / "report.json")
     return f"\n{table}\n\n{closing(report)}\nreport: {workdir / 'report.html'}, report.md, report.json, frontier.png, training.png"

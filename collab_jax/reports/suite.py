@@ -100,7 +100,10 @@ def figures(tables: Sequence[Records], budget: float, seed: int) -> dict[str, np
 def by_sample(table: Records, samples: int) -> list[Records]:
     """The records of each sample, prompts in the same order and with the same ids."""
     n = len(table["id"]) // samples
-    parts = [{name: column[i * n : (i + 1) * n] for name, column in table.items()} for i in range(samples)]
+    parts = [
+        {name: column[i * n : (i + 1) * n] for name, column in table.items()}
+        for i in range(samples)
+    ]
     return [part | {"id": parts[0]["id"]} for part in parts]
 
 
@@ -118,7 +121,9 @@ def evaluate_benchmark(
         bench._replace(task=dataclasses.replace(bench.task, load=lambda split: unseen)), "test"
     )
     repeated: list[Example] = [
-        dataclasses.replace(e, id=f"{e.id}#{i + 1}") if samples > 1 else e for i in range(samples) for e in examples
+        dataclasses.replace(e, id=f"{e.id}#{i + 1}") if samples > 1 else e
+        for i in range(samples)
+        for e in examples
     ]
     parts = bench.text, bench.task, bench.cloud, repeated, bench.config, name
     if samples > 1:
@@ -140,10 +145,14 @@ def summarize(tables: dict[str, tuple[Records, dict[str, int]]], budget: float) 
     """`benchmarks` (counts, and a Rate for each of COLUMNS) and their `average`."""
     found, all_figures = {}, []
     for seed, (name, (table, counts)) in enumerate(tables.items()):
-        of = figures(by_sample(table, counts["samples"]), budget, seed)  # a seed each: independent draws
+        of = figures(
+            by_sample(table, counts["samples"]), budget, seed
+        )  # a seed each: independent draws
         all_figures.append(of)
         found[name] = counts | {column: measures.estimate(values) for column, values in of.items()}
-    average = {c: measures.estimate(np.mean([of[c] for of in all_figures], axis=0)) for c in COLUMNS}
+    average = {
+        c: measures.estimate(np.mean([of[c] for of in all_figures], axis=0)) for c in COLUMNS
+    }
     return {"benchmarks": found, "average": average}
 
 
@@ -157,9 +166,13 @@ def notes(name: str, result: dict) -> list[str]:
         }
         found += [f"{bench}: left out {of[key]} {what}." for key, what in left.items() if of[key]]
         if of["cloud_unknown"]:
-            found.append(f"{bench}: {of['cloud_unknown']} cloud answers are not known; they count as wrong.")
+            found.append(
+                f"{bench}: {of['cloud_unknown']} cloud answers are not known; they count as wrong."
+            )
         if of["unjudged"]:
-            found.append(f"{bench}: {of['unjudged']} responses could not be judged; they count as wrong.")
+            found.append(
+                f"{bench}: {of['unjudged']} responses could not be judged; they count as wrong."
+            )
     return found
 
 
@@ -174,7 +187,11 @@ def markdown(result: dict) -> str:
     rows = [[name, size(of), *line(of)] for name, of in result["benchmarks"].items()]
     rows.append(["average", "", *line(result["average"])])
     several = any(of["samples"] > 1 for of in result["benchmarks"].values())
-    drawn = f"; x k: the mean of k responses at temperature {result['temperature']:g}" if several else ""
+    drawn = (
+        f"; x k: the mean of k responses at temperature {result['temperature']:g}"
+        if several
+        else ""
+    )
     return (
         f"# Suite {result['suite']}: {result['model']}, step {result['step']}\n\n"
         f"In percent of a benchmark's prompts, with 95 % intervals (bootstrap over prompts). Greedy responses{drawn}. "
@@ -191,7 +208,9 @@ def main(config: ConfigDict, workdir: pathlib.Path, name: str) -> int:
     run = experiment.prepare(config, workdir)
     state = parallel.replicate(experiment.load_state(run))
     greedy = evaluate.greedy_sampler(run)
-    sampled = rollout.make_sampler(run.cfg, run.text, config, group=1, temperature=config.eval.temperature)
+    sampled = rollout.make_sampler(
+        run.cfg, run.text, config, group=1, temperature=config.eval.temperature
+    )
     out = workdir / f"suite-{name.replace(',', '+')}"
     out.mkdir(exist_ok=True)
     tables = {}

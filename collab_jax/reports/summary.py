@@ -14,7 +14,9 @@ SUMMARY_ROUTERS = ("margin", "logprob", "random", "perfect")
 
 def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
     """Overall accuracy of SUMMARY_ROUTERS by budget, margin's lead over random, and its share of the perfect router's gain."""
-    f = measures.frontiers({name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}, BUDGETS)
+    f = measures.frontiers(
+        {name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}, BUDGETS
+    )
     share = measures.perfect_share(f.rates, f.accuracy["margin"], f.accuracy["perfect"])
     return {
         str(b): {
@@ -39,16 +41,22 @@ def summary(table: Records) -> dict:
         "cloud_accuracy": rate(table["cloud_correct"]),
         "natural": {
             "call_rate": rate(decided),
-            "local_share": rate(~decided & table["natural_ended"]),  # answered on the device, right or wrong
+            "local_share": rate(
+                ~decided & table["natural_ended"]
+            ),  # answered on the device, right or wrong
             "local_correct": rate(~decided & table["natural_correct"]),
-            "overall_accuracy": rate(np.where(decided, table["cloud_correct"], table["natural_correct"])),
+            "overall_accuracy": rate(
+                np.where(decided, table["cloud_correct"], table["natural_correct"])
+            ),
             # of the calls, how many free decoding wrote to the end
             "marker_completed": free / int(decided.sum()) if decided.any() else None,
         },
         "at_budget": at_budgets(table),
         "device_tokens": {
             "local": float(table["tokens"].mean()),
-            "natural": float(table["natural_tokens"].mean()),  # up to the decision token where it called
+            "natural": float(
+                table["natural_tokens"].mean()
+            ),  # up to the decision token where it called
         },
         "no_answer": rate(no_answer(table)),
         "cloud_unknown": rate(~table["cloud_known"]),  # failed calls; they count as wrong
@@ -56,7 +64,8 @@ def summary(table: Records) -> dict:
         "auc": aucs(table),
         "auc_answered": aucs(answered),
         "local_accuracy_by_stratum": {
-            str(s): rate(table["local_correct"][table["stratum"] == s]) for s in np.unique(table["stratum"])
+            str(s): rate(table["local_correct"][table["stratum"] == s])
+            for s in np.unique(table["stratum"])
         },
     }
 
@@ -77,14 +86,20 @@ def shared(table: Records) -> dict | None:
 def _auc(table: Records, router: str) -> float | None:
     """AUC of "local is wrong", or None where the device is always right, or always wrong."""
     right = table["local_correct"]
-    return measures.auc(table, routers.score(router, table)) if right.any() and not right.all() else None
+    return (
+        measures.auc(table, routers.score(router, table))
+        if right.any() and not right.all()
+        else None
+    )
 
 
 def gains(before: Records, after: Records) -> dict[str, Rate]:
     """Paired differences, after - before, on the same prompts. Raises UserError where the prompts differ."""
     before = records.align(after, before, "after", "before")
     tables = {"before": before, "after": after}
-    f = measures.frontiers({name: [(t, routers.score("margin", t))] for name, t in tables.items()}, BUDGETS)
+    f = measures.frontiers(
+        {name: [(t, routers.score("margin", t))] for name, t in tables.items()}, BUDGETS
+    )
     gain = lambda budget: estimate(f.at("after", budget) - f.at("before", budget))  # noqa: E731
     return {"local_accuracy": gain(0), **{f"margin_at_{b}": gain(b) for b in BUDGETS}}
 

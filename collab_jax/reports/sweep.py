@@ -32,16 +32,26 @@ class Finished(NamedTuple):
 def read(folder: pathlib.Path) -> Finished:
     """The finished run in `folder`."""
     if not (rows := metrics.read(folder / "metrics.jsonl")):
-        raise UserError(f"{folder} has a report, but no rows in metrics.jsonl: restore it, or move that folder away")
+        raise UserError(
+            f"{folder} has a report, but no rows in metrics.jsonl: restore it, or move that folder away"
+        )
     return Finished(json.loads((folder / "report.json").read_text()), rows, folder)
 
 
-def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapping[str, Sequence[Finished]]) -> None:
+def write(
+    out: pathlib.Path,
+    about: str,
+    command: str,
+    result: dict,
+    cells: Mapping[str, Sequence[Finished]],
+) -> None:
     """Writes the report of `cells` to `out`, from `compare.compare`'s result; frontier.png is there already.
 
     about: what the sweep is, Markdown. The first cell is the one that the others are compared with.
     """
-    figures.sweep_training(out / "training.png", {name: [run.rows for run in runs] for name, runs in cells.items()})
+    figures.sweep_training(
+        out / "training.png", {name: [run.rows for run in runs] for name, runs in cells.items()}
+    )
     first = next(iter(cells.values()))[0]
     told = lambda machine: ", ".join(f"{key} {value}" for key, value in machine.items())  # noqa: E731
     machines = {told(run.report["machine"]) for runs in cells.values() for run in runs}
@@ -57,7 +67,9 @@ def write(out: pathlib.Path, about: str, command: str, result: dict, cells: Mapp
         "report",
         f"{about.strip()}\n\nCommand: {page.code(command)}. {result['prompts']} held-out prompts, the same for all. Seeds: {seeds}. "
         f"Figures in percent of all prompts, with 95 % intervals from {result['resamples']} resamples of seeds and prompts; with "
-        "five seeds they cover some 88 %, with two about half. Machine: " + "; ".join(sorted(machines)) + ".\n\n"
+        "five seeds they cover some 88 %, with two about half. Machine: "
+        + "; ".join(sorted(machines))
+        + ".\n\n"
         f"## The trained marker\n\n{cell_table(result)}\n\n"
         f"## {result['reference']} against the others' margin, points\n\n{ahead_table(result)}\n\n"
         "![accuracy against call rate](frontier.png)\n\n"
@@ -74,10 +86,20 @@ def headline_table(result: dict) -> str:
     """A row a model, short enough for a front page: everything at BUDGET."""
     budget = f"{100 * BUDGET:g} % calls"
     ahead = f"{result['reference'].partition(': ')[0]} ahead by"
-    head = ["", "seeds", "device alone", f"{budget}: margin", f"{budget}: log-probability gate", ahead]
+    head = [
+        "",
+        "seeds",
+        "device alone",
+        f"{budget}: margin",
+        f"{budget}: log-probability gate",
+        ahead,
+    ]
     rows = []
     for name in _models(result):
-        margin, gate = (result["methods"][f"{name}: {r}"]["at_budget"][str(BUDGET)] for r in ("margin", "logprob"))
+        margin, gate = (
+            result["methods"][f"{name}: {r}"]["at_budget"][str(BUDGET)]
+            for r in ("margin", "logprob")
+        )
         is_reference = f"{name}: margin" == result["reference"]
         rows.append(
             [
@@ -131,7 +153,10 @@ def ahead_table(result: dict) -> str:
         [
             name,
             points(result["models"][name]["reference_minus_this"]),
-            *(points(f["reference_minus_this"]) for f in result["methods"][f"{name}: margin"]["at_budget"].values()),
+            *(
+                points(f["reference_minus_this"])
+                for f in result["methods"][f"{name}: margin"]["at_budget"].values()
+            ),
         ]
         for name in _models(result)
         if f"{name}: margin" != result["reference"]
@@ -145,7 +170,10 @@ def router_table(result: dict, figure: str, show) -> str:
     routers = list(dict.fromkeys(name.partition(": ")[2] for name in result["methods"]))
     cell = lambda method: show(method["at_budget"][str(BUDGET)][figure]) if method else "-"  # noqa: E731
     rows = [
-        [ROUTERS[r].title if r in ROUTERS else r, *(cell(result["methods"].get(f"{m}: {r}")) for m in models)]
+        [
+            ROUTERS[r].title if r in ROUTERS else r,
+            *(cell(result["methods"].get(f"{m}: {r}")) for m in models),
+        ]
         for r in routers
     ]
     return page.table(["", *models], rows)

@@ -24,7 +24,11 @@ from collab_jax.gapg import Algorithm, FilterState, RewardState
 
 
 def task_reward(
-    state: RewardState, correct: jax.Array, called: jax.Array, formatted: jax.Array, cloud_correct: jax.Array
+    state: RewardState,
+    correct: jax.Array,
+    called: jax.Array,
+    formatted: jax.Array,
+    cloud_correct: jax.Array,
 ) -> tuple[jax.Array, RewardState]:
     """`gapg.reward` as if the cloud were never right: r f32[Q, G], and a call earns nothing."""
     return gapg.reward(state, correct, called, formatted, jnp.zeros_like(cloud_correct))
@@ -124,7 +128,9 @@ def mixed_filter(
     del r
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
     keep, new = gapg.within_quota(state, d1 & ~correct.all(axis=1), d2, key)
-    return keep, gapg.tally(state, d1, d2, keep).replace(carry=new.carry)  # the totals' D1 is everybody's
+    return keep, gapg.tally(state, d1, d2, keep).replace(
+        carry=new.carry
+    )  # the totals' D1 is everybody's
 
 
 # -------------------------------------------------------------------------------------------------- control
@@ -133,7 +139,9 @@ def mixed_filter(
 def lagrangian(rate: float) -> Callable:
     """Control of DA-GRPO (arXiv 2602.00166): price <- max(0, price + rate * (call rate - budget))."""
 
-    def control(reward: RewardState, filter: FilterState, call_rate: jax.Array) -> tuple[RewardState, FilterState]:
+    def control(
+        reward: RewardState, filter: FilterState, call_rate: jax.Array
+    ) -> tuple[RewardState, FilterState]:
         price = jnp.maximum(filter.price + rate * (call_rate - filter.budget), 0)
         return reward, filter.replace(price=price)
 
@@ -143,7 +151,9 @@ def lagrangian(rate: float) -> Callable:
 def dual_alpha_c(rate: float) -> Callable:
     """alpha_c <- alpha_c + rate * (budget - call rate), kept in [alpha_f, alpha_a]: the budget from both sides."""
 
-    def control(reward: RewardState, filter: FilterState, call_rate: jax.Array) -> tuple[RewardState, FilterState]:
+    def control(
+        reward: RewardState, filter: FilterState, call_rate: jax.Array
+    ) -> tuple[RewardState, FilterState]:
         a, c, f = reward.alphas
         c = jnp.clip(c + rate * (filter.budget - call_rate), f, a)
         return reward.replace(alphas=jnp.stack([a, c, f])), filter
@@ -167,7 +177,11 @@ PARTS: dict[str, dict[str, Callable]] = {
         "zero_variance": zero_variance_filter,
         "none": no_filter,
     },
-    "control": {"none": lambda rate: gapg.no_control, "lagrangian": lagrangian, "dual_alpha_c": dual_alpha_c},
+    "control": {
+        "none": lambda rate: gapg.no_control,
+        "lagrangian": lagrangian,
+        "dual_alpha_c": dual_alpha_c,
+    },
 }
 
 
@@ -175,7 +189,9 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
     """The Algorithm that `config.algorithm` names."""
     part = {name: functions[config.algorithm[name]] for name, functions in PARTS.items()}
     control = part["control"](config.algorithm.control_rate)
-    return Algorithm(part["reward"], by_kind(part["advantage"], config.algorithm.solo), part["filter"], control)
+    return Algorithm(
+        part["reward"], by_kind(part["advantage"], config.algorithm.solo), part["filter"], control
+    )
 
 
 def needs_cloud(config: ConfigDict) -> bool:

@@ -47,10 +47,16 @@ def read(path: pathlib.Path, examples: Callable[[], Mapping[str, Messages]]) -> 
     Raises UserError, naming file and line, for what is missing, empty, not of its type, or no JSON.
     """
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as file
+        ):
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the demonstrations {path} ({error}): is it there, and complete?") from None
+        raise UserError(
+            f"cannot read the demonstrations {path} ({error}): is it there, and complete?"
+        ) from None
     found, examples = [], functools.cache(examples)
     for number, line in lines:
         try:
@@ -60,7 +66,9 @@ def read(path: pathlib.Path, examples: Callable[[], Mapping[str, Messages]]) -> 
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
     if not found:
-        raise UserError(f"{path} has no demonstrations: it needs one a line, as collab_jax/rl/demonstrations.py says")
+        raise UserError(
+            f"{path} has no demonstrations: it needs one a line, as collab_jax/rl/demonstrations.py says"
+        )
     return found
 
 
@@ -85,7 +93,9 @@ def _demonstration(line: str, examples: Callable[[], Mapping[str, Messages]]) ->
     if "id" not in row:
         raise ValueError("no messages, prompt or id: one must say what the response answers")
     if not isinstance(row["id"], str) or row["id"] not in examples():
-        raise ValueError(f"no training example has the id {row['id']!r}: give its prompt or messages instead")
+        raise ValueError(
+            f"no training example has the id {row['id']!r}: give its prompt or messages instead"
+        )
     return examples()[row["id"]], response
 
 
@@ -106,9 +116,16 @@ def fitting(found: Sequence[Demonstration], text: Text, config: ConfigDict) -> l
     short = [(m, r) for m, r in found if len(text.prompt_ids(m)) <= L]
     fit = [(m, r) for m, r in short if len(text.response_ids(r)) <= T]
     if not fit:
-        raise UserError(f"none of {len(found)} demonstrations fits config.prompt_length={L} and max_new_tokens={T}")
-    answers, calls = sum(base.formatted(r) for _, r in fit), sum(base.called(r, text.marker) for _, r in fit)
-    print(f"{len(fit)} demonstrations: {answers} answer, {calls} call, {len(fit) - answers - calls} do neither in form")
+        raise UserError(
+            f"none of {len(found)} demonstrations fits config.prompt_length={L} and max_new_tokens={T}"
+        )
+    answers, calls = (
+        sum(base.formatted(r) for _, r in fit),
+        sum(base.called(r, text.marker) for _, r in fit),
+    )
+    print(
+        f"{len(fit)} demonstrations: {answers} answer, {calls} call, {len(fit) - answers - calls} do neither in form"
+    )
     if len(fit) < len(found):
         print(
             f"left out: {len(found) - len(short)} of {len(found)} demonstrations for prompts of more than "
@@ -171,13 +188,17 @@ def draw(
     for i, start in enumerate(range(0, len(examples), size)):
         batch = examples[start : start + size]
         padded = [*batch, *[batch[0]] * (size - len(batch))]  # one shape, one compilation
-        prompts = parallel.shard(text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D)
+        prompts = parallel.shard(
+            text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D
+        )
         key = np.full(D, config.seed, np.int32), np.full(D, first + i, np.int32)
         samples = sample(params, *prompts, *key, bias=np.full(D, bias, np.float32))
         yield batch, jax.tree.map(lambda x: x[: len(batch)], parallel.gather(samples))  # noqa: B023
 
 
-def judged(text: Text, task: Task, batch: Sequence[Example], samples: Samples, keep: int) -> list[dict]:
+def judged(
+    text: Text, task: Task, batch: Sequence[Example], samples: Samples, keep: int
+) -> list[dict]:
     """What each prompt's responses are good for: {"id", "right": up to `keep` different right ones, in the format, "failed"}.
 
     failed: where none is right, the first response that answers (else that ended, else at all) to where its answer begins;
@@ -197,7 +218,9 @@ def judged(text: Text, task: Task, batch: Sequence[Example], samples: Samples, k
         failed = None
         if not good:
             i = min(group, key=lambda i: (shaped[i] is None, not ended[i]))
-            half = text.decode(flat[0][i : i + 1, : T // 2], flat[1][i : i + 1, : T // 2])[0].replace(text.marker, "")
+            half = text.decode(flat[0][i : i + 1, : T // 2], flat[1][i : i + 1, : T // 2])[
+                0
+            ].replace(text.marker, "")
             failed = until_answer(texts[i] if ended[i] else half[: half.rfind("\n") + 1] or half)
         rows.append({"id": example.id, "right": good[:keep], "failed": failed})
     return rows
@@ -222,11 +245,18 @@ def own(
     whole = file.read_text() if file.exists() else ""
     lines = whole[: whole.rfind("\n") + 1].splitlines()  # a kill may have cut the last one short
     lines = lines[1:] if lines[:1] == [head] else []
-    lines = lines[: min(len(lines), len(examples)) // size * size]  # whole batches, of what is wanted now
+    lines = lines[
+        : min(len(lines), len(examples)) // size * size
+    ]  # whole batches, of what is wanted now
     file.write_text("".join(f"{line}\n" for line in [head, *lines]))
     rows = [json.loads(line) for line in lines]
-    more = draw(sample, params, text, task, examples[len(rows) :], config, len(rows) // size, -np.inf)
-    with file.open("a") as out, tqdm(total=len(examples), initial=len(rows), desc="sample", unit="prompt") as bar:
+    more = draw(
+        sample, params, text, task, examples[len(rows) :], config, len(rows) // size, -np.inf
+    )
+    with (
+        file.open("a") as out,
+        tqdm(total=len(examples), initial=len(rows), desc="sample", unit="prompt") as bar,
+    ):
         for batch, samples in more:
             new = judged(text, task, batch, samples, config.sft.keep)
             out.write("".join(json.dumps(row) + "\n" for row in new))
@@ -256,7 +286,9 @@ def chosen(rows: Sequence[dict], share: float, marker: str, seed: int) -> list[d
     calling = set(random.Random(f"calls {seed}").sample(failed, calls))
     found = []
     for row in rows:
-        found += [{"id": row["id"], "kind": "answer", "response": response} for response in row["right"]]
+        found += [
+            {"id": row["id"], "kind": "answer", "response": response} for response in row["right"]
+        ]
         if row["id"] in calling:
             found.append({"id": row["id"], "kind": "call", "response": row["failed"] + marker})
     return found

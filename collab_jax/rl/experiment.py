@@ -58,9 +58,18 @@ def check_config(config: ConfigDict) -> None:
         f"config.budget={config.budget} must lie in [0, 1), 0.999 at most: the share of queries that may go to the cloud",
     )
     need(0 <= config.seed < 2**31, f"config.seed={config.seed} must lie in [0, 2**31)")
-    need(config.group >= 2, f"config.group={config.group} must be at least 2: a group is compared with itself")
-    need(a > c > f >= 0 and math.isfinite(a), f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold")
-    need(config.temperature > 0, f"config.temperature={config.temperature} must be above 0: training samples")
+    need(
+        config.group >= 2,
+        f"config.group={config.group} must be at least 2: a group is compared with itself",
+    )
+    need(
+        a > c > f >= 0 and math.isfinite(a),
+        f"config.reward: alpha_a={a} > alpha_c={c} > alpha_f={f} >= 0 must hold",
+    )
+    need(
+        config.temperature > 0,
+        f"config.temperature={config.temperature} must be above 0: training samples",
+    )
     need(
         0 <= config.optim.average <= 0.9999,
         f"config.optim.average={config.optim.average} must lie in [0, 0.9999]: 0 averages nothing",
@@ -79,22 +88,31 @@ def check_config(config: ConfigDict) -> None:
         "config.decode.segments and slot_counts must be at least 1",
     )
     need(
-        min(config.eval.prompts, config.eval.fit_prompts) >= 0, "config.eval.prompts and fit_prompts must be at least 0"
+        min(config.eval.prompts, config.eval.fit_prompts) >= 0,
+        "config.eval.prompts and fit_prompts must be at least 0",
     )
     need(
         config.eval.samples >= 1 and config.eval.temperature > 0,
         f"config.eval.samples={config.eval.samples} must be at least 1, temperature={config.eval.temperature} above 0",
     )
     need(
-        config.eval.prompts or not config.eval.fit_prompts, "config.eval.fit_prompts needs config.eval.prompts as well"
+        config.eval.prompts or not config.eval.fit_prompts,
+        "config.eval.fit_prompts needs config.eval.prompts as well",
     )
     need(
-        min(config.routers.samples, config.routers.epochs) >= 1 and 0 < config.routers.learning_rate < math.inf,
+        min(config.routers.samples, config.routers.epochs) >= 1
+        and 0 < config.routers.learning_rate < math.inf,
         "config.routers.samples and epochs must be at least 1, learning_rate finite and above 0",
     )
-    need(config.eval.prompts or not config.routers.record, "config.routers.record needs config.eval.prompts as well")
+    need(
+        config.eval.prompts or not config.routers.record,
+        "config.routers.record needs config.eval.prompts as well",
+    )
     pair = algorithm.solo == 0 or 2 <= algorithm.solo <= config.group - 2
-    need(pair, f"config.algorithm.solo={algorithm.solo} must be 0, or leave at least two responses of each kind")
+    need(
+        pair,
+        f"config.algorithm.solo={algorithm.solo} must be 0, or leave at least two responses of each kind",
+    )
     need(
         algorithm.solo == 0 or algorithm.advantage in ("gapg", "standard"),
         f"config.algorithm.solo={algorithm.solo} goes with advantage gapg or standard, whose sizes are alike",
@@ -107,12 +125,21 @@ def check_config(config: ConfigDict) -> None:
         algorithm.filter != "zero_variance" or algorithm.control != "lagrangian",
         "config.algorithm: zero_variance looks at rewards, not at what lagrangian charges for calls: use filter=none with it",
     )
-    need(0 <= algorithm.control_rate < math.inf, "config.algorithm.control_rate must be finite and at least 0")
+    need(
+        0 <= algorithm.control_rate < math.inf,
+        "config.algorithm.control_rate must be finite and at least 0",
+    )
     for name in ("model.dtype", "model.param_dtype", "decode.cache_dtype"):
         value = functools.reduce(getattr, name.split("."), config)
-        need(value in ("float32", "bfloat16"), f"config.{name}={value!r}: use 'float32' or 'bfloat16'")
+        need(
+            value in ("float32", "bfloat16"),
+            f"config.{name}={value!r}: use 'float32' or 'bfloat16'",
+        )
     for key, known in algorithms.PARTS.items():
-        need(algorithm[key] in known, f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}")
+        need(
+            algorithm[key] in known,
+            f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}",
+        )
     for name in ("prompts_per_step", "eval.batch_size", "routers.batch_size"):
         size = functools.reduce(getattr, name.split("."), config)
         need(
@@ -126,7 +153,9 @@ def make_workdir(workdir: pathlib.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
+        raise UserError(
+            f"cannot write to {workdir} ({error.strerror}): choose another --workdir"
+        ) from None
 
 
 def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -138,7 +167,9 @@ def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
             beside.write_text(json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n")
             beside.replace(file)
     except OSError as error:
-        raise UserError(f"cannot write to {workdir} ({error.strerror}): choose another --workdir") from None
+        raise UserError(
+            f"cannot write to {workdir} ({error.strerror}): choose another --workdir"
+        ) from None
     if differing := differences(file, config):
         raise UserError(
             f"{workdir} holds a run with other settings ({differing}): use the same settings or another --workdir"
@@ -153,23 +184,35 @@ def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -
     try:
         theirs = json.loads(file.read_text())
     except (OSError, ValueError):
-        raise UserError(f"{file} is not readable JSON: restore it, or choose another --workdir") from None
+        raise UserError(
+            f"{file} is not readable JSON: restore it, or choose another --workdir"
+        ) from None
     old, new = _flat(theirs), _flat(json.loads(config.to_json_best_effort()))
     keys = sorted((old.keys() | new.keys() if all_keys else old.keys() & new.keys()) - FREE)
-    found = [f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)]
+    found = [
+        f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)
+    ]
     return "; ".join(found[:5])
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {prefix + key: value}
+        )
     return flat
 
 
 def store_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     """The file of the run's cloud answers."""
-    return pathlib.Path(config.cloud.store).expanduser() if config.cloud.store else workdir / "cloud.sqlite"
+    return (
+        pathlib.Path(config.cloud.store).expanduser()
+        if config.cloud.store
+        else workdir / "cloud.sqlite"
+    )
 
 
 def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, CachedCloud]:
@@ -193,7 +236,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     task, cloud = task_and_cloud(config, store_path(config, workdir))
     claim(config, workdir)
     steps, o = config.train.steps, config.optim
-    schedule = optim.make_schedule(o.learning_rate, o.warmup_steps, decay_steps=steps if o.decay else None)
+    schedule = optim.make_schedule(
+        o.learning_rate, o.warmup_steps, decay_steps=steps if o.decay else None
+    )
     return Run(
         config=config,
         workdir=workdir,
@@ -202,7 +247,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         text=text,
         task=task,
         cloud=cloud,
-        optimizer=optim.make_optimizer(schedule, o.weight_decay, o.clip_norm, config.model.param_dtype),
+        optimizer=optim.make_optimizer(
+            schedule, o.weight_decay, o.clip_norm, config.model.param_dtype
+        ),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )
 
@@ -221,7 +268,9 @@ def fitting(task: Task, text: Text, config: ConfigDict, split: str) -> list[Exam
     found, limit = task.load(split), config.prompt_length
     fitting = [e for e in found if len(text.prompt_ids(task.prompt(e))) <= limit]
     if not fitting:
-        raise UserError(f"all {len(found)} {split} prompts have more than {limit} tokens: raise config.prompt_length")
+        raise UserError(
+            f"all {len(found)} {split} prompts have more than {limit} tokens: raise config.prompt_length"
+        )
     if len(fitting) < len(found):
         print(
             f"left out: {len(found) - len(fitting)} of {len(found)} {split} prompts have more than "
@@ -242,12 +291,18 @@ def load_state(run: Run) -> TrainState:
     """
     config = run.config
     if config.lora.rank:
-        params = lora.init(run.cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype)
+        params = lora.init(
+            run.cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype
+        )
         frozen = hf.load(run.folder, run.cfg, config.model.dtype)
     else:
         params, frozen = hf.load(run.folder, run.cfg, config.model.param_dtype), None
     alphas = config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f
     parts = run.optimizer, gapg.init_reward(*alphas), gapg.init_filter(config.budget)
     state = gapg.init_state(params, *parts, averaged=config.optim.average > 0)
-    restored = jax.device_get(state) if run.checkpoints.latest() is None else run.checkpoints.restore(like=state)
+    restored = (
+        jax.device_get(state)
+        if run.checkpoints.latest() is None
+        else run.checkpoints.restore(like=state)
+    )
     return restored.replace(frozen=frozen)

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import optax
 
 
-def make_schedule(learning_rate: float, warmup_steps: int, decay_steps: int | None) -> optax.Schedule:
+def make_schedule(
+    learning_rate: float, warmup_steps: int, decay_steps: int | None
+) -> optax.Schedule:
     """Learning rate by step: linear from 0 over `warmup_steps`, then constant, or cosine to 0 at `decay_steps`."""
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
     if decay_steps is None:
-        return optax.join_schedules([warmup, optax.constant_schedule(learning_rate)], [warmup_steps])
+        return optax.join_schedules(
+            [warmup, optax.constant_schedule(learning_rate)], [warmup_steps]
+        )
     cosine = optax.cosine_decay_schedule(learning_rate, max(decay_steps - warmup_steps, 1))
     return optax.join_schedules([warmup, cosine], [warmup_steps])
 

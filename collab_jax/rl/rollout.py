@@ -54,7 +54,13 @@ class Collected(NamedTuple):
 
 
 def make_sampler(
-    cfg: DecoderConfig, text: Text, config: ConfigDict, *, group: int, temperature: float, solo: int = 0
+    cfg: DecoderConfig,
+    text: Text,
+    config: ConfigDict,
+    *,
+    group: int,
+    temperature: float,
+    solo: int = 0,
 ) -> Sampler:
     """sample(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples, every argument and result with axis D.
 
@@ -70,7 +76,9 @@ def make_sampler(
         top_p=1.0,
         eos_ids=text.eos_ids,
         pad_id=text.pad_id,
-        marker=Marker(text.decision_id, text.answer_open, PlainMarker(*text.plain) if text.plain else None),
+        marker=Marker(
+            text.decision_id, text.answer_open, PlainMarker(*text.plain) if text.plain else None
+        ),
         segments=config.decode.segments,
         slot_counts=slot_counts,
         cache_dtype=config.decode.cache_dtype,
@@ -96,7 +104,9 @@ def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, end
     if (rows := np.flatnonzero(ended)).size:
         found[rows] = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
     correct, called, formatted, timed_out, unjudged = found.T
-    decided = text.plain is not None or ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
+    decided = text.plain is not None or ((np.asarray(tokens) == text.decision_id) & mask).any(
+        axis=1
+    )
     return Verdicts(texts, correct, called & decided, formatted, timed_out, unjudged)
 
 
@@ -108,16 +118,22 @@ def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
 
 def cloud_prompts(task: Task, examples: Sequence[Example]) -> tuple[list[Messages], list[str]]:
     """What the cloud is asked on `examples`, and what messages call these prompts."""
-    return [task.cloud_prompt(example) for example in examples], [example.id for example in examples]
+    return [task.cloud_prompt(example) for example in examples], [
+        example.id for example in examples
+    ]
 
 
-def cloud_verdicts(task: Task, examples: Sequence[Example], answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+def cloud_verdicts(
+    task: Task, examples: Sequence[Example], answers: Answers
+) -> tuple[np.ndarray, np.ndarray]:
     """(correct bool[n], known bool[n]) of the cloud's answers on `examples`; what is not known is not correct.
 
     Not known: the call failed, or its answer could not be judged.
     """
     known = np.array([reply is not None for reply in answers.replies], bool)
-    found = task.verify(examples, ["" if reply is None else reply.text for reply in answers.replies])
+    found = task.verify(
+        examples, ["" if reply is None else reply.text for reply in answers.replies]
+    )
     known &= ~np.array([verdict.unjudged for verdict in found], bool)
     return np.array([verdict.correct for verdict in found], bool) & known, known
 
@@ -149,7 +165,11 @@ def collect(
     verdicts = np.zeros((3, Q, G), bool)  # correct, called, formatted
     texts = np.empty((Q, G), object)
     cloud_correct, cloud_known, open_rows = np.zeros(Q, bool), np.ones(Q, bool), np.full(Q, G)
-    asked, unsettled, todo = [], np.zeros(2, int), [meanwhile]  # unsettled: responses timed out, or else not judged
+    asked, unsettled, todo = (
+        [],
+        np.zeros(2, int),
+        [meanwhile],
+    )  # unsettled: responses timed out, or else not judged
     on_their_way: list[tuple[np.ndarray, Pending]] = []  # which prompts, and their answers
 
     def hear(last: bool) -> None:
@@ -159,16 +179,27 @@ def collect(
             q, pending = entry
             if last or pending.done():
                 answers = pending.answers(None if end is None else max(0.0, end - time.monotonic()))
-                cloud_correct[q], cloud_known[q] = cloud_verdicts(task, [examples[i] for i in q], answers)
+                cloud_correct[q], cloud_known[q] = cloud_verdicts(
+                    task, [examples[i] for i in q], answers
+                )
                 on_their_way[:] = [other for other in on_their_way if other is not entry]
 
     def finished(tokens, mask, ended, now):
         while todo:
             todo.pop()()
-        tokens, mask, ended, now = (x.reshape(Q, G, *x.shape[3:]) for x in (tokens, mask, ended, now))
+        tokens, mask, ended, now = (
+            x.reshape(Q, G, *x.shape[3:]) for x in (tokens, mask, ended, now)
+        )
         if not now.any():
             return
-        found = judge(task, text, [examples[q] for q in np.nonzero(now)[0]], tokens[now], mask[now], ended[now])
+        found = judge(
+            task,
+            text,
+            [examples[q] for q in np.nonzero(now)[0]],
+            tokens[now],
+            mask[now],
+            ended[now],
+        )
         verdicts[:, now] = found[1:4]
         unsettled[:] += found.timed_out.sum(), found.unjudged.sum()
         texts[now] = found.texts
@@ -180,7 +211,9 @@ def collect(
             skipped = np.array([examples[q].id in skip for q in needed])
             cloud_known[needed[skipped]] = False
             if len(needed := needed[~skipped]):
-                on_their_way.append((needed, cloud.submit(*cloud_prompts(task, [examples[q] for q in needed]))))
+                on_their_way.append(
+                    (needed, cloud.submit(*cloud_prompts(task, [examples[q] for q in needed])))
+                )
         hear(last=False)
 
     zeros = np.zeros(D, np.float32)
@@ -220,4 +253,6 @@ def collect(
     )
     cut_off = 1 - np.asarray(samples.ended).mean()
     unknown = sorted({examples[q].id for q in asked if not cloud_known[q]})
-    return Collected(rollout, list(texts.reshape(-1)), cut_off, len(asked), unknown, *map(int, unsettled))
+    return Collected(
+        rollout, list(texts.reshape(-1)), cut_off, len(asked), unknown, *map(int, unsettled)
+    )

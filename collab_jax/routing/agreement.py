@@ -16,7 +16,9 @@ def answer(response: str) -> str | None:
     return None if found is None else "".join(found.split())
 
 
-def score(device: Device, fit_on: Records | None, records: Records) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    device: Device, fit_on: Records | None, records: Records
+) -> tuple[np.ndarray, np.ndarray]:
     """Minus the share of `config.routers.samples` sampled responses (marker disallowed) whose answer is the recorded one's.
 
     (f64[n], device tokens f64[n]). A response without an answer agrees with none. Answers are compared as text: two ways to
@@ -26,7 +28,9 @@ def score(device: Device, fit_on: Records | None, records: Records) -> tuple[np.
     run, config, D = device.run, device.run.config, jax.local_device_count()
     k = config.routers.samples
     size = max(config.eval.batch_size // (k * D), 1) * D
-    sample = rollout.make_sampler(run.cfg, run.text, config, group=k, temperature=config.temperature)
+    sample = rollout.make_sampler(
+        run.cfg, run.text, config, group=k, temperature=config.temperature
+    )
     examples = device.of(records)
     prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
     agrees, tokens = [], []

@@ -22,7 +22,9 @@ from scipy import stats
 from collab_jax.runtime.errors import UserError
 
 LIMIT = 1e4  # no two logits are this far apart: this bias calls all that can be called, its negative only what must be
-PLACING = 10  # one prompt in so many places the thresholds that the others test, for a promised accuracy
+PLACING = (
+    10  # one prompt in so many places the thresholds that the others test, for a promised accuracy
+)
 GRID = np.linspace(1, 0, 101)  # call rates of those thresholds, in the order of the tests
 
 
@@ -32,7 +34,9 @@ class Calibration(NamedTuple):
     bias: float  # float32
     target: str  # "rate" or "accuracy"
     value: float  # of the target
-    delta: float | None  # the promise fails in at most this share of calibrations; None: none is made
+    delta: (
+        float | None
+    )  # the promise fails in at most this share of calibrations; None: none is made
     n: int  # calibration prompts
     called: int  # of these, by this bias
     k: int  # the threshold is at the k-th largest score or above, below the next larger: called + 1 without ties
@@ -53,7 +57,9 @@ class Tracker(NamedTuple):
     high: float
 
 
-def bias_for_rate(margins: np.ndarray, answered: np.ndarray, rate: float, delta: float | None = None) -> Calibration:
+def bias_for_rate(
+    margins: np.ndarray, answered: np.ndarray, rate: float, delta: float | None = None
+) -> Calibration:
     """The bias that calls a share `rate` of prompts, from margins f[n] (-inf allowed) and answered bool[n].
 
     The share of prompts above the k-th largest of n scores is Beta(k, n - k + 1) distributed where scores are continuous,
@@ -116,7 +122,16 @@ def bias_for_accuracy(
         threshold, measured, bound = _promised_threshold(scores, local, cloud, accuracy, delta)
     n, called = len(scores), int((scores > threshold).sum())
     return Calibration(
-        -threshold, "accuracy", float(accuracy), delta, n, called, called + 1, *_rate(called, n), measured, bound
+        -threshold,
+        "accuracy",
+        float(accuracy),
+        delta,
+        n,
+        called,
+        called + 1,
+        *_rate(called, n),
+        measured,
+        bound,
     )
 
 
@@ -154,7 +169,9 @@ def tracker(margins: np.ndarray, answered: np.ndarray, bias: float, budget: floa
     lowest, highest = np.quantile(finite, [0.01, 0.99]).tolist() if len(finite) else (0.0, 0.0)
     spread = highest - lowest
     if not spread > 0:
-        raise UserError("the answered calibration prompts' margins do not differ: no bias holds a rate on these")
+        raise UserError(
+            "the answered calibration prompts' margins do not differ: no bias holds a rate on these"
+        )
     low, high = -highest - spread, -lowest + spread
     return Tracker(min(max(float(bias), low), high), budget, spread / 50, low, high)
 
@@ -172,7 +189,9 @@ def _column(name: str, values: np.ndarray, n: int) -> np.ndarray:
     """bool[n]."""
     values = np.asarray(values)
     if values.dtype != bool or values.shape != (n,):
-        raise UserError(f"{name} must be one True or False for each of {n} margins: it is {values.dtype}{values.shape}")
+        raise UserError(
+            f"{name} must be one True or False for each of {n} margins: it is {values.dtype}{values.shape}"
+        )
     return values
 
 
@@ -180,20 +199,30 @@ def _scores(margins: np.ndarray, answered: np.ndarray) -> np.ndarray:
     """Scores f32[n], +inf without an answer."""
     margins = np.asarray(margins)
     if margins.dtype.kind not in "fiu" or margins.ndim != 1 or not len(margins):
-        raise UserError(f"margins must be a list of numbers, one a prompt: they are {margins.dtype}{margins.shape}")
+        raise UserError(
+            f"margins must be a list of numbers, one a prompt: they are {margins.dtype}{margins.shape}"
+        )
     answered = _column("answered", answered, len(margins))
     if np.isnan(margins).any():
-        raise UserError(f"{np.isnan(margins).sum()} of {len(margins)} margins are NaN: evaluate the model again")
+        raise UserError(
+            f"{np.isnan(margins).sum()} of {len(margins)} margins are NaN: evaluate the model again"
+        )
     if (margins >= LIMIT).any() or (np.isfinite(margins) & (margins <= -LIMIT)).any():
-        raise UserError(f"margins must be differences of logits, below {LIMIT:g} in size, or -inf: some are not")
+        raise UserError(
+            f"margins must be differences of logits, below {LIMIT:g} in size, or -inf: some are not"
+        )
     return np.where(answered, margins, np.inf).astype(np.float32)
 
 
 def _rank(n: int, rate: float, delta: float | None) -> int:
     """k as in `bias_for_rate`; 0 where there is none."""
     if delta is None:
-        return min(int(rate * (n + 1) + 1e-9), n)  # rounding shall not cost a prompt: 0.29 * 100 is 28.999...
-    below = int(stats.binom.ppf(delta, n, rate))  # counts whose tail is below delta: 0 ... below - 1
+        return min(
+            int(rate * (n + 1) + 1e-9), n
+        )  # rounding shall not cost a prompt: 0.29 * 100 is 28.999...
+    below = int(
+        stats.binom.ppf(delta, n, rate)
+    )  # counts whose tail is below delta: 0 ... below - 1
     return below + int(stats.binom.cdf(below, n, rate) <= delta * (1 + 1e-9))
 
 
@@ -208,7 +237,12 @@ def _lowest_rate(unanswered: int, n: int, delta: float | None) -> float:
     if unanswered == n:
         return 1.0
     k = unanswered + 1
-    return math.ceil(1000 * (k / (n + 1) if delta is None else stats.beta.ppf(1 - delta, k, n - unanswered))) / 1000
+    return (
+        math.ceil(
+            1000 * (k / (n + 1) if delta is None else stats.beta.ppf(1 - delta, k, n - unanswered))
+        )
+        / 1000
+    )
 
 
 def _between(below: float, above: float) -> float:
@@ -218,7 +252,9 @@ def _between(below: float, above: float) -> float:
     if np.isinf(above):
         return float(below)
     middle = np.float32((float(below) + float(above)) / 2)
-    return float(middle if middle < above else below)  # of neighbouring numbers, the middle may round to the larger
+    return float(
+        middle if middle < above else below
+    )  # of neighbouring numbers, the middle may round to the larger
 
 
 def _rate(called: int, n: int) -> tuple[float, float, float]:
@@ -238,7 +274,9 @@ def _measured_threshold(scores, local, cloud, accuracy: float) -> tuple[float, f
     correct = local.sum() + np.concatenate([[0], gain])  # [n + 1]
     above = np.concatenate([[np.inf], scores[order]])  # [n + 1], the lowest score that is called
     below = np.concatenate([scores[order], [-np.inf]])  # and the highest that is not
-    possible = np.flatnonzero(above > below)  # no threshold parts equal scores, +inf and -inf among them
+    possible = np.flatnonzero(
+        above > below
+    )  # no threshold parts equal scores, +inf and -inf among them
     reached = possible[correct[possible] >= accuracy * n - 1e-9]
     if not len(reached):
         best = possible[correct[possible].argmax()]
@@ -250,18 +288,24 @@ def _measured_threshold(scores, local, cloud, accuracy: float) -> tuple[float, f
     return _between(below[calls], above[calls]), float(correct[calls] / n)
 
 
-def _promised_threshold(scores, local, cloud, accuracy: float, delta: float) -> tuple[float, float, float]:
+def _promised_threshold(
+    scores, local, cloud, accuracy: float, delta: float
+) -> tuple[float, float, float]:
     """(threshold, its accuracy on the testing prompts, its lower bound): the last of the sequence that passes."""
     placing = np.arange(len(scores)) % PLACING == PLACING - 1
     thresholds = _thresholds(scores[placing])
     sent = scores[~placing] > thresholds[:, None]  # [grid, testing prompts]
     correct, n = np.where(sent, cloud[~placing], local[~placing]).sum(1), int((~placing).sum())
-    bound = np.where(correct > 0, stats.beta.ppf(delta, np.maximum(correct, 1), n - correct + 1), 0.0)
+    bound = np.where(
+        correct > 0, stats.beta.ppf(delta, np.maximum(correct, 1), n - correct + 1), 0.0
+    )
     passed = int(np.logical_and.accumulate(bound >= accuracy).sum())
     if not passed:
         share, needed = correct[0] / n, ""
         if share - accuracy > 1e-4:  # less headroom would take some 10^8 prompts to see
-            needed = f"; if that holds, about {_prompts_for_accuracy(share, accuracy, delta)} are needed"
+            needed = (
+                f"; if that holds, about {_prompts_for_accuracy(share, accuracy, delta)} are needed"
+            )
         raise UserError(
             f"an accuracy of {accuracy:g} cannot be promised{_with(delta)} from {len(scores)} prompts: calling everything "
             f"reaches {share:.1%} on them, of which {bound[0]:.1%} can be promised{needed}"
@@ -274,7 +318,9 @@ def _thresholds(scores: np.ndarray) -> np.ndarray:
     """f32[grid]: thresholds that call about the shares GRID of scores [m]; the first calls all, the last what must be."""
     falling = -np.sort(-scores)
     not_called = np.concatenate([falling, [-np.inf]])[np.rint(GRID * len(falling)).astype(int)]
-    above = np.array([np.min(falling, where=falling > below, initial=np.inf) for below in not_called])
+    above = np.array(
+        [np.min(falling, where=falling > below, initial=np.inf) for below in not_called]
+    )
     inner = [_between(b, a) for b, a in zip(not_called, above, strict=True)]
     return np.array([-LIMIT, *inner[1:-1], LIMIT], np.float32)
 

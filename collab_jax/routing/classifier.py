@@ -43,16 +43,23 @@ def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray
     run, config = device.run, device.run.config
     learned.check_classes(fit_on)
     folder, cfg = check(run)
-    params = {"decoder": hf.load(folder, cfg, config.model.param_dtype), "head": np.zeros(cfg.hidden_size, np.float32)}
+    params = {
+        "decoder": hf.load(folder, cfg, config.model.param_dtype),
+        "head": np.zeros(cfg.hidden_size, np.float32),
+    }
 
     def log_odds(params, prompts, mask):
         last, _ = decoder.prefill(params["decoder"], cfg, prompts, mask)
         return last.astype(jnp.float32) @ params["head"]
 
-    prompts = lambda table: run.text.prompt_batch([run.task.prompt(e) for e in device.of(table)], config.prompt_length)  # noqa: E731
+    prompts = lambda table: run.text.prompt_batch(
+        [run.task.prompt(e) for e in device.of(table)], config.prompt_length
+    )  # noqa: E731
     params = _tune(log_odds, params, (*prompts(fit_on), ~fit_on["local_correct"]), config)
     compiled = parallel.pmap(log_odds)
-    wrong = by_batch(lambda *rows: compiled(params, *rows), prompts(records), config.eval.batch_size)
+    wrong = by_batch(
+        lambda *rows: compiled(params, *rows), prompts(records), config.eval.batch_size
+    )
     return wrong.astype(float), np.zeros(len(wrong))
 
 
@@ -61,7 +68,9 @@ def _tune(log_odds, params, table: tuple[np.ndarray, ...], config):
     r, D = config.routers, jax.local_device_count()
     size = min(r.batch_size, len(table[0]) // D * D)
     if size < D:
-        raise UserError(f"the classifier has {len(table[0])} prompts to be fitted on: raise config.eval.fit_prompts")
+        raise UserError(
+            f"the classifier has {len(table[0])} prompts to be fitted on: raise config.eval.fit_prompts"
+        )
     steps = len(table[0]) // size * r.epochs
     optimizer = optim.make_optimizer(
         optim.make_schedule(r.learning_rate, steps // 10, decay_steps=steps),
@@ -71,9 +80,13 @@ def _tune(log_odds, params, table: tuple[np.ndarray, ...], config):
 
     def body(params, opt_state, prompts, mask, wrong):
         def loss(params):
-            return optax.sigmoid_binary_cross_entropy(log_odds(params, prompts, mask), wrong.astype(jnp.float32)).mean()
+            return optax.sigmoid_binary_cross_entropy(
+                log_odds(params, prompts, mask), wrong.astype(jnp.float32)
+            ).mean()
 
-        grads = jax.lax.pmean(jax.grad(loss)(params), parallel.AXIS)  # every device holds as many prompts
+        grads = jax.lax.pmean(
+            jax.grad(loss)(params), parallel.AXIS
+        )  # every device holds as many prompts
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
@@ -85,5 +98,7 @@ def _tune(log_odds, params, table: tuple[np.ndarray, ...], config):
         for start in range(0, len(order) - size + 1, size):
             rows = order[start : start + size]
             # Waited for: host devices share their threads, and updates queued behind each other can lock in the collective.
-            state = jax.block_until_ready(step(*state, *parallel.shard(tuple(x[rows] for x in table), D)))
+            state = jax.block_until_ready(
+                step(*state, *parallel.shard(tuple(x[rows] for x in table), D))
+            )
     return state[0]

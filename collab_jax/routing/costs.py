@@ -9,7 +9,9 @@ import numpy as np
 from collab_jax.records import Records, require
 from collab_jax.routing.measures import GRID, calls, rank, sent, sent_of
 
-Reads = Literal["prompt", "response", "trace"]  # what a router has read when it decides; see `device_tokens`
+Reads = Literal[
+    "prompt", "response", "trace"
+]  # what a router has read when it decides; see `device_tokens`
 
 
 def device_tokens(records: Records, score: np.ndarray, budget: float, reads: Reads) -> np.ndarray:
@@ -23,7 +25,9 @@ def device_tokens(records: Records, score: np.ndarray, budget: float, reads: Rea
     return _device_tokens(records, score, reads)(sent(score, budget))
 
 
-def _device_tokens(records: Records, score: np.ndarray, reads: Reads) -> Callable[[np.ndarray], np.ndarray]:
+def _device_tokens(
+    records: Records, score: np.ndarray, reads: Reads
+) -> Callable[[np.ndarray], np.ndarray]:
     """Device tokens f64[n] as a function of the probabilities f64[n] of being sent."""
     require(records, ["tokens"] + ["margins"] * (reads == "trace"), "device tokens")
     tokens = records["tokens"].astype(float)
@@ -107,4 +111,6 @@ def cost_frontier(
         tokens = spent(p) + own_tokens
         right = p * records["cloud_correct"] + (1 - p) * records["local_correct"]
         rows.append((right, p * usd, tokens * seconds_a_token + p * prices.cloud_seconds, tokens))
-    return CostFrontier(np.asarray(budgets, float), *np.array([[x.mean() for x in row] for row in rows]).T)
+    return CostFrontier(
+        np.asarray(budgets, float), *np.array([[x.mean() for x in row] for row in rows]).T
+    )

@@ -36,5 +36,7 @@ def by_batch(body, inputs: tuple[np.ndarray, ...], size: int) -> np.ndarray:
     """body(*arrays with axis D) -> array with axis D, over all rows of `inputs`, `size` at a time: [n, ...] on the host."""
     D, found = jax.local_device_count(), []
     for rows, count in batches(len(inputs[0]), size):
-        found.append(parallel.gather(body(*parallel.shard(tuple(x[rows] for x in inputs), D)))[:count])
+        found.append(
+            parallel.gather(body(*parallel.shard(tuple(x[rows] for x in inputs), D)))[:count]
+        )
     return np.concatenate(found)

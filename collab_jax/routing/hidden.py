@@ -26,13 +26,20 @@ def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray
 def _features(device: Device, compiled: Callable, records: Records) -> np.ndarray:
     """f32[n, E]. The recorded text is tokenized again; a response that was cut off counts up to the cut."""
     run, T = device.run, device.run.config.max_new_tokens
-    prompts, mask = run.text.prompt_batch([run.task.prompt(e) for e in device.of(records)], run.config.prompt_length)
-    responses, last = np.full((len(prompts), T), run.text.pad_id, np.int32), np.zeros(len(prompts), np.int32)
+    prompts, mask = run.text.prompt_batch(
+        [run.task.prompt(e) for e in device.of(records)], run.config.prompt_length
+    )
+    responses, last = (
+        np.full((len(prompts), T), run.text.pad_id, np.int32),
+        np.zeros(len(prompts), np.int32),
+    )
     for i, text in enumerate(records["text"]):
         ids = run.text.response_ids(text)[:T]
         responses[i, : len(ids)], last[i] = ids, len(ids) - 1
     return by_batch(
-        lambda *rows: compiled(device.params, *rows), (prompts, mask, responses, last), run.config.eval.batch_size
+        lambda *rows: compiled(device.params, *rows),
+        (prompts, mask, responses, last),
+        run.config.eval.batch_size,
     )
 
 
@@ -45,5 +52,7 @@ def last_hidden(
     last: jax.Array,
 ) -> jax.Array:
     """Hidden state f32[B, E] that predicts token number `last` i32[B] of responses i32[B, T] to prompts i32[B, L]."""
-    hidden = decoder.continued_hidden(params, cfg, *decoder.prefill(params, cfg, prompts, mask), mask, responses)
+    hidden = decoder.continued_hidden(
+        params, cfg, *decoder.prefill(params, cfg, prompts, mask), mask, responses
+    )
     return hidden[jnp.arange(len(last)), last].astype(jnp.float32)

@@ -24,8 +24,21 @@ def prompt_features(prompts) -> np.ndarray:
     for text in prompts:
         found = [float(x) for x in re.findall(r"\d{1,15}(?:\.\d{1,15})?", text)]
         first = (found + [0.0] * NUMBERS)[:NUMBERS]
-        kinds = [sum(map(is_kind, text)) for is_kind in (str.isdigit, str.isalpha, str.isupper, str.isspace)]
-        rows.append([len(text), len(text.split()), text.count("\n"), *kinds, len(found), *first, *sorted(first)])
+        kinds = [
+            sum(map(is_kind, text))
+            for is_kind in (str.isdigit, str.isalpha, str.isupper, str.isspace)
+        ]
+        rows.append(
+            [
+                len(text),
+                len(text.split()),
+                text.count("\n"),
+                *kinds,
+                len(found),
+                *first,
+                *sorted(first),
+            ]
+        )
     return np.array(rows, float).reshape(len(rows), -1)
 
 
@@ -64,7 +77,9 @@ def check_classes(fit_on: Records) -> None:
     wrong = ~fit_on["local_correct"]
     if wrong.all() or not wrong.any():
         one = "wrong" if wrong.all() else "right"
-        raise UserError(f"a router cannot be fitted: the device is {one} on all {len(wrong)} prompts to fit on")
+        raise UserError(
+            f"a router cannot be fitted: the device is {one} on all {len(wrong)} prompts to fit on"
+        )
 
 
 def fit(model, features: np.ndarray, fit_on: Records, to_score: np.ndarray) -> np.ndarray:

@@ -20,7 +20,9 @@ from scipy import stats
 from collab_jax.records import Records
 from collab_jax.runtime.errors import UserError
 
-Rate = dict[str, float | None]  # value, low, high: a figure with its 95 % interval; None where it is not defined
+Rate = dict[
+    str, float | None
+]  # value, low, high: a figure with its 95 % interval; None where it is not defined
 
 GRID = np.arange(101) / 100  # the budgets of a frontier
 _TAIL = 0.025
@@ -162,15 +164,22 @@ class Frontiers(NamedTuple):
         """Where `budget` is in K. Raises UserError where it is not."""
         near = np.flatnonzero(np.isclose(self.budgets, budget, rtol=0, atol=1e-9))
         if not near.size:
-            raise UserError(f"the frontiers were not computed at a budget of {budget:g}: ask for it in `budgets`")
+            raise UserError(
+                f"the frontiers were not computed at a budget of {budget:g}: ask for it in `budgets`"
+            )
         return int(near[0])
 
 
-Runs = Sequence[tuple[Records, np.ndarray]]  # a method: (records, score f64[n]) of each of its seeds
+Runs = Sequence[
+    tuple[Records, np.ndarray]
+]  # a method: (records, score f64[n]) of each of its seeds
 
 
 def frontiers(
-    methods: Mapping[str, Runs], budgets: Sequence[float] = GRID, resamples: int = 1000, seed: int = 0
+    methods: Mapping[str, Runs],
+    budgets: Sequence[float] = GRID,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> Frontiers:
     """Accuracy of every method at every budget (0 and 1 are added), with a two-level bootstrap: seeds, then prompts.
 
@@ -191,14 +200,26 @@ def frontiers(
     counts = calls(budgets, n)
     runs = {name: [_run(name, *run) for run in table] for name, table in methods.items()}
     rng = np.random.default_rng([seed, 0])
-    seed_rng = {size: np.random.default_rng([seed, size]) for size in sorted({len(table) for table in runs.values()})}
+    seed_rng = {
+        size: np.random.default_rng([seed, size])
+        for size in sorted({len(table) for table in runs.values()})
+    }
     accuracy = {name: np.empty((1 + resamples, len(budgets))) for name in runs}
     for r in range(1 + resamples):
-        times = (np.bincount(rng.integers(n, size=n), minlength=n) if r else np.ones(n)).astype(np.int32)
-        drawn = {s: g.multinomial(max(s - 1, 1), np.full(s, 1 / s)) if r else np.ones(s) for s, g in seed_rng.items()}
+        times = (np.bincount(rng.integers(n, size=n), minlength=n) if r else np.ones(n)).astype(
+            np.int32
+        )
+        drawn = {
+            s: g.multinomial(max(s - 1, 1), np.full(s, 1 / s)) if r else np.ones(s)
+            for s, g in seed_rng.items()
+        }
         for name, table in runs.items():
             weights = drawn[len(table)]
-            curves = [w * _accuracy(run, times, counts) for w, run in zip(weights, table, strict=True) if w]
+            curves = [
+                w * _accuracy(run, times, counts)
+                for w, run in zip(weights, table, strict=True)
+                if w
+            ]
             accuracy[name][r] = sum(curves) / weights.sum()
     return Frontiers(budgets, counts / n, accuracy)
 
@@ -212,7 +233,9 @@ class _Run(NamedTuple):
 
 
 def _run(name: str, records: Records, score: np.ndarray) -> _Run:
-    local, cloud = (records[column].astype(np.int32) for column in ("local_correct", "cloud_correct"))
+    local, cloud = (
+        records[column].astype(np.int32) for column in ("local_correct", "cloud_correct")
+    )
     if np.shape(score) != local.shape:
         raise UserError(
             f"the score of {name} has shape {np.shape(score)}: it must be one number for each of {len(local)} prompts"
@@ -232,7 +255,9 @@ def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
     gained = np.zeros(len(order) + 1, np.int32)
     np.cumsum(ordered, out=total[1:])
     np.cumsum(ordered * run.gain, out=gained[1:])
-    group = np.searchsorted(ends, np.searchsorted(total[1:], counts), side="right")  # in which each count is reached
+    group = np.searchsorted(
+        ends, np.searchsorted(total[1:], counts), side="right"
+    )  # in which each count is reached
     start, end = np.where(group > 0, ends[group - 1], 0), ends[group]
     share = (counts - total[start]) / np.maximum(total[end] - total[start], 1)
     gain = gained[start] + share * (gained[end] - gained[start])
@@ -242,7 +267,9 @@ def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _same_prompts(methods: Mapping[str, Runs]) -> int:
     """Number of prompts; raises UserError unless every table of every method has the same ids in the same order."""
     if not methods or not all(methods.values()):
-        raise UserError("nothing to compare: every method needs the records and the score of at least one seed")
+        raise UserError(
+            "nothing to compare: every method needs the records and the score of at least one seed"
+        )
     first_name, first_runs = next(iter(methods.items()))
     first = first_runs[0][0]["id"]
     for name, table in methods.items():
@@ -318,7 +345,9 @@ def cpt(rates: np.ndarray, accuracy: np.ndarray, share: float) -> np.ndarray:
     if not 0 < share <= 1:
         raise UserError(f"CPT is of a share of the gap, above 0 and up to 1: got {share}")
     curve = hull(pgr(accuracy))
-    after = np.argmax(curve >= share - 1e-12, axis=-1)[..., None]  # at least 1: the curve starts at 0
+    after = np.argmax(curve >= share - 1e-12, axis=-1)[
+        ..., None
+    ]  # at least 1: the curve starts at 0
     before = np.maximum(after - 1, 0)
     y0, y1 = np.take_along_axis(curve, before, -1), np.take_along_axis(curve, after, -1)
     with np.errstate(invalid="ignore"):

@@ -27,15 +27,21 @@ def check(run: Run) -> None:
     """Raises UserError, before anything is spent, where a router of `config.routers.record` could not be recorded."""
     names, fit_prompts = run.config.routers.record, run.config.eval.fit_prompts
     if unknown := sorted(set(names) - set(RECORDED)):
-        raise UserError(f"config.routers.record={tuple(names)}: no {unknown[0]!r} among {sorted(RECORDED)}")
+        raise UserError(
+            f"config.routers.record={tuple(names)}: no {unknown[0]!r} among {sorted(RECORDED)}"
+        )
     if not fit_prompts and (learned := sorted(set(names) & set(LEARNED))):
-        raise UserError(f"router {learned[0]} is learned: give it prompts with config.eval.fit_prompts")
+        raise UserError(
+            f"router {learned[0]} is learned: give it prompts with config.eval.fit_prompts"
+        )
     for name, module in (("classifier", classifier), ("verification", verification)):
         if name in names:
             module.check(run)
 
 
-def record(names: Sequence[str], device: Device, fit_on: Records | None, records: Records) -> Records:
+def record(
+    names: Sequence[str], device: Device, fit_on: Records | None, records: Records
+) -> Records:
     """`records` with the columns score_NAME and tokens_NAME of each router.
 
     One that fails, or ranks by NaN, is told and left out: what it would have said is not worth the evaluation.
@@ -48,7 +54,10 @@ def record(names: Sequence[str], device: Device, fit_on: Records | None, records
             print(f"warning: router {name} is left out: {error}", file=sys.stderr)
             continue
         if np.isnan(score).any():
-            print(f"warning: router {name} is left out: {np.isnan(score).sum()} scores are NaN", file=sys.stderr)
+            print(
+                f"warning: router {name} is left out: {np.isnan(score).sum()} scores are NaN",
+                file=sys.stderr,
+            )
             continue
         columns |= {f"score_{name}": score, f"tokens_{name}": tokens}
     return records | columns

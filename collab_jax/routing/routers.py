@@ -49,8 +49,12 @@ def from_column(name: str, title: str, reads: costs.Reads) -> Router:
 
 ROUTERS = {
     "random": Router("random", lambda records: np.zeros(len(records["id"])), (), "prompt"),
-    "features_linear": Router("prompt features, logistic regression", learned.linear, ("prompt",), "prompt", True),
-    "features_trees": Router("prompt features, boosted trees", learned.trees, ("prompt",), "prompt", True),
+    "features_linear": Router(
+        "prompt features, logistic regression", learned.linear, ("prompt",), "prompt", True
+    ),
+    "features_trees": Router(
+        "prompt features, boosted trees", learned.trees, ("prompt",), "prompt", True
+    ),
     "classifier": from_column("classifier", "fine-tuned prompt classifier", "prompt"),
     "logprob": Router("log-probability gate", response.logprob, ("logp",), "response"),
     "agreement": from_column("agreement", "agreement of samples", "response"),
@@ -72,7 +76,9 @@ def router_of(name: str) -> Router:
 def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndarray:
     """f64[n] of a router of ROUTERS, or of the recorded column `score_NAME`. Raises UserError for what it lacks."""
     if name not in ROUTERS and name not in scores(records):
-        raise UserError(f"no router {name!r}: use one of {sorted(ROUTERS)}, or record a column score_{name}")
+        raise UserError(
+            f"no router {name!r}: use one of {sorted(ROUTERS)}, or record a column score_{name}"
+        )
     router = router_of(name)
     require(records, router.needs, f"router {name}")
     if not router.learned:
@@ -81,7 +87,9 @@ def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndar
         raise UserError(f"router {name} is learned: give records of other prompts to fit it on")
     require(fit_on, router.needs, f"fitting router {name}")
     if set(fit_on["id"]) & set(records["id"]):
-        raise UserError(f"router {name} would be fitted on prompts that it is judged on: give records of other prompts")
+        raise UserError(
+            f"router {name} would be fitted on prompts that it is judged on: give records of other prompts"
+        )
     return router.score(fit_on, records)
 
 
@@ -92,11 +100,18 @@ def possible(records: Records, fit_on: Records | None = None) -> list[str]:
     """
     own = {name for name, router in ROUTERS.items() if f"score_{name}" not in router.needs}
     if taken := sorted(set(scores(records)) & own):
-        raise UserError(f"the column score_{taken[0]} has the name of a router of ours: call it score_my_{taken[0]}")
+        raise UserError(
+            f"the column score_{taken[0]} has the name of a router of ours: call it score_my_{taken[0]}"
+        )
     found = [
         name
         for name, router in ROUTERS.items()
         if set(router.needs) <= set(records)
-        and (not router.learned or fit_on and set(router.needs) <= set(fit_on) and learned.has_classes(fit_on))
+        and (
+            not router.learned
+            or fit_on
+            and set(router.needs) <= set(fit_on)
+            and learned.has_classes(fit_on)
+        )
     ]
     return found + [name for name in scores(records) if name not in ROUTERS]

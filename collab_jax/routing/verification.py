@@ -21,7 +21,9 @@ def check(run: Run) -> tuple[int, int]:
             "router verification needs config.routers.verify_prompt, with {response} in it, and {prompt} if wanted, "
             f"that asks for {r.yes!r} or {r.no!r}; a model that reads no instructions cannot do it"
         )
-    yes, no = (run.text.tokenizer.encode(word, add_special_tokens=False)[:1] for word in (r.yes, r.no))
+    yes, no = (
+        run.text.tokenizer.encode(word, add_special_tokens=False)[:1] for word in (r.yes, r.no)
+    )
     if yes == no or not yes or not no:
         raise UserError(
             f"config.routers.yes={r.yes!r} and no={r.no!r} must begin with different tokens: use other words"
@@ -29,7 +31,9 @@ def check(run: Run) -> tuple[int, int]:
     return yes[0], no[0]
 
 
-def score(device: Device, fit_on: Records | None, records: Records) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    device: Device, fit_on: Records | None, records: Records
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-odds f64[n] of `config.routers.no` against `yes` as the first token of the device's reply to `verify_prompt`.
 
     That is AutoMix's share of sampled verifications for infinitely many samples. The other result is the device tokens of
@@ -41,7 +45,9 @@ def score(device: Device, fit_on: Records | None, records: Records) -> tuple[np.
     asked = []
     for row in zip(records["prompt"], records["text"], strict=True):
         filled = dict(zip(("{prompt}", "{response}"), row, strict=True))
-        question = re.sub(r"\{(prompt|response)\}", lambda match, filled=filled: filled[match[0]], r.verify_prompt)
+        question = re.sub(
+            r"\{(prompt|response)\}", lambda match, filled=filled: filled[match[0]], r.verify_prompt
+        )
         asked.append([{"role": "user", "content": question}])
     longest = max(len(run.text.prompt_ids(messages)) for messages in asked)
     tokens, mask = run.text.prompt_batch(asked, -(-longest // 64) * 64)
@@ -52,5 +58,7 @@ def score(device: Device, fit_on: Records | None, records: Records) -> tuple[np.
         return jnp.take(logits, no, axis=-1) - jnp.take(logits, yes, axis=-1)
 
     compiled = parallel.pmap(body)
-    odds = by_batch(lambda *rows: compiled(device.params, *rows), (tokens, mask), run.config.eval.batch_size)
+    odds = by_batch(
+        lambda *rows: compiled(device.params, *rows), (tokens, mask), run.config.eval.batch_size
+    )
     return odds.astype(float), mask.sum(1) + 1.0

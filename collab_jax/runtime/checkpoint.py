@@ -38,7 +38,9 @@ class Checkpoints:
         """The last checkpoint as host arrays with the structure, shapes and dtypes of `like`. Raises UserError otherwise."""
         step = self.latest()
         place = self.folder / str(step)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), like)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), like
+        )
         try:
             state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises many kinds for a damaged or foreign checkpoint

@@ -24,10 +24,14 @@ def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
 
     With several commands, by name, the first argument is the name of the one to run.
     """
-    config_flag = config_flags.DEFINE_config_file("config", None, "The experiment's file.", lock_config=True)
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "The experiment's file.", lock_config=True
+    )
     flags.mark_flag_as_required("config")
     if workdir:
-        workdir_flag = flags.DEFINE_string("workdir", None, "Where everything of this run is kept; made if absent.")
+        workdir_flag = flags.DEFINE_string(
+            "workdir", None, "Where everything of this run is kept; made if absent."
+        )
         flags.mark_flag_as_required("workdir")
 
     def start(argv):
@@ -38,7 +42,9 @@ def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
                     raise UserError(f"which of {', '.join(run)}? It comes first, before the flags")
                 command = run[name]
             if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE")
+                raise UserError(
+                    f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE"
+                )
             process.set_up(config_flag.value.cpu_devices)
             folder = [pathlib.Path(workdir_flag.value).expanduser()] if workdir else []
             sys.exit(command(config_flag.value, *folder))
@@ -48,7 +54,9 @@ def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
     def parse(argv):
         try:
             rest = flags.FLAGS(argv)
-            _ = config_flag.value.cpu_devices  # a file that is not there is told at the first use only
+            _ = (
+                config_flag.value.cpu_devices
+            )  # a file that is not there is told at the first use only
             return rest
         except MISTAKES as error:
             sys.exit(f"error: {' '.join(str(error).split())}")

@@ -39,7 +39,8 @@ class MetricsWriter:
     def write(self, row: dict[str, Any]) -> None:
         """One row of plain numbers with its `step`."""
         row = {
-            name: value.item() if isinstance(value, np.generic | np.ndarray) else value for name, value in row.items()
+            name: value.item() if isinstance(value, np.generic | np.ndarray) else value
+            for name, value in row.items()
         }
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")

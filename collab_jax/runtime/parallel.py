@@ -23,7 +23,9 @@ def replicate(tree: Any) -> Any:
     """
     devices = jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-    return jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), sharding)
+    return jax.device_put(
+        jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), sharding
+    )
 
 
 def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:

@@ -39,7 +39,10 @@ def restart_with_allocator() -> None:
 def _is_command_line() -> bool:
     """True in a process started as `python -m collab_jax.X`; never in a notebook, a test or a program that imports us."""
     options = sys.orig_argv[1:]
-    return any(o == "-m" and module.startswith("collab_jax.") for o, module in zip(options, options[1:], strict=False))
+    return any(
+        o == "-m" and module.startswith("collab_jax.")
+        for o, module in zip(options, options[1:], strict=False)
+    )
 
 
 def set_up(cpu_devices: int) -> None:
@@ -61,12 +64,16 @@ def compiled_folder() -> pathlib.Path:
     """Where compiled programs are kept: apart for each kind of processor, since a home may be shared by several."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        kind = "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+        kind = "".join(
+            sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        )
     except OSError:
         kind = platform.processor()
     digest = hashlib.sha256(f"{platform.machine()} {kind}".encode()).hexdigest()[:12]
     return (
-        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "collab_jax" / f"compiled-{digest}"
+        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        / "collab_jax"
+        / f"compiled-{digest}"
     )
 
 
@@ -76,7 +83,9 @@ def machine() -> dict[str, str]:
 
     try:
         with open("/proc/cpuinfo") as lines:
-            processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            processor = next(
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
     return {

@@ -46,8 +46,12 @@ def make_task(config) -> Task:
         task = _part(config)
     if config.task.reward:
         if config.task.judge:
-            raise TaskError("config.task.reward and config.task.judge both tell right from wrong: set one of them")
-        task = dataclasses.replace(task, verify=reward.verifier(config.task.reward, config.text.marker))
+            raise TaskError(
+                "config.task.reward and config.task.judge both tell right from wrong: set one of them"
+            )
+        task = dataclasses.replace(
+            task, verify=reward.verifier(config.task.reward, config.text.marker)
+        )
     return task
 
 

@@ -72,7 +72,9 @@ def called(response: str, marker: str) -> bool:
 
 def formatted(response: str) -> bool:
     """True for just `<think> ... </think><answer> ... </answer>`, each tag once; white space around blocks is free."""
-    return all(response.count(tag) == 1 for tag in _TAGS) and _FORMAT.fullmatch(response) is not None
+    return (
+        all(response.count(tag) == 1 for tag in _TAGS) and _FORMAT.fullmatch(response) is not None
+    )
 
 
 def answer_of(response: str) -> str | None:
@@ -81,4 +83,6 @@ def answer_of(response: str) -> str | None:
     if start < 0:
         return None
     start += len("<answer>")
-    return response[start : response.find("</answer>", start)]  # a later, stray closing tag closes nothing
+    return response[
+        start : response.find("</answer>", start)
+    ]  # a later, stray closing tag closes nothing

@@ -31,8 +31,15 @@ SOURCES = {  # config -> where its file is, below RAW or (a whole repository, as
     "mmlu": "HaeChan0305/MLILAB-FedLLM/zip/d92730e8bacd7b3a61e551e015e40588e10234b4",  # CSV files of 57 subjects
 }
 SPLITS = {  # name of a file of JSON lines -> (data set, split)
-    **{f"{name}_{split}": (name, split) for name in ("math", "gsm8k") for split in ("train", "test")},
-    **{name: (name, "test") for name in ("math500", "amc23", "aime24", "minerva_math", "agieval_math")},
+    **{
+        f"{name}_{split}": (name, split)
+        for name in ("math", "gsm8k")
+        for split in ("train", "test")
+    },
+    **{
+        name: (name, "test")
+        for name in ("math500", "amc23", "aime24", "minerva_math", "agieval_math")
+    },
     "mmlu_test": ("mmlu", "test"),
 }
 NOT_TRAINED = (  # of MATH's training split: the same problem as a test row, and (the last two) an empty answer
@@ -70,7 +77,11 @@ def boxes(solution: str) -> list[str]:
 
 def _math(path: pathlib.Path, split: str) -> Iterator[dict]:
     with zipfile.ZipFile(path) as archive:
-        places = [name.split("/") for name in archive.namelist() if f"/datasets/data/math/{split}/" in name]
+        places = [
+            name.split("/")
+            for name in archive.namelist()
+            if f"/datasets/data/math/{split}/" in name
+        ]
         for *folder, kind, file in sorted(
             (p for p in places if p[-1]), key=lambda p: (p[-2], int(p[-1].split(".")[0]))
         ):
@@ -84,7 +95,9 @@ def _math(path: pathlib.Path, split: str) -> Iterator[dict]:
             yield {
                 "id": f"math_{split}/{key}",
                 "problem": row["problem"],
-                "answer": BOX_IS_NO_ANSWER.get(key, answers[-1]) if split == "test" else answers[-1],
+                "answer": BOX_IS_NO_ANSWER.get(key, answers[-1])
+                if split == "test"
+                else answers[-1],
                 "solution": row["solution"],
                 "level": int(level) if level.isdigit() else None,
                 "type": row["type"],
@@ -101,7 +114,12 @@ def _math500(path: pathlib.Path, split: str) -> Iterator[dict]:
     for row in _lines(path):
         key = row["unique_id"].removeprefix("test/").removesuffix(".json")
         kept = {name: row[name] for name in ("problem", "answer", "solution", "level")}
-        yield {"id": f"math500/{key}", **kept, "type": row["subject"], "math_test_id": f"math_test/{key}"}
+        yield {
+            "id": f"math500/{key}",
+            **kept,
+            "type": row["subject"],
+            "math_test_id": f"math_test/{key}",
+        }
 
 
 def _contest(url: str) -> tuple[str, str, str]:
@@ -123,7 +141,12 @@ def _aime24(path: pathlib.Path, split: str) -> Iterator[dict]:
     for row in _lines(path):
         answer = str(int(row["answer"]))  # without leading zeros
         key = "-".join(_contest(row["url"])[1:])
-        yield {"id": f"aime24/{key}", "problem": row["problem"], "answer": answer, "url": row["url"]}
+        yield {
+            "id": f"aime24/{key}",
+            "problem": row["problem"],
+            "answer": answer,
+            "url": row["url"],
+        }
 
 
 def _minerva_math(path: pathlib.Path, split: str) -> Iterator[dict]:
@@ -135,12 +158,19 @@ def _minerva_math(path: pathlib.Path, split: str) -> Iterator[dict]:
 def _agieval_math(path: pathlib.Path, split: str) -> Iterator[dict]:
     for i, row in enumerate(_lines(path)):
         kept = {name: row["other"][name] for name in ("solution", "level", "type")}
-        yield {"id": f"agieval_math/{i}", "problem": row["question"], "answer": row["answer"].strip(), **kept}
+        yield {
+            "id": f"agieval_math/{i}",
+            "problem": row["question"],
+            "answer": row["answer"].strip(),
+            **kept,
+        }
 
 
 def _mmlu(path: pathlib.Path, split: str) -> Iterator[dict]:
     with zipfile.ZipFile(path) as archive:
-        for name in sorted(n for n in archive.namelist() if "/data/mmlu/test/" in n and n.endswith("_test.csv")):
+        for name in sorted(
+            n for n in archive.namelist() if "/data/mmlu/test/" in n and n.endswith("_test.csv")
+        ):
             subject = name.rsplit("/", 1)[1].removesuffix("_test.csv")
             with io.TextIOWrapper(archive.open(name), encoding="utf-8", newline="") as file:
                 for i, row in enumerate(csv.DictReader(file)):
@@ -169,7 +199,9 @@ class Benchmark(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name, description=source) for name, source in SOURCES.items()]
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=name, description=source) for name, source in SOURCES.items()
+    ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {name: tfds.features.Text() for name in ("id", "problem", "answer", "fields")}
@@ -184,7 +216,11 @@ class Benchmark(tfds.core.GeneratorBasedBuilder):
         name = self.builder_config.name
         source = SOURCES[name]
         path = dl_manager.download(f"{ARCHIVE if '/zip/' in source else RAW}/{source}")
-        return {split: self._generate_examples(path, split) for of, split in SPLITS.values() if of == name}
+        return {
+            split: self._generate_examples(path, split)
+            for of, split in SPLITS.values()
+            if of == name
+        }
 
     def _generate_examples(self, path, split):
         for i, row in enumerate(READERS[self.builder_config.name](pathlib.Path(path), split)):
@@ -202,9 +238,16 @@ def read(folder: pathlib.Path, name: str) -> list[dict]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             kind = {"data_dir": folder, "file_format": "array_record"}
-            builder = tfds.builder("gsm8k", **kind) if dataset == "gsm8k" else Benchmark(config=dataset, **kind)
+            builder = (
+                tfds.builder("gsm8k", **kind)
+                if dataset == "gsm8k"
+                else Benchmark(config=dataset, **kind)
+            )
             if not builder.is_prepared():
-                print(f"building the data set {dataset} below {folder} from its source", file=sys.stderr)
+                print(
+                    f"building the data set {dataset} below {folder} from its source",
+                    file=sys.stderr,
+                )
             builder.download_and_prepare()
         found = list(builder.as_data_source(split))
     except Exception as error:  # no network, a moved source, a full disk, damaged files: many kinds
@@ -224,4 +267,7 @@ def read(folder: pathlib.Path, name: str) -> list[dict]:
             }
             for i, row in enumerate(rows)
         ]
-    return [{key: row[key] for key in ("id", "problem", "answer")} | json.loads(row["fields"]) for row in rows]
+    return [
+        {key: row[key] for key in ("id", "problem", "answer")} | json.loads(row["fields"])
+        for row in rows
+    ]

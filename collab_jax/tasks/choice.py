@@ -7,9 +7,7 @@ from collab_jax.tasks import math, rows
 from collab_jax.tasks.base import Example, Task, TaskError
 
 LETTERS = "ABCDEFGHIJ"
-_CLOUD_PROMPT = (
-    "Answer this question. End with the letter of the right choice between <answer> and </answer>.\n\n{problem}"
-)
+_CLOUD_PROMPT = "Answer this question. End with the letter of the right choice between <answer> and </answer>.\n\n{problem}"
 _LETTER = re.compile(r"\(?([A-J])\)?(?:[.:)].*)?", re.DOTALL)
 
 
@@ -45,7 +43,9 @@ def make_task(config) -> Task:
 
     def problem(example: Example) -> str:
         question, choices, _ = example.problem
-        return "\n".join([question, *(f"{x}. {choice}" for x, choice in zip(LETTERS, choices, strict=False))])
+        return "\n".join(
+            [question, *(f"{x}. {choice}" for x, choice in zip(LETTERS, choices, strict=False))]
+        )
 
     return rows.make_task(
         config,

@@ -27,7 +27,9 @@ from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
 
 # ------------------------------------------------------------------------------------------------- checking
 
-MAX_EXPRESSION = 256  # characters; longer ones are refused unread, which bounds the work for any input
+MAX_EXPRESSION = (
+    256  # characters; longer ones are refused unread, which bounds the work for any input
+)
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
@@ -39,7 +41,11 @@ def check(numbers: tuple[int, ...], target: int, expression: str) -> bool:
     Grammar: non-negative ASCII integers, binary + - * /, parentheses, spaces. Anything else is False, and so is a
     division by zero or more than MAX_EXPRESSION characters; no input raises. Iterative, so nesting costs no stack.
     """
-    if not isinstance(expression, str) or len(expression) > MAX_EXPRESSION or not expression.isascii():
+    if (
+        not isinstance(expression, str)
+        or len(expression) > MAX_EXPRESSION
+        or not expression.isascii()
+    ):
         return False
     text = expression.replace(" ", "")
     tokens = _TOKEN.findall(text)
@@ -164,7 +170,9 @@ def split_of(numbers: tuple[int, ...], target: int) -> str:
     return "test" if int.from_bytes(digest) % 8 == 0 else "train"
 
 
-MAX_TRIES = 300_000  # random expressions in a row that may miss split and targets (some ten seconds)
+MAX_TRIES = (
+    300_000  # random expressions in a row that may miss split and targets (some ten seconds)
+)
 
 
 def generate(
@@ -175,15 +183,23 @@ def generate(
     config: share_of_three (share of prompts with 3 numbers, the rest have 4), numbers (lowest, highest), targets alike.
     seen: collects (sorted numbers, target), and none comes twice. Raises TaskError where (next to) nothing is left.
     """
-    rng = random.Random(f"{split} {seed}")  # a string seed is hashed, so that neighbouring seeds share nothing
+    rng = random.Random(
+        f"{split} {seed}"
+    )  # a string seed is hashed, so that neighbouring seeds share nothing
     low, high = config.targets
     while True:
         count = 3 if rng.random() < config.share_of_three else 4
-        for _ in range(MAX_TRIES):  # keeps the drawn count, so that the mix is the configured one, whatever the odds
+        for _ in range(
+            MAX_TRIES
+        ):  # keeps the drawn count, so that the mix is the configured one, whatever the odds
             numbers = tuple(rng.randint(*config.numbers) for _ in range(count))
             attempt = _attempt(rng, numbers)
             pair = (tuple(sorted(numbers)), attempt.value)
-            if low <= attempt.value <= high and split_of(*pair) == split and (seen is None or pair not in seen):
+            if (
+                low <= attempt.value <= high
+                and split_of(*pair) == split
+                and (seen is None or pair not in seen)
+            ):
                 break
         else:
             raise TaskError(
@@ -210,7 +226,14 @@ class Settings(tfds.core.BuilderConfig):
 
 def settings(config) -> Settings:
     """Settings from `config.task`. Raises TaskError for ranges that cannot be met."""
-    fields = ("share_of_three", "numbers", "targets", "train_examples", "test_examples", "data_seed")
+    fields = (
+        "share_of_three",
+        "numbers",
+        "targets",
+        "train_examples",
+        "test_examples",
+        "data_seed",
+    )
     values = {name: getattr(config, name) for name in fields}
     values |= {name: tuple(values[name]) for name in ("numbers", "targets")}
     if not 0 <= values["share_of_three"] <= 1:
@@ -218,7 +241,9 @@ def settings(config) -> Settings:
     for name in ("numbers", "targets"):
         whole = all(isinstance(v, int) for v in values[name])
         if len(values[name]) != 2 or not whole or not 1 <= values[name][0] <= values[name][1]:
-            raise TaskError(f"config.task.{name}={values[name]} must be two integers, 1 <= lowest <= highest")
+            raise TaskError(
+                f"config.task.{name}={values[name]} must be two integers, 1 <= lowest <= highest"
+            )
     if min(values["train_examples"], values["test_examples"]) < 1:
         raise TaskError("config.task.train_examples and test_examples must be at least 1")
     name = "three{share_of_three}-n{numbers[0]}to{numbers[1]}-t{targets[0]}to{targets[1]}"
@@ -233,8 +258,13 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First release."}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {"numbers": tfds.features.Tensor(shape=(None,), dtype=np.int32), "target": np.int32}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), description=__doc__)
+        features = {
+            "numbers": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "target": np.int32,
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), description=__doc__
+        )
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in ("train", "test")}
@@ -249,7 +279,9 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
 
 
 def _prepared(config, data_dir: pathlib.Path) -> Countdown:
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; nothing is downloaded
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # TFDS announces a download; nothing is downloaded
         builder = Countdown(config=settings(config), data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
     return builder
@@ -264,15 +296,22 @@ def load(split: str, config) -> list[Example]:
             builder = _prepared(config, data_dir)
         except OSError:  # perhaps another process was first: its data set is there now
             builder = _prepared(config, data_dir)
-        rows = [(tuple(map(int, row["numbers"])), int(row["target"])) for row in builder.as_data_source(split)]
+        rows = [
+            (tuple(map(int, row["numbers"])), int(row["target"]))
+            for row in builder.as_data_source(split)
+        ]
     except TaskError:
         raise
     except OSError as error:
-        raise TaskError(f"cannot write the data set below {data_dir} ({error}): set config.task.data_dir") from None
+        raise TaskError(
+            f"cannot write the data set below {data_dir} ({error}): set config.task.data_dir"
+        ) from None
     except Exception as error:  # damaged files raise many kinds
         cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         folder = data_dir / "countdown" / settings(config).name
-        raise TaskError(f"cannot read the data set in {folder} ({cause}): delete the folder to rebuild it") from error
+        raise TaskError(
+            f"cannot read the data set in {folder} ({cause}): delete the folder to rebuild it"
+        ) from error
     return [Example(f"{split}-{i}", f"{len(row[0])} numbers", row) for i, row in enumerate(rows)]
 
 
@@ -294,13 +333,18 @@ def demonstrations(seed: int, config, marker: str) -> Iterator[tuple[Example, st
     rng = random.Random(f"demonstrations {seed}")
 
     def fail(numbers: tuple[int, ...], target: int) -> _Attempt | None:
-        found = min((_attempt(rng, numbers) for _ in range(3)), key=lambda a: abs(a.value - target))  # a fair try
+        found = min(
+            (_attempt(rng, numbers) for _ in range(3)), key=lambda a: abs(a.value - target)
+        )  # a fair try
         return found if found.value != target else None
 
     for i, (numbers, target, solution) in enumerate(generate("train", seed, config)):
         example = Example(f"demonstration-{i}", f"{len(numbers)} numbers", (numbers, target))
         draw = rng.random()
-        gives_up, guesses = draw < config.demo_give_up, 0 <= draw - config.demo_give_up < config.demo_guess
+        gives_up, guesses = (
+            draw < config.demo_give_up,
+            0 <= draw - config.demo_give_up < config.demo_guess,
+        )
         last = (fail(numbers, target) or solution) if guesses else solution  # a guess may hit
         claims = abs(last.value - target) <= NEAR
         ending = 0 if gives_up else len(last.steps) + 2 + len(last.expression) + (not claims)
@@ -326,7 +370,9 @@ _CLOUD_PROMPT = (
     "Using the numbers {numbers}, each exactly once, and the operators + - * / and parentheses, write an expression "
     "that equals {target}. Think first, then give the expression alone as <answer>expression</answer>."
 )
-_CLOUD_PATTERN = re.compile(r"Using the numbers ([0-9 ]+), each .* equals ([0-9]+)\. Think first.*", re.DOTALL)
+_CLOUD_PATTERN = re.compile(
+    r"Using the numbers ([0-9 ]+), each .* equals ([0-9]+)\. Think first.*", re.DOTALL
+)
 
 
 def solve_prompt(messages: Messages) -> str:
@@ -357,7 +403,12 @@ def make_task(config) -> Task:
 
     def messages(template: str, example: Example) -> Messages:
         numbers, target = example.problem
-        return [{"role": "user", "content": template.format(numbers=" ".join(map(str, numbers)), target=target)}]
+        return [
+            {
+                "role": "user",
+                "content": template.format(numbers=" ".join(map(str, numbers)), target=target),
+            }
+        ]
 
     def verdict(example: Example, response: str) -> Verdict:
         answer = base.answer_of(response)

@@ -47,7 +47,9 @@ def last_boxed(text: str) -> str | None:
 _DROP = re.compile(
     r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;: ]|\\q?quad(?![a-zA-Z])|\\displaystyle|\^\{?\\circ\}?|\\degree(?![a-zA-Z])|\\\$|\$|\\%|%|~"
 )
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|rm|bf)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|rm|bf)\s*\{([^{}]*)\}"
+)
 _UNIT = re.compile(r"(?<=[\d})])\\(?:text|mbox|mathrm|textrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
@@ -77,7 +79,9 @@ def normal(answer: str) -> str:
 
 
 _NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
-_FRACTION = re.compile(rf"(-?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}|({_NUMBER})/({_NUMBER})|({_NUMBER})")
+_FRACTION = re.compile(
+    rf"(-?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}|({_NUMBER})/({_NUMBER})|({_NUMBER})"
+)
 
 
 def number(text: str) -> Fraction | None:
@@ -119,7 +123,10 @@ def same_text(gold: str, prediction: str) -> bool:
     (kind, a), (other, b) = parts(normal(gold)), parts(normal(prediction))
     if kind != other or len(a) != len(b):
         return False
-    keys = [[number(part) if number(part) is not None else part.lower() for part in found] for found in (a, b)]
+    keys = [
+        [number(part) if number(part) is not None else part.lower() for part in found]
+        for found in (a, b)
+    ]
     return Counter(keys[0]) == Counter(keys[1]) if kind == "set" else keys[0] == keys[1]
 
 

@@ -32,7 +32,9 @@ def main() -> None:
         gold, prediction = json.loads(line)
         try:
             same = verify(read(gold), read(prediction), timeout_seconds=None)
-        except Exception:  # sympy raises anything on odd input, MemoryError and RecursionError among it
+        except (
+            Exception
+        ):  # sympy raises anything on odd input, MemoryError and RecursionError among it
             same = False
         out.write(f"{int(same)}\n")
         out.flush()

@@ -24,12 +24,18 @@ def check(pairs) -> dict[str, float]:
     except (TypeError, ValueError):
         weights = {}
     total = sum(weights.values())
-    if not weights or len(weights) < len(pairs) or not all(w > 0 and math.isfinite(w) for w in weights.values()):
+    if (
+        not weights
+        or len(weights) < len(pairs)
+        or not all(w > 0 and math.isfinite(w) for w in weights.values())
+    ):
         raise TaskError(
             f"config.task.mix={pairs!r} must be (task, weight) pairs, weights above 0, as (('math', 3), ('gsm8k', 1))"
         )
     if min(weights.values()) * SLOTS < total:
-        raise TaskError(f"config.task.mix={pairs!r}: a weight must be at least a {SLOTS}th of their sum")
+        raise TaskError(
+            f"config.task.mix={pairs!r}: a weight must be at least a {SLOTS}th of their sum"
+        )
     return {name: weight / total for name, weight in weights.items()}
 
 
@@ -37,20 +43,28 @@ def pattern(weights: Sequence[float]) -> np.ndarray:
     """Which part each of SLOTS places belongs to, i64[SLOTS]: as many as its weight says, evenly spread."""
     exact = np.array(weights) / sum(weights) * SLOTS
     counts = np.floor(exact).astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[: SLOTS - counts.sum()]] += 1  # the largest remainders
+    counts[np.argsort(counts - exact, kind="stable")[: SLOTS - counts.sum()]] += (
+        1  # the largest remainders
+    )
     places = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
 
 
 def indices(
-    seed: int, place: np.ndarray, pools: Sequence[np.ndarray], weights: Sequence[float], draw: Callable
+    seed: int,
+    place: np.ndarray,
+    pools: Sequence[np.ndarray],
+    weights: Sequence[float],
+    draw: Callable,
 ) -> np.ndarray:
     """The examples at these places of the training sequence, [n]. pools: indices of each part's examples.
 
     draw(seed, place [m], total) -> i64[m]: which of one pool's `total` examples stand at places of its own sequence.
     """
     deal = pattern(weights)
-    before = (deal[:, None] == np.arange(len(pools))).cumsum(0)  # [SLOTS, parts], this place included
+    before = (deal[:, None] == np.arange(len(pools))).cumsum(
+        0
+    )  # [SLOTS, parts], this place included
     found = np.empty(len(place), np.int64)
     for part, pool in enumerate(pools):
         mine = deal[place % SLOTS] == part
@@ -76,18 +90,26 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
     def load(split: str) -> list[Example]:
         loaded = {
             name: [
-                dataclasses.replace(e, id=f"{name}/{e.id}", stratum=f"{name}, {e.stratum}" if e.stratum else name)
+                dataclasses.replace(
+                    e, id=f"{name}/{e.id}", stratum=f"{name}, {e.stratum}" if e.stratum else name
+                )
                 for e in task.load(split)
             ]
             for name, task in parts.items()
         }
-        places = [(i + 0.5) / weights[name] for name, examples in loaded.items() for i in range(len(examples))]
+        places = [
+            (i + 0.5) / weights[name]
+            for name, examples in loaded.items()
+            for i in range(len(examples))
+        ]
         flat = [example for examples in loaded.values() for example in examples]
         return [flat[i] for i in np.argsort(places, kind="stable")]
 
     def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
         found: list = [None] * len(examples)
-        for name in dict.fromkeys(example.task for example in examples):  # one batch a part, for its worker processes
+        for name in dict.fromkeys(
+            example.task for example in examples
+        ):  # one batch a part, for its worker processes
             mine = [i for i, example in enumerate(examples) if example.task == name]
             verdicts = parts[name].verify([examples[i] for i in mine], [responses[i] for i in mine])
             for i, verdict in zip(mine, verdicts, strict=True):

@@ -29,13 +29,17 @@ def load(spec: str) -> Reward:
     file, _, name = spec.rpartition(":")
     path = pathlib.Path(file).expanduser()
     if not file or path.suffix != ".py" or not path.is_file():
-        raise TaskError(f"config.task.reward={spec!r} must be path/to/file.py:function, and the file must be there")
+        raise TaskError(
+            f"config.task.reward={spec!r} must be path/to/file.py:function, and the file must be there"
+        )
     module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # anything that a file may do wrong
-        raise TaskError(f"config.task.reward: {path} does not load, {_at(path, error)}: mend it") from error
+        raise TaskError(
+            f"config.task.reward: {path} does not load, {_at(path, error)}: mend it"
+        ) from error
     if not callable(function := getattr(module, name, None)):
         raise TaskError(f"config.task.reward: {path} has no function {name!r}")
     return function
@@ -66,7 +70,9 @@ def verifier(spec: str, marker: str) -> Callable[[Sequence[Example], Sequence[st
         for example, response in zip(examples, responses, strict=True):
             called = base.called(response, marker)
             right = judged(example, response) if response and not called else False
-            found.append(Verdict(right is True, called, base.formatted(response), unjudged=right is None))
+            found.append(
+                Verdict(right is True, called, base.formatted(response), unjudged=right is None)
+            )
         return found
 
     return verify
@@ -76,6 +82,10 @@ def _at(path: pathlib.Path, error: Exception) -> str:
     """'line 3: KeyError: 'x'', of the last line in this file that an exception came through."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {error.msg}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == path]
+    lines = [
+        f.lineno
+        for f in traceback.extract_tb(error.__traceback__)
+        if pathlib.Path(f.filename) == path
+    ]
     cause = " ".join(traceback.format_exception_only(error)[-1].split())
     return f"line {lines[-1]}: {cause}" if lines else cause

@@ -29,7 +29,11 @@ def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -
         )
     rows, ids = [], set()
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as file
+        ):
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -39,7 +43,9 @@ def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -
                 ids.add(row["id"])
                 rows.append(row)
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TaskError(f"cannot read {path} ({error}): is it complete? Else fetch it again") from None
+        raise TaskError(
+            f"cannot read {path} ({error}): is it complete? Else fetch it again"
+        ) from None
     if not rows:
         raise TaskError(f"{path} has no rows")
     return rows
@@ -51,7 +57,9 @@ def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> d
     except ValueError as error:
         raise TaskError(f"{path}, line {number} is not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise TaskError(f"{path}, line {number} is not an object with the fields {', '.join(fields)}")
+        raise TaskError(
+            f"{path}, line {number} is not an object with the fields {', '.join(fields)}"
+        )
     for field in fields:
         if row.get(field) in (None, "", []):
             raise TaskError(f"{path}, line {number} has no {field}: mend the row, or leave it out")
@@ -84,7 +92,9 @@ def make_task(
     """
     template, marker = config.task.prompt, config.text.marker
     if "{problem}" not in template:
-        raise TaskError(f"config.task.prompt={template!r} needs {{problem}}, where the problem goes")
+        raise TaskError(
+            f"config.task.prompt={template!r} needs {{problem}}, where the problem goes"
+        )
 
     def messages(template: str, example: Example) -> Messages:
         return [{"role": "user", "content": template.replace("{problem}", problem(example))}]

@@ -28,8 +28,15 @@ class _Worker:
     def __init__(self):
         # -P: the folder of the script, which holds a math.py, must not come before the standard library.
         # Unbuffered: a line that were read ahead would never be waited for.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "bufsize": 0}
-        pipes["start_new_session"] = True  # Ctrl-C is not for it: a run that saves itself still compares
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+            "bufsize": 0,
+        }
+        pipes["start_new_session"] = (
+            True  # Ctrl-C is not for it: a run that saves itself still compares
+        )
         self.process = subprocess.Popen([sys.executable, "-P", str(WORKER)], **pipes)
         self.pair: int | None = None
         self.ready = False  # it has said so; until then START counts, from then on the deadline
@@ -87,11 +94,15 @@ class Verifier:
                         found[worker.pair] = line == b"1\n"
                         give(worker)
                     elif not worker.ready:
-                        raise TaskError(f"the verifier does not start: run {sys.executable} -P {WORKER} to see why")
+                        raise TaskError(
+                            f"the verifier does not start: run {sys.executable} -P {WORKER} to see why"
+                        )
                     else:  # it died, of memory or in a library: not equal, as far as anybody can tell
                         found[worker.pair] = False
                         give(self._replace(worker))
-                for worker in [w for w in self._workers if w.pair is not None and w.until <= time.monotonic()]:
+                for worker in [
+                    w for w in self._workers if w.pair is not None and w.until <= time.monotonic()
+                ]:
                     ready.unregister(worker.process.stdout)
                     give(self._replace(worker))
         return found

@@ -9,9 +9,15 @@ from collab_jax.sweep import Cell, Sweep
 
 
 def get_sweep():
-    weights = {"paper": {}, "call-0.3": {"alpha_c": 0.3}, "call-0.8": {"alpha_c": 0.8}, "call-1.2": {"alpha_c": 1.2}}
+    weights = {
+        "paper": {},
+        "call-0.3": {"alpha_c": 0.3},
+        "call-0.8": {"alpha_c": 0.8},
+        "call-1.2": {"alpha_c": 1.2},
+    }
     weights["form-0"] = {"alpha_f": 0.0}
     cells = {
-        name: Cell({f"reward.{key}": x for key, x in changes.items()}, range(2)) for name, changes in weights.items()
+        name: Cell({f"reward.{key}": x for key, x in changes.items()}, range(2))
+        for name, changes in weights.items()
     }
     return Sweep("configs/countdown_tiny.py", {"budget": 0.3}, cells)

@@ -9,4 +9,8 @@ from collab_jax.sweep import Cell, Sweep
 
 def get_sweep():
     budgets = (0.3, 0.1, 0.2, 0.4, 0.5)
-    return Sweep("configs/countdown_tiny.py", {}, {f"budget-{b:g}": Cell({"budget": b}, range(2)) for b in budgets})
+    return Sweep(
+        "configs/countdown_tiny.py",
+        {},
+        {f"budget-{b:g}": Cell({"budget": b}, range(2)) for b in budgets},
+    )

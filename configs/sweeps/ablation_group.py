@@ -8,7 +8,10 @@ from collab_jax.sweep import Cell, Sweep
 
 
 def get_sweep():
-    cells = {f"{256 // group}x{group}": {"prompts_per_step": 256 // group, "group": group} for group in (4, 8, 16, 2)}
+    cells = {
+        f"{256 // group}x{group}": {"prompts_per_step": 256 // group, "group": group}
+        for group in (4, 8, 16, 2)
+    }
     cells["last-weights"] = {"optim.average": 0.0}
     two = {name: Cell(changes, range(2)) for name, changes in cells.items()}
     return Sweep("configs/countdown_tiny_ours.py", {}, two)

@@ -14,5 +14,9 @@ def get_sweep():
         "configs/countdown_tiny.py",
         {"budget": 0.3},
         {"good-cloud": Cell(rate(0.062), range(2)), "poor-cloud": Cell(rate(0.3), range(2))},
-        serve={"a good cloud": rate(0.062), "a poor cloud": rate(0.3), "a perfect cloud": rate(0.0)},
+        serve={
+            "a good cloud": rate(0.062),
+            "a poor cloud": rate(0.3),
+            "a perfect cloud": rate(0.0),
+        },
     )

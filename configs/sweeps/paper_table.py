@@ -29,7 +29,9 @@ def get_sweep():
             "ours": Cell({"temperature": 0.5} | MANY | ROUTED, FIVE),
             "gapg": Cell({}, FIVE),
             "grpo": Cell(parts(advantage="grpo", filter="none"), FIVE),
-            "task-tuning": Cell(parts(reward="task", advantage="grpo", filter="none") | ROUTED, FIVE),
+            "task-tuning": Cell(
+                parts(reward="task", advantage="grpo", filter="none") | ROUTED, FIVE
+            ),
             "many-prompts": Cell(MANY | ROUTED, TWO),
             "dr-grpo": Cell(parts(advantage="dr_grpo", filter="none"), TWO),
             "gapg-no-filter": Cell(parts(filter="none"), TWO),

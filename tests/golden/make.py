@@ -58,7 +58,9 @@ def random_model(name: str, settings: dict, seed: int):
 
     settings = {**COMMON, **settings, "rope_parameters": dict(settings["rope_parameters"])}
     config = AutoConfig.for_model(name.split("-")[0], **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -77,7 +79,12 @@ def logits_of(model, row) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return model(input_ids=torch.tensor(row)[None].long(), use_cache=False).logits[0].float().numpy()
+        return (
+            model(input_ids=torch.tensor(row)[None].long(), use_cache=False)
+            .logits[0]
+            .float()
+            .numpy()
+        )
 
 
 def expected(model, seed: int) -> dict[str, np.ndarray]:
