@@ -1,10 +1,12 @@
-"""Calibration: from margins on held-out prompts, the bias of the decision token for a budget or an accuracy (no jax).
+"""Calibration: from margins on held-out prompts, the bias of the decision token for a budget or an
+accuracy (no jax).
 
     python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --delta 0.05 --out FOLDER
 
-`calibration.py` says how a bias is chosen, and what is promised of it. Where responses without an answer, which always go to
-the cloud, alone exceed the budget, leave them to the margin as well: `--margin_only`. With `--hold_out 0.5` the last half of
-the records is kept out of it, and the call rate and accuracy on these are told.
+`calibration.py` says how a bias is chosen, and what is promised of it. Where responses without an
+answer, which always go to the cloud, alone exceed the budget, leave them to the margin as well:
+`--margin_only`. With `--hold_out 0.5` the last half of the records is kept out of it, and the call
+rate and accuracy on these are told.
 
 collab_config.json, which only this module writes:
 
@@ -55,9 +57,11 @@ def to_config(
     decision_token: str | None = None,
     marker: str | None = None,
 ) -> dict:
-    """collab_config.json as a dict (keys: see the module), from a calibration and what it was made from.
+    """collab_config.json as a dict (keys: see the module), from a calibration and what it was made
+    from.
 
-    call_unanswered is False where `answered` was all True in order to leave every call to the margin.
+    call_unanswered is False where `answered` was all True in order to leave every call to the
+    margin.
     """
     c = calibration
     table = []
@@ -84,7 +88,9 @@ def to_config(
 
 
 def write(path: pathlib.Path, config: dict) -> pathlib.Path:
-    """Writes the file, complete or not at all, and returns its path; a `path` that does not end in .json is a folder."""
+    """Writes the file, complete or not at all, and returns its path; a `path` that does not end in
+    .json is a folder.
+    """
     path = path if path.suffix == ".json" else path / NAME
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -100,7 +106,9 @@ def write(path: pathlib.Path, config: dict) -> pathlib.Path:
 
 
 def read(path: pathlib.Path) -> dict:
-    """The dict that was written; `path` as for `write`. Raises UserError for a file that `write` did not make."""
+    """The dict that was written; `path` as for `write`. Raises UserError for a file that `write`
+    did not make.
+    """
     path = path if path.suffix == ".json" else path / NAME
     again = "make it with python -m collab_jax.calibrate"
     try:

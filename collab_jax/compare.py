@@ -1,14 +1,16 @@
-"""What routing is worth, from records alone (no jax, no model): ours, or anybody's recorded answers.
+"""What routing is worth, from records alone (no jax, no model): ours, or anybody's recorded
+answers.
 
     python -m collab_jax.compare --records A.parquet B.parquet --out DIR
 
-compares every router that the records have the columns for (`routers/`), by replay on the same prompts, and writes
-compare.json, compare.md, compare.html and frontier.png. A table may have a name, and a file for each of its seeds:
+compares every router that the records have the columns for (`routers/`), by replay on the same
+prompts, and writes compare.json, compare.md, compare.html and frontier.png. A table may have a
+name, and a file for each of its seeds:
 
     --records gapg=runs/gapg-0/after.parquet,runs/gapg-1/after.parquet --fit gapg=runs/gapg-0/fit.parquet,runs/gapg-1/fit.parquet
 
-`--fit` gives learned routers the records of other prompts to be fitted on. Intervals are of 95 %, from a bootstrap over
-seeds and prompts; those of a difference are paired.
+`--fit` gives learned routers the records of other prompts to be fitted on. Intervals are of 95 %,
+from a bootstrap over seeds and prompts; those of a difference are paired.
 """
 
 import argparse
@@ -32,14 +34,18 @@ from collab_jax.runtime.errors import UserError, run_command
 
 
 class Model(NamedTuple):
-    """A model's records, a table for each seed, and what its learned routers are fitted on: a table each, or None."""
+    """A model's records, a table for each seed, and what its learned routers are fitted on: a table
+    each, or None.
+    """
 
     seeds: list[Records]
     fit_on: list[Records | None]
 
 
 def score_all(models: Mapping[str, Model]) -> dict[str, list[tuple[Records, np.ndarray]]]:
-    """(records, score) of each seed by "MODEL: ROUTER", for every router that all of a model's seeds have columns for."""
+    """(records, score) of each seed by "MODEL: ROUTER", for every router that all of a model's
+    seeds have columns for.
+    """
     first = next(iter(models.values())).seeds[0]
     methods = {}
     for name, model in models.items():
@@ -67,10 +73,12 @@ def compare(
     reference: str = "",
     prices: costs.Prices | None = None,
 ) -> dict:
-    """The figures of compare.json: of every "MODEL: ROUTER" its accuracy at each budget with the paired difference of the
-    reference to it (reference - method), APGR, CPT, AUC, counts; the reference is the first model's margin, or its first router.
+    """The figures of compare.json: of every "MODEL: ROUTER" its accuracy at each budget with the
+    paired difference of the reference to it (reference - method), APGR, CPT, AUC, counts; the
+    reference is the first model's margin, or its first router.
 
-    prices: with what each budget costs a prompt, in USD, seconds and device tokens (`costs.cost_frontier`).
+    prices: with what each budget costs a prompt, in USD, seconds and device tokens
+    (`costs.cost_frontier`).
     """
     methods = score_all(models)
     default = f"{next(iter(models))}: margin"
@@ -121,7 +129,9 @@ def compare(
 
 
 def _bands(curve: np.ndarray) -> dict[str, list[float]]:
-    """A frontier f64[1 + R, K] with its 95 % band: "value", "low", "high" of [K] each, to a hundredth of a percent."""
+    """A frontier f64[1 + R, K] with its 95 % band: "value", "low", "high" of [K] each, to a
+    hundredth of a percent.
+    """
     low, high = np.quantile(curve[1:], [0.025, 0.975], axis=0)
     return {
         key: [round(float(x), 4) for x in line]
@@ -130,7 +140,9 @@ def _bands(curve: np.ndarray) -> dict[str, list[float]]:
 
 
 def _alone(name: str, model: Model, f: measures.Frontiers, reference: str) -> dict:
-    """A model's figures that no router changes: the device alone, the cloud alone, and the natural pass where it is recorded."""
+    """A model's figures that no router changes: the device alone, the cloud alone, and the natural
+    pass where it is recorded.
+    """
     curve, theirs = f.accuracy[f"{name}: random"], f.accuracy[reference]
     found = {
         "local_accuracy": estimate(curve[:, 0]),
@@ -153,7 +165,9 @@ def _alone(name: str, model: Model, f: measures.Frontiers, reference: str) -> di
 def _costs(
     router: str, runs, prices: costs.Prices, budgets: Sequence[float]
 ) -> list[dict[str, float]]:
-    """What each budget costs a prompt, mean over seeds; a recorded router not of ours is taken to have read the response."""
+    """What each budget costs a prompt, mean over seeds; a recorded router not of ours is taken to
+    have read the response.
+    """
     reads = routers.router_of(router).reads
     found = []
     for table, score in runs:
@@ -183,7 +197,9 @@ def _mean_by_key(tables: list[dict[str, float | None]]) -> dict[str, float | Non
 
 
 def markdown(result: dict) -> str:
-    """compare.md: accuracy of every method at each budget, its figures, and by how much the reference is ahead."""
+    """compare.md: accuracy of every method at each budget, its figures, and by how much the
+    reference is ahead.
+    """
     head = [
         "method",
         *(f"{100 * b:g} % calls" for b in result["budgets"]),
@@ -236,7 +252,9 @@ def _times(x: float | None) -> float | None:
 
 
 def write(out: pathlib.Path, result: dict) -> str:
-    """Writes compare.json, compare.md, compare.html and frontier.png (and .svg) to the folder `out`; returns what to show on the screen."""
+    """Writes compare.json, compare.md, compare.html and frontier.png (and .svg) to the folder
+    `out`; returns what to show on the screen.
+    """
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -257,7 +275,9 @@ def write(out: pathlib.Path, result: dict) -> str:
 
 
 def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
-    """Files by name, of words "NAME=FILE,FILE" or "FILE"; one without a name is called after the file, and its folder if need be."""
+    """Files by name, of words "NAME=FILE,FILE" or "FILE"; one without a name is called after the
+    file, and its folder if need be.
+    """
     found: dict[str, list[pathlib.Path]] = {}
     alone = [pathlib.Path(word).stem for word in words if "=" not in word]
     for word in words:

@@ -2,10 +2,11 @@
 
     python -m collab_jax.evaluate --config configs/countdown_tiny.py --workdir RUN
 
-evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes `eval.parquet` and
-`eval.json`. One pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
-decision at every budget (`sampler.py`). With `--suite` it evaluates on other benchmarks (`suite.py`).
-`records.py` documents the columns. Routers that run the model once more (`config.routers.record`) are training's to record.
+evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes
+`eval.parquet` and `eval.json`. One pass decodes naturally, one with the marker disallowed; the
+second one's margin trace holds the call decision at every budget (`sampler.py`). With `--suite` it
+evaluates on other benchmarks (`suite.py`). `records.py` documents the columns. Routers that run the
+model once more (`config.routers.record`) are training's to record.
 """
 
 import json
@@ -45,11 +46,14 @@ def evaluate(
     natural: bool = True,
     seed: int | None = None,
 ) -> Records:
-    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has axis D.
+    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has
+    axis D.
 
-    seed: of a sampler with a temperature. In a drawn response a call is a marker that was written to its end.
+    seed: of a sampler with a temperature. In a drawn response a call is a marker that was written
+    to its end.
 
-    natural: with the natural pass too, and its columns. cloud None: none is asked, and no verdict of it is known.
+    natural: with the natural pass too, and its columns. cloud None: none is asked, and no verdict
+    of it is known.
     """
     D, size = jax.local_device_count(), config.eval.batch_size
     rows: list[dict] = []
@@ -101,7 +105,8 @@ def shared_answers(
 ) -> list[dict]:
     """Columns of the cloud's answers with the device's attempt, where the natural pass called.
 
-    The attempt is what was written before the decision token. `shared_extra_tokens`: input tokens more than without it.
+    The attempt is what was written before the decision token. `shared_extra_tokens`: input tokens
+    more than without it.
     """
     calls = [i for i in range(len(examples)) if (natural.margins[i] > 0).any()]
     firsts = [int((natural.margins[i] > 0).argmax()) for i in calls]
@@ -187,7 +192,9 @@ def evaluate_state(
 def with_routers(
     run: Run, state: TrainState, table: Records, examples: list[Example], fit_on: Records | None
 ) -> Records:
-    """`table` with the columns of `config.routers.record` under `state` (with axis D); `examples` are those of both tables."""
+    """`table` with the columns of `config.routers.record` under `state` (with axis D); `examples`
+    are those of both tables.
+    """
     device = Device(run, state.policy, {e.id: e for e in examples})
     return recorded.record(run.config.routers.record, device, fit_on, table)
 

@@ -1,9 +1,11 @@
-"""Export: the last checkpoint of a run as a Hugging Face folder, for `transformers`, vLLM and the like.
+"""Export: the last checkpoint of a run as a Hugging Face folder, for `transformers`, vLLM and the
+like.
 
     python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER [--adapter]
 
-A run with `config.lora` is merged into its model, or, with --adapter, written as an adapter that PEFT and vLLM load.
-With a model card (README.md) that says how to call it and, where the run has its report, what was measured.
+A run with `config.lora` is merged into its model, or, with --adapter, written as an adapter that
+PEFT and vLLM load. With a model card (README.md) that says how to call it and, where the run has
+its report, what was measured.
 """
 
 import json

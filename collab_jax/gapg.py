@@ -1,9 +1,10 @@
-"""Group Adaptive Policy Gradient: the method of "Collaborative Device-Cloud LLM Inference through Reinforcement
-Learning" (arXiv 2509.24050): reward, prompt filter, advantage, loss and step. Pure functions, no I/O, no tokenizer.
+"""Group Adaptive Policy Gradient: the method of "Collaborative Device-Cloud LLM Inference through
+Reinforcement Learning" (arXiv 2509.24050): reward, prompt filter, advantage, loss and step. Pure
+functions, no I/O, no tokenizer.
 
-Axis letters, used everywhere: D devices, P prompts a device, Q = D * P prompts of the global batch, G responses of a
-group, B = P * G rows, L prompt columns, T response columns, S = L + T, N query heads, K kv heads, H head, E width,
-V vocabulary.
+Axis letters, used everywhere: D devices, P prompts a device, Q = D * P prompts of the global batch,
+G responses of a group, B = P * G rows, L prompt columns, T response columns, S = L + T, N query
+heads, K kv heads, H head, E width, V vocabulary.
 
 One step (section 4 of the paper):
 
@@ -42,7 +43,9 @@ OUTCOMES = ("correct_formatted", "correct", "called_right", "wrong_formatted", "
 
 @flax.struct.dataclass
 class FilterState:
-    """The budget and what was done about it so far. rho = rho_num / rho_den exactly, so that no rounding adds up."""
+    """The budget and what was done about it so far. rho = rho_num / rho_den exactly, so that no
+    rounding adds up.
+    """
 
     budget: jax.Array  # f32[], share of queries
     price: jax.Array  # f32[], of a call in units of reward (a Lagrange multiplier); 0 but under control "lagrangian"
@@ -59,7 +62,9 @@ class FilterState:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes between steps, saved, and the same on every device; and `frozen`, which is neither changed nor saved."""
+    """All that changes between steps, saved, and the same on every device; and `frozen`, which is
+    neither changed nor saved.
+    """
 
     step: jax.Array  # i32[]
     params: Params  # that are trained: all, or an adapter
@@ -76,7 +81,9 @@ class TrainState:
 
     @property
     def learnt(self) -> Params:
-        """What the run delivers: the averaged `params` where they are kept, in the type of the others, or these."""
+        """What the run delivers: the averaged `params` where they are kept, in the type of the
+        others, or these.
+        """
         if self.average is None:
             return self.params
         return jax.tree.map(lambda a, p: a.astype(p.dtype), self.average, self.params)
@@ -123,7 +130,9 @@ def init_reward(alpha_a: float, alpha_c: float, alpha_f: float) -> RewardState:
 
 
 def rho_of(budget: float) -> Fraction:
-    """The ratio cloud : local of a budget in [0, 0.999], a share of all queries: b / (1 - b), with a small denominator."""
+    """The ratio cloud : local of a budget in [0, 0.999], a share of all queries: b / (1 - b), with
+    a small denominator.
+    """
     share = Fraction(budget).limit_denominator(10_000)
     return share / (1 - share)
 
@@ -176,9 +185,11 @@ def reward(
     formatted: jax.Array,
     cloud_correct: jax.Array,
 ) -> tuple[jax.Array, RewardState]:
-    """Hierarchical reward r f32[Q, G] (paper, section 4.1) from bool[Q, G] verdicts and cloud_correct bool[Q].
+    """Hierarchical reward r f32[Q, G] (paper, section 4.1) from bool[Q, G] verdicts and
+    cloud_correct bool[Q].
 
-    local and right: alpha_a (+ alpha_f if well formed); called and the cloud right: alpha_c; local, wrong, well
+    local and right: alpha_a (+ alpha_f if well formed); called and the cloud right: alpha_c; local,
+    wrong, well
     formed: alpha_f; anything else: 0.
     """
     a, c, f = state.alphas
@@ -197,7 +208,9 @@ def reward(
 def classes(
     correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(D1, D2) bool[Q]: some response is right on the device; none is, and the cloud is known to be right."""
+    """(D1, D2) bool[Q]: some response is right on the device; none is, and the cloud is known to be
+    right.
+    """
     solved = correct.any(axis=1)
     return solved & cloud_known, ~solved & cloud_correct & cloud_known
 
@@ -210,10 +223,12 @@ def prompt_filter(
     cloud_known: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
-    """keep bool[Q] (paper, section 4.3): all of D1, and of D2 a random part of n = floor(rho |D1| + carry) prompts.
+    """keep bool[Q] (paper, section 4.3): all of D1, and of D2 a random part of n = floor(rho |D1| +
+    carry) prompts.
 
-    Membership is by correctness, never by the reward r f32[Q, G]. So sum |D2 kept| <= rho * sum |D1| over the whole run. The fraction of n that is cut off is carried; a quota that
-    found no D2 prompt is not. Whoever calls this with the same key, on any device, keeps the same prompts.
+    Membership is by correctness, never by the reward r f32[Q, G]. So sum |D2 kept| <= rho * sum
+    |D1| over the whole run. The fraction of n that is cut off is carried; a quota that found no D2
+    prompt is not. Whoever calls this with the same key, on any device, keeps the same prompts.
     """
     del r
     return within_quota(state, *classes(correct, cloud_correct, cloud_known), key)
@@ -222,7 +237,9 @@ def prompt_filter(
 def within_quota(
     state: FilterState, d1: jax.Array, d2: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, FilterState]:
-    """keep bool[Q]: all of d1 bool[Q], and of d2 bool[Q] as many as rho |d1| and what was carried pay for, at random."""
+    """keep bool[Q]: all of d1 bool[Q], and of d2 bool[Q] as many as rho |d1| and what was carried
+    pay for, at random.
+    """
     quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
     draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)
     rank = jnp.argsort(jnp.argsort(draw))
@@ -247,9 +264,12 @@ def tally(state: FilterState, d1: jax.Array, d2: jax.Array, keep: jax.Array) -> 
 
 
 def advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
-    """Leave-one-out advantage f32[Q, G] of r f32[Q, G]: r_i - mean of the others = G / (G - 1) * (r_i - mean r).
+    """Leave-one-out advantage f32[Q, G] of r f32[Q, G]: r_i - mean of the others = G / (G - 1) *
+    (r_i - mean r).
 
-    It weighs the sum of a response's log-probabilities, so the responses' mask bool[Q, G, T] does not matter here. With the mean over the group in `loss` this is the paper's estimator, 1 / (G - 1) sum_i grad log pi(y_i) (r_i - mean r).
+    It weighs the sum of a response's log-probabilities, so the responses' mask bool[Q, G, T] does
+    not matter here. With the mean over the group in `loss` this is the paper's estimator, 1 / (G -
+    1) sum_i grad log pi(y_i) (r_i - mean r).
     """
     del mask
     G = r.shape[1]
@@ -260,10 +280,11 @@ def advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> jax.Array:
-    """-(1 / G) sum_i A_i log pi(y_i | x) over any responses i of groups of `group` = G, so summed over prompts.
+    """-(1 / G) sum_i A_i log pi(y_i | x) over any responses i of groups of `group` = G, so summed
+    over prompts.
 
-    logp f32[..., T], mask bool[..., T] (EOS in), advantage f32[...]; log pi is the sum over the response's own tokens.
-    The gradient over whole groups is the policy gradient.
+    logp f32[..., T], mask bool[..., T] (EOS in), advantage f32[...]; log pi is the sum over the
+    response's own tokens. The gradient over whole groups is the policy gradient.
     """
     return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / group
 
@@ -282,7 +303,8 @@ def no_control(
 class Algorithm(NamedTuple):
     """The parts of a step, all pure.
 
-    control: after each step, from that step's share of calls f32[] among the responses that might call.
+    control: after each step, from that step's share of calls f32[] among the responses that might
+    call.
     """
 
     reward: Callable  # (RewardState, correct, called, formatted, cloud_correct) -> r f32[Q, G], RewardState
@@ -316,13 +338,15 @@ def policy_gradient(
     temperature: float,
     chunk: int,
 ) -> tuple[Params, jax.Array, jax.Array]:
-    """Gradient of `loss` by `params`, which act joined with `frozen`, over the first `mine` of `prompts` i32[P], which index
-    `batch` and A f32[Q, G]; and the sum and the largest of |log p recomputed - log p sampled| of those prompts' tokens.
+    """Gradient of `loss` by `params`, which act joined with `frozen`, over the first `mine` of
+    `prompts` i32[P], which index `batch` and A f32[Q, G]; and the sum and the largest of |log p
+    recomputed - log p sampled| of those prompts' tokens.
 
-    Each prompt is computed once, in a pass of its own: the keys and values that it leaves are an input to the responses, so
-    the gradient comes back through them (`dkv`). The responses go longest first, `micro_rows` at a time, and each such
-    micro-batch is cut to the shortest of `lengths` that holds it. A response costs what its length costs; rows without an
-    advantage, or prompts past `mine`, cost nothing.
+    Each prompt is computed once, in a pass of its own: the keys and values that it leaves are an
+    input to the responses, so the gradient comes back through them (`dkv`). The responses go
+    longest first, `micro_rows` at a time, and each such micro-batch is cut to the shortest of
+    `lengths` that holds it. A response costs what its length costs; rows without an advantage, or
+    prompts past `mine`, cost nothing.
     """
     G = batch.tokens.shape[1]
     P, m = prompts.shape[0], micro_rows
@@ -415,17 +439,20 @@ def make_step(
     chunk: int,
     average: float = 0.0,
 ) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, rollout, key) -> state, metrics: the body of one device under an axis named `axis`.
+    """step(state, rollout, key) -> state, metrics: the body of one device under an axis named
+    `axis`.
 
-    The rollout is this device's share [P, ...]; state, key and results are the same on all devices. Every device sees
-    all the verdicts, so that all draw the same subset; the kept prompts that have a gradient are then dealt out evenly,
-    the longest first. Prompts that were dropped, or whose responses all earned the same, cost nothing. `lengths`, to which
-    responses are cut, ascend to T. average: decay of the state's `average`, where it has one, in [0, 1).
+    The rollout is this device's share [P, ...]; state, key and results are the same on all devices.
+    Every device sees all the verdicts, so that all draw the same subset; the kept prompts that have
+    a gradient are then dealt out evenly, the longest first. Prompts that were dropped, or whose
+    responses all earned the same, cost nothing. `lengths`, to which responses are cut, ascend to T.
+    average: decay of the state's `average`, where it has one, in [0, 1).
     """
 
     def body(state: TrainState, rollout: Rollout, key: jax.Array):
         D, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-        # Tokens are small beside the work they cause, so everything is gathered and each device takes what it is dealt.
+        # Tokens are small beside the work they cause, so everything is gathered and each device
+        # takes what it is dealt.
         batch: Rollout = jax.lax.all_gather(rollout, axis, tiled=True)
         verdicts = batch.correct, batch.called, batch.formatted
         r, reward_state = algorithm.reward(state.reward, *verdicts, batch.cloud_correct)
@@ -457,7 +484,8 @@ def make_step(
             temperature=temperature,
             chunk=chunk,
         )
-        # Sums and counts travel apart and are divided once: devices hold different numbers of kept prompts.
+        # Sums and counts travel apart and are divided once: devices hold different numbers of kept
+        # prompts.
         grads, drift = jax.lax.psum((grads, drift), axis)
         kept = keep.sum()
         grads = jax.tree.map(lambda g: g / jnp.maximum(kept, 1), grads)

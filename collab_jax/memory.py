@@ -1,14 +1,17 @@
-"""Memory of a run, estimated from its config before anything is allocated; a run that does not fit is refused.
+"""Memory of a run, estimated from its config before anything is allocated; a run that does not fit
+is refused.
 
     python -m collab_jax.memory --config configs/countdown_qwen2p5_3b.py --devices 8 --gib 16 [--config.KEY=VALUE ...]
 
 prints the plan for any number of devices of any size; none of them, and no weights, need be there.
 
-Counted, on one device: what is held throughout (parameters, what is frozen, optimizer, average) and then the larger of an
-update (gradients, what one micro-batch keeps for its backward pass, its logits) and of sampling (KV cache, logits), which do
-not overlap. What a backward pass keeps is not written down here: jax traces one block and says so, whatever the block is.
-Against the compiler's own count the estimate is right within 15 % (tests), on a CPU. What a CPU's compiler makes nothing of,
-narrow activations, remat and chunks of logits, could not be checked so. An allocator needs some room beside.
+Counted, on one device: what is held throughout (parameters, what is frozen, optimizer, average) and
+then the larger of an update (gradients, what one micro-batch keeps for its backward pass, its
+logits) and of sampling (KV cache, logits), which do not overlap. What a backward pass keeps is not
+written down here: jax traces one block and says so, whatever the block is. Against the compiler's
+own count the estimate is right within 15 % (tests), on a CPU. What a CPU's compiler makes nothing
+of, narrow activations, remat and chunks of logits, could not be checked so. An allocator needs some
+room beside.
 """
 
 import dataclasses
@@ -53,7 +56,9 @@ _VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", 
 
 
 def _results(jaxpr, inputs: list) -> list:
-    """For each result of `jaxpr` where its numbers lie: (an object of its own, bytes). A view lies where its operand does."""
+    """For each result of `jaxpr` where its numbers lie: (an object of its own, bytes). A view lies
+    where its operand does.
+    """
     place = dict(zip(jaxpr.invars, inputs, strict=True))
     nothing = object(), 0
     for eqn in jaxpr.eqns:
@@ -92,8 +97,10 @@ def _model(
 def kept(
     cfg: DecoderConfig, rank: int, targets: tuple[str, ...], L: int, T: int
 ) -> tuple[float, float]:
-    """Bytes that the backward pass needs of the forward pass of one response of T tokens, or with T = 0 of one prompt of L
-    tokens: (one block's, what comes once). Parameters are not among them."""
+    """Bytes that the backward pass needs of the forward pass of one response of T tokens, or with T
+    = 0 of one prompt of L
+    tokens: (one block's, what comes once). Parameters are not among them.
+    """
     ROWS = 2
 
     def total(layers: int) -> float:
@@ -126,10 +133,11 @@ def kept(
 
 
 def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
-    """The plan of a run of `config` with the model `cfg`; its prompts are split over `devices`, all else is on each of them.
+    """The plan of a run of `config` with the model `cfg`; its prompts are split over `devices`, all
+    else is on each of them.
 
-    cpu: as XLA compiles for a CPU, where bfloat16 is widened to float32, and what was to be computed again (a block under
-    remat, a chunk of logits) is kept after all.
+    cpu: as XLA compiles for a CPU, where bfloat16 is widened to float32, and what was to be
+    computed again (a block under remat, a chunk of logits) is kept after all.
     """
     stored = jnp.dtype(cfg.dtype).itemsize  # of what is frozen
     if cpu:
@@ -193,7 +201,9 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
 def _sampling(
     cfg: DecoderConfig, config: ConfigDict, P: int, G: int, slot_counts: int
 ) -> dict[str, float]:
-    """Of P prompts with G responses each, at its end: beside the cache either a column's work, or, where slots go, a copy."""
+    """Of P prompts with G responses each, at its end: beside the cache either a column's work, or,
+    where slots go, a copy.
+    """
     L, T, slots, compute = (
         config.prompt_length,
         config.max_new_tokens,
@@ -221,7 +231,9 @@ def _sampling(
 
 
 def _adapted_width(cfg: DecoderConfig, rank: int, targets: tuple[str, ...]) -> int:
-    """Numbers a token that a block's adapter puts out. They are kept beside those of the projections: XLA adds where it uses."""
+    """Numbers a token that a block's adapter puts out. They are kept beside those of the
+    projections: XLA adds where it uses.
+    """
     adapter = _model(_plain(cfg), rank, targets, "float32")[0] if rank else {}
     return sum(
         leaf["lora_b"].shape[1]
@@ -243,7 +255,9 @@ def _plain(cfg: DecoderConfig) -> DecoderConfig:
 
 
 def limit() -> float:
-    """Bytes that one device may use: an accelerator's own, or this machine's, shared by the host devices."""
+    """Bytes that one device may use: an accelerator's own, or this machine's, shared by the host
+    devices.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"])
@@ -255,7 +269,9 @@ def limit() -> float:
 
 
 def table(parts: Plan, devices: int, have: float) -> str:
-    """The plan as a Markdown table with its sum against what a device has; in GiB, or a small one in MiB."""
+    """The plan as a Markdown table with its sum against what a device has; in GiB, or a small one
+    in MiB.
+    """
     unit, size, rows = ("GiB", GIB, []) if parts.total >= GIB else ("MiB", 2**20, [])
     for name, sizes in zip(("held", "in an update, besides", "or in sampling"), parts, strict=True):
         cells = [f"{sizes[p] / size:.1f}" if sizes.get(p) else "" for p in PURPOSES]
@@ -265,7 +281,9 @@ def table(parts: Plan, devices: int, have: float) -> str:
 
 
 def _choices(config: ConfigDict, devices: int) -> Iterator[dict[str, object]]:
-    """Settings that need less, as overrides ("devices" among them): those that change fewest first, the mildest first."""
+    """Settings that need less, as overrides ("devices" among them): those that change fewest first,
+    the mildest first.
+    """
     rows = config.train.micro_rows
     options = {
         "train.micro_rows": [n for n in (rows // 2, rows // 4, 1) if 1 <= n < rows],
@@ -311,7 +329,9 @@ def check_here(cfg: DecoderConfig, config: ConfigDict) -> str:
 def check(
     cfg: DecoderConfig, config: ConfigDict, devices: int, have: float, cpu: bool = False
 ) -> str:
-    """The plan as text. Raises UserError, with the plan and with settings that would fit, where it needs more than `have`."""
+    """The plan as text. Raises UserError, with the plan and with settings that would fit, where it
+    needs more than `have`.
+    """
     parts = plan(cfg, config, devices, cpu)
     shown = table(parts, devices, have)
     if parts.total <= have:

@@ -1,4 +1,5 @@
-"""Records: what the device and the cloud answered to each prompt, one row a prompt, from our evaluation or anybody's.
+"""Records: what the device and the cloud answered to each prompt, one row a prompt, from our
+evaluation or anybody's.
 
     column             type       unit     meaning
     -----------------  ---------  -------  ------------------------------------------------------------------------
@@ -32,13 +33,13 @@
     score_<router>     float               a router: higher means "send it to the cloud"; infinities are allowed
     tokens_<router>    float      tokens   device tokens the router itself spent (more samples, a check of its own)
 
-Columns without a default may be absent; what needs them says so. A router that is more than arithmetic on these columns
-(agreement of samples, self-verification, learned on text or hidden state) comes as its `score_` column. Any other column
-is kept as it was read.
+Columns without a default may be absent; what needs them says so. A router that is more than
+arithmetic on these columns (agreement of samples, self-verification, learned on text or hidden
+state) comes as its `score_` column. Any other column is kept as it was read.
 
-Files: parquet, JSONL (one object a line), CSV (with a header). In the latter two a trace is a JSON list, with null for
--inf, and an infinite score is `Infinity` or `inf`; in CSV a bool is true/false or 1/0. With the three required columns
-and one score any table can be compared.
+Files: parquet, JSONL (one object a line), CSV (with a header). In the latter two a trace is a JSON
+list, with null for -inf, and an infinite score is `Infinity` or `inf`; in CSV a bool is true/false
+or 1/0. With the three required columns and one score any table can be compared.
 """
 
 import csv
@@ -114,8 +115,9 @@ def require(records: Records, columns: Sequence[str], purpose: str) -> None:
 def check(records: dict[str, Sequence], name: str) -> Records:
     """The columns (lists or arrays, [n]) in their types, with the defaults filled in.
 
-    Raises UserError, naming `name` (the file), columns and rows (from 1, without a header), for a missing column, columns
-    of unequal length, no rows, an id that is empty or occurs twice, and a value that is not of its column's type (NaN).
+    Raises UserError, naming `name` (the file), columns and rows (from 1, without a header), for a
+    missing column, columns of unequal length, no rows, an id that is empty or occurs twice, and a
+    value that is not of its column's type (NaN).
     """
     if missing := [column for column in REQUIRED if column not in records]:
         raise UserError(
@@ -141,7 +143,9 @@ def check(records: dict[str, Sequence], name: str) -> Records:
 def align(
     a: Records, b: Records, a_name: str = "the first table", b_name: str = "the second table"
 ) -> Records:
-    """`b` with its rows in the order of `a`. Raises UserError, with counts and examples, where the prompts differ."""
+    """`b` with its rows in the order of `a`. Raises UserError, with counts and examples, where the
+    prompts differ.
+    """
     row = {key: i for i, key in enumerate(b["id"])}
     only_a, only_b = [key for key in a["id"] if key not in row], sorted(row.keys() - set(a["id"]))
     if only_a or only_b:
@@ -167,7 +171,9 @@ def align(
 
 
 def read(path: pathlib.Path) -> Records:
-    """The checked records of a .parquet, .jsonl or .csv file. Raises UserError where it is not one (see `check`)."""
+    """The checked records of a .parquet, .jsonl or .csv file. Raises UserError where it is not one
+    (see `check`).
+    """
     path = pathlib.Path(path)
     reader, _ = _format(path)
     try:
@@ -272,7 +278,9 @@ _PARSERS: dict[str, tuple[Callable[[Sequence], tuple[np.ndarray, np.ndarray]], s
 
 
 def _objects(values: Sequence) -> np.ndarray:
-    """object[n]; numpy would make lists of equal length a matrix, and pad every text to the longest."""
+    """object[n]; numpy would make lists of equal length a matrix, and pad every text to the
+    longest.
+    """
     column = np.empty(len(values), object)
     column[:] = values
     return column

@@ -1,12 +1,15 @@
-"""Warm start: supervised tuning on demonstrations, so that format and marker are within reach of exploration.
+"""Warm start: supervised tuning on demonstrations, so that format and marker are within reach of
+exploration.
 
     python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir FOLDER
 
-writes a Hugging Face folder. With `config.sft.architecture` the model and its vocabulary are made from nothing, else
-tuning starts from `config.model.path`. The demonstrations are the task's, those of a file, or the model's own
-(`config.sft.source`; `demonstrations.py`). The same command gives the same weights on the same machine.
+writes a Hugging Face folder. With `config.sft.architecture` the model and its vocabulary are made
+from nothing, else tuning starts from `config.model.path`. The demonstrations are the task's, those
+of a file, or the model's own (`config.sft.source`; `demonstrations.py`). The same command gives the
+same weights on the same machine.
 
-Last it writes sft.json: what the tuned model does on some training prompts. Training can only learn from calls that occur.
+Last it writes sft.json: what the tuned model does on some training prompts. Training can only learn
+from calls that occur.
 """
 
 import itertools
@@ -50,7 +53,9 @@ class Batch(NamedTuple):
 
 
 def batches(source: Iterator[Demonstration], text: Text, config: ConfigDict) -> Iterator[Batch]:
-    """Endless Batches of `config.sft.batch_size` demonstrations that fit `max_new_tokens`; the others are left out."""
+    """Endless Batches of `config.sft.batch_size` demonstrations that fit `max_new_tokens`; the
+    others are left out.
+    """
     T = config.max_new_tokens
     fitting = ((messages, ids) for messages, r in source if len(ids := text.response_ids(r)) <= T)
     while True:
@@ -68,7 +73,9 @@ def batches(source: Iterator[Demonstration], text: Text, config: ConfigDict) -> 
 def make_step(
     cfg: decoder.DecoderConfig, optimizer: optax.GradientTransformation, config: ConfigDict
 ):
-    """step(params, opt_state, frozen, Batch) -> params, opt_state, mean loss in nats a response token; all with axis D."""
+    """step(params, opt_state, frozen, Batch) -> params, opt_state, mean loss in nats a response
+    token; all with axis D.
+    """
 
     def body(params, opt_state, frozen, batch: Batch):
         def loss(params, part: Batch):
@@ -195,10 +202,12 @@ def shown(
 def reach(
     sample: Sampler, params, text: Text, task: Task, examples: Sequence[Example], config: ConfigDict
 ) -> dict[str, float | None]:
-    """What training would start from: `config.group` natural responses to each of the examples, in shares of responses.
+    """What training would start from: `config.group` natural responses to each of the examples, in
+    shares of responses.
 
-    margin: mean over responses of max_t m_t (sampler.py), by how many nats the call loses where it is nearest; best_margin:
-    the largest. unsolved_called: of the prompts that no response solves, the share with a call; None without such prompts.
+    margin: mean over responses of max_t m_t (sampler.py), by how many nats the call loses where it
+    is nearest; best_margin: the largest. unsolved_called: of the prompts that no response solves,
+    the share with a call; None without such prompts.
     """
     found, margins = [], []
     for batch, s in demonstrations.draw(
@@ -265,7 +274,9 @@ def warnings(figures: dict) -> list[str]:
 
 
 def tune(params, cfg, source, config: ConfigDict):
-    """Params after `config.sft.steps` updates on the batches of `source`; of an adapter, which is then merged, under LoRA."""
+    """Params after `config.sft.steps` updates on the batches of `source`; of an adapter, which is
+    then merged, under LoRA.
+    """
     cfg, base, frozen = lora.configure(cfg, config.lora), params, None
     if config.lora.rank:
         params = lora.init(cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype)

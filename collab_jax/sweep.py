@@ -1,14 +1,16 @@
-"""Sweeps: many training runs from one file, one after the other; a finished run is kept and never repeated.
+"""Sweeps: many training runs from one file, one after the other; a finished run is kept and never
+repeated.
 
     python -m collab_jax.sweep --config configs/sweeps/paper_table.py --out runs/paper_table
 
-Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second, so that a sweep that is
-stopped has a report of what there is. The same command goes on, also in the middle of a run. A run that fails is told at the
-end, and the others go on. Then OUT has the report of all cells (report.html, report.md) and their comparison (compare.md,
-compare.json).
+Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second,
+so that a sweep that is stopped has a report of what there is. The same command goes on, also in the
+middle of a run. A run that fails is told at the end, and the others go on. Then OUT has the report
+of all cells (report.html, report.md) and their comparison (compare.md, compare.json).
 
-`--publish DIR` copies what these are made of to DIR, without the heavy parts (checkpoints, margin traces, cloud answers, all
-texts but those that the first run wrote at its end): small enough to keep in a repository, and a sweep goes on from such a folder too.
+`--publish DIR` copies what these are made of to DIR, without the heavy parts (checkpoints, margin
+traces, cloud answers, all texts but those that the first run wrote at its end): small enough to
+keep in a repository, and a sweep goes on from such a folder too.
 """
 
 import argparse
@@ -33,7 +35,8 @@ from collab_jax.rl.experiment import differences
 from collab_jax.runtime.errors import UserError, run_command
 
 ROOT = pathlib.Path(__file__).parents[1]
-# First parts of the keys that the evaluation before training depends on: runs that agree in these share before.parquet.
+# First parts of the keys that the evaluation before training depends on: runs that agree in these
+# share before.parquet.
 START = {
     "model",
     "text",
@@ -48,14 +51,18 @@ START = {
 
 
 class Cell(NamedTuple):
-    """One row of a sweep's table: what differs from the sweep's config, by key, and with which seeds it runs."""
+    """One row of a sweep's table: what differs from the sweep's config, by key, and with which
+    seeds it runs.
+    """
 
     overrides: Mapping[str, Any]
     seeds: Sequence[int]
 
 
 class Sweep(NamedTuple):
-    """What `get_sweep()` of a sweep's file returns. config: an experiment's file, relative to the repository's root."""
+    """What `get_sweep()` of a sweep's file returns. config: an experiment's file, relative to the
+    repository's root.
+    """
 
     config: str
     overrides: Mapping[str, Any]  # of every cell
@@ -156,7 +163,8 @@ def share_start(job: Job, others: Sequence[Job]) -> None:
 
 
 def check_same(sweep: Sweep, job: Job) -> None:
-    """Raises UserError, with the difference, where a finished run was of other settings than the sweep has now.
+    """Raises UserError, with the difference, where a finished run was of other settings than the
+    sweep has now.
 
     A key that the run's program did not have yet is no difference.
     """
@@ -176,7 +184,9 @@ class Stop(Exception):
 
 
 def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
-    """Runs what is not done; returns what failed. Raises Stop once the run that was going on has saved itself."""
+    """Runs what is not done; returns what failed. Raises Stop once the run that was going on has
+    saved itself.
+    """
     todo, failed = jobs(sweep, out), []
     for number, job in enumerate(todo, 1):
         if job.done:
@@ -205,7 +215,9 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
 
 
 def finished(sweep: Sweep, out: pathlib.Path) -> dict[str, list[Job]]:
-    """The finished runs by cell: only whole rounds of seeds (of the first one, what there is), so that cells have the same ones."""
+    """The finished runs by cell: only whole rounds of seeds (of the first one, what there is), so
+    that cells have the same ones.
+    """
     cells = {name: [job for job in jobs(sweep, out) if job.cell == name] for name in sweep.cells}
     whole = [len(list(itertools.takewhile(lambda job: job.done, of))) for of in cells.values()]
     begun = [count for count, of in zip(whole, cells.values(), strict=True) if count < len(of)]
@@ -215,7 +227,9 @@ def finished(sweep: Sweep, out: pathlib.Path) -> dict[str, list[Job]]:
 
 
 def config_of(sweep: Sweep, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run with these changes. Raises UserError for a key that there is not, or a value of another type."""
+    """The config of a run with these changes. Raises UserError for a key that there is not, or a
+    value of another type.
+    """
     config = runpy.run_path(str(ROOT / sweep.config))["get_config"]().lock()
     try:
         config.update_from_flattened_dict(changes)
@@ -229,7 +243,9 @@ def config_of(sweep: Sweep, changes: Mapping[str, Any]) -> ConfigDict:
 def served(
     sweep: Sweep, job: Job, changes: Mapping[str, Any], table: Records, store: pathlib.Path
 ) -> Records:
-    """A run's test records with the answers of another cloud: what its margins, which know no cloud, are worth with that one."""
+    """A run's test records with the answers of another cloud: what its margins, which know no
+    cloud, are worth with that one.
+    """
     config = config_of(sweep, {**job.changes, **changes})
     task, cloud = experiment.task_and_cloud(config, store)
     examples = {e.id: e for e in task.load("test")}
@@ -242,7 +258,8 @@ def served(
 def models(
     sweep: Sweep, done: Mapping[str, Sequence[Job]], store: pathlib.Path
 ) -> dict[str, compare.Model]:
-    """The records of finished runs by cell, after those of their start; with `sweep.serve`, under those clouds as well.
+    """The records of finished runs by cell, after those of their start; with `sweep.serve`, under
+    those clouds as well.
 
     store: SQLite file of the other clouds' answers.
     """

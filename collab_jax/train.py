@@ -2,10 +2,11 @@
 
     python -m collab_jax.train --config configs/countdown_tiny.py --workdir DIR [--config.KEY=VALUE ...]
 
-evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit on a CPU, whatever
-stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json, metrics.jsonl (with TensorBoard events
-beside it), checkpoints/, cloud.sqlite, unknown.jsonl (cloud verdicts that a step did without), before.parquet, after.parquet
-(and fit.parquet) and the report (report.json, report.md, report.html, figures).
+evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit
+on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json,
+metrics.jsonl (with TensorBoard events beside it), checkpoints/, cloud.sqlite, unknown.jsonl (cloud
+verdicts that a step did without), before.parquet, after.parquet (and fit.parquet) and the report
+(report.json, report.md, report.html, figures).
 """
 
 import functools
@@ -36,7 +37,9 @@ NONFINITE_LIMIT = 10  # updates in a row whose gradient is not finite before the
 
 
 class Stop:
-    """SIGTERM and Ctrl-C: exit at once with status 0, or, inside `with stop:`, when the block asks `requested`."""
+    """SIGTERM and Ctrl-C: exit at once with status 0, or, inside `with stop:`, when the block asks
+    `requested`.
+    """
 
     def __init__(self):
         self.requested = self._deferred = False
@@ -57,12 +60,16 @@ class Stop:
 
 
 def prompt_indices(seed: int, step: int, count: int, total: int) -> np.ndarray:
-    """Which of `total` training prompts step number `step` uses, [count]: a new order each epoch, a function of (seed, step)."""
+    """Which of `total` training prompts step number `step` uses, [count]: a new order each epoch, a
+    function of (seed, step).
+    """
     return _in_order(seed, np.arange(step * count, (step + 1) * count), total)
 
 
 def _in_order(seed: int, place: np.ndarray, total: int) -> np.ndarray:
-    """Which of `total` prompts stand at these places of an endless sequence, in which each epoch has an order of its own."""
+    """Which of `total` prompts stand at these places of an endless sequence, in which each epoch
+    has an order of its own.
+    """
     orders = {
         epoch: np.random.default_rng([seed, int(epoch)]).permutation(total)
         for epoch in np.unique(place // total)
@@ -71,7 +78,9 @@ def _in_order(seed: int, place: np.ndarray, total: int) -> np.ndarray:
 
 
 def chooser(run: Run, examples: list[Example]) -> Callable[[int, int], np.ndarray]:
-    """choose(step, count) -> which of the training examples step number `step` uses, i64[count]; of a mix by its weights."""
+    """choose(step, count) -> which of the training examples step number `step` uses, i64[count]; of
+    a mix by its weights.
+    """
     seed, task = run.config.seed, run.task
     if task.weights is None:
         return lambda step, count: prompt_indices(seed, step, count, len(examples))
@@ -86,7 +95,9 @@ def chooser(run: Run, examples: list[Example]) -> Callable[[int, int], np.ndarra
 
 
 def fit_examples(run: Run) -> list[Example]:
-    """`config.eval.fit_prompts` training prompts that no step of this run uses, for routers that are learned."""
+    """`config.eval.fit_prompts` training prompts that no step of this run uses, for routers that
+    are learned.
+    """
     config = run.config
     if not config.eval.fit_prompts:
         return []
@@ -102,7 +113,9 @@ def fit_examples(run: Run) -> list[Example]:
 
 
 def make_step(run: Run):
-    """The compiled update: step(state, rollout) -> state, metrics, all with axis D; the state is donated."""
+    """The compiled update: step(state, rollout) -> state, metrics, all with axis D; the state is
+    donated.
+    """
     config = run.config
     body = gapg.make_step(
         run.cfg,
@@ -117,7 +130,8 @@ def make_step(run: Run):
     )
 
     def keyed(state, rollout):
-        # The filter's key is a function of (seed, step), apart from the samples' keys, and the same on all devices.
+        # The filter's key is a function of (seed, step), apart from the samples' keys, and the same
+        # on all devices.
         key = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(config.seed), state.step), 0x66696C74
         )
@@ -141,12 +155,16 @@ def check_health(row: dict, run: Run) -> None:
 
 
 def save(run: Run, step: int, state: gapg.TrainState) -> None:
-    """Keeps the state (with axis D) before step number `step`, without what is frozen: that is the model folder's."""
+    """Keeps the state (with axis D) before step number `step`, without what is frozen: that is the
+    model folder's.
+    """
     run.checkpoints.save(step, parallel.unreplicate(state.replace(frozen=None)))
 
 
 def train(run: Run, stop: Stop) -> gapg.TrainState | None:
-    """Trains to `config.train.steps`; the final state with axis D, or None where it was asked to stop."""
+    """Trains to `config.train.steps`; the final state with axis D, or None where it was asked to
+    stop.
+    """
     # ------------------------------------------------------------------------------------------------ set-up
     config, Q = run.config, run.config.prompts_per_step
     state = parallel.replicate(experiment.load_state(run))
@@ -180,7 +198,9 @@ def train(run: Run, stop: Stop) -> gapg.TrainState | None:
         def close(
             i: int, out: dict, collected: rollout.Collected, sampled: float, last: bool
         ) -> None:
-            """What is left of step `i` when its update runs: its metrics, its checkpoint. Raises where going on is pointless."""
+            """What is left of step `i` when its update runs: its metrics, its checkpoint. Raises
+            where going on is pointless.
+            """
             nonlocal ready
             out = parallel.unreplicate(out)  # waits for the update
             row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}

@@ -1,6 +1,7 @@
 """Every configuration key once, with its default: the tiny Countdown model on two CPU cores.
 
-The other files here start from this one and say only what differs. On the command line: `--config.KEY=VALUE`.
+The other files here start from this one and say only what differs. On the command line:
+`--config.KEY=VALUE`.
 """
 
 from ml_collections import ConfigDict

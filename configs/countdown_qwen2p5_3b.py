@@ -1,5 +1,6 @@
-"""The paper's Countdown run (arXiv 2509.24050): Qwen2.5-3B-Instruct, G = 8, 32 prompts a step, 800 steps, lr 5e-6,
-256 prompt and 720 response tokens, rewards 2.0 / 0.5 / 0.2, 5,000 training and 1,000 test prompts, 30 % calls.
+"""The paper's Countdown run (arXiv 2509.24050): Qwen2.5-3B-Instruct, G = 8, 32 prompts a step, 800
+steps, lr 5e-6, 256 prompt and 720 response tokens, rewards 2.0 / 0.5 / 0.2, 5,000 training and
+1,000 test prompts, 30 % calls.
 
     python -m collab_jax.sft       --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/start
     python -m collab_jax.train     --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start
@@ -7,15 +8,16 @@
     python -m collab_jax.export    --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start --out runs/qwen/model
     python -m collab_jax.calibrate --records runs/qwen/run/eval.parquet --rate 0.3 --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" --out runs/qwen/model
 
-`launch/gpu.sh configs/countdown_qwen2p5_3b.py runs/qwen` (or tpu_vm.sh) is all of it, installation and resuming included.
-Not run yet: it needs accelerators (parameters and Adam's moments in float32 alone are 37 GB) and the weights from
-the hub. The call is one token of Qwen2.5's vocabulary that its text models never use, rendered as the marker. The warm
-start is ours: the model's own right answers to 1,024 training prompts, and calls where it has none, bring the token and the
-format within reach of sampling; its sft.json tells whether they are.
+`launch/gpu.sh configs/countdown_qwen2p5_3b.py runs/qwen` (or tpu_vm.sh) is all of it, installation
+and resuming included. Not run yet: it needs accelerators (parameters and Adam's moments in float32
+alone are 37 GB) and the weights from the hub. The call is one token of Qwen2.5's vocabulary that
+its text models never use, rendered as the marker. The warm start is ours: the model's own right
+answers to 1,024 training prompts, and calls where it has none, bring the token and the format
+within reach of sampling; its sft.json tells whether they are.
 
-Memory, as `python -m collab_jax.memory --config configs/countdown_qwen2p5_3b.py --devices N --gib SIZE` plans it: 67.3 GiB
-on one GPU of 80 or 140 GB. Not on a v5e-8 (66.6 GiB on each device, all of it but the batch is on each); there with
---config.lora.rank=16.
+Memory, as `python -m collab_jax.memory --config configs/countdown_qwen2p5_3b.py --devices N --gib
+SIZE` plans it: 67.3 GiB on one GPU of 80 or 140 GB. Not on a v5e-8 (66.6 GiB on each device, all of
+it but the batch is on each); there with --config.lora.rank=16.
 """
 
 import pathlib

@@ -2,9 +2,10 @@
 
     python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir collab_jax/assets/countdown-tiny
 
-Expected after 1,200 steps (20 to 35 minutes on two cores): last loss 0.175 nats a token; greedy, with the marker
-disallowed, 65 % of prompts with three numbers and 30 % of those with four are solved. Left to itself it calls on 9 % and
-gives wrong answers to half of the prompts: 35 % that it calls wrong itself, 16 % that it calls right.
+Expected after 1,200 steps (20 to 35 minutes on two cores): last loss 0.175 nats a token; greedy,
+with the marker disallowed, 65 % of prompts with three numbers and 30 % of those with four are
+solved. Left to itself it calls on 9 % and gives wrong answers to half of the prompts: 35 % that it
+calls wrong itself, 16 % that it calls right.
 """
 
 import pathlib

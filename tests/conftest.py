@@ -1,4 +1,6 @@
-"""Two host devices for every test, and compiled programs kept between the processes of one test session."""
+"""Two host devices for every test, and compiled programs kept between the processes of one test
+session.
+"""
 
 import os
 import pathlib
@@ -49,7 +51,9 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(data_dir):
-    """small(file, **overrides): a config from configs/, shrunk to run in seconds; dots in keys are written __."""
+    """small(file, **overrides): a config from configs/, shrunk to run in seconds; dots in keys are
+    written __.
+    """
 
     def make(file="countdown_tiny.py", **overrides):
         config = runpy.run_path(str(ROOT / "configs" / file))["get_config"]()

@@ -1,4 +1,6 @@
-"""Benchmarks as TFDS data sets: made-up sources over HTTP, read into rows, kept on disk; JSON lines come first."""
+"""Benchmarks as TFDS data sets: made-up sources over HTTP, read into rows, kept on disk; JSON lines
+come first.
+"""
 
 import functools
 import http.server

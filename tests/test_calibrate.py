@@ -1,4 +1,6 @@
-"""Calibration: by hand, against exact tails, by enumerating every calibration set, by simulation, and under shift."""
+"""Calibration: by hand, against exact tails, by enumerating every calibration set, by simulation,
+and under shift.
+"""
 
 import itertools
 import json
@@ -99,7 +101,9 @@ def enumerate_sets(n, levels):
 
 @pytest.mark.parametrize("p", [(0.05, 0.15, 0.3, 0.5), (0.2, 0.1, 0.6, 0.1)])
 def test_promise_holds_exactly_over_every_calibration_set(p):
-    """Scores with heavy ties: +inf (no answer), 1, 0, -inf; no simulation, the probability of each outcome is summed."""
+    """Scores with heavy ties: +inf (no answer), 1, 0, -inf; no simulation, the probability of each
+    outcome is summed.
+    """
     n, rate, delta = 10, 0.35, 0.15
     margins, answered = np.array([9.0, 1.0, 0.0, -np.inf]), np.array([F, T, T, T])
     mean, exceeded, total = 0.0, 0.0, 0.0
@@ -135,7 +139,9 @@ def test_promise_holds_in_simulation_and_is_not_idle():
 
 
 def draw(rng, n):
-    """Margins in two heaps, as trained models have them; 4 % without an answer, 1 % without a decision state."""
+    """Margins in two heaps, as trained models have them; 4 % without an answer, 1 % without a
+    decision state.
+    """
     margins = np.where(rng.random(n) < 0.35, rng.normal(5, 1.5, n), rng.normal(-3, 1, n))
     margins[rng.random(n) < 0.01] = -np.inf
     return margins.astype(np.float32), rng.random(n) >= 0.04
@@ -152,7 +158,9 @@ def test_fresh_prompts_are_called_within_two_points(rate):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e3])
 def test_threshold_is_exact_in_float32_and_float64(scale):
-    """Neighbouring float32 margins: the threshold parts what it should, whichever type adds the bias."""
+    """Neighbouring float32 margins: the threshold parts what it should, whichever type adds the
+    bias.
+    """
     first = np.float32(1.1 * scale)
     margins = [first]
     for _ in range(8):
@@ -209,7 +217,9 @@ def test_accuracy_respects_what_a_bias_cannot_part():
 
 
 def test_promised_accuracy_by_the_exact_tail():
-    """Equal margins leave one test, calling everything: it passes from the count on whose binomial tail is <= delta."""
+    """Equal margins leave one test, calling everything: it passes from the count on whose binomial
+    tail is <= delta.
+    """
     n, target, delta = 100, 0.8, 0.05  # 90 of them test
     testing = np.flatnonzero(np.arange(n) % 10 != 9)
 
@@ -230,7 +240,9 @@ def test_promised_accuracy_by_the_exact_tail():
 
 
 def test_promised_accuracy_stops_at_the_first_test_that_fails():
-    """Calling everything is right with 0.6, fewer with down to 0.3, three in ten with 0.7: what passes there is not asked."""
+    """Calling everything is right with 0.6, fewer with down to 0.3, three in ten with 0.7: what
+    passes there is not asked.
+    """
     margins, yes = np.arange(1000.0)[::-1], np.ones(1000, bool)
     middle = (np.arange(1000) >= 300) & (np.arange(1000) < 700)
     c = bias_for_accuracy(margins, yes, middle, ~middle, 0.5, 0.05)
@@ -242,7 +254,9 @@ def test_promised_accuracy_stops_at_the_first_test_that_fails():
 
 
 def test_promised_accuracy_in_simulation():
-    """Scores u are uniform, the device is right with 1 - u, the cloud with 0.9: above t, 0.9 + 0.1 t - t^2 / 2 are right."""
+    """Scores u are uniform, the device is right with 1 - u, the cloud with 0.9: above t, 0.9 + 0.1
+    t - t^2 / 2 are right.
+    """
     rng, n, target, delta, repeats = np.random.default_rng(2), 400, 0.75, 0.1, 150
     calls, true = np.zeros(repeats), np.zeros(repeats)
     for i in range(repeats):

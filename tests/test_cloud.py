@@ -1,4 +1,6 @@
-"""The cloud: a fixed share of wrong answers, each prompt bought once, nothing bought is lost, exact sums."""
+"""The cloud: a fixed share of wrong answers, each prompt bought once, nothing bought is lost, exact
+sums.
+"""
 
 import logging
 import os

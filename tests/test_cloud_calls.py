@@ -1,4 +1,6 @@
-"""Paid calls over real sockets, by the real client, against a server that fails: nothing twice, nothing lost, never too much."""
+"""Paid calls over real sockets, by the real client, against a server that fails: nothing twice,
+nothing lost, never too much.
+"""
 
 import logging
 import signal
@@ -45,7 +47,9 @@ def quick(monkeypatch):
 
 
 def make(server_or_url, path, **changes):
-    """A CachedCloud on the server; the price of one of its replies is (10 x 1 + 3 x 2) / 1e6 = 1.6e-5 USD."""
+    """A CachedCloud on the server; the price of one of its replies is (10 x 1 + 3 x 2) / 1e6 =
+    1.6e-5 USD.
+    """
     settings = dict(
         kind="openai",
         model="m",

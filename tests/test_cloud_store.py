@@ -1,4 +1,6 @@
-"""The store from version 1 on: migration, damage that SQLite does not see, export and import, modes, unknown verdicts."""
+"""The store from version 1 on: migration, damage that SQLite does not see, export and import,
+modes, unknown verdicts.
+"""
 
 import json
 import sqlite3

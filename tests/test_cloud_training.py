@@ -1,4 +1,6 @@
-"""Training and the cloud's command line against a server that fails: the same parameters, bit for bit, or an exact resume."""
+"""Training and the cloud's command line against a server that fails: the same parameters, bit for
+bit, or an exact resume.
+"""
 
 import os
 import shutil
@@ -50,7 +52,9 @@ def once(make):
 
 @pytest.fixture(scope="module", autouse=True)
 def shared():
-    """No long pauses, flags with their defaults, and programs that are compiled once, as all runs here have one shape."""
+    """No long pauses, flags with their defaults, and programs that are compiled once, as all runs
+    here have one shape.
+    """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
     quick = pytest.MonkeyPatch()

@@ -71,7 +71,8 @@ def test_costs_by_hand():
         {"m": Model([table], [None])}, budgets=(0.4,), resamples=5, prices=prices
     )
     at = {name: method["at_budget"]["0.4"] for name, method in result["methods"].items()}
-    # Sent: 4, which has no answer and runs to its end, and 1, which stops at the token where its margin is 2.
+    # Sent: 4, which has no answer and runs to its end, and 1, which stops at the token where its
+    # margin is 2.
     want = {"usd": 0.2, "seconds": (4 * 1.0 + 0.2) / 5 + 0.4 * 3, "device_tokens": 42 / 5}
     assert {key: at["m: margin"][key] for key in want} == pytest.approx(want)
     assert at["m: logprob"]["device_tokens"] == 10 and at["m: random"][

@@ -1,4 +1,6 @@
-"""Countdown: the checker against an independent reading, the solver against brute force, data and demonstrations."""
+"""Countdown: the checker against an independent reading, the solver against brute force, data and
+demonstrations.
+"""
 
 import functools
 import hashlib
@@ -238,9 +240,11 @@ class Refused(Exception):
 
 
 def reading(text):
-    """(value, numbers) of a short text by recursive descent over the grammar, or None where it has no value.
+    """(value, numbers) of a short text by recursive descent over the grammar, or None where it has
+    no value.
 
-    sum: product (('+' | '-') product)*; product: atom (('*' | '/') atom)*; atom: digit+ | '(' sum ')'; spaces between.
+    sum: product (('+' | '-') product)*; product: atom (('*' | '/') atom)*; atom: digit+ | '(' sum
+    ')'; spaces between.
     """
     assert len(text) <= 120  # the recursion is as deep as the parentheses
     numbers, at = [], 0
@@ -334,7 +338,9 @@ def mutated(rng, text):
 
 
 def fuzz_cases(n):
-    """(numbers, target, text): expressions with up to three mutations, mostly asked for what they hold and are worth."""
+    """(numbers, target, text): expressions with up to three mutations, mostly asked for what they
+    hold and are worth.
+    """
     rng = random.Random(20)
     for _ in range(n):
         numbers = [rng.randint(0, rng.choice((3, 12, 99))) for _ in range(rng.randint(1, 5))]
@@ -382,7 +388,9 @@ def test_fuzz_of_random_characters():
 
 @functools.cache
 def reachable(numbers):
-    """Every value of every expression of the sorted numbers: all ways to part them in two, all values of both."""
+    """Every value of every expression of the sorted numbers: all ways to part them in two, all
+    values of both.
+    """
     if len(numbers) == 1:
         return frozenset([Fraction(numbers[0])])
     found = set()
@@ -465,7 +473,8 @@ def test_solves_generated_examples():
 
 
 def test_split_never_changes():
-    # printf '[3, 8]=24' | b2sum -l 32: 8cc5ec38, a multiple of eight; [1, 2, 3]=6: 5cd873a2; [3, 3, 8, 8]=24: 9de0ab9e
+    # printf '[3, 8]=24' | b2sum -l 32: 8cc5ec38, a multiple of eight; [1, 2, 3]=6: 5cd873a2; [3, 3,
+    # 8, 8]=24: 9de0ab9e
     assert split_of((3, 8), 24) == split_of((8, 3), 24) == "test"
     assert split_of((1, 2, 3), 6) == "train"
     assert {split_of(order, 24) for order in itertools.permutations((3, 8, 3, 8))} == {"train"}
@@ -861,7 +870,8 @@ def test_all_fit_the_token_limit():
     assert config.task.demo_length <= config.max_new_tokens
     lengths = [token_count(response) for _, response in demonstrated()]
     assert config.task.demo_length - 6 <= max(lengths) <= config.task.demo_length
-    # with less room there are fewer failed attempts, and what is too long still is nothing but a solution
+    # with less room there are fewer failed attempts, and what is too long still is nothing but a
+    # solution
     for _, response in demonstrated(n=500, demo_length=32):
         assert token_count(response) <= 32 or len(thoughts(response)[0]) == 1
 

@@ -1,4 +1,6 @@
-"""The decoder: caching, padding, chunks, recomputation and number formats change how it computes, never what."""
+"""The decoder: caching, padding, chunks, recomputation and number formats change how it computes,
+never what.
+"""
 
 import dataclasses
 import functools
@@ -76,7 +78,8 @@ def test_cached_equals_uncached_under_ragged_left_padding(variant):
     tokens, real = random_tokens(3, S), padded(S, [0, 2, 5])
     want = uncached(params, cfg, tokens, real)
 
-    # A segment of what is computed at once, one that is full, one that is being filled and has room to spare.
+    # A segment of what is computed at once, one that is full, one that is being filled and has room
+    # to spare.
     mask, positions = np.asarray(decoder.causal_mask(real)), np.asarray(decoder.positions_of(real))
     got, prompt = logits_at(params, cfg, tokens[:, :L], positions[:, :L], mask[:, :L, :L])
     assert (
@@ -174,8 +177,9 @@ def test_llama3_frequencies_by_hand():
     cfg = dataclasses.replace(
         LLAMA, head_dim=8, rope_theta=10_000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 1024)
     )
-    # Unscaled 1, .1, .01, .001: wavelengths 6.28, 62.8, 628, 6283. Below 1024 / 4 = 256: kept. Above 1024 / 1: over 8.
-    # Between, at 628.3185: smooth = (1024 / 628.3185 - 1) / (4 - 1) = .2099153; .01 * (smooth + (1 - smooth) / 8)
+    # Unscaled 1, .1, .01, .001: wavelengths 6.28, 62.8, 628, 6283. Below 1024 / 4 = 256: kept.
+    # Above 1024 / 1: over 8. Between, at 628.3185: smooth = (1024 / 628.3185 - 1) / (4 - 1) =
+    # .2099153; .01 * (smooth + (1 - smooth) / 8)
     np.testing.assert_allclose(
         decoder.rope_frequencies(cfg), [1.0, 0.1, 0.003086759, 0.000125], rtol=1e-6
     )
@@ -211,12 +215,15 @@ def batch():
 
 
 def direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature):
-    """One response at a time, no padding, no cache: log-softmax of the logits before each token. NaN off the mask."""
+    """One response at a time, no padding, no cache: log-softmax of the logits before each token.
+    NaN off the mask.
+    """
     want = np.full(tokens.shape, np.nan, np.float32)
     for p, g in np.ndindex(tokens.shape[:2]):
         n = mask[p, g].sum()
         row = np.concatenate([prompts[p, prompt_mask[p]], tokens[p, g, :n]])
-        # The row in a frame of one shape for all: padding on the right is invisible to what stands before it.
+        # The row in a frame of one shape for all: padding on the right is invisible to what stands
+        # before it.
         frame = np.full((1, 9), PAD, np.int32)
         frame[0, : len(row)] = row
         logits = uncached(params, cfg, frame, np.ones((1, 9), bool))[0] / temperature
@@ -302,7 +309,9 @@ def test_remat_changes_no_gradient_and_padding_has_none():
 
 @pytest.mark.parametrize("features", [3, 16], ids=["narrow", "wide"])
 def test_gradient_of_dense_is_that_of_a_matrix_product(features):
-    """Both ways of the hand-written backward pass: the kernel with fewer and with more columns than rows."""
+    """Both ways of the hand-written backward pass: the kernel with fewer and with more columns than
+    rows.
+    """
     layer = decoder.Dense(LLAMA, features, bias=True)
     draw = np.random.default_rng(6)
     x, kernel, bias = (

@@ -1,4 +1,6 @@
-"""Demonstrations: files are read or refused by line; the model's own are right, in the format, and the same each time."""
+"""Demonstrations: files are read or refused by line; the model's own are right, in the format, and
+the same each time.
+"""
 
 import gzip
 import itertools

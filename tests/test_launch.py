@@ -1,4 +1,6 @@
-"""The launch scripts, run in copies of the tree with a stand-in for Python: no network, nothing installed."""
+"""The launch scripts, run in copies of the tree with a stand-in for Python: no network, nothing
+installed.
+"""
 
 import os
 import shutil
@@ -10,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Answers `-m venv`, `-m pip` and the programs the scripts start, and notes each; passes `-c` on to the real Python.
+# Answers `-m venv`, `-m pip` and the programs the scripts start, and notes each; passes `-c` on to
+# the real Python.
 STAND_IN = f"""#!/bin/bash
 if [ "$1" = -c ]; then
   shift
@@ -57,7 +60,9 @@ class Tree:
         return path
 
     def run(self, script="launch/test.sh", *args, **env):
-        """Runs a script from another directory. `env` None: unset. Returns the process and the calls it made."""
+        """Runs a script from another directory. `env` None: unset. Returns the process and the
+        calls it made.
+        """
         self.calls_file.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
         clean |= {"PYTHON": str(self.python), "PATH": self.path, "CALLS": str(self.calls_file)}

@@ -1,4 +1,6 @@
-"""Mathematics: answers found and compared, by hand and on real gold answers; a stuck verifier; rows; multiple choice."""
+"""Mathematics: answers found and compared, by hand and on real gold answers; a stuck verifier;
+rows; multiple choice.
+"""
 
 import gzip
 import json

@@ -1,4 +1,6 @@
-"""Every measure by hand numbers on a few prompts, its symmetries, and the bootstrap against a slow one."""
+"""Every measure by hand numbers on a few prompts, its symmetries, and the bootstrap against a slow
+one.
+"""
 
 import itertools
 

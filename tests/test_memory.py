@@ -78,7 +78,9 @@ def update_bytes(cfg, config) -> int:
 
 
 def sampling_bytes(cfg, config) -> int:
-    """Likewise for the last columns of a response, or for the programs that drop the slots of rows that ended."""
+    """Likewise for the last columns of a response, or for the programs that drop the slots of rows
+    that ended.
+    """
     settings = sampler.Settings(
         group=config.group, max_new=config.max_new_tokens, temperature=1.0, top_p=1.0, eos_ids=(1,), pad_id=0,
         marker=sampler.Marker(3, ((3, 3),)), segments=config.decode.segments, slot_counts=config.decode.slot_counts,
@@ -150,7 +152,9 @@ def test_the_plan_of_sampling_is_what_the_compiler_reserves(changes, architectur
 
 
 def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
-    """The compiler for a CPU undoes remat, so that this is what can be said: of a block x [T, E] alone, and masks."""
+    """The compiler for a CPU undoes remat, so that this is what can be said: of a block x [T, E]
+    alone, and masks.
+    """
     cfg, _ = make({"train.remat": True})
     block, _ = memory.kept(cfg, 0, (), 24, 57)
     assert 56 * 64 * 4 <= block <= 1.5 * 56 * 64 * 4

@@ -1,4 +1,6 @@
-"""Tasks of one's own and of others: mixes by weight, a JSON lines task, a reward by file and name, a model as judge."""
+"""Tasks of one's own and of others: mixes by weight, a JSON lines task, a reward by file and name,
+a model as judge.
+"""
 
 import json
 import operator
@@ -233,7 +235,9 @@ def test_a_reward_of_ones_own(folder, tmp_path):
 
 
 class Fake:
-    """A cloud that judges: yes to what holds "good", no to "bad", nothing for "down", else a speech."""
+    """A cloud that judges: yes to what holds "good", no to "bad", nothing for "down", else a
+    speech.
+    """
 
     model, parameters, batch, workers = "fake", {}, 100, 1
 

@@ -1,4 +1,6 @@
-"""The notebooks: kept without outputs, and executed from a clean kernel; the quickstart with small settings."""
+"""The notebooks: kept without outputs, and executed from a clean kernel; the quickstart with small
+settings.
+"""
 
 import json
 import os
@@ -53,7 +55,9 @@ def test_its_settings_are_those_of_the_config():
 
 @pytest.fixture(scope="module")
 def run_notebook(tmp_path_factory):
-    """run_notebook(path, **environment): outputs by cell of the whole notebook, in a kernel of this very Python, from notebooks/."""
+    """run_notebook(path, **environment): outputs by cell of the whole notebook, in a kernel of this
+    very Python, from notebooks/.
+    """
     nbformat = pytest.importorskip(
         "nbformat", reason="nbformat is not installed: pip install '.[test]'"
     )
@@ -146,7 +150,9 @@ def test_results_are_read_as_they_were_published(run_notebook):
 
 
 def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook, tmp_path):
-    """By the notebook's small stand-in, taught for a shorter time: each stage leaves what the next one and a server need."""
+    """By the notebook's small stand-in, taught for a shorter time: each stage leaves what the next
+    one and a server need.
+    """
     names = {"WORKDIR": str(tmp_path), "SCHOOL": "150"}
     out = run_notebook(
         NOTEBOOK.parent / "04_bring_your_model.ipynb",
@@ -233,7 +239,9 @@ def test_without_a_checkout_it_asks_for_an_address_and_clones_it(monkeypatch, tm
 
 @pytest.mark.parametrize("recent", [True, False])
 def test_installs_around_the_jax_that_is_there(monkeypatch, tmp_path, recent, capsys):
-    """pip is a stand-in; `recent`: whether it finds a solution with the jax that came with the machine."""
+    """pip is a stand-in; `recent`: whether it finds a solution with the jax that came with the
+    machine.
+    """
     site = {"jax": "0.10.1", "jaxlib": "0.10.1", "jax_cuda12_plugin": "0.10.1", "numpy": "2.0"}
     packages = [
         types.SimpleNamespace(metadata={"Name": name}, version=version)

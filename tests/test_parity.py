@@ -1,4 +1,6 @@
-"""The decoder's numbers are transformers': golden files of tiny checkpoints, and live where torch is installed."""
+"""The decoder's numbers are transformers': golden files of tiny checkpoints, and live where torch
+is installed.
+"""
 
 import functools
 import pathlib
@@ -46,7 +48,9 @@ def left_padded(golden):
 
 
 def logit_error(params, cfg, golden) -> float:
-    """Largest difference from the golden logits, all rows in one batch with ragged padding on the left."""
+    """Largest difference from the golden logits, all rows in one batch with ragged padding on the
+    left.
+    """
     tokens, real = left_padded(golden)
     ours = np.asarray(all_logits(params, cfg, tokens, real))
     error = [
@@ -89,7 +93,9 @@ def test_golden_files_have_what_is_odd():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_live_there_and_back(kind, tmp_path):
-    """A fresh checkpoint read by us, written by us, read by transformers: the same logits all the way."""
+    """A fresh checkpoint read by us, written by us, read by transformers: the same logits all the
+    way.
+    """
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,6 @@
-"""Every command of the README runs, in the README's order, with small settings and its workdirs moved to a scratch folder."""
+"""Every command of the README runs, in the README's order, with small settings and its workdirs
+moved to a scratch folder.
+"""
 
 import json
 import re
@@ -16,7 +18,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands():
-    """The commands of the README's bash blocks, continued lines joined, loops reduced to their first round."""
+    """The commands of the README's bash blocks, continued lines joined, loops reduced to their
+    first round.
+    """
     text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
     lines = [re.sub(r"\s#.*", "", line).strip() for line in text.splitlines()]
     return [line for line in lines if line]

@@ -1,4 +1,6 @@
-"""The table of records: three file types there and back, foreign tables as they come, each bad input with its message."""
+"""The table of records: three file types there and back, foreign tables as they come, each bad
+input with its message.
+"""
 
 import re
 

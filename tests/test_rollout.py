@@ -47,7 +47,9 @@ def test_verdicts_of_finished_responses(parts):
 
 
 def test_a_marker_in_plain_text_is_sampled_and_judged_as_one_token_is(parts, small):
-    """The tiny model writes the marker's opening as one word, so both ways to say so come to the same."""
+    """The tiny model writes the marker's opening as one word, so both ways to say so come to the
+    same.
+    """
     config = small(text__decision_token="")
     text = text_lib.load(hf.locate(config.model.path), config.text)
     assert verdicts((parts[0], text), [RIGHT, WRONG, CALL]) == verdicts(parts, [RIGHT, WRONG, CALL])

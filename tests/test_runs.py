@@ -1,4 +1,6 @@
-"""The command lines as a user runs them: killed, stopped, resumed, on another number of devices, misused."""
+"""The command lines as a user runs them: killed, stopped, resumed, on another number of devices,
+misused.
+"""
 
 import json
 import os
@@ -52,7 +54,9 @@ def saved(workdir, step):
 
 
 def told(workdir):
-    """metrics.jsonl without what may differ between a straight and a resumed run: times, and answers bought twice over."""
+    """metrics.jsonl without what may differ between a straight and a resumed run: times, and
+    answers bought twice over.
+    """
     rows = metrics.read(workdir / "metrics.jsonl")
     free = "cloud_bought", "cloud_failed", "cloud_tokens", "cloud_usd"
     return [

@@ -1,4 +1,6 @@
-"""The sampler: what it draws and reports equals what the decoder says; one disallowed pass holds every budget's decision."""
+"""The sampler: what it draws and reports equals what the decoder says; one disallowed pass holds
+every budget's decision.
+"""
 
 import functools
 import types
@@ -137,7 +139,9 @@ def chain_run(table, starts, beta=0.0):
 
 
 def walk(**steps):
-    """The table of the walk given as _from=to, by a logit of 10; the decision token has 1 everywhere."""
+    """The table of the walk given as _from=to, by a logit of 10; the decision token has 1
+    everywhere.
+    """
     table = np.zeros((16, 16))
     table[:, DECISION] = 1.0
     for start, end in steps.items():
@@ -230,7 +234,9 @@ def test_seed_step_index_and_group_member_each_change_the_samples():
 
 
 def check_frequencies(drawn, logp, scaled, top_p) -> int:
-    """Tokens [n] come as the softmax of scaled [V], cut at top_p, says: within 5 standard deviations. Returns its size."""
+    """Tokens [n] come as the softmax of scaled [V], cut at top_p, says: within 5 standard
+    deviations. Returns its size.
+    """
     p = np.asarray(jax.nn.softmax(scaled)).astype(np.float64)
     order = np.argsort(-p)
     inside = order[: 1 + np.searchsorted(np.cumsum(p[order]), top_p)]
@@ -448,7 +454,8 @@ def test_margins_are_those_of_the_uncached_logits(which):
 
 def test_answer_of_several_tokens_opens_at_its_last():
     table = walk(_5=A, _6=B, _7=9, _9=9, _10=B, _11=ANSWER, _4=9, _12=13, _13=A)
-    # From 5: A B opens. From A, in the prompt: B opens nothing. From 10: B alone neither. Then the other opening; A B, late.
+    # From 5: A B opens. From A, in the prompt: B opens nothing. From 10: B alone neither. Then the
+    # other opening; A B, late.
     samples = chain_run(table, [5, A, 10, 11, 12])
     assert samples.tokens[:, :4].tolist() == [
         [A, B, 9, 9],
@@ -491,7 +498,9 @@ def test_call_at():
 
 
 def check_frontier(base, decoded, beta):
-    """What the disallowed pass says of every row at `beta` is what decoding with it does. Returns the calls, bool[P]."""
+    """What the disallowed pass says of every row at `beta` is what decoding with it does. Returns
+    the calls, bool[P].
+    """
     crossing = sampler.call_at(base.margins, beta)
     at_decision = (decoded.tokens == DECISION) & decoded.mask & ~opened_before(decoded)
     called = at_decision.any(-1)
@@ -523,7 +532,9 @@ def test_one_disallowed_pass_holds_the_decision_at_every_bias():
 
 
 def test_the_decision_at_the_very_edge():
-    """A calibrated bias is minus a margin that occurred: exactly there it does not call, one float higher it does."""
+    """A calibrated bias is minus a margin that occurred: exactly there it does not call, one float
+    higher it does.
+    """
     base = greedy()
     for i, margin in enumerate(base.margins.max(-1)):
         below, above = -margin, np.nextafter(-margin, np.float32(np.inf))
@@ -532,7 +543,9 @@ def test_the_decision_at_the_very_edge():
 
 
 def test_a_tie_does_not_call_whichever_token_comes_first():
-    """The decision token's number is below the rival's: the first of two equal logits would be a call."""
+    """The decision token's number is below the rival's: the first of two equal logits would be a
+    call.
+    """
     table = np.zeros((16, 16))
     table[:, 9] = 8.0
     base = chain_run(table, [5], DISALLOWED)

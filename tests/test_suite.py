@@ -1,4 +1,6 @@
-"""The suite of benchmarks, and a mix, on a tiny random model that reads and writes characters; the suite's arithmetic."""
+"""The suite of benchmarks, and a mix, on a tiny random model that reads and writes characters; the
+suite's arithmetic.
+"""
 
 import json
 import runpy
@@ -39,7 +41,9 @@ SIZES = {"math_train": 9, "gsm8k_train": 5, "math_test": 6, "gsm8k_test": 6, "ma
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(config, folder): a random model that knows each character, and a few rows of every benchmark."""
+    """(config, folder): a random model that knows each character, and a few rows of every
+    benchmark.
+    """
     folder = tmp_path_factory.mktemp("suite")
     characters = sorted(set(string.printable) - set("\r\x0b\x0c"))
     text_lib.word_tokenizer([*TAGS, *characters], "<pad>", "<eos>", "<unk>").save_pretrained(

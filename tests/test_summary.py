@@ -20,7 +20,8 @@ def test_summary_by_hand():
         "local": 10.0,
         "natural": 5.0,
     }
-    # With no answer to prompt 4, it and its -2 rank first: of the wrong 4, 1, 2 and the right 3, 0 all pairs are in order.
+    # With no answer to prompt 4, it and its -2 rank first: of the wrong 4, 1, 2 and the right 3, 0
+    # all pairs are in order.
     assert s["auc"]["margin"] == 1.0 and s["auc_answered"]["margin"] == 1.0
     assert s["auc"]["logprob"] == pytest.approx(5 / 6)  # 2, at -0.2, is behind 3
 

@@ -1,4 +1,6 @@
-"""Sweeps, with a stand-in for training: order, what is kept, failures, a stop, the table; and that the shipped ones can run."""
+"""Sweeps, with a stand-in for training: order, what is kept, failures, a stop, the table; and that
+the shipped ones can run.
+"""
 
 import json
 import os

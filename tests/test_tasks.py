@@ -1,4 +1,6 @@
-"""How a response is read: called, correct and formatted, by the table of design section 2, and bad task settings."""
+"""How a response is read: called, correct and formatted, by the table of design section 2, and bad
+task settings.
+"""
 
 import random
 import runpy

@@ -1,4 +1,6 @@
-"""Text <-> tokens: what is explicit is found, what is absent is named, and a response survives the round trip."""
+"""Text <-> tokens: what is explicit is found, what is absent is named, and a response survives the
+round trip.
+"""
 
 from types import SimpleNamespace
 
@@ -27,7 +29,8 @@ WORDS = (
 )  # fmt: skip
 CONFIG = dict(marker=MARKER, decision_token="<unknown>", pad="<pad>", eos=("<eos>",))
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
-# How GPT-2, Llama 3 and Qwen2.5 cut text before BPE; the last two join a sign with the letters after it.
+# How GPT-2, Llama 3 and Qwen2.5 cut text before BPE; the last two join a sign with the letters
+# after it.
 _MODERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -327,7 +330,9 @@ def decides(text, ids) -> list[bool]:
 
 @pytest.mark.parametrize("before", CONTEXTS)
 def test_plain_marker_is_decided_where_it_parts_from_the_tags(bpe_folder, before):
-    """By the first token that leaves "<u" or more of the marker at the end of the text, however BPE cuts it there."""
+    """By the first token that leaves "<u" or more of the marker at the end of the text, however BPE
+    cuts it there.
+    """
     text = load_bpe(bpe_folder, decision_token="")
     assert text.decision_id is None and text.marker_ids[-1] != text.marker_ids[0]
     ids = text.response_ids(before + MARKER)[:-1]
@@ -415,7 +420,9 @@ REST = {
     ("bpe_folder", "family"), [(name, name) for name in FAMILIES], indirect=["bpe_folder"]
 )
 def test_chat_template_of_each_family(bpe_folder, tmp_path, family, system):
-    """Special tokens, system prompt and generation prompt are the template's; Llama's BOS stands once, its date still."""
+    """Special tokens, system prompt and generation prompt are the template's; Llama's BOS stands
+    once, its date still.
+    """
     template, special, names = FAMILIES[family]
     tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": special, **names})

@@ -9,7 +9,8 @@
                                                    some steps of a real run at its full shape, with random weights
     python -m collab_jax.bench cloud               the cloud's store and client against faults and kills (cloud.py)
 
-prints a table and, with --json FILE, writes every figure. Whatever is compared runs in turn, round by round.
+prints a table and, with --json FILE, writes every figure. Whatever is compared runs in turn, round
+by round.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""The cloud's promises at full size, on this machine: `python -m collab_jax.bench cloud [--only store faults kills budget training]`.
+"""The cloud's promises at full size, on this machine: `python -m collab_jax.bench cloud [--only
+store faults kills budget training]`.
 
     store      look-ups a second, one by one and by hundreds, as the store grows to a million answers
     faults     500 prompts, 64 calls in flight, 30 % of the requests fail, a sixth of those by a stall of 20 s
@@ -42,7 +43,9 @@ def prompts(*numbers: int) -> list[Messages]:
 def client(
     url: str, path: pathlib.Path, workers: int, total: float = 60.0, **policy
 ) -> CachedCloud:
-    """A cloud at the server of a bench; no pause before a retry but the server's and the usual backoff."""
+    """A cloud at the server of a bench; no pause before a retry but the server's and the usual
+    backoff.
+    """
     cloud = OpenAICloud("m", {"max_tokens": 50}, url, "", (1.0, 2.0), (10.0, total, total), workers)
     return CachedCloud(cloud, Store(path), Policy(**{"retries": 20} | policy))
 

@@ -1,6 +1,8 @@
-"""An OpenAI-compatible server on the loopback interface that fails on purpose, to measure the cloud's client with.
+"""An OpenAI-compatible server on the loopback interface that fails on purpose, to measure the
+cloud's client with.
 
-It counts, for each prompt (the last message's content), how often it was asked and how often a reply was sent whole.
+It counts, for each prompt (the last message's content), how often it was asked and how often a
+reply was sent whole.
 """
 
 import json
@@ -17,7 +19,8 @@ USAGE = {"prompt_tokens": 10, "completion_tokens": 3}
 
 
 class FaultServer:
-    """answer(content) -> text, or a whole reply as a dict. `share` of the requests meet one of `faults`; `delay` seconds each.
+    """answer(content) -> text, or a whole reply as a dict. `share` of the requests meet one of
+    `faults`; `delay` seconds each.
 
     A context manager; `url` is the API's base address. Its threads end with the process.
     """

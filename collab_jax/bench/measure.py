@@ -1,4 +1,6 @@
-"""How a bench measures: interleaved timed runs, the machine's ceilings, the useful work of a model, and tables."""
+"""How a bench measures: interleaved timed runs, the machine's ceilings, the useful work of a model,
+and tables.
+"""
 
 import math
 import resource
@@ -18,7 +20,9 @@ PAUSE = 0.3  # seconds between runs: threads of one that spin after its end must
 
 
 class Timing(NamedTuple):
-    """Of one function. first: seconds of the first call, compilation in; seconds, work: of each run after it."""
+    """Of one function. first: seconds of the first call, compilation in; seconds, work: of each run
+    after it.
+    """
 
     first: float
     seconds: list[float]
@@ -49,8 +53,10 @@ class Timing(NamedTuple):
 def interleaved(
     runs: dict[str, Callable[[], float]], repeats: int, say: Callable[[str], None] = print
 ) -> dict:
-    """Timing of each function by name: one call each, two to settle, then `repeats` rounds of one call each in turn, so
-    that all share whatever the machine's speed does. A function returns its work once that is done."""
+    """Timing of each function by name: one call each, two to settle, then `repeats` rounds of one
+    call each in turn, so that all share whatever the machine's speed does. A function returns its
+    work once that is done.
+    """
     firsts = {}
     for name, run in runs.items():
         started = time.perf_counter()
@@ -69,7 +75,9 @@ def interleaved(
 
 
 def ratio(a: Timing, b: Timing) -> dict:
-    """How many times the work a second of `b` does `a` do: median and quartiles of the ratios round by round."""
+    """How many times the work a second of `b` does `a` do: median and quartiles of the ratios round
+    by round.
+    """
     ratios = [
         (wa / sa) / (wb / sb)
         for wa, sa, wb, sb in zip(a.work, a.seconds, b.work, b.seconds, strict=True)
@@ -111,7 +119,9 @@ def _best(run: Callable, repeats: int) -> float:
 
 
 def forward_flop(cfg: DecoderConfig, start: np.ndarray, count: np.ndarray, logits: bool) -> float:
-    """FLOP of a forward pass over rows of `count` tokens after `start` others each; logits: the head's product in."""
+    """FLOP of a forward pass over rows of `count` tokens after `start` others each; logits: the
+    head's product in.
+    """
     E, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     token = 2 * cfg.num_layers * (E * H * (2 * N + 2 * K) + 3 * E * cfg.intermediate_size)
     token += 2 * E * cfg.vocab_size if logits else 0
@@ -136,9 +146,11 @@ def decode_bytes(
     cache_bytes: int,
     itemsize: int,
 ):
-    """Bytes that decoding must read: the parameters once a column, and the keys and values once for each useful token.
+    """Bytes that decoding must read: the parameters once a column, and the keys and values once for
+    each useful token.
 
-    lengths: i[B] tokens of each response of `prompts` groups, whose prompt of `length` tokens is read once a column.
+    lengths: i[B] tokens of each response of `prompts` groups, whose prompt of `length` tokens is
+    read once a column.
     """
     kv = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cache_bytes
     columns = int(lengths.max())

@@ -1,10 +1,12 @@
 """The same work through PyTorch on the CPU, so that a bench can print ratios.
 
-`generate` is transformers' sampling, `update` a policy-gradient update as torch programs write it, `trl_step` one step
-of TRL's GRPOTrainer: each sets up outside the clock and returns a function that does the work once. PyTorch is no
+`generate` is transformers' sampling, `update` a policy-gradient update as torch programs write it,
+`trl_step` one step of TRL's GRPOTrainer: each sets up outside the clock and returns a function that
+does the work once. PyTorch is no
 dependency: without it this module still imports, and `versions` says what is there.
 
-Axis letters as in gapg.py: P prompts, G responses of a group, B = P * G rows, L prompt columns, T response columns.
+Axis letters as in gapg.py: P prompts, G responses of a group, B = P * G rows, L prompt columns, T
+response columns.
 """
 
 import importlib.metadata
@@ -60,17 +62,20 @@ def generate(
     eos_ids: Sequence[int],
     seed: int = 0,
 ) -> Callable[[], int]:
-    """run() samples `group` responses to each prompt at temperature 1, all B rows at once, with a KV cache.
+    """run() samples `group` responses to each prompt at temperature 1, all B rows at once, with a
+    KV cache.
 
-    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]. eos_ids: what ends a row; (): every row takes `max_new`
-    tokens. run() returns the tokens sampled, up to and including the first EOS of each row.
+    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]. eos_ids: what ends a row; ():
+    every row takes `max_new` tokens. run() returns the tokens sampled, up to and including the
+    first EOS of each row.
     """
     import torch
     from transformers import GenerationConfig
 
     model = _load(folder, dtype)
     pad_id = model.config.pad_token_id
-    # Put on the model, since `generate` takes what a config leaves out (here: no EOS) from the model's own.
+    # Put on the model, since `generate` takes what a config leaves out (here: no EOS) from the
+    # model's own.
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -109,10 +114,12 @@ def update(
     learning_rate: float,
     dtype: str,
 ) -> Callable[[], float]:
-    """run() does one update on all B responses, `micro_rows` in a backward pass, and returns its loss.
+    """run() does one update on all B responses, `micro_rows` in a backward pass, and returns its
+    loss.
 
-    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]; tokens i32[P, G, T] padded on the right, mask
-    bool[P, G, T] (EOS in); advantages f32[P, G]. Loss: gapg.loss divided by P. Gradients clipped to norm 1, AdamW.
+    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]; tokens i32[P, G, T] padded on the
+    right, mask bool[P, G, T] (EOS in); advantages f32[P, G]. Loss: gapg.loss divided by P.
+    Gradients clipped to norm 1, AdamW.
     """
     import torch
 
@@ -152,10 +159,12 @@ def update(
 
 
 class HeldTrainer:
-    """A trainer in a thread of its own, held before each step: a call lets one step pass and returns `tokens`.
+    """A trainer in a thread of its own, held before each step: a call lets one step pass and
+    returns `tokens`.
 
-    tokens: completion tokens of the latest step, written by whoever sees them. `hold` and `passed` are called by the
-    trainer's thread, where a step begins and ends. What the trainer raises, the call raises.
+    tokens: completion tokens of the latest step, written by whoever sees them. `hold` and `passed`
+    are called by the trainer's thread, where a step begins and ends. What the trainer raises, the
+    call raises.
     """
 
     def __init__(self):
@@ -202,7 +211,9 @@ class HeldTrainer:
 
 
 def _prompt_string(tokenizer, ids: list[int]) -> str:
-    """A string that `tokenizer(string)` turns into just `ids`; raises ValueError where decoding gives none."""
+    """A string that `tokenizer(string)` turns into just `ids`; raises ValueError where decoding
+    gives none.
+    """
     for first in (0, 1):  # 1: the tokenizer itself puts the first token, its BOS, before a string
         written = tokenizer.decode(
             ids[first:], skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -219,7 +230,8 @@ def rewards(
     examples: Sequence[Example],
     completions: Sequence[Sequence[int]],
 ):
-    """Hierarchical reward f32[B] of completions (tokens, EOS in where it was written), the cloud taken to be right.
+    """Hierarchical reward f32[B] of completions (tokens, EOS in where it was written), the cloud
+    taken to be right.
 
     alphas: `config.reward`.
     """
@@ -245,10 +257,12 @@ def trl_step(
     max_new: int,
     micro_rows: int | None = None,
 ) -> HeldTrainer:
-    """run() does one full step of TRL's GRPOTrainer on some of `examples`: sample, judge, update. `run.close()` ends it.
+    """run() does one full step of TRL's GRPOTrainer on some of `examples`: sample, judge, update.
+    `run.close()` ends it.
 
-    Of `config`, the weights of the reward and of AdamW's settings all but the warm-up. In float32. micro_rows:
-    completions of one backward pass; sampling is one batch whatever it is. run() returns the completions' tokens.
+    Of `config`, the weights of the reward and of AdamW's settings all but the warm-up. In float32.
+    micro_rows: completions of one backward pass; sampling is one batch whatever it is. run()
+    returns the completions' tokens.
     """
     import datasets
     import huggingface_hub.constants
@@ -262,8 +276,9 @@ def trl_step(
         True  # TRL would report the trainer's set-up
     )
     B = prompts_per_step * group
-    # Seconds a step of the tiny model on two cores (32 prompts x 8, 56 tokens), medians of runs: 128 rows 1.8 to 1.9, the
-    # fastest by a little; 256 rows 1.8 to 2.0; 64 rows 1.8 to 2.0; 32 rows 1.9.
+    # Seconds a step of the tiny model on two cores (32 prompts x 8, 56 tokens), medians of runs:
+    # 128 rows 1.8 to 1.9, the fastest by a little; 256 rows 1.8 to 2.0; 64 rows 1.8 to 2.0; 32 rows
+    # 1.9.
     micro_rows = micro_rows or math.gcd(B, 128)
     held = HeldTrainer()
 
@@ -284,7 +299,8 @@ def trl_step(
     model.generation_config.eos_token_id = list(text.eos_ids)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_id)
-    # Strings rather than messages: TRL would render the chat template again for every row of every step.
+    # Strings rather than messages: TRL would render the chat template again for every row of every
+    # step.
     prompts = [
         _prompt_string(tokenizer, text.prompt_ids(task.prompt(example))) for example in examples
     ]

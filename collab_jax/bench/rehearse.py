@@ -1,10 +1,11 @@
 """A rehearsal: some steps of a real run at its full shape, without its weights.
 
-The architecture is that of `config.model.path` (a folder, a published name or a hub name), the weights are random, and so is
-the tokenizer where none is there: trained on the task's own prompts. Prompts, verification, store and update are the run's.
-Random weights never end a response and are never right, so every response runs to the limit, and after it has been judged
-half of each group counts as right: all prompts are learnt from, which is the largest update there is. The cloud is simulated
-behind the real store; nothing is bought.
+The architecture is that of `config.model.path` (a folder, a published name or a hub name), the
+weights are random, and so is the tokenizer where none is there: trained on the task's own prompts.
+Prompts, verification, store and update are the run's. Random weights never end a response and are
+never right, so every response runs to the limit, and after it has been judged half of each group
+counts as right: all prompts are learnt from, which is the largest update there is. The cloud is
+simulated behind the real store; nothing is bought.
 """
 
 import pathlib
@@ -30,7 +31,9 @@ MADE_UP_TOKENS = 8192  # of a tokenizer that is made up, at most
 
 
 def read_config(file: str, overrides: list[str]) -> ConfigDict:
-    """The locked config of FILE with `--config.KEY=VALUE` overrides, as every command line reads it."""
+    """The locked config of FILE with `--config.KEY=VALUE` overrides, as every command line reads
+    it.
+    """
     values, argv = flags.FlagValues(), ["rehearse", f"--config={file}", *overrides]
     flag = config_flags.DEFINE_config_file(
         "config", flag_values=values, lock_config=True, sys_argv=argv
@@ -48,7 +51,9 @@ def read_config(file: str, overrides: list[str]) -> ConfigDict:
 
 
 def make_up_tokenizer(texts: Iterable[str], config: ConfigDict, size: int):
-    """A byte-level BPE tokenizer of at most `size` tokens, learnt from `texts`, with the special tokens of `config.text`."""
+    """A byte-level BPE tokenizer of at most `size` tokens, learnt from `texts`, with the special
+    tokens of `config.text`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

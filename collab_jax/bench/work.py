@@ -1,8 +1,10 @@
-"""What a bench runs: models of several shapes, a mix of response lengths, and our own decode, update and step on them.
+"""What a bench runs: models of several shapes, a mix of response lengths, and our own decode,
+update and step on them.
 
-A mix needs rows that end where they should in any program that samples. So its model is a clock: with the outputs of
-attention and MLP at zero (they are computed all the same) a token's successor is a row of the head. After the prompt nine
-rows in ten start to count and write EOS at a quarter of the limit; the tenth repeats one token for ever.
+A mix needs rows that end where they should in any program that samples. So its model is a clock:
+with the outputs of attention and MLP at zero (they are computed all the same) a token's successor
+is a row of the head. After the prompt nine rows in ten start to count and write EOS at a quarter of
+the limit; the tenth repeats one token for ever.
 """
 
 import pathlib
@@ -89,7 +91,9 @@ def random_params(cfg: DecoderConfig, dtype: str) -> Params:
 
 
 def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
-    """`params` with the last layers of all blocks at zero, embeddings one-hot and a head that says what follows."""
+    """`params` with the last layers of all blocks at zero, embeddings one-hot and a head that says
+    what follows.
+    """
     size = FIRST + ticks - 1
     if size > min(cfg.hidden_size, cfg.vocab_size):
         raise ValueError(f"a clock of {ticks} ticks does not fit {cfg.hidden_size} wide")
@@ -145,7 +149,9 @@ class Case(NamedTuple):
 
 
 def decode(load: Load, cfg: DecoderConfig, params, segments: int, slot_counts: int) -> Case:
-    """Sampling of a whole batch; params with axis D. One segment and one slot count: the fixed batch."""
+    """Sampling of a whole batch; params with axis D. One segment and one slot count: the fixed
+    batch.
+    """
     settings = Settings(
         group=load.group,
         max_new=load.max_new,
@@ -218,7 +224,9 @@ def update_batch(load: Load) -> gapg.Rollout:
 
 
 def update_flop(cfg: DecoderConfig, prompt_length: int, lengths: np.ndarray) -> float:
-    """Of a forward and a backward pass over groups whose responses have `lengths` i[Q, G]; a prompt counts once."""
+    """Of a forward and a backward pass over groups whose responses have `lengths` i[Q, G]; a prompt
+    counts once.
+    """
     L = prompt_length
     prompts = measure.forward_flop(cfg, np.zeros(len(lengths)), np.full(len(lengths), L), False)
     return 3 * (prompts + measure.forward_flop(cfg, L - 1.0, lengths, True))
@@ -254,7 +262,9 @@ def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case
 
 
 def forward_flop(cfg: DecoderConfig, batch: gapg.Rollout) -> float:
-    """Of a forward pass over a rollout on the host, with or without axis D: each prompt once, and its responses."""
+    """Of a forward pass over a rollout on the host, with or without axis D: each prompt once, and
+    its responses.
+    """
     G = batch.tokens.shape[-2]
     lengths, real = batch.mask.sum(-1).reshape(-1, G), batch.prompt_mask.sum(-1).reshape(-1)
     start = np.repeat(real[:, None], G, axis=1) - 1
@@ -272,7 +282,9 @@ class Training(NamedTuple):
 
 
 def training(config_file: str, overrides: dict) -> Training:
-    """One full step: sample, judge, ask the cloud, update; always from the first state, on new prompts."""
+    """One full step: sample, judge, ask the cloud, update; always from the first state, on new
+    prompts.
+    """
     config = runpy.run_path(config_file)["get_config"]()
     config.update_from_flattened_dict(overrides)
     folder = tempfile.TemporaryDirectory()

@@ -1,4 +1,5 @@
-"""The cloud: who answers what the device does not, the store of every answer bought, and what they cost.
+"""The cloud: who answers what the device does not, the store of every answer bought, and what they
+cost.
 
 protocol    what a cloud is            simulated, openai, local    the three kinds
 store       every answer bought        leases, budget, attempts    who may buy, for how much, and when again
@@ -37,9 +38,11 @@ KINDS = {  # cloud.kind -> (config.cloud, task) -> Cloud
 
 
 def make_cloud(config, task, store_path: Path) -> CachedCloud:
-    """Builds the cloud that `config.cloud` describes, behind the store at `store_path` (made if missing).
+    """Builds the cloud that `config.cloud` describes, behind the store at `store_path` (made if
+    missing).
 
-    Raises UserError for a setting that cannot be used, or a task that this kind cannot serve; StoreError for a bad store.
+    Raises UserError for a setting that cannot be used, or a task that this kind cannot serve;
+    StoreError for a bad store.
     """
     c = config.cloud
     if c.kind not in KINDS:

@@ -7,9 +7,10 @@
     python -m collab_jax.cloud verify   --config FILE --workdir DIR
     python -m collab_jax.cloud compact  --config FILE --workdir DIR
 
-`prefetch` buys the answers of a split ahead of training: it tells how many are missing and what they may cost, and with
---yes buys them. Ctrl-C lets the calls in flight end; the same command continues. The workdir may be that of a run, before,
-during and after it; where config.cloud.store names a file, that is meant.
+`prefetch` buys the answers of a split ahead of training: it tells how many are missing and what
+they may cost, and with --yes buys them. Ctrl-C lets the calls in flight end; the same command
+continues. The workdir may be that of a run, before, during and after it; where config.cloud.store
+names a file, that is meant.
 """
 
 import pathlib
@@ -39,7 +40,9 @@ FILE = flags.DEFINE_string("file", None, "export, import: the file of JSON lines
 
 
 def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Buys the answers of a split; 0 when it has them all or was only to tell, 130 after Ctrl-C, 1 otherwise."""
+    """Buys the answers of a split; 0 when it has them all or was only to tell, 130 after Ctrl-C, 1
+    otherwise.
+    """
     run = experiment.prepare(config, workdir)
     missing = missing_prompts(run, SPLIT.value)
     total = len(experiment.examples(run, SPLIT.value))
@@ -105,7 +108,8 @@ def missing_prompts(run: Run, split: str) -> list[tuple[str, Messages]]:
 
 
 def estimate(run: Run, missing: list[Messages]) -> str:
-    """What the missing answers may take, from at most SAMPLE of these prompts and SAMPLE answers of this model.
+    """What the missing answers may take, from at most SAMPLE of these prompts and SAMPLE answers of
+    this model.
 
     Nothing is bought for it: without an answer of the model, the output is not known.
     """

@@ -10,14 +10,17 @@ COOL_SECONDS = 15.0  # how long it stays open before one call may try
 
 
 def pause(attempt: int, retry_after: float | None) -> float:
-    """Seconds to wait after attempt number `attempt`, from 0: what the provider asks for, else full jitter."""
+    """Seconds to wait after attempt number `attempt`, from 0: what the provider asks for, else full
+    jitter.
+    """
     first, most = BACKOFF_SECONDS
     jitter = random.uniform(0, min(most, first * 2**attempt))
     return jitter if retry_after is None else retry_after + min(jitter, 1.0)
 
 
 class Breaker:
-    """Open after some failures in a row: calls fail at once, but for one each COOL_SECONDS, whose success closes it.
+    """Open after some failures in a row: calls fail at once, but for one each COOL_SECONDS, whose
+    success closes it.
 
     Some: OUTAGE, or twice the `workers`, as what is in flight in one bad moment all fails.
     """

@@ -1,7 +1,9 @@
-"""A budget that cannot be overrun: the highest price of a call is booked before it, and what it cost after it.
+"""A budget that cannot be overrun: the highest price of a call is booked before it, and what it
+cost after it.
 
-What is booked lies in the store, for all threads and processes that share it. A call that was in flight when its process
-was killed stays booked at its highest price, since the provider may have charged it.
+What is booked lies in the store, for all threads and processes that share it. A call that was in
+flight when its process was killed stays booked at its highest price, since the provider may have
+charged it.
 """
 
 import sqlite3
@@ -37,7 +39,9 @@ class Budget:
         return Spent(*self.store.query("SELECT calls, usd FROM spent")[0])
 
     def reserve(self, prices: Sequence[float]) -> int:
-        """Books as many calls, from the first on, as the limits allow, at these highest prices; how many."""
+        """Books as many calls, from the first on, as the limits allow, at these highest prices; how
+        many.
+        """
         with self.store.transaction() as db:
             calls, usd = db.execute("SELECT calls, usd FROM spent").fetchone()
             granted = 0
@@ -63,5 +67,7 @@ class Budget:
 
 
 def settle(db: sqlite3.Connection, booked: float, usd: float, unsent: int = 0) -> None:
-    """Puts what calls cost in the place of what was booked for them, and takes `unsent` calls back; inside a transaction."""
+    """Puts what calls cost in the place of what was booked for them, and takes `unsent` calls back;
+    inside a transaction.
+    """
     db.execute("UPDATE spent SET calls = calls - ?, usd = MAX(0, usd + ?)", (unsent, usd - booked))

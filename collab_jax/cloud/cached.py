@@ -1,8 +1,9 @@
-"""The cloud as training, evaluation and serving see it: store first, and every new answer stored before it is used.
+"""The cloud as training, evaluation and serving see it: store first, and every new answer stored
+before it is used.
 
-What the store lacks is bought by threads in the background, each prompt in these steps: lease its key; book the call; ask;
-then, in one transaction, store the answer and book what it cost; give the key back. A process killed between any two of
-them has lost at most the calls in flight.
+What the store lacks is bought by threads in the background, each prompt in these steps: lease its
+key; book the call; ask; then, in one transaction, store the answer and book what it cost; give the
+key back. A process killed between any two of them has lost at most the calls in flight.
 """
 
 import concurrent.futures
@@ -34,8 +35,9 @@ CANCELLED = Failure("cancelled")
 class Policy(NamedTuple):
     """How answers are bought. The defaults: without limits, and once.
 
-    mode: "live" buys what is missing, and what fails is unknown; "record" is the same, but a failure is an error, so that
-    the store ends whole; "replay" buys nothing, and what is missing is an error.
+    mode: "live" buys what is missing, and what fails is unknown; "record" is the same, but a
+    failure is an error, so that the store ends whole; "replay" buys nothing, and what is missing is
+    an error.
     """
 
     mode: str = "live"
@@ -46,7 +48,9 @@ class Policy(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Replies in the order of the prompts (None: unknown); how many distinct prompts were bought for it, and failed."""
+    """Replies in the order of the prompts (None: unknown); how many distinct prompts were bought
+    for it, and failed.
+    """
 
     replies: list[Reply | None]
     bought: int
@@ -93,10 +97,11 @@ class Pending:
         return all(order.done() for order in self._orders.values())
 
     def answers(self, wait: float | None = None) -> Answers:
-        """What is known after at most `wait` seconds (None: everything); the rest is bought in the background, and is None.
+        """What is known after at most `wait` seconds (None: everything); the rest is bought in the
+        background, and is None.
 
-        Raises StoreError when the store fails; CloudError where the cloud cannot be used, where a budget that stops is spent,
-        and in mode "record" for a failure.
+        Raises StoreError when the store fails; CloudError where the cloud cannot be used, where a
+        budget that stops is spent, and in mode "record" for a failure.
         """
         done, _ = concurrent.futures.wait(self._orders.values(), None if self._strict else wait)
         results = {name: order.result() for name, order in self._orders.items() if order in done}
@@ -116,7 +121,9 @@ class Pending:
 
 
 class CachedCloud:
-    """A cloud that is asked at most once for each distinct (model, prompt, parameters); threads and processes may share it."""
+    """A cloud that is asked at most once for each distinct (model, prompt, parameters); threads and
+    processes may share it.
+    """
 
     def __init__(self, cloud: Cloud, store: Store, policy: Policy = Policy()):  # noqa: B008 (immutable)
         self.cloud, self.store, self.policy = cloud, store, policy
@@ -137,7 +144,9 @@ class CachedCloud:
         return key(self.cloud.model, messages, self.cloud.parameters)
 
     def answer(self, prompts: Sequence[Messages], names: Sequence[str] | None = None) -> Answers:
-        """Answers each prompt. A failed call is None, is not stored, and is asked again next time; `Pending` has the errors."""
+        """Answers each prompt. A failed call is None, is not stored, and is asked again next time;
+        `Pending` has the errors.
+        """
         return self.submit(prompts, names).answers()
 
     def submit(self, prompts: Sequence[Messages], names: Sequence[str] | None = None) -> Pending:
@@ -175,7 +184,9 @@ class CachedCloud:
         return tally
 
     def cancel(self) -> None:
-        """No more calls: prompts that wait fail; calls in flight come to their end, as they are paid for."""
+        """No more calls: prompts that wait fail; calls in flight come to their end, as they are
+        paid for.
+        """
         self._cancelled.set()
 
     # ------------------------------------------------------------------------------------- in the background

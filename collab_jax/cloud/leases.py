@@ -1,6 +1,8 @@
-"""Who buys what: a key is leased before it is bought, so that two threads or processes that want it make one call.
+"""Who buys what: a key is leased before it is bought, so that two threads or processes that want it
+make one call.
 
-A lease lasts some seconds and is moved on while its holder lives; that of a process that was killed runs out.
+A lease lasts some seconds and is moved on while its holder lives; that of a process that was killed
+runs out.
 """
 
 import threading
@@ -22,7 +24,9 @@ class Leases:
         self._lock = threading.Lock()
 
     def take(self, keys: Iterable[str]) -> set[str]:
-        """Leases those of `keys` that nobody holds. Look into the store after it: the last holder may have bought them."""
+        """Leases those of `keys` that nobody holds. Look into the store after it: the last holder
+        may have bought them.
+        """
         mine = set()
         with self.store.transaction(durable=False) as db:
             now = time.time()  # not before: another's write may have been waited for

@@ -1,4 +1,6 @@
-"""What the cloud has cost: a sum over the store, so it needs no state of its own and survives any restart."""
+"""What the cloud has cost: a sum over the store, so it needs no state of its own and survives any
+restart.
+"""
 
 import math
 from collections.abc import Iterable
@@ -18,9 +20,11 @@ class Ledger(NamedTuple):
 
 
 def ledger(store: Store, keys: Iterable[str] | None = None) -> Ledger:
-    """Adds up the answers under `keys`, or the whole store (all models in it; two to three seconds for a million answers).
+    """Adds up the answers under `keys`, or the whole store (all models in it; two to three seconds
+    for a million answers).
 
-    The sums are rounded once, hence the same in whatever order the answers were bought. Raises StoreError.
+    The sums are rounded once, hence the same in whatever order the answers were bought. Raises
+    StoreError.
     """
     columns = "input_tokens, output_tokens, seconds, usd"
     if keys is None:

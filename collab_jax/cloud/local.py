@@ -1,4 +1,6 @@
-"""A cloud without network or key: a larger decoder from any Hugging Face folder, in this process, with our sampler."""
+"""A cloud without network or key: a larger decoder from any Hugging Face folder, in this process,
+with our sampler.
+"""
 
 import functools
 import hashlib
@@ -21,7 +23,9 @@ BUCKET = 64  # prompts are padded to multiples of so many tokens, each of which 
 
 @dataclass(frozen=True)
 class LocalCloud:
-    """The model of `folder`, loaded at the first call. A prompt's random numbers are its own, whatever it is batched with."""
+    """The model of `folder`, loaded at the first call. A prompt's random numbers are its own,
+    whatever it is batched with.
+    """
 
     model: str
     folder: pathlib.Path
@@ -128,7 +132,9 @@ class LocalCloud:
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-    """16 hex digits that tell this model from another, from its config and some blocks of each file of weights."""
+    """16 hex digits that tell this model from another, from its config and some blocks of each file
+    of weights.
+    """
     digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -152,7 +158,9 @@ def end_ids(folder: pathlib.Path, eos_id: int) -> tuple[int, ...]:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a response that may begin with `<think> ... </think>`; the opening may be the template's."""
+    """(reasoning, answer) of a response that may begin with `<think> ... </think>`; the opening may
+    be the template's.
+    """
     reasoning, closed, answer = text.partition("</think>")
     return (
         (reasoning.strip().removeprefix("<think>").strip(), answer.strip())
@@ -162,7 +170,9 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def from_config(config, task) -> LocalCloud:
-    """Builds the local cloud of `config` (the `cloud` part). Raises UserError where the folder cannot be used."""
+    """Builds the local cloud of `config` (the `cloud` part). Raises UserError where the folder
+    cannot be used.
+    """
     sampling = {
         "temperature": float(config.parameters.temperature),
         "max_tokens": int(config.parameters.max_tokens),

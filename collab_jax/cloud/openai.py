@@ -1,7 +1,9 @@
-"""A cloud behind an OpenAI-compatible API: OpenAI, DeepSeek, OpenRouter, vLLM, llama.cpp, Ollama and others.
+"""A cloud behind an OpenAI-compatible API: OpenAI, DeepSeek, OpenRouter, vLLM, llama.cpp, Ollama
+and others.
 
-The official client makes the requests, one attempt each: what is tried again, and for what price, is decided in
-`cached.py`, which must book every request. Neither the client nor the key is needed before the first call.
+The official client makes the requests, one attempt each: what is tried again, and for what price,
+is decided in `cached.py`, which must book every request. Neither the client nor the key is needed
+before the first call.
 """
 
 import asyncio
@@ -27,9 +29,11 @@ FRAME_TOKENS = 32  # at most, that a chat template puts around a message
 
 @dataclass(frozen=True)
 class OpenAICloud:
-    """One model of one provider; raises CloudError at the first call where the key's environment variable is not set.
+    """One model of one provider; raises CloudError at the first call where the key's environment
+    variable is not set.
 
-    prices: USD per million input and output tokens. timeouts: seconds to connect, between bytes, and of a whole call.
+    prices: USD per million input and output tokens. timeouts: seconds to connect, between bytes,
+    and of a whole call.
     """
 
     model: str
@@ -66,7 +70,9 @@ class OpenAICloud:
         return (input_tokens * self.prices[0] + output_tokens * self.prices[1]) / 1e6
 
     def _start(self) -> list:
-        """[event loop, client]; made at the first call. The loop has a thread of its own, which ends with the process."""
+        """[event loop, client]; made at the first call. The loop has a thread of its own, which
+        ends with the process.
+        """
         with self._lock:
             if not self._started:
                 import openai
@@ -166,7 +172,9 @@ def _charge(error: Exception) -> float | None:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date; None where there is none or it is garbled."""
+    """Seconds of a Retry-After header: a number, or a date; None where there is none or it is
+    garbled.
+    """
     try:
         return max(0.0, float(value))
     except (TypeError, ValueError):
@@ -183,7 +191,9 @@ def _get(data, name: str, kind: type, default):
 
 
 def from_config(config, task) -> OpenAICloud:
-    """Builds the client of `config` (the `cloud` part). Raises CloudError, naming the key, for what cannot be used."""
+    """Builds the client of `config` (the `cloud` part). Raises CloudError, naming the key, for what
+    cannot be used.
+    """
     try:
         prices = {model: (float(i), float(o)) for model, i, o in config.prices}
         possible = all(0 <= price < math.inf for pair in prices.values() for price in pair)

@@ -11,7 +11,9 @@ Messages = list[dict[str, str]]
 
 
 class CloudError(UserError):
-    """The cloud cannot be used as configured, its budget is spent, or an answer is missing in replay; what to do."""
+    """The cloud cannot be used as configured, its budget is spent, or an answer is missing in
+    replay; what to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -62,4 +64,6 @@ class Cloud(Protocol):
         """A price that one call on this prompt does not exceed."""
 
     def answer(self, prompts: Sequence[Messages]) -> list[Reply | Failure]:
-        """Asks once for each prompt, in order: no retries. A failed call is a Failure and never raises."""
+        """Asks once for each prompt, in order: no retries. A failed call is a Failure and never
+        raises.
+        """

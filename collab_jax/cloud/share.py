@@ -1,4 +1,6 @@
-"""Handing over work: the device's reasoning up to its call goes along, so that the cloud need not begin anew."""
+"""Handing over work: the device's reasoning up to its call goes along, so that the cloud need not
+begin anew.
+"""
 
 from collab_jax.cloud.protocol import Messages
 
@@ -8,7 +10,9 @@ NOTE = (
 
 
 def with_attempt(messages: Messages, attempt: str) -> Messages:
-    """A cloud prompt with the device's attempt below it; without one, the prompt itself. Its answer has another key."""
+    """A cloud prompt with the device's attempt below it; without one, the prompt itself. Its answer
+    has another key.
+    """
     if not attempt.strip():
         return messages
     *before, last = messages

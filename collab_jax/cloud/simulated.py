@@ -13,9 +13,10 @@ from collab_jax.runtime.errors import UserError
 class SimulatedCloud:
     """Answers with `solve(messages)`, and with `wrong` on a share `error_rate` of all prompts.
 
-    Which prompts those are depends on model name and messages alone: no seed, no state, the same on every machine; a
-    higher rate only adds prompts. It is also wrong where `solve` raises ValueError (a prompt that it cannot solve).
-    Nothing is slept or paid: `seconds` (per call) and the prices (USD per million tokens) only enter the replies.
+    Which prompts those are depends on model name and messages alone: no seed, no state, the same on
+    every machine; a higher rate only adds prompts. It is also wrong where `solve` raises ValueError
+    (a prompt that it cannot solve). Nothing is slept or paid: `seconds` (per call) and the prices
+    (USD per million tokens) only enter the replies.
 
     Raises UserError for an error rate outside [0, 1].
     """
@@ -72,7 +73,9 @@ class SimulatedCloud:
 
 
 def unit_hash(model: str, messages: Messages) -> float:
-    """Maps (model, messages) to a fixed number in [0, 1), uniform over prompts (53 bits of BLAKE2b)."""
+    """Maps (model, messages) to a fixed number in [0, 1), uniform over prompts (53 bits of
+    BLAKE2b).
+    """
     canonical = json.dumps([model, messages], sort_keys=True, separators=(",", ":"))
     digest = hashlib.blake2b(canonical.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53

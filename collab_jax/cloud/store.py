@@ -1,7 +1,9 @@
-"""The answers ever bought, in one SQLite file: durable before use, shared by the processes of one machine.
+"""The answers ever bought, in one SQLite file: durable before use, shared by the processes of one
+machine.
 
-An answer is filed under a hash of (model, prompt, parameters). The first one stays; nothing is updated or deleted. Beside
-them lie the keys that some process is about to buy (`leases.py`) and what has been spent (`budget.py`).
+An answer is filed under a hash of (model, prompt, parameters). The first one stays; nothing is
+updated or deleted. Beside them lie the keys that some process is about to buy (`leases.py`) and
+what has been spent (`budget.py`).
 """
 
 import contextlib
@@ -24,8 +26,9 @@ APPLICATION_ID = (
 BUSY_SECONDS = 60.0  # how long to wait for another process's write
 CHUNK = 500  # keys in one SELECT; older SQLite takes 999 at most
 
-# An ordinary rowid table: rows are long (whole texts), which WITHOUT ROWID does badly. The small columns come first, so
-# that summing them does not read a long row's overflow pages; the checksum is last, as version 1 did not have it.
+# An ordinary rowid table: rows are long (whole texts), which WITHOUT ROWID does badly. The small
+# columns come first, so that summing them does not read a long row's overflow pages; the checksum
+# is last, as version 1 did not have it.
 ANSWERS = """
 CREATE TABLE answers (
     key           TEXT PRIMARY KEY NOT NULL,  -- sha256, see key()
@@ -64,11 +67,14 @@ ADVICE = {
 
 
 class StoreError(UserError):
-    """The store file cannot be used. One line: the file, why, and what to do. The file is left as it was."""
+    """The store file cannot be used. One line: the file, why, and what to do. The file is left as
+    it was.
+    """
 
 
 def key(model: str, messages: Messages, parameters: dict) -> str:
-    """The name an answer is filed under: sha256 (64 hex digits) of canonical JSON, free of the order of dict keys.
+    """The name an answer is filed under: sha256 (64 hex digits) of canonical JSON, free of the
+    order of dict keys.
 
     Raises TypeError or ValueError when something is not JSON-able (NaN included).
     """
@@ -76,15 +82,18 @@ def key(model: str, messages: Messages, parameters: dict) -> str:
 
 
 def checksum(name: str, *reply) -> str:
-    """16 hex digits over an answer's key and the columns of REPLY_COLUMNS; the key covers model, prompt and parameters."""
+    """16 hex digits over an answer's key and the columns of REPLY_COLUMNS; the key covers model,
+    prompt and parameters.
+    """
     return hashlib.blake2b(_canonical([name, *reply]).encode(), digest_size=8).hexdigest()
 
 
 class Store:
     """An open store file. Threads may share it; every process opens its own.
 
-    Opening creates the file and its folder where they are missing. Opening and every method raise StoreError when the
-    file is unreadable, unwritable, damaged, not a store, or written by a newer version.
+    Opening creates the file and its folder where they are missing. Opening and every method raise
+    StoreError when the file is unreadable, unwritable, damaged, not a store, or written by a newer
+    version.
     """
 
     def __init__(self, path: Path):
@@ -114,9 +123,11 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """What is done inside is on disk, whole, when the block ends; nothing of it where the block raises.
+        """What is done inside is on disk, whole, when the block ends; nothing of it where the block
+        raises.
 
-        Without `durable` it outlives the process, but perhaps not a power cut; that spares waiting for the disk.
+        Without `durable` it outlives the process, but perhaps not a power cut; that spares waiting
+        for the disk.
         """
         with self._lock, self._errors():
             if not durable:
@@ -147,7 +158,8 @@ class Store:
     def put_many(
         self, model: str, parameters: dict, answers: Iterable[tuple[Messages, Reply]]
     ) -> dict[str, Reply]:
-        """Stores answers in one transaction, on disk when it returns, and gives what is now stored, by key.
+        """Stores answers in one transaction, on disk when it returns, and gives what is now stored,
+        by key.
 
         Where an answer was there already, that one stays and is returned.
         """
@@ -205,14 +217,17 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         if version < 2:
             for statement in SINCE_VERSION_2:
                 db.execute(statement)
-        # Written at every opening: a file that cannot be written is found out before an answer is paid for.
+        # Written at every opening: a file that cannot be written is found out before an answer is
+        # paid for.
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     _switch_to_wal(db)
     db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
 
 
 def _switch_to_wal(db: sqlite3.Connection) -> None:
-    """Turns the write-ahead log on. Alone among our statements this one does not wait for other processes by itself."""
+    """Turns the write-ahead log on. Alone among our statements this one does not wait for other
+    processes by itself.
+    """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -294,7 +309,9 @@ def insert(db: sqlite3.Connection, rows: Sequence[tuple]) -> int:
 
 
 def _storable(text: str) -> str:
-    """A lone surrogate (possible in JSON from a server) has no UTF-8 form: it becomes a question mark."""
+    """A lone surrogate (possible in JSON from a server) has no UTF-8 form: it becomes a question
+    mark.
+    """
     return text.encode("utf-8", "replace").decode()
 
 

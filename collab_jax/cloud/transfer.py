@@ -1,4 +1,6 @@
-"""A store's answers as JSON lines, to publish and to take over; and whether every answer is what was stored."""
+"""A store's answers as JSON lines, to publish and to take over; and whether every answer is what
+was stored.
+"""
 
 import json
 from collections.abc import Iterator
@@ -24,9 +26,11 @@ class Imported(NamedTuple):
 
 
 def export(store: Store, path: Path) -> int:
-    """Writes every answer as one JSON object a line, in the order of the keys, with the FIELDS; how many.
+    """Writes every answer as one JSON object a line, in the order of the keys, with the FIELDS; how
+    many.
 
-    The file is complete or not there. Prompts and answers are in it, keys and prices of the provider's account are not.
+    The file is complete or not there. Prompts and answers are in it, keys and prices of the
+    provider's account are not.
     """
     columns = f"model, parameters, prompt, created, {REPLY_COLUMNS}"
     beside, count = path.with_name(path.name + ".tmp"), 0
@@ -48,7 +52,9 @@ def export(store: Store, path: Path) -> int:
 
 
 def import_(store: Store, path: Path) -> Imported:
-    """Adds the answers of a file that `export` wrote; nothing is booked as spent. Raises UserError, naming the line."""
+    """Adds the answers of a file that `export` wrote; nothing is booked as spent. Raises UserError,
+    naming the line.
+    """
     found = Imported(0, 0)
     try:
         with path.open(encoding="utf-8") as file:
@@ -65,7 +71,9 @@ def import_(store: Store, path: Path) -> Imported:
 
 
 def verify(store: Store) -> list[str]:
-    """What is wrong with the file, a line each: SQLite's own check, then every answer's key and checksum. [] for nothing."""
+    """What is wrong with the file, a line each: SQLite's own check, then every answer's key and
+    checksum. [] for nothing.
+    """
     problems = [
         f"SQLite: {text}" for (text,) in store.query("PRAGMA integrity_check(20)") if text != "ok"
     ]
@@ -83,7 +91,9 @@ def verify(store: Store) -> list[str]:
 
 
 def compact(store: Store) -> int:
-    """Gives unused space back to the disk; bytes of the file afterwards. Not while another process writes (StoreError)."""
+    """Gives unused space back to the disk; bytes of the file afterwards. Not while another process
+    writes (StoreError).
+    """
     store.query("VACUUM")
     store.query("PRAGMA wal_checkpoint(TRUNCATE)")
     return store.path.stat().st_size

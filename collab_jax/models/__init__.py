@@ -1,1 +1,3 @@
-"""The device model: decoder.py (the network), hf.py (Hugging Face folders), lora.py (adapters), text.py (tokens <-> text)."""
+"""The device model: decoder.py (the network), hf.py (Hugging Face folders), lora.py (adapters),
+text.py (tokens <-> text).
+"""

@@ -1,11 +1,13 @@
-"""The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward` with an explicit KV cache, in segments.
+"""The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward` with an explicit KV cache, in
+segments.
 
-Linen declares names and shapes only; callers see functions of (params, cfg, ...). Submodule names mirror Hugging Face's
-(`layers_3/self_attn/q_proj/kernel`), so that import and export are one rename rule (`hf.py`). The three families differ
-in three switches of `DecoderConfig`: `qkv_bias` (Qwen2.5), `qk_norm` (Qwen3) and `rope_scaling` (Llama 3.x).
+Linen declares names and shapes only; callers see functions of (params, cfg, ...). Submodule names
+mirror Hugging Face's (`layers_3/self_attn/q_proj/kernel`), so that import and export are one rename
+rule (`hf.py`). The three families differ in three switches of `DecoderConfig`: `qkv_bias`
+(Qwen2.5), `qk_norm` (Qwen3) and `rope_scaling` (Llama 3.x).
 
-Axis letters are those of `gapg.py`: B rows, S columns of the cache, t new columns of one call, N query heads,
-K kv heads, H head, E width, V vocabulary.
+Axis letters are those of `gapg.py`: B rows, S columns of the cache, t new columns of one call, N
+query heads, K kv heads, H head, E width, V vocabulary.
 """
 
 import dataclasses
@@ -58,11 +60,11 @@ class DecoderConfig:
 
 @flax.struct.dataclass
 class Segment:
-    """Keys and values of some columns, one pair a layer. Keys lie with their columns last: both products of one query with
-    a cache then run along memory (three times as fast on a CPU).
+    """Keys and values of some columns, one pair a layer. Keys lie with their columns last: both
+    products of one query with a cache then run along memory (three times as fast on a CPU).
 
-    k: [R, K, H, S]; v: [R, K, S, H]. R divides the rows B of whatever attends to it: row r serves the B / R rows from
-    r * B / R on, so that a group holds its prompt once.
+    k: [R, K, H, S]; v: [R, K, S, H]. R divides the rows B of whatever attends to it: row r serves
+    the B / R rows from r * B / R on, so that a group holds its prompt once.
     """
 
     k: tuple[jax.Array, ...]
@@ -85,7 +87,9 @@ def take_rows(segment: Segment, index: jax.Array, rows: int) -> Segment:
 
 
 def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
-    """Inverse wavelengths f32[H/2] in radians per position, Llama-3 scaling applied (Llama 3.1 report; transformers' `llama3`)."""
+    """Inverse wavelengths f32[H/2] in radians per position, Llama-3 scaling applied (Llama 3.1
+    report; transformers' `llama3`).
+    """
     freq = cfg.rope_theta ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
     scaling = cfg.rope_scaling
     if scaling is None:
@@ -100,10 +104,13 @@ def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
 
 
 def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotates x [B, t, heads, H] by sin, cos f32[B, t, 1, 1, H/2]; the two halves of H are the pairs (Hugging Face's layout)."""
+    """Rotates x [B, t, heads, H] by sin, cos f32[B, t, 1, 1, H/2]; the two halves of H are the
+    pairs (Hugging Face's layout).
+    """
     halves = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)
     signed = jnp.concatenate([-sin, sin], axis=-2)
-    # A reversal, unlike a concatenation of the rotated halves, becomes one loop along memory with what surrounds it.
+    # A reversal, unlike a concatenation of the rotated halves, becomes one loop along memory with
+    # what surrounds it.
     return (halves * cos + jnp.flip(halves, axis=-2) * signed).reshape(x.shape).astype(x.dtype)
 
 
@@ -128,8 +135,9 @@ def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _project_backward(saved, dy):
     x, kernel = saved
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    # The kernel's gradient needs one of the two transposed in memory. XLA's CPU compiler fuses what made that operand
-    # into the strided copy; left to itself it picks the wide one (the MLP's), which cost a sixth of an update.
+    # The kernel's gradient needs one of the two transposed in memory. XLA's CPU compiler fuses what
+    # made that operand into the strided copy; left to itself it picks the wide one (the MLP's),
+    # which cost a sixth of an update.
     if rows.shape[1] <= drows.shape[1]:
         dkernel = rows.T @ drows
     else:
@@ -160,10 +168,12 @@ class Dense(nn.Module):
 
 
 def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Softmax attention of q [B, t, K, n, H], n query heads to each kv head, over all columns of `pieces` -> [B, t, K, n, H].
+    """Softmax attention of q [B, t, K, n, H], n query heads to each kv head, over all columns of
+    `pieces` -> [B, t, K, n, H].
 
-    A piece is (k [R, K, H, S], v [R, K, S, H], mask bool[B, t, S]), of one segment. Query heads that share a kv head, and
-    rows that share a segment's row, become rows of one product: nothing is copied for them.
+    A piece is (k [R, K, H, S], v [R, K, S, H], mask bool[B, t, S]), of one segment. Query heads
+    that share a kv head, and rows that share a segment's row, become rows of one product: nothing
+    is copied for them.
     """
     B, t, K, n, H = q.shape
 
@@ -206,8 +216,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rope, mask, past, open, index):
-        """x [B, t, E], rope (sin, cos), mask bool[B, t, S]; past: a (k, v) of this layer for each segment; open: one more,
-        in which t columns are written at `index`, or None -> [B, t, E], (k, v): `open` after that, or the t columns."""
+        """x [B, t, E], rope (sin, cos), mask bool[B, t, S]; past: a (k, v) of this layer for each
+        segment; open: one more, in which t columns are written at `index`, or None -> [B, t, E],
+        (k, v): `open` after that, or the t columns.
+        """
         cfg = self.cfg
         B, t, _ = x.shape
         N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -305,9 +317,10 @@ def forward(
 ) -> tuple[jax.Array, Segment]:
     """Final hidden states of `tokens`, and the segment with their keys and values.
 
-    tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]), which columns each token sees: those of `past`, in
-    order, then those of `open`, where this call writes columns index .. index + t - 1, or else these t themselves.
-    Returns hidden [B, t, E] after the last norm, and `open` so written, or a segment of the t columns.
+    tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]), which columns each token sees:
+    those of `past`, in order, then those of `open`, where this call writes columns index .. index +
+    t - 1, or else these t themselves. Returns hidden [B, t, E] after the last norm, and `open` so
+    written, or a segment of the t columns.
     """
     return Decoder(cfg).apply({"params": params}, tokens, positions, mask, past, open, index)
 
@@ -331,7 +344,8 @@ def token_logprobs(
 
     barred: i32[B, T], a token that was disallowed there, or -1; None: none was.
 
-    Where there are several chunks they are rematerialised in the backward pass, so that at most [B, chunk, V] logits exist.
+    Where there are several chunks they are rematerialised in the backward pass, so that at most [B,
+    chunk, V] logits exist.
     """
 
     def one(hidden, targets, barred):
@@ -368,7 +382,9 @@ def positions_of(real: jax.Array) -> jax.Array:
 def prefill(
     params: Params, cfg: DecoderConfig, prompts: jax.Array, prompt_mask: jax.Array
 ) -> tuple[jax.Array, Segment]:
-    """(hidden state of each prompt's last token [P, E], its segment) of prompts i32[P, L] padded on the left."""
+    """(hidden state of each prompt's last token [P, E], its segment) of prompts i32[P, L] padded on
+    the left.
+    """
     hidden, segment = forward(
         params, cfg, prompts, positions_of(prompt_mask), causal_mask(prompt_mask)
     )
@@ -383,10 +399,12 @@ def continued_hidden(
     prompt_mask: jax.Array,
     responses: jax.Array,
 ) -> jax.Array:
-    """Hidden states [B, T, E] that predict the tokens of responses i32[B, T]: before each of them, after the one before.
+    """Hidden states [B, T, E] that predict the tokens of responses i32[B, T]: before each of them,
+    after the one before.
 
-    last [P, E], prompt and prompt_mask bool[P, L] are of P prompts that `prefill` has computed, each with B / P responses
-    that lie together. Padding after a response changes nothing before it, so no mask is needed; there, the result is anything.
+    last [P, E], prompt and prompt_mask bool[P, L] are of P prompts that `prefill` has computed,
+    each with B / P responses that lie together. Padding after a response changes nothing before it,
+    so no mask is needed; there, the result is anything.
     """
     B, T = responses.shape
     repeat = functools.partial(jnp.repeat, repeats=B // prompt_mask.shape[0], axis=0)
@@ -413,7 +431,9 @@ def continued_logprobs(
     chunk: int,
     barred: jax.Array | None = None,
 ) -> jax.Array:
-    """log pi(token | what came before) f32[B, T] of responses i32[B, T]: `continued_hidden`, then `token_logprobs`."""
+    """log pi(token | what came before) f32[B, T] of responses i32[B, T]: `continued_hidden`, then
+    `token_logprobs`.
+    """
     hidden = continued_hidden(params, cfg, last, prompt, prompt_mask, responses)
     return token_logprobs(params, cfg, hidden, responses, temperature, chunk, barred)
 
@@ -427,6 +447,8 @@ def response_logprobs(
     temperature: float,
     chunk: int,
 ) -> jax.Array:
-    """`continued_logprobs`, f32[B, T], from prompts i32[P, L] padded on the left and their mask bool[P, L]."""
+    """`continued_logprobs`, f32[B, T], from prompts i32[P, L] padded on the left and their mask
+    bool[P, L].
+    """
     last, prompt = prefill(params, cfg, prompts, prompt_mask)
     return continued_logprobs(params, cfg, last, prompt, prompt_mask, responses, temperature, chunk)

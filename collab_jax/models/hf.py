@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json and safetensors in, the same out, by one rename rule.
 
-`load` is strict: a weight that is unknown, missing, doubled or of another shape is an error that names it.
+`load` is strict: a weight that is unknown, missing, doubled or of another shape is an error that
+names it.
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ class FolderError(UserError):
 def locate(
     path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 ) -> pathlib.Path:
-    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository (`org/name`): these `files`."""
+    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository
+    (`org/name`): these `files`.
+    """
     for folder in (pathlib.Path(path).expanduser(), ASSETS / path):
         if (folder / "config.json").is_file():
             return folder
@@ -72,7 +75,9 @@ def locate(
 
 
 def architecture(path: str) -> dict:
-    """The contents of config.json of the model at `path`, without its weights; of some published models without a download."""
+    """The contents of config.json of the model at `path`, without its weights; of some published
+    models without a download.
+    """
     if path in published.CONFIGS and not pathlib.Path(path).exists():
         return published.CONFIGS[path]
     return read_config(locate(path, ["config.json"]))
@@ -95,7 +100,8 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
     if hf.get("use_sliding_window"):
         raise FolderError("use_sliding_window is not supported: set it to false in config.json")
     _require(hf, REQUIRED)
-    # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them at the top.
+    # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them
+    # at the top.
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
@@ -159,7 +165,9 @@ def read_config(folder: pathlib.Path) -> dict:
 
 
 def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
-    """The folder's parameters as `param_dtype`, on the host. Raises FolderError where they are not exactly those of `cfg`."""
+    """The folder's parameters as `param_dtype`, on the host. Raises FolderError where they are not
+    exactly those of `cfg`.
+    """
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
     wanted = {
         _to_hf_name(path): (path, leaf.shape)
@@ -208,10 +216,12 @@ INDEX = "model.safetensors.index.json"
 def save(
     folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path
 ) -> None:
-    """Writes config.json, the weights (one safetensors file, or shards with an index) and the tokenizer files of `tokenizer`.
+    """Writes config.json, the weights (one safetensors file, or shards with an index) and the
+    tokenizer files of `tokenizer`.
 
-    The kernels are transposed to Hugging Face's [out, in], a shard at a time; each file is written beside and moved into
-    place, and weights of an earlier export that are not among them are removed.
+    The kernels are transposed to Hugging Face's [out, in], a shard at a time; each file is written
+    beside and moved into place, and weights of an earlier export that are not among them are
+    removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat = {
@@ -256,7 +266,9 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def save_generation_config(folder: pathlib.Path, eos_ids: Sequence[int], pad_id: int) -> None:
-    """Writes generation_config.json: every token that ends a response, without which servers run on to their limit."""
+    """Writes generation_config.json: every token that ends a response, without which servers run on
+    to their limit.
+    """
     generation = {"do_sample": False, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
     (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
 

@@ -1,8 +1,10 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA"): a projection's kernel W [in, out] acts as W + alpha / rank * A B.
+"""Low-rank adapters (Hu et al. 2021, "LoRA"): a projection's kernel W [in, out] acts as W + alpha /
+rank * A B.
 
-A [in, rank] and B [rank, out] are leaves `lora_a` and `lora_b` beside `kernel`, so an adapter is a tree of the model's
-shape that holds these leaves alone, and `join` of base and adapter is what the decoder computes with. Whoever trains
-differentiates by the adapter and joins inside; gradient, optimizer state, average and checkpoint then have its leaves only.
+A [in, rank] and B [rank, out] are leaves `lora_a` and `lora_b` beside `kernel`, so an adapter is a
+tree of the model's shape that holds these leaves alone, and `join` of base and adapter is what the
+decoder computes with. Whoever trains differentiates by the adapter and joins inside; gradient,
+optimizer state, average and checkpoint then have its leaves only.
 """
 
 import dataclasses
@@ -32,7 +34,9 @@ def _kernels(cfg: DecoderConfig) -> dict[tuple[str, ...], tuple[int, int]]:
 
 
 def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
-    """`cfg` with the scale of `config.lora`. Raises UserError where its modules or its rank do not go with the model."""
+    """`cfg` with the scale of `config.lora`. Raises UserError where its modules or its rank do not
+    go with the model.
+    """
     if settings.rank == 0:
         return cfg
     kernels = _kernels(cfg)
@@ -96,7 +100,9 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
 
 
 def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str) -> None:
-    """Writes the adapter as PEFT reads it; `base` is the folder or hub name of the model that it belongs to."""
+    """Writes the adapter as PEFT reads it; `base` is the folder or hub name of the model that it
+    belongs to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for path, value in traverse_util.flatten_dict(adapter).items():

@@ -1,4 +1,6 @@
-"""Published architectures: what config.json of each model says, so that a run can be planned and rehearsed without a download."""
+"""Published architectures: what config.json of each model says, so that a run can be planned and
+rehearsed without a download.
+"""
 
 _LLAMA = {
     "model_type": "llama", "hidden_act": "silu", "vocab_size": 128256, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 5e5,

@@ -1,21 +1,26 @@
-"""The sampler: prompts are computed once, then responses grow token by token in programs that the host strings together.
+"""The sampler: prompts are computed once, then responses grow token by token in programs that the
+host strings together.
 
     start    prefill; the first token of each of the G responses of a prompt, which share its keys and values
     advance  some columns further: one compiled loop, no word with the host
     compact  rows that ended leave; what goes on is half as many slots
 
-The keys and values of a response lie in segments of a few columns. A segment that is full is only read from then on, so
-attention reads what is filled, and the loop carries one small segment. A few times a response the host looks which rows
-ended: it starts the next program, then hands them over to be judged while that runs. So neither a long tail nor the
-verdicts hold the devices up. All programs (slots times segments) are compiled at the first call.
+The keys and values of a response lie in segments of a few columns. A segment that is full is only
+read from then on, so attention reads what is filled, and the loop carries one small segment. A few
+times a response the host looks which rows
+ended: it starts the next program, then hands them over to be judged while that runs. So neither a
+long tail nor the verdicts hold the devices up. All programs (slots times segments) are compiled at
+the first call.
 
 A row's samples depend on its key alone, never on its slot.
 
-Margins. The marker's first token (the *decision token*) is what decides a call. Decision states are the steps before
-`<answer>` opens; at one of them m_t = (logit of the decision token) - (best other logit), before any bias. A bias beta
-on that logit at decision states leaves a greedy response as it is until the first t with m_t + beta > 0, and calls
-there. So one greedy pass with beta = -inf (the marker disallowed) holds, in its trace of m_t, the decision for every
-beta: `call_at`. A response that was cut off has a trace too; that it goes first to the cloud is the router's business.
+Margins. The marker's first token (the *decision token*) is what decides a call. Decision states are
+the steps before `<answer>` opens; at one of them m_t = (logit of the decision token) - (best other
+logit), before any bias. A bias beta on that logit at decision states leaves a greedy response as it
+is until the first t with m_t + beta > 0, and calls there. So one greedy pass with beta = -inf (the
+marker disallowed) holds, in its trace of m_t, the decision for every
+beta: `call_at`. A response that was cut off has a trace too; that it goes first to the cloud is the
+router's business.
 """
 
 import concurrent.futures
@@ -34,14 +39,18 @@ from collab_jax.models.decoder import DecoderConfig, Params, Segment
 
 
 class PlainMarker(NamedTuple):
-    """Tokens that decide a call spelt out in plain text: anywhere, and after one of stems (`models/text.py` finds them)."""
+    """Tokens that decide a call spelt out in plain text: anywhere, and after one of stems
+    (`models/text.py` finds them).
+    """
 
     anywhere: tuple[int, ...]
     stems: tuple[int, ...]
     after: tuple[int, ...]
 
     def deciding(self, last: jax.Array, vocabulary: int) -> jax.Array:
-        """bool[R, V]: the tokens that decide a call after the tokens last i32[R]; -1 at the beginning."""
+        """bool[R, V]: the tokens that decide a call after the tokens last i32[R]; -1 at the
+        beginning.
+        """
         member = lambda ids: jnp.asarray(np.isin(np.arange(vocabulary), ids))  # noqa: E731
         after_stem = member(self.stems)[last] & (last >= 0)
         return member(self.anywhere) | (after_stem[:, None] & member(self.after))
@@ -50,8 +59,9 @@ class PlainMarker(NamedTuple):
 class Marker(NamedTuple):
     """What the sampler knows of the call. answer_open: each token sequence that opens an answer.
 
-    decision_id: the one token that decides, or None with `plain`: then m_t is the best deciding token's logit less the best
-    other's, -inf where no token would decide, and a bias is added to all that would.
+    decision_id: the one token that decides, or None with `plain`: then m_t is the best deciding
+    token's logit less the best other's, -inf where no token would decide, and a bias is added to
+    all that would.
     """
 
     decision_id: int | None
@@ -133,13 +143,17 @@ class SampleState:
 
 
 def prompt_keys(seed: int | jax.Array, step: int | jax.Array, index: jax.Array) -> jax.Array:
-    """A key for each prompt, [P], from its *global* index i32[P]: the same on any number of devices and in any slot."""
+    """A key for each prompt, [P], from its *global* index i32[P]: the same on any number of devices
+    and in any slot.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """logits [B, V] with all but the smallest set of tokens of probability >= top_p at -inf; the best always stays."""
+    """logits [B, V] with all but the smallest set of tokens of probability >= top_p at -inf; the
+    best always stays.
+    """
     order = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(order), axis=-1) - jax.nn.softmax(
         order
@@ -172,7 +186,8 @@ def _pick(
         now = jax.vmap(jax.random.fold_in, (0, None))(context.keys, state.t)
         token = jax.vmap(jax.random.categorical)(now, scaled)
     else:
-        # The comparison of `call_at`; argmax of `scaled` differs from it at a tie and where the sum is rounded.
+        # The comparison of `call_at`; argmax of `scaled` differs from it at a tie and where the sum
+        # is rounded.
         token = jnp.where(gap > -bias, call, jnp.argmax(others, axis=-1))
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
     logp = chosen - jax.nn.logsumexp(scaled, axis=-1)
@@ -208,7 +223,9 @@ def start(
     marker_bias: jax.Array,
     s: Settings,
 ) -> tuple[Context, SampleState]:
-    """After the first token. prompts i32[P, L] padded on the left, prompt_mask bool[P, L], keys [P], marker_bias f32[]."""
+    """After the first token. prompts i32[P, L] padded on the left, prompt_mask bool[P, L], keys
+    [P], marker_bias f32[].
+    """
     P, G, T = len(prompts), s.group, s.max_new
     last, prompt = decoder.prefill(params, cfg, prompts, prompt_mask)
     logits = jnp.repeat(decoder.logits(params, cfg, last), G, axis=0)
@@ -293,8 +310,9 @@ def compact(context: Context, state: SampleState, slots: int) -> tuple[Context, 
 class Sampler:
     """The programs of one shape, compiled at the first call, and the host's part of the work.
 
-    wrap(body, donate=(argument, ...)) compiles a body: `jax.jit`, or pmap, whose arrays all have one more axis D in front.
-    begin(params, *inputs) -> (Context, SampleState) is the body around `start`.
+    wrap(body, donate=(argument, ...)) compiles a body: `jax.jit`, or pmap, whose arrays all have
+    one more axis D in front. begin(params, *inputs) -> (Context, SampleState) is the body around
+    `start`.
     """
 
     def __init__(self, cfg: DecoderConfig, settings: Settings, begin: Callable, wrap: Callable):
@@ -312,7 +330,9 @@ class Sampler:
         self._programs = {}  # by shape of the prompts
 
     def _compile(self, params, context: Context, state: SampleState, stop, bias) -> dict:
-        """(slots, number of full segments) -> advance, and (slots before, slots, number) -> compact."""
+        """(slots, number of full segments) -> advance, and (slots before, slots, number) ->
+        compact.
+        """
         ladder = self.settings.ladder(_slots(state))
         jobs = {}
         for j in range(-(-(self.settings.max_new - 1) // self.settings.columns)):
@@ -328,10 +348,12 @@ class Sampler:
             return dict(zip(jobs, pool.map(lambda job: job.compile(), jobs.values()), strict=True))
 
     def __call__(self, params, *inputs, bias, finished: Callable | None = None) -> Samples:
-        """Samples of `inputs`, which are those of `begin` after `params`, without the marker's bias, which is the last.
+        """Samples of `inputs`, which are those of `begin` after `params`, without the marker's
+        bias, which is the last.
 
-        finished(tokens, mask, ended, now): called often while the devices go on, with what there is of the samples, on the
-        host, and which rows have just ended or run to T, bool[(D,) P, G]: each row once.
+        finished(tokens, mask, ended, now): called often while the devices go on, with what there is
+        of the samples, on the host, and which rows have just ended or run to T, bool[(D,) P, G]:
+        each row once.
         """
         s, T, C = self.settings, self.settings.max_new, self.settings.columns
         context, state = self._begin(params, *inputs, bias)
@@ -402,8 +424,9 @@ def sample(
 ) -> Samples:
     """Samples on one device: `group` responses of up to `max_new` tokens for each prompt.
 
-    prompts i32[P, L] padded on the left, prompt_mask bool[P, L], keys [P] (ignored by greedy: temperature 0).
-    marker_bias is added to the decision token's logit at decision states: 0 is natural, -inf disallows the marker.
+    prompts i32[P, L] padded on the left, prompt_mask bool[P, L], keys [P] (ignored by greedy:
+    temperature 0). marker_bias is added to the decision token's logit at decision states: 0 is
+    natural, -inf disallows the marker.
     """
     return _single(cfg, settings, wrap)(
         params, prompts, prompt_mask, keys, bias=np.float32(marker_bias)
@@ -411,6 +434,8 @@ def sample(
 
 
 def call_at(margins, beta: float):
-    """First decision state with m_t + beta > 0, i32[...], or -1 where there is none; margins [..., T] of any array type."""
+    """First decision state with m_t + beta > 0, i32[...], or -1 where there is none; margins [...,
+    T] of any array type.
+    """
     crossed = margins > -float(beta)  # a weak scalar: in float32, as on the device
     return jnp.where(crossed.any(-1), crossed.argmax(-1), -1)

@@ -1,4 +1,6 @@
-"""Text <-> tokens: a fast tokenizer, its chat template, and the special tokens, all explicit, none guessed."""
+"""Text <-> tokens: a fast tokenizer, its chat template, and the special tokens, all explicit, none
+guessed.
+"""
 
 import dataclasses
 import os
@@ -27,10 +29,13 @@ class Text:
     """A tokenizer with the tokens the method needs.
 
     eos_ids: every token that ends a response; the first is the one written after a demonstration.
-    decision_id: the first token of the marker, the only one whose logit decides a call (design: the decision token).
-    marker: the call as text. marker_ids: as tokens, decision_id first; one token where a reserved token stands for all.
+    decision_id: the first token of the marker, the only one whose logit decides a call (design: the
+    decision token).
+    marker: the call as text. marker_ids: as tokens, decision_id first; one token where a reserved
+    token stands for all.
     answer_open: token sequences that open the answer; from there on no call is possible.
-    plain: where no one token decides (decision_id is None), those that do: the fields of `sampler.PlainMarker`.
+    plain: where no one token decides (decision_id is None), those that do: the fields of
+    `sampler.PlainMarker`.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -63,7 +68,9 @@ class Text:
     def prompt_batch(
         self, prompts: Sequence[Messages], length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens i32[Q, L], real bool[Q, L]), padded on the left. Raises TextError where a prompt is longer than L."""
+        """(tokens i32[Q, L], real bool[Q, L]), padded on the left. Raises TextError where a prompt
+        is longer than L.
+        """
         tokens = np.full((len(prompts), length), self.pad_id, np.int32)
         real = np.zeros((len(prompts), length), bool)
         for i, messages in enumerate(prompts):
@@ -97,7 +104,9 @@ class Text:
 
 
 def _answer_open(tokenizer, opening: str) -> tuple[tuple[int, ...], ...]:
-    """The token sequences that open the answer: one token if the vocabulary has it, else each way BPE may split it."""
+    """The token sequences that open the answer: one token if the vocabulary has it, else each way
+    BPE may split it.
+    """
     whole = tokenizer.convert_tokens_to_ids(opening)
     if whole is not None and whole != tokenizer.unk_token_id:
         return ((whole,),)
@@ -114,10 +123,11 @@ def _answer_open(tokenizer, opening: str) -> tuple[tuple[int, ...], ...]:
 def _plain(tokenizer, marker: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(anywhere, stems, after): the tokens that decide for a marker in plain text, "<unknown> ...".
 
-    BPE cuts it otherwise after each text ("<" "unknown", "><" "unknown", "<un" "known", ...), and a model may cut as it
-    likes. So the text counts: a call is decided by the first token after which the marker can be told from the other tags,
-    here once its "<u" is written. anywhere: tokens that end with "<u", "<un", ...; after: "u", "un", "unknown", ..., which
-    decide after one of stems: tokens that end with "<", from where "<answer>" and "</think>" go on too.
+    BPE cuts it otherwise after each text ("<" "unknown", "><" "unknown", "<un" "known", ...), and a
+    model may cut as it likes. So the text counts: a call is decided by the first token after which
+    the marker can be told from the other tags, here once its "<u" is written. anywhere: tokens that
+    end with "<u", "<un", ...; after: "u", "un", "unknown", ..., which decide after one of stems:
+    tokens that end with "<", from where "<answer>" and "</think>" go on too.
     """
     shared = max(len(os.path.commonprefix([marker, tag])) for tag in TAGS)
     if shared > 1 or len(marker) <= shared:
@@ -142,7 +152,9 @@ def _plain(tokenizer, marker: str) -> tuple[tuple[int, ...], tuple[int, ...], tu
 
 
 def load(folder: pathlib.Path, config) -> Text:
-    """Text from a model folder and `config.text` (pad, eos, decision_token, marker). Raises TextError by name."""
+    """Text from a model folder and `config.text` (pad, eos, decision_token, marker). Raises
+    TextError by name.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
     except Exception as error:  # transformers raises many kinds for a damaged or missing tokenizer
@@ -189,7 +201,8 @@ def load(folder: pathlib.Path, config) -> Text:
 
 
 def word_tokenizer(words: Sequence[str], pad: str, eos: str, unk: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is `words` (longest match first), for models trained from nothing.
+    """A tokenizer whose vocabulary is `words` (longest match first), for models trained from
+    nothing.
 
     The chat template joins the messages' contents and ends the prompt with a line break.
     """

@@ -1,4 +1,6 @@
-"""All figures: accuracy against call rate, and training curves. Each is saved as PNG, and beside it as SVG. No jax."""
+"""All figures: accuracy against call rate, and training curves. Each is saved as PNG, and beside it
+as SVG. No jax.
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -132,7 +134,9 @@ def training(path: pathlib.Path, rows: list[dict], budget: float) -> None:
 
 
 def sweep_training(path: pathlib.Path, cells: Mapping[str, Sequence[list[dict]]]) -> None:
-    """Training of each cell, mean over its seeds and ten steps: against steps, and against the cloud answers bought until then."""
+    """Training of each cell, mean over its seeds and ten steps: against steps, and against the
+    cloud answers bought until then.
+    """
     panels = [
         ("local_accuracy", "right on the device (%)"),
         ("call_rate", "called (%)"),

@@ -1,4 +1,6 @@
-"""Markdown pages: tables, code that cannot break out, and one HTML file with everything in it. No jax."""
+"""Markdown pages: tables, code that cannot break out, and one HTML file with everything in it. No
+jax.
+"""
 
 import base64
 import html
@@ -17,7 +19,9 @@ th { background: #f6f8fa } code { background: #f6f8fa; padding: 0 0.2rem; white-
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns. A cell may be made by `code`; in any other, nothing is markup."""
+    """A Markdown table with aligned columns. A cell may be made by `code`; in any other, nothing is
+    markup.
+    """
     head, *rows = [[_plain(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     line = lambda cells: (
@@ -57,7 +61,9 @@ def _hundredfold(x: float | None, sign: str = "") -> str:
 
 
 def save(folder: pathlib.Path, name: str, text: str) -> None:
-    """Writes NAME.md, and NAME.html with the figures that it shows, `![title](figure.png)`, inside (as SVG where there is one)."""
+    """Writes NAME.md, and NAME.html with the figures that it shows, `![title](figure.png)`, inside
+    (as SVG where there is one).
+    """
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     body = markdown.markdown(text, extensions=["tables"])
     title = html.escape(text.splitlines()[0].lstrip("# "))

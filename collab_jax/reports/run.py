@@ -1,4 +1,6 @@
-"""The report of a run: report.json for scripts, report.md and report.html for people, two figures. No jax."""
+"""The report of a run: report.json for scripts, report.md and report.html for people, two figures.
+No jax.
+"""
 
 import json
 import pathlib
@@ -14,7 +16,9 @@ from collab_jax.routing.routers import ROUTERS
 
 
 class CloudCosts(NamedTuple):
-    """Answers in the store; those to prompts of the training split; and requests ever sent, those that failed included."""
+    """Answers in the store; those to prompts of the training split; and requests ever sent, those
+    that failed included.
+    """
 
     everything: Ledger
     training: Ledger

@@ -1,22 +1,25 @@
-"""A suite: one table over several benchmarks, `python -m collab_jax.evaluate --suite paper --config ... --workdir RUN`.
+"""A suite: one table over several benchmarks, `python -m collab_jax.evaluate --suite paper --config
+... --workdir RUN`.
 
-Evaluates the run's last checkpoint (in an empty workdir, the model of the config) on every benchmark of the suite and writes
-RUN/suite-NAME/: the records of each (BENCHMARK.parquet), table.md and table.json. `--suite` takes a name of SUITES or
-tasks with commas between them.
+Evaluates the run's last checkpoint (in an empty workdir, the model of the config) on every
+benchmark of the suite and writes RUN/suite-NAME/: the records of each (BENCHMARK.parquet), table.md
+and table.json. `--suite` takes a name of SUITES or tasks with commas between them.
 
-`paper` is the paper's table of five maths benchmarks. Its MATH column is `math500`, the 500 problems that others report:
-all 1,000 problems of `agieval_math` are MATH test problems, which beside the whole test split would count twice, while
-MATH-500 shares 102 with it.
+`paper` is the paper's table of five maths benchmarks. Its MATH column is `math500`, the 500
+problems that others report: all 1,000 problems of `agieval_math` are MATH test problems, which
+beside the whole test split would count twice, while MATH-500 shares 102 with it.
 
-Responses are greedy, one a prompt. The benchmarks in SMALL have some 30 problems: there `config.eval.samples` responses
-a prompt are drawn at `config.eval.temperature`, and every figure is the mean over them (avg@k).
+Responses are greedy, one a prompt. The benchmarks in SMALL have some 30 problems: there
+`config.eval.samples` responses a prompt are drawn at `config.eval.temperature`, and every figure is
+the mean over them (avg@k).
 
-A budget is spent on each benchmark, and on each sample of it, apart: the top share of its own prompts by margin goes to
-the cloud. So every cell stands for the same share of calls, and the average does not depend on how large the
-benchmarks are. (One threshold over all of them would ask more on the hard ones: `calibrate` on the records finds it.)
+A budget is spent on each benchmark, and on each sample of it, apart: the top share of its own
+prompts by margin goes to the cloud. So every cell stands for the same share of calls, and the
+average does not depend on how large the benchmarks are. (One threshold over all of them would ask
+more on the hard ones: `calibrate` on the records finds it.)
 
-Intervals: a bootstrap over a benchmark's prompts, all samples of a prompt together; benchmarks are drawn independently,
-and the average's interval is of the resamples' averages.
+Intervals: a bootstrap over a benchmark's prompts, all samples of a prompt together; benchmarks are
+drawn independently, and the average's interval is of the resamples' averages.
 """
 
 import dataclasses
@@ -71,7 +74,8 @@ def benchmarks(name: str) -> tuple[str, ...]:
 
 
 def figures(tables: Sequence[Records], budget: float, seed: int) -> dict[str, np.ndarray]:
-    """The figures in COLUMNS of one benchmark, f64[1 + R] each: the mean over `tables`, one a sample of every prompt.
+    """The figures in COLUMNS of one benchmark, f64[1 + R] each: the mean over `tables`, one a
+    sample of every prompt.
 
     Row 0 is the figure, the others are of resamples of the prompts, the same for all tables.
     """
@@ -110,7 +114,9 @@ def by_sample(table: Records, samples: int) -> list[Records]:
 def evaluate_benchmark(
     run: Run, state: TrainState, greedy, sampled, name: str, samples: int
 ) -> tuple[Records, dict[str, int]]:
-    """(records, counts) of one benchmark: sample by sample, ids of several end in #1, #2 ...; state with axis D."""
+    """(records, counts) of one benchmark: sample by sample, ids of several end in #1, #2 ...; state
+    with axis D.
+    """
     trained, config = parts_of(run.config), named(run.config, name)
     if name not in trained:
         config.task.update(reward="", judge="")  # they are for the run's own tasks

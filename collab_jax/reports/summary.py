@@ -1,4 +1,6 @@
-"""One evaluation in figures: what report.json and eval.json hold. Intervals are of 95 %: Wilson's, or a bootstrap's. No jax."""
+"""One evaluation in figures: what report.json and eval.json hold. Intervals are of 95 %: Wilson's,
+or a bootstrap's. No jax.
+"""
 
 import numpy as np
 
@@ -13,7 +15,9 @@ SUMMARY_ROUTERS = ("margin", "logprob", "random", "perfect")
 
 
 def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
-    """Overall accuracy of SUMMARY_ROUTERS by budget, margin's lead over random, and its share of the perfect router's gain."""
+    """Overall accuracy of SUMMARY_ROUTERS by budget, margin's lead over random, and its share of
+    the perfect router's gain.
+    """
     f = measures.frontiers(
         {name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}, BUDGETS
     )
@@ -71,7 +75,9 @@ def summary(table: Records) -> dict:
 
 
 def shared(table: Records) -> dict | None:
-    """The cloud's accuracy on what the device handed over, with its attempt and without; None where that was not asked."""
+    """The cloud's accuracy on what the device handed over, with its attempt and without; None where
+    that was not asked.
+    """
     if "shared_known" not in table or not table["shared_known"].any():
         return None
     both = table["shared_known"]
@@ -94,7 +100,9 @@ def _auc(table: Records, router: str) -> float | None:
 
 
 def gains(before: Records, after: Records) -> dict[str, Rate]:
-    """Paired differences, after - before, on the same prompts. Raises UserError where the prompts differ."""
+    """Paired differences, after - before, on the same prompts. Raises UserError where the prompts
+    differ.
+    """
     before = records.align(after, before, "after", "before")
     tables = {"before": before, "after": after}
     f = measures.frontiers(
@@ -105,7 +113,9 @@ def gains(before: Records, after: Records) -> dict[str, Rate]:
 
 
 def examples_to_show(table: Records) -> list[tuple[str, int]]:
-    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed; those that occur."""
+    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed;
+    those that occur.
+    """
     asked, right = table["natural_called"], table["natural_correct"]
     kinds = {
         "solved on the device": ~asked & right,

@@ -1,6 +1,8 @@
-"""The report of a sweep: every cell's figures, its routers, training curves, examples and costs. No jax.
+"""The report of a sweep: every cell's figures, its routers, training curves, examples and costs. No
+jax.
 
-Written to the sweep's folder: report.md, report.html (one file, figures inside), training.png, beside what `compare` writes.
+Written to the sweep's folder: report.md, report.html (one file, figures inside), training.png,
+beside what `compare` writes.
 """
 
 import json
@@ -45,7 +47,8 @@ def write(
     result: dict,
     cells: Mapping[str, Sequence[Finished]],
 ) -> None:
-    """Writes the report of `cells` to `out`, from `compare.compare`'s result; frontier.png is there already.
+    """Writes the report of `cells` to `out`, from `compare.compare`'s result; frontier.png is there
+    already.
 
     about: what the sweep is, Markdown. The first cell is the one that the others are compared with.
     """
@@ -147,7 +150,9 @@ def cell_table(result: dict) -> str:
 
 
 def ahead_table(result: dict) -> str:
-    """A row a cell: by how much the reference is ahead of its margin at each budget, and of the device alone."""
+    """A row a cell: by how much the reference is ahead of its margin at each budget, and of the
+    device alone.
+    """
     head = ["", "device alone", *(f"{100 * b:g} % calls" for b in result["budgets"])]
     rows = [
         [
@@ -180,7 +185,9 @@ def router_table(result: dict, figure: str, show) -> str:
 
 
 def cost_table(cells: Mapping[str, Sequence[Finished]]) -> str:
-    """A row a cell: what a run cost in training, mean over its seeds; the evaluation's cloud calls are not in it."""
+    """A row a cell: what a run cost in training, mean over its seeds; the evaluation's cloud calls
+    are not in it.
+    """
     head = [
         "",
         "steps",

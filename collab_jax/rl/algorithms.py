@@ -1,14 +1,16 @@
-"""What the method is compared with, behind `gapg.py`'s signatures: plain functions, named by the keys of `config.algorithm`.
+"""What the method is compared with, behind `gapg.py`'s signatures: plain functions, named by the
+keys of `config.algorithm`.
 
     Task-Tuning Only                      reward=task          advantage=grpo  filter=none
     Collaboration-Aware Tuning (paper)    reward=hierarchical  advantage=grpo  filter=none  (or advantage=dr_grpo)
     GAPG (paper)                          reward=hierarchical  advantage=gapg  filter=d1d2
     DA-GRPO (arXiv 2602.00166)            reward=hierarchical  advantage=grpo  filter=none  control=lagrangian
 
-Our own parts: `standard`, GRPO's advantage without its mean over tokens; `solo`, responses of a group that may not call and
-are measured against each other alone (`by_kind`).
+Our own parts: `standard`, GRPO's advantage without its mean over tokens; `solo`, responses of a
+group that may not call and are measured against each other alone (`by_kind`).
 
-With one update for each fresh batch the probability ratio of GRPO and Dr. GRPO is 1 and its clip idle; a KL term is left out.
+With one update for each fresh batch the probability ratio of GRPO and Dr. GRPO is 1 and its clip
+idle; a KL term is left out.
 """
 
 from collections.abc import Callable
@@ -38,7 +40,8 @@ def task_reward(
 
 
 def grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
-    """GRPO's (arXiv 2402.03300) f32[Q, G]: (r_i - mean) / (std + 1e-6) over the group, each response by its tokens' mean.
+    """GRPO's (arXiv 2402.03300) f32[Q, G]: (r_i - mean) / (std + 1e-6) over the group, each
+    response by its tokens' mean.
 
     r f32[Q, G], mask bool[Q, G, T].
     """
@@ -48,7 +51,8 @@ def grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
 def standard_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
     """(r_i - mean) / (std + 1e-6) over the group, f32[Q, G]: GRPO's without its mean over tokens.
 
-    r f32[Q, G]; the mask does not matter. A group that earned the same all over has none, whatever rounding makes of its mean.
+    r f32[Q, G]; the mask does not matter. A group that earned the same all over has none, whatever
+    rounding makes of its mean.
     """
     del mask
     A = (r - r.mean(axis=1, keepdims=True)) / (r.std(axis=1, keepdims=True) + 1e-6)
@@ -56,9 +60,11 @@ def standard_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def by_kind(advantage: Callable, solo: int) -> Callable:
-    """`advantage` among the responses that may call, GAPG's among the first `solo` of each group, which may not.
+    """`advantage` among the responses that may call, GAPG's among the first `solo` of each group,
+    which may not.
 
-    So the ones learn when to call and the others to solve, as task tuning does; neither is measured against the other.
+    So the ones learn when to call and the others to solve, as task tuning does; neither is measured
+    against the other.
     """
 
     def both(r: jax.Array, mask: jax.Array) -> jax.Array:
@@ -69,9 +75,11 @@ def by_kind(advantage: Callable, solo: int) -> Callable:
 
 
 def dr_grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
-    """Dr. GRPO's (arXiv 2503.20783) f32[Q, G]: (r_i - mean) / T, tokens summed and divided by the limit T.
+    """Dr. GRPO's (arXiv 2503.20783) f32[Q, G]: (r_i - mean) / T, tokens summed and divided by the
+    limit T.
 
-    r f32[Q, G], mask bool[Q, G, T]. So it is `gapg.advantage` times (G - 1) / (G T): the same direction.
+    r f32[Q, G], mask bool[Q, G, T]. So it is `gapg.advantage` times (G - 1) / (G T): the same
+    direction.
     """
     G = r.shape[1]
     return gapg.advantage(r, mask) * ((G - 1) / (G * mask.shape[2]))
@@ -103,7 +111,8 @@ def zero_variance_filter(
     cloud_known: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
-    """Drops the groups whose rewards r f32[Q, G] are all equal (DAPO, arXiv 2503.14476, without its resampling).
+    """Drops the groups whose rewards r f32[Q, G] are all equal (DAPO, arXiv 2503.14476, without its
+    resampling).
 
     They have no gradient; what changes is the number of prompts that the rest is divided by.
     """
@@ -121,7 +130,8 @@ def mixed_filter(
     cloud_known: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
-    """`gapg.prompt_filter` with another D1: prompts with right and wrong responses. One that all responses solve is dropped.
+    """`gapg.prompt_filter` with another D1: prompts with right and wrong responses. One that all
+    responses solve is dropped.
 
     Such a prompt has no gradient, but in the paper's D1 it pays for D2 prompts; here it does not.
     """
@@ -149,7 +159,9 @@ def lagrangian(rate: float) -> Callable:
 
 
 def dual_alpha_c(rate: float) -> Callable:
-    """alpha_c <- alpha_c + rate * (budget - call rate), kept in [alpha_f, alpha_a]: the budget from both sides."""
+    """alpha_c <- alpha_c + rate * (budget - call rate), kept in [alpha_f, alpha_a]: the budget from
+    both sides.
+    """
 
     def control(
         reward: RewardState, filter: FilterState, call_rate: jax.Array
@@ -195,5 +207,7 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
 
 
 def needs_cloud(config: ConfigDict) -> bool:
-    """Whether training depends on the cloud's verdicts; task tuning does not, and then none is bought."""
+    """Whether training depends on the cloud's verdicts; task tuning does not, and then none is
+    bought.
+    """
     return config.algorithm.reward != "task" or config.algorithm.filter in ("d1d2", "mixed")

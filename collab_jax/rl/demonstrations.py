@@ -1,4 +1,5 @@
-r"""Demonstrations that no task makes: a file's, and the device model's own. The warm start (`sft.py`) learns from them.
+r"""Demonstrations that no task makes: a file's, and the device model's own. The warm start
+(`sft.py`) learns from them.
 
 A file holds JSON lines, plain or gzip-compressed, one demonstration a line; other fields are free:
 
@@ -8,12 +9,13 @@ A file holds JSON lines, plain or gzip-compressed, one demonstration a line; oth
 
 `prompt` is all that the user says; `id` takes the prompt of that training example.
 
-The model's own come from rejection sampling, so that nobody needs data written by people: it answers training prompts, the
-marker disallowed. Of each prompt's right responses some different ones are kept. A model that has not seen the format
-is right without it, so a response is first brought into the format: what it put between answer tags or else into its last
-box is the answer, what stands before is the thinking. A prompt that no response solves can show the call: a failed
-response to where its answer begins, then the marker. Both kinds are the model's own words up to the one token that
-decides, so that little else is changed by learning them.
+The model's own come from rejection sampling, so that nobody needs data written by people: it
+answers training prompts, the marker disallowed. Of each prompt's right responses some different
+ones are kept. A model that has not seen the format is right without it, so a response is first
+brought into the format: what it put between answer tags or else into its last box is the answer,
+what stands before is the thinking. A prompt that no response solves can show the call: a failed
+response to where its answer begins, then the marker. Both kinds are the model's own words up to the
+one token that decides, so that little else is changed by learning them.
 """
 
 import functools
@@ -42,7 +44,8 @@ Demonstration = tuple[Messages, str]  # a chat prompt and the response to it
 
 
 def read(path: pathlib.Path, examples: Callable[[], Mapping[str, Messages]]) -> list[Demonstration]:
-    """The demonstrations of a file. examples() -> the training examples' prompts by id, asked for only if a row needs it.
+    """The demonstrations of a file. examples() -> the training examples' prompts by id, asked for
+    only if a row needs it.
 
     Raises UserError, naming file and line, for what is missing, empty, not of its type, or no JSON.
     """
@@ -149,7 +152,9 @@ _HANGING = re.compile(r"(?:\$|\\\[|\\\(|\s)+$")  # what opened for a box
 
 
 def until_answer(response: str) -> str:
-    """A response to where its answer begins, in the format: `<think> ... </think>` and the white space before `<answer>`."""
+    """A response to where its answer begins, in the format: `<think> ... </think>` and the white
+    space before `<answer>`.
+    """
     if base.formatted(response):
         return response[: response.index("<answer>")]
     end = response.rfind("<answer>")
@@ -161,7 +166,9 @@ def until_answer(response: str) -> str:
 
 
 def well_formed(response: str) -> str | None:
-    """A response in the format: itself, or rewritten where its answer can be found (in answer tags, in a box), or None."""
+    """A response in the format: itself, or rewritten where its answer can be found (in answer tags,
+    in a box), or None.
+    """
     if base.formatted(response):
         return response
     answer = base.answer_of(response)
@@ -180,7 +187,8 @@ def draw(
     first: int,
     bias: float,
 ) -> Iterator[tuple[Sequence[Example], Samples]]:
-    """(examples, their Samples on the host [P, G, ...]) in batches of `prompts_per_step`, keyed by (seed, first + i).
+    """(examples, their Samples on the host [P, G, ...]) in batches of `prompts_per_step`, keyed by
+    (seed, first + i).
 
     `sample` is a `rollout.make_sampler`, `params` has axis D; bias -inf disallows the marker.
     """
@@ -199,14 +207,17 @@ def draw(
 def judged(
     text: Text, task: Task, batch: Sequence[Example], samples: Samples, keep: int
 ) -> list[dict]:
-    """What each prompt's responses are good for: {"id", "right": up to `keep` different right ones, in the format, "failed"}.
+    """What each prompt's responses are good for: {"id", "right": up to `keep` different right ones,
+    in the format, "failed"}.
 
-    failed: where none is right, the first response that answers (else that ended, else at all) to where its answer begins;
-    or None. Of one that was cut off the first half counts, to its last full line: what follows may be babble.
+    failed: where none is right, the first response that answers (else that ended, else at all) to
+    where its answer begins; or None. Of one that was cut off the first half counts, to its last
+    full line: what follows may be babble.
     """
     P, G, T = samples.tokens.shape
     flat = [x.reshape(-1, *x.shape[2:]) for x in (samples.tokens, samples.mask, samples.ended)]
-    # A marker that was spelt out in other tokens, past the one that is barred, would be read as a call.
+    # A marker that was spelt out in other tokens, past the one that is barred, would be read as a
+    # call.
     texts, ended = [t.replace(text.marker, "") for t in text.decode(*flat[:2])], flat[2]
     shaped = [well_formed(t) if e else None for t, e in zip(texts, ended, strict=True)]
     verdicts = task.verify([e for e in batch for _ in range(G)], [t or "" for t in shaped])
@@ -235,10 +246,12 @@ def own(
     config: ConfigDict,
     workdir: pathlib.Path,
 ) -> pathlib.Path:
-    """Writes `workdir`/demonstrations.jsonl, to be looked at and used again (as a file), and returns its path.
+    """Writes `workdir`/demonstrations.jsonl, to be looked at and used again (as a file), and
+    returns its path.
 
-    `examples` are the training examples to answer, `config.group` responses each. Batches are kept in samples.jsonl as they
-    come, so the same command goes on where it was. Raises UserError where no response is right.
+    `examples` are the training examples to answer, `config.group` responses each. Batches are kept
+    in samples.jsonl as they come, so the same command goes on where it was. Raises UserError where
+    no response is right.
     """
     file, size = workdir / "samples.jsonl", config.prompts_per_step
     head = json.dumps({"settings": _settings(config)}, sort_keys=True)
@@ -274,7 +287,9 @@ def own(
 
 
 def chosen(rows: Sequence[dict], share: float, marker: str, seed: int) -> list[dict]:
-    """The demonstrations of `judged` rows: all right responses, and calls, at most `share` of all, drawn by `seed`."""
+    """The demonstrations of `judged` rows: all right responses, and calls, at most `share` of all,
+    drawn by `seed`.
+    """
     right = sum(len(row["right"]) for row in rows)
     if not right:
         raise UserError(

@@ -1,4 +1,6 @@
-"""What a run is made of: its workdir, its parts built from the config, its state. Shared by train, evaluate and export."""
+"""What a run is made of: its workdir, its parts built from the config, its state. Shared by train,
+evaluate and export.
+"""
 
 import functools
 import json
@@ -159,7 +161,9 @@ def make_workdir(workdir: pathlib.Path) -> None:
 
 
 def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json to `workdir`; refuses a workdir begun with another config, naming the difference."""
+    """Writes config.json to `workdir`; refuses a workdir begun with another config, naming the
+    difference.
+    """
     file = workdir / "config.json"
     try:
         if not file.exists():
@@ -179,7 +183,8 @@ def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
 def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -> str:
     """How the settings in `file`, a config.json, differ from `config`: the first five, or "".
 
-    FREE ones do not count, and without `all_keys` only those that both have. Raises UserError where the file cannot be read.
+    FREE ones do not count, and without `all_keys` only those that both have. Raises UserError where
+    the file cannot be read.
     """
     try:
         theirs = json.loads(file.read_text())
@@ -216,7 +221,9 @@ def store_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, CachedCloud]:
-    """The task, with its judge if it has one, and the cloud; both keep what they buy in the file `store`."""
+    """The task, with its judge if it has one, and the cloud; both keep what they buy in the file
+    `store`.
+    """
     task = make_task(config)
     cloud = make_cloud(config, task, store)
     return judge.judged(config, task, store), cloud
@@ -225,7 +232,8 @@ def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, Cache
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Checks the config, builds the parts and claims the workdir. Raises UserError with what to do.
 
-    What is refused leaves no config.json, which would refuse the mended command, and might hold a misplaced key.
+    What is refused leaves no config.json, which would refuse the mended command, and might hold a
+    misplaced key.
     """
     check_config(config)
     make_workdir(workdir)
@@ -261,7 +269,8 @@ def with_config(run: Run, config: ConfigDict) -> Run:
 
 
 def fitting(task: Task, text: Text, config: ConfigDict, split: str) -> list[Example]:
-    """The examples of a split, "train" or "test", whose prompts have at most `config.prompt_length` tokens.
+    """The examples of a split, "train" or "test", whose prompts have at most `config.prompt_length`
+    tokens.
 
     The others are told and left out, never cut. Raises UserError where none is left.
     """
@@ -285,9 +294,11 @@ def examples(run: Run, split: str) -> list[Example]:
 
 
 def load_state(run: Run) -> TrainState:
-    """The state of the last checkpoint, or the one before the first step; on the host. What is frozen is the folder's.
+    """The state of the last checkpoint, or the one before the first step; on the host. What is
+    frozen is the folder's.
 
-    Frozen parameters come in the computation's type, in which they would be used anyway: no other copy is kept.
+    Frozen parameters come in the computation's type, in which they would be used anyway: no other
+    copy is kept.
     """
     config = run.config
     if config.lora.rank:

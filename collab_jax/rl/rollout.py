@@ -7,8 +7,8 @@ Layout of a Rollout (Q = D * P prompts in order; device d holds prompts d * P ..
     verdicts [Q, G]     correct, called, formatted: what the text is
     cloud [Q]           cloud_correct, cloud_known: the cloud's constant verdict on the prompt, where it was needed and came
 
-The cloud's verdict is needed where a response called, or where none was right (the filter must know D2); elsewhere the
-cloud is not asked.
+The cloud's verdict is needed where a response called, or where none was right (the filter must know
+D2); elsewhere the cloud is not asked.
 """
 
 import time
@@ -42,7 +42,9 @@ class Verdicts(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """A Rollout sharded over devices, its texts by row (prompt-major), and this batch's dealings with the cloud."""
+    """A Rollout sharded over devices, its texts by row (prompt-major), and this batch's dealings
+    with the cloud.
+    """
 
     rollout: Rollout
     texts: list[str]
@@ -62,12 +64,13 @@ def make_sampler(
     temperature: float,
     solo: int = 0,
 ) -> Sampler:
-    """sample(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples, every argument and result with axis D.
+    """sample(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples, every argument
+    and result with axis D.
 
     seed, step: i32[D]; a row's key depends on them and on its global index alone.
     """
-    # That one greedy pass holds the decision at every bias, bit for bit, needs both passes to be of the same programs; slots
-    # that went away at other columns would part them.
+    # That one greedy pass holds the decision at every bias, bit for bit, needs both passes to be of
+    # the same programs; slots that went away at other columns would part them.
     slot_counts = config.decode.slot_counts if temperature > 0 else 1
     settings = sampler.Settings(
         group=group,
@@ -97,7 +100,8 @@ def make_sampler(
 def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, ended) -> Verdicts:
     """Verdicts of responses [R, T], one example each. One that was cut off is nothing.
 
-    A call needs the decision token, where there is one: the marker spelt out in other tokens would escape margins and biases.
+    A call needs the decision token, where there is one: the marker spelt out in other tokens would
+    escape margins and biases.
     """
     texts = text.decode(tokens, mask)
     found = np.zeros((len(texts), len(Verdict._fields)), bool)
@@ -111,7 +115,9 @@ def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, end
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
-    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the store."""
+    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the
+    store.
+    """
     answers = cloud.answer(*cloud_prompts(task, examples))
     return *cloud_verdicts(task, examples, answers), answers
 
@@ -126,7 +132,8 @@ def cloud_prompts(task: Task, examples: Sequence[Example]) -> tuple[list[Message
 def cloud_verdicts(
     task: Task, examples: Sequence[Example], answers: Answers
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(correct bool[n], known bool[n]) of the cloud's answers on `examples`; what is not known is not correct.
+    """(correct bool[n], known bool[n]) of the cloud's answers on `examples`; what is not known is
+    not correct.
 
     Not known: the call failed, or its answer could not be judged.
     """
@@ -153,11 +160,14 @@ def collect(
     wait: float | None = None,
     skip: Collection[str] = (),
 ) -> Collected:
-    """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled with the key of (seed, step).
+    """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled
+    with the key of (seed, step).
 
-    Responses are judged, and the cloud is asked on a prompt whose responses have all ended, while the devices sample the
-    rest; without a cloud none is asked, and none is right. `meanwhile` is called once, when they have just begun.
-    wait: seconds after sampling until a verdict is unknown to this batch (None: until it is there or has failed).
+    Responses are judged, and the cloud is asked on a prompt whose responses have all ended, while
+    the devices sample the rest; without a cloud none is asked, and none is right. `meanwhile` is
+    called once, when they have just begun.
+    wait: seconds after sampling until a verdict is unknown to this batch (None: until it is there
+    or has failed).
     skip: ids of prompts that are not asked and whose verdict is unknown.
     """
     D, Q, G = jax.local_device_count(), len(examples), sample.settings.group

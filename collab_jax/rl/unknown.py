@@ -1,7 +1,9 @@
-"""Which cloud verdicts a training step did without, so that a resumed run does without them as well.
+"""Which cloud verdicts a training step did without, so that a resumed run does without them as
+well.
 
-The store may have these answers by the time the step is repeated; its update must be the same nevertheless. One JSON line a
-step that lacked any, in `unknown.jsonl` of the run's workdir, on disk before the step's update begins.
+The store may have these answers by the time the step is repeated; its update must be the same
+nevertheless. One JSON line a step that lacked any, in `unknown.jsonl` of the run's workdir, on disk
+before the step's update begins.
 """
 
 import json
@@ -13,7 +15,9 @@ from collab_jax.runtime.errors import UserError
 
 
 class Unknown:
-    """The file at `path`; a last line that a kill cut short is dropped, since its update never began."""
+    """The file at `path`; a last line that a kill cut short is dropped, since its update never
+    began.
+    """
 
     def __init__(self, path: Path):
         self._steps: dict[int, frozenset[str]] = {}
@@ -36,7 +40,9 @@ class Unknown:
         return self._steps.get(step, frozenset())
 
     def write(self, step: int, ids: Collection[str]) -> None:
-        """Durable on return. A step that is repeated has its line already, unless it lacks more now: its last line counts."""
+        """Durable on return. A step that is repeated has its line already, unless it lacks more
+        now: its last line counts.
+        """
         lacking = self.at(step) | frozenset(ids)
         if lacking != self.at(step):
             self._steps[step] = lacking

@@ -1,4 +1,6 @@
-"""Agreement of samples: the device answers some times more; where it answers otherwise, it is unsure (CARGO's idea)."""
+"""Agreement of samples: the device answers some times more; where it answers otherwise, it is
+unsure (CARGO's idea).
+"""
 
 import jax
 import numpy as np
@@ -19,10 +21,11 @@ def answer(response: str) -> str | None:
 def score(
     device: Device, fit_on: Records | None, records: Records
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minus the share of `config.routers.samples` sampled responses (marker disallowed) whose answer is the recorded one's.
+    """Minus the share of `config.routers.samples` sampled responses (marker disallowed) whose
+    answer is the recorded one's.
 
-    (f64[n], device tokens f64[n]). A response without an answer agrees with none. Answers are compared as text: two ways to
-    write one answer differ.
+    (f64[n], device tokens f64[n]). A response without an answer agrees with none. Answers are
+    compared as text: two ways to write one answer differ.
     """
     del fit_on
     run, config, D = device.run, device.run.config, jax.local_device_count()

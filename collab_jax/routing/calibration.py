@@ -1,16 +1,19 @@
-"""A bias of the decision token for a call rate or an accuracy, from margins on held-out prompts; and the rule that holds a rate
-under shift. Pure functions, no jax.
+"""A bias of the decision token for a call rate or an accuracy, from margins on held-out prompts;
+and the rule that holds a rate under shift. Pure functions, no jax.
 
-A prompt is called when margin + bias > 0, and always when its response has no answer (cut off, or not well formed): no
-bias changes that, so its score is +inf. Where such responses alone exceed the budget, leave them to the margin as well:
-answered = all True. A margin of -inf (no decision state) is never called by a bias. What is promised
-holds for prompts drawn like the calibration prompts, independently of each other; for others there is `track`.
+A prompt is called when margin + bias > 0, and always when its response has no answer (cut off, or
+not well formed): no bias changes that, so its score is +inf. Where such responses alone exceed the
+budget, leave them to the margin as well: answered = all True. A margin of -inf (no decision state)
+is never called by a bias. What is promised holds for prompts drawn like the calibration prompts,
+independently of each other; for others there is `track`.
 
-Where the threshold lies. "The k-th largest score" leaves the gap up to the next larger one open; the threshold is the
-middle of that gap. Every point of it calls the same calibration prompts, and a higher one calls no more of the others, so
-a bound from above is kept; the expected rate is half a prompt in n + 1 lower. In return nothing lies on the threshold: where
-logits are bfloat16 many margins are equal, and a server that adds `logit_bias` would break such ties by token number.
-Margins and biases are float32, as on the device; for those margin + bias > 0 is exact in float32 and in float64.
+Where the threshold lies. "The k-th largest score" leaves the gap up to the next larger one open;
+the threshold is the middle of that gap. Every point of it calls the same calibration prompts, and a
+higher one calls no more of the others, so a bound from above is kept; the expected rate is half a
+prompt in n + 1 lower. In return nothing lies on the threshold: where logits are bfloat16 many
+margins are equal, and a server that adds `logit_bias` would break such ties by token number.
+Margins and biases are float32, as on the device; for those margin + bias > 0 is exact in float32
+and in float64.
 """
 
 import math
@@ -60,16 +63,20 @@ class Tracker(NamedTuple):
 def bias_for_rate(
     margins: np.ndarray, answered: np.ndarray, rate: float, delta: float | None = None
 ) -> Calibration:
-    """The bias that calls a share `rate` of prompts, from margins f[n] (-inf allowed) and answered bool[n].
+    """The bias that calls a share `rate` of prompts, from margins f[n] (-inf allowed) and answered
+    bool[n].
 
-    The share of prompts above the k-th largest of n scores is Beta(k, n - k + 1) distributed where scores are continuous,
-    and stochastically smaller where they tie (order statistics of uniforms; Vovk, arXiv 1209.2673).
+    The share of prompts above the k-th largest of n scores is Beta(k, n - k + 1) distributed where
+    scores are continuous, and stochastically smaller where they tie (order statistics of uniforms;
+    Vovk, arXiv 1209.2673).
 
-    Without delta, k is the largest with k / (n + 1) <= rate: over all calibration sets, the mean call rate is at most
-    `rate`; this one's may be above, see the interval. With delta, k is the largest with
-    P(Beta(k, n - k + 1) > rate) = P(Binom(n, rate) <= k - 1) <= delta: a call rate above `rate` has probability <= delta.
+    Without delta, k is the largest with k / (n + 1) <= rate: over all calibration sets, the mean
+    call rate is at most `rate`; this one's may be above, see the interval. With delta, k is the
+    largest with P(Beta(k, n - k + 1) > rate) = P(Binom(n, rate) <= k - 1) <= delta: a call rate
+    above `rate` has probability <= delta.
 
-    Raises UserError for bad input, for fewer prompts than that takes, and where responses without an answer exceed it.
+    Raises UserError for bad input, for fewer prompts than that takes, and where responses without
+    an answer exceed it.
     """
     scores = -np.sort(-_scores(margins, answered))  # falling
     _check_share("rate", rate)
@@ -100,16 +107,19 @@ def bias_for_accuracy(
     accuracy: float,
     delta: float | None = None,
 ) -> Calibration:
-    """The bias with the fewest calls whose overall accuracy reaches `accuracy`; margins f[n], the others bool[n].
+    """The bias with the fewest calls whose overall accuracy reaches `accuracy`; margins f[n], the
+    others bool[n].
 
-    Without delta: the fewest calls that reach it on these prompts, a choice made on what measures it, so a little
-    optimistic. With delta, the true accuracy is below `accuracy` with probability <= delta: thresholds are tested from
-    calling everything downwards, each by its exact (Clopper-Pearson) lower bound at 1 - delta, up to the first that fails
-    (fixed-sequence testing; Angelopoulos et al., Learn then Test, arXiv 2110.01052). That holds for thresholds chosen
-    without the prompts that test them, so every tenth prompt, in the order given, only places them, at call rates 1, 0.99,
-    ..., 0. The interval of the call rate does not account for the choice.
+    Without delta: the fewest calls that reach it on these prompts, a choice made on what measures
+    it, so a little optimistic. With delta, the true accuracy is below `accuracy` with probability
+    <= delta: thresholds are tested from calling everything downwards, each by its exact
+    (Clopper-Pearson) lower bound at 1 - delta, up to the first that fails (fixed-sequence testing;
+    Angelopoulos et al., Learn then Test, arXiv 2110.01052). That holds for thresholds chosen
+    without the prompts that test them, so every tenth prompt, in the order given, only places them,
+    at call rates 1, 0.99, ..., 0. The interval of the call rate does not account for the choice.
 
-    Raises UserError for bad input, where the accuracy is out of reach, and for fewer prompts than the bound takes.
+    Raises UserError for bad input, where the accuracy is out of reach, and for fewer prompts than
+    the bound takes.
     """
     scores = _scores(margins, answered)
     local = _column("local_correct", local_correct, len(scores))
@@ -136,22 +146,25 @@ def bias_for_accuracy(
 
 
 def calls(bias: float, margins: np.ndarray, answered: np.ndarray) -> np.ndarray:
-    """bool[n]: the prompts that go to the cloud under a bias, from margins f[n] and answered bool[n]."""
+    """bool[n]: the prompts that go to the cloud under a bias, from margins f[n] and answered
+    bool[n].
+    """
     return _scores(margins, answered) > np.float32(-bias)
 
 
 def track(state: Tracker, called: bool) -> Tracker:
-    """The state after a served prompt, called or not (for whatever reason): bias <- bias - step * (called - budget).
+    """The state after a served prompt, called or not (for whatever reason): bias <- bias - step *
+    (called - budget).
 
-    Quantile tracking (Gibbs and Candes, arXiv 2106.00072; Angelopoulos et al., arXiv 2307.16895). It needs no
-    assumption on the prompts: as long as the bias meets no limit, the T updates add up to
-    mean(called) - budget = (first bias - last bias) / (step * T), which is at most (high - low) / (step * T) in size.
-    If margins alone decide and lie in [a, b], and the first bias in [-b, -a], the bias stays in [-b - step, -a + step]
-    and |mean(called) - budget| <= (b - a + step) / (step * T): a call lowers it only from above -b, no call raises it only
-    from below -a.
+    Quantile tracking (Gibbs and Candes, arXiv 2106.00072; Angelopoulos et al., arXiv 2307.16895).
+    It needs no assumption on the prompts: as long as the bias meets no limit, the T updates add up
+    to mean(called) - budget = (first bias - last bias) / (step * T), which is at most (high - low)
+    / (step * T) in size. If margins alone decide and lie in [a, b], and the first bias in [-b, -a],
+    the bias stays in [-b - step, -a + step] and |mean(called) - budget| <= (b - a + step) / (step *
+    T): a call lowers it only from above -b, no call raises it only from below -a.
 
-    The limits matter in a run of responses that the bias does not decide (without an answer, or without a decision state):
-    else it would run away, and would take as long to come back.
+    The limits matter in a run of responses that the bias does not decide (without an answer, or
+    without a decision state): else it would run away, and would take as long to come back.
     """
     bias = state.bias - state.step * (called - state.budget)
     return state._replace(bias=min(max(bias, state.low), state.high))
@@ -160,8 +173,9 @@ def track(state: Tracker, called: bool) -> Tracker:
 def tracker(margins: np.ndarray, answered: np.ndarray, bias: float, budget: float) -> Tracker:
     """A state to begin with, from calibration margins f[n] and answered bool[n].
 
-    A step is a fiftieth of the margins' spread (that of the middle 98 %): while margins stay in it, the bound of `track`
-    is 51 / T, and the bias wanders by a small part of the spread. The limits leave room for a shift by one spread.
+    A step is a fiftieth of the margins' spread (that of the middle 98 %): while margins stay in it,
+    the bound of `track` is 51 / T, and the bias wanders by a small part of the spread. The limits
+    leave room for a shift by one spread.
     """
     scores = _scores(margins, answered)
     _check_share("budget", budget)
@@ -258,7 +272,8 @@ def _between(below: float, above: float) -> float:
 
 
 def _rate(called: int, n: int) -> tuple[float, float, float]:
-    """(expected, low, high): half way between Beta(called, .) and Beta(called + 1, .), and the 95 % interval of both.
+    """(expected, low, high): half way between Beta(called, .) and Beta(called + 1, .), and the 95 %
+    interval of both.
 
     The interval is Clopper and Pearson's for `called` of n.
     """
@@ -291,7 +306,9 @@ def _measured_threshold(scores, local, cloud, accuracy: float) -> tuple[float, f
 def _promised_threshold(
     scores, local, cloud, accuracy: float, delta: float
 ) -> tuple[float, float, float]:
-    """(threshold, its accuracy on the testing prompts, its lower bound): the last of the sequence that passes."""
+    """(threshold, its accuracy on the testing prompts, its lower bound): the last of the sequence
+    that passes.
+    """
     placing = np.arange(len(scores)) % PLACING == PLACING - 1
     thresholds = _thresholds(scores[placing])
     sent = scores[~placing] > thresholds[:, None]  # [grid, testing prompts]
@@ -315,7 +332,9 @@ def _promised_threshold(
 
 
 def _thresholds(scores: np.ndarray) -> np.ndarray:
-    """f32[grid]: thresholds that call about the shares GRID of scores [m]; the first calls all, the last what must be."""
+    """f32[grid]: thresholds that call about the shares GRID of scores [m]; the first calls all, the
+    last what must be.
+    """
     falling = -np.sort(-scores)
     not_called = np.concatenate([falling, [-np.inf]])[np.rint(GRID * len(falling)).astype(int)]
     above = np.array(
@@ -326,7 +345,9 @@ def _thresholds(scores: np.ndarray) -> np.ndarray:
 
 
 def _prompts_for_accuracy(share: float, accuracy: float, delta: float) -> int:
-    """About how many prompts it takes, those that place thresholds included, if a `share` > accuracy of them is correct."""
+    """About how many prompts it takes, those that place thresholds included, if a `share` >
+    accuracy of them is correct.
+    """
     n = 1
     while stats.beta.ppf(delta, share * n, n - share * n + 1) < accuracy:
         n += 1 + n // 50

@@ -1,6 +1,8 @@
-"""A prompt classifier: a decoder with one output, fine-tuned to tell from the prompt alone whether the device will be wrong.
+"""A prompt classifier: a decoder with one output, fine-tuned to tell from the prompt alone whether
+the device will be wrong.
 
-Stands for the paper's fine-tuned DeBERTa router and RouteLLM's causal-LLM router (arXiv 2406.18665, section 4.2).
+Stands for the paper's fine-tuned DeBERTa router and RouteLLM's causal-LLM router (arXiv 2406.18665,
+section 4.2).
 """
 
 import pathlib
@@ -22,7 +24,9 @@ from collab_jax.runtime.errors import UserError
 
 
 def check(run: Run) -> tuple[pathlib.Path, DecoderConfig]:
-    """The decoder's folder and shape. Raises UserError where it cannot read the device model's tokens."""
+    """The decoder's folder and shape. Raises UserError where it cannot read the device model's
+    tokens.
+    """
     config = run.config
     folder = hf.locate(config.routers.classifier) if config.routers.classifier else run.folder
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
@@ -35,10 +39,11 @@ def check(run: Run) -> tuple[pathlib.Path, DecoderConfig]:
 
 
 def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds f64[n] that the device is wrong, by a decoder that is fine-tuned here; no tokens of the device model.
+    """Log-odds f64[n] that the device is wrong, by a decoder that is fine-tuned here; no tokens of
+    the device model.
 
-    The decoder is `config.routers.classifier`, a folder with the device model's vocabulary, or the model that the run
-    started from; it sees each prompt of `fit_on` `config.routers.epochs` times.
+    The decoder is `config.routers.classifier`, a folder with the device model's vocabulary, or the
+    model that the run started from; it sees each prompt of `fit_on` `config.routers.epochs` times.
     """
     run, config = device.run, device.run.config
     learned.check_classes(fit_on)
@@ -64,7 +69,9 @@ def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray
 
 
 def _tune(log_odds, params, table: tuple[np.ndarray, ...], config):
-    """Params, with axis D, after `config.routers.epochs` passes over (prompts, mask, wrong bool[n]) of cross-entropy."""
+    """Params, with axis D, after `config.routers.epochs` passes over (prompts, mask, wrong bool[n])
+    of cross-entropy.
+    """
     r, D = config.routers, jax.local_device_count()
     size = min(r.batch_size, len(table[0]) // D * D)
     if size < D:
@@ -97,7 +104,8 @@ def _tune(log_odds, params, table: tuple[np.ndarray, ...], config):
         order = rng.permutation(len(table[0]))
         for start in range(0, len(order) - size + 1, size):
             rows = order[start : start + size]
-            # Waited for: host devices share their threads, and updates queued behind each other can lock in the collective.
+            # Waited for: host devices share their threads, and updates queued behind each other can
+            # lock in the collective.
             state = jax.block_until_ready(
                 step(*state, *parallel.shard(tuple(x[rows] for x in table), D))
             )

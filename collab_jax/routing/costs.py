@@ -1,4 +1,6 @@
-"""What routing costs, from records alone: device tokens before a call, money and latency over all budgets. No jax."""
+"""What routing costs, from records alone: device tokens before a call, money and latency over all
+budgets. No jax.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ Reads = Literal[
 
 
 def device_tokens(records: Records, score: np.ndarray, budget: float, reads: Reads) -> np.ndarray:
-    """Expected device tokens f64[n] at a budget, without what the router itself spends (`tokens_<router>`).
+    """Expected device tokens f64[n] at a budget, without what the router itself spends
+    (`tokens_<router>`).
 
-    A router that reads the "prompt" spends none on what it sends. One that reads the "response" spends all of `tokens`
-    on everything. One that reads the "trace" (the trained marker) stops at the first token whose margin reaches the
-    lowest score that is still sent, that token included, else at the end: its score must be max_t m_t, in the units of
-    `margins`. What has no answer may rank above all margins; it runs to the end unless its trace crosses.
+    A router that reads the "prompt" spends none on what it sends. One that reads the "response"
+    spends all of `tokens` on everything. One that reads the "trace" (the trained marker) stops at
+    the first token whose margin reaches the lowest score that is still sent, that token included,
+    else at the end: its score must be max_t m_t, in the units of `margins`. What has no answer may
+    rank above all margins; it runs to the end unless its trace crosses.
     """
     return _device_tokens(records, score, reads)(sent(score, budget))
 
@@ -51,9 +55,11 @@ def _device_tokens(
 
 @dataclass(frozen=True)
 class Prices:
-    """What calls and device tokens cost. None: as recorded, in `cloud_usd` (of each call) and `ms` (of each response).
+    """What calls and device tokens cost. None: as recorded, in `cloud_usd` (of each call) and `ms`
+    (of each response).
 
-    A call costs usd_per_call + usd_per_million_tokens * cloud_tokens / 1e6; giving either replaces `cloud_usd`.
+    A call costs usd_per_call + usd_per_million_tokens * cloud_tokens / 1e6; giving either replaces
+    `cloud_usd`.
     """
 
     cloud_seconds: float  # latency of a call, on top of the device's time before it
@@ -98,10 +104,12 @@ def cost_frontier(
     own_tokens: np.ndarray | float = 0.0,
     budgets: Sequence[float] = GRID,
 ) -> CostFrontier:
-    """What each budget costs with a router that `reads` so much (`device_tokens`), and what it brings.
+    """What each budget costs with a router that `reads` so much (`device_tokens`), and what it
+    brings.
 
-    own_tokens f64[n]: device tokens the router itself spends on every prompt (column `tokens_<router>`), which take as
-    long as those of the response. Raises UserError where a column is absent that `prices` or `reads` needs.
+    own_tokens f64[n]: device tokens the router itself spends on every prompt (column
+    `tokens_<router>`), which take as long as those of the response. Raises UserError where a column
+    is absent that `prices` or `reads` needs.
     """
     ranking, spent = rank(score), _device_tokens(records, score, reads)
     usd, seconds_a_token = prices.call_usd(records), prices.token_ms(records) / 1e3

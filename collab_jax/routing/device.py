@@ -26,14 +26,18 @@ class Device(NamedTuple):
 
 
 def batches(rows: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(row numbers i64[size], how many of them count) that go through all rows; the last batch is filled up with row 0."""
+    """(row numbers i64[size], how many of them count) that go through all rows; the last batch is
+    filled up with row 0.
+    """
     for start in range(0, rows, size):
         found = np.arange(start, min(start + size, rows))
         yield np.pad(found, (0, size - len(found))), len(found)
 
 
 def by_batch(body, inputs: tuple[np.ndarray, ...], size: int) -> np.ndarray:
-    """body(*arrays with axis D) -> array with axis D, over all rows of `inputs`, `size` at a time: [n, ...] on the host."""
+    """body(*arrays with axis D) -> array with axis D, over all rows of `inputs`, `size` at a time:
+    [n, ...] on the host.
+    """
     D, found = jax.local_device_count(), []
     for rows, count in batches(len(inputs[0]), size):
         found.append(

@@ -1,4 +1,6 @@
-"""A router learned on the model's last hidden state: logistic regression on what it knows when its response is written."""
+"""A router learned on the model's last hidden state: logistic regression on what it knows when its
+response is written.
+"""
 
 from collections.abc import Callable
 
@@ -15,7 +17,9 @@ from collab_jax.runtime import parallel
 
 
 def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Probability f64[n] that the device is wrong, from its state after the response's last token but EOS; no tokens of its own."""
+    """Probability f64[n] that the device is wrong, from its state after the response's last token
+    but EOS; no tokens of its own.
+    """
     cfg = device.run.cfg
     compiled = parallel.pmap(lambda params, *rows: last_hidden(params, cfg, *rows))
     fitted, routed = (_features(device, compiled, table) for table in (fit_on, records))
@@ -24,7 +28,9 @@ def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray
 
 
 def _features(device: Device, compiled: Callable, records: Records) -> np.ndarray:
-    """f32[n, E]. The recorded text is tokenized again; a response that was cut off counts up to the cut."""
+    """f32[n, E]. The recorded text is tokenized again; a response that was cut off counts up to the
+    cut.
+    """
     run, T = device.run, device.run.config.max_new_tokens
     prompts, mask = run.text.prompt_batch(
         [run.task.prompt(e) for e in device.of(records)], run.config.prompt_length
@@ -51,7 +57,9 @@ def last_hidden(
     responses: jax.Array,
     last: jax.Array,
 ) -> jax.Array:
-    """Hidden state f32[B, E] that predicts token number `last` i32[B] of responses i32[B, T] to prompts i32[B, L]."""
+    """Hidden state f32[B, E] that predicts token number `last` i32[B] of responses i32[B, T] to
+    prompts i32[B, L].
+    """
     hidden = decoder.continued_hidden(
         params, cfg, *decoder.prefill(params, cfg, prompts, mask), mask, responses
     )

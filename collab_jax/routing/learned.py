@@ -1,6 +1,8 @@
-"""Routers fitted on records of other prompts to tell which ones the device gets wrong (scikit-learn).
+"""Routers fitted on records of other prompts to tell which ones the device gets wrong
+(scikit-learn).
 
-Each takes (records to fit on, records to route) and returns the probability that the device is wrong, f64[n].
+Each takes (records to fit on, records to route) and returns the probability that the device is
+wrong, f64[n].
 """
 
 import re
@@ -19,7 +21,9 @@ NUMBERS = 8  # of a prompt that become features, in their order and sorted
 
 
 def prompt_features(prompts) -> np.ndarray:
-    """f64[n, F] of n texts: their lengths, counts of kinds of characters, and the first numbers in them (0 where none)."""
+    """f64[n, F] of n texts: their lengths, counts of kinds of characters, and the first numbers in
+    them (0 where none).
+    """
     rows = []
     for text in prompts:
         found = [float(x) for x in re.findall(r"\d{1,15}(?:\.\d{1,15})?", text)]
@@ -55,7 +59,9 @@ def trees(fit_on: Records, records: Records) -> np.ndarray:
 
 
 def margin_logprob(fit_on: Records, records: Records) -> np.ndarray:
-    """Logistic regression on margin and log-probability, fitted where there is an answer; what has none goes first."""
+    """Logistic regression on margin and log-probability, fitted where there is an answer; what has
+    none goes first.
+    """
     answered = ~no_answer(fit_on)
     known = {name: fit_on[name][answered] for name in ("margin", "logp", "local_correct")}
     both = lambda r: np.clip(np.stack([r["margin"], r["logp"]], axis=1), -1e3, 1e3)  # noqa: E731  -inf: no decision state
@@ -83,6 +89,8 @@ def check_classes(fit_on: Records) -> None:
 
 
 def fit(model, features: np.ndarray, fit_on: Records, to_score: np.ndarray) -> np.ndarray:
-    """Probability f64[n] that the device is wrong, of features f[n, F], by a classifier fitted on features f[m, F] of `fit_on`."""
+    """Probability f64[n] that the device is wrong, of features f[n, F], by a classifier fitted on
+    features f[m, F] of `fit_on`.
+    """
     check_classes(fit_on)
     return model.fit(features, ~fit_on["local_correct"]).predict_proba(to_score)[:, 1]

@@ -1,14 +1,17 @@
-"""What a router is worth, from records alone: rates, frontiers with intervals, RouteLLM's figures, ranking. No jax.
+"""What a router is worth, from records alone: rates, frontiers with intervals, RouteLLM's figures,
+ranking. No jax.
 
-A router is a score f64[n], higher meaning "send it to the cloud"; only its order counts. At a budget b the floor(b * n)
-highest go; the cloud's verdict counts for these, the device's own for the others, and every rate's denominator is n.
-Where the budget cuts through equal scores, each of them goes with the same probability, and every figure is the exact
-expectation over that draw. So nothing depends on the order of rows, nothing is drawn, and the two routers everybody needs
-have closed forms as scores: random is a constant score, the perfect router is `perfect_score`.
+A router is a score f64[n], higher meaning "send it to the cloud"; only its order counts. At a
+budget b the floor(b * n) highest go; the cloud's verdict counts for these, the device's own for the
+others, and every rate's denominator is n. Where the budget cuts through equal scores, each of them
+goes with the same probability, and every figure is the exact expectation over that draw. So nothing
+depends on the order of rows, nothing is drawn, and the two routers everybody needs have closed
+forms as scores: random is a constant score, the perfect router is `perfect_score`.
 
-Sources: Wilson 1927 (interval of a rate); RouteLLM, arXiv 2406.18665, section 3.2 and its evaluation code (PGR, APGR, CPT);
-Efron & Tibshirani 1993 (percentile bootstrap); Owen 2007, "The pigeonhole bootstrap" (seeds and prompts crossed);
-McCarthy & Snowden 1985 (S - 1 draws from few units); Hanley & McNeil 1982 (AUC as a probability).
+Sources: Wilson 1927 (interval of a rate); RouteLLM, arXiv 2406.18665, section 3.2 and its
+evaluation code (PGR, APGR, CPT); Efron & Tibshirani 1993 (percentile bootstrap); Owen 2007, "The
+pigeonhole bootstrap" (seeds and prompts crossed); McCarthy & Snowden 1985 (S - 1 draws from few
+units); Hanley & McNeil 1982 (AUC as a probability).
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +52,9 @@ class Ranking(NamedTuple):
 
 
 def rank(score: np.ndarray, name: str = "the score") -> Ranking:
-    """The order of a score f[n]. Raises UserError where it holds NaN; infinities rank like any number."""
+    """The order of a score f[n]. Raises UserError where it holds NaN; infinities rank like any
+    number.
+    """
     score = _numbers(score, name)
     order = np.argsort(-score, kind="stable")
     ranked = score[order]
@@ -66,7 +71,9 @@ def _numbers(score: np.ndarray, name: str) -> np.ndarray:
 
 
 def calls(budget, n: int):
-    """floor(budget * n), i64[...]: the prompts of n that a budget (share of prompts, in [0, 1]) pays for."""
+    """floor(budget * n), i64[...]: the prompts of n that a budget (share of prompts, in [0, 1])
+    pays for.
+    """
     budget = np.asarray(budget, float)
     if not ((budget >= 0) & (budget <= 1)).all():
         raise UserError(f"a budget is a share of all prompts, from 0 to 1: got {budget}")
@@ -74,7 +81,9 @@ def calls(budget, n: int):
 
 
 def sent(score: np.ndarray, budget: float) -> np.ndarray:
-    """Probability f64[n] that each prompt goes to the cloud at a budget: 1, 0, or between where equal scores are cut."""
+    """Probability f64[n] that each prompt goes to the cloud at a budget: 1, 0, or between where
+    equal scores are cut.
+    """
     return sent_of(rank(score), calls(budget, len(score)))
 
 
@@ -87,19 +96,24 @@ def sent_of(ranking: Ranking, count: int) -> np.ndarray:
 
 
 def replay(records: Records, score: np.ndarray, budget: float) -> np.ndarray:
-    """Expected outcomes f64[n] at a budget: the probability that each prompt ends up answered correctly."""
+    """Expected outcomes f64[n] at a budget: the probability that each prompt ends up answered
+    correctly.
+    """
     p = sent(score, budget)
     return p * records["cloud_correct"] + (1 - p) * records["local_correct"]
 
 
 def perfect_score(records: Records) -> np.ndarray:
-    """The perfect router: first what only the cloud gets right, last what only the device does. No score does better."""
+    """The perfect router: first what only the cloud gets right, last what only the device does. No
+    score does better.
+    """
     return records["cloud_correct"].astype(float) - records["local_correct"]
 
 
 def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str, float]:
-    """Expected numbers of prompts at a budget: sent; rescued (sent, only the cloud is right); harmed (sent, only the
-    device is right); missed (kept, only the cloud is right). accuracy * n = local correct + rescued - harmed.
+    """Expected numbers of prompts at a budget: sent; rescued (sent, only the cloud is right);
+    harmed (sent, only the device is right); missed (kept, only the cloud is right). accuracy * n =
+    local correct + rescued - harmed.
     """
     p, local, cloud = sent(score, budget), records["local_correct"], records["cloud_correct"]
     return {
@@ -114,7 +128,8 @@ def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str,
 
 
 def auc(records: Records, score: np.ndarray) -> float:
-    """Probability that a prompt the device gets wrong outranks one it gets right, ties as half (the area under the ROC).
+    """Probability that a prompt the device gets wrong outranks one it gets right, ties as half (the
+    area under the ROC).
 
     Raises UserError where the device is right on every prompt, or on none.
     """
@@ -128,7 +143,9 @@ def auc(records: Records, score: np.ndarray) -> float:
 
 
 def auc_by_stratum(records: Records, score: np.ndarray) -> dict[str, float | None]:
-    """The AUC within each stratum, None where one holds a single class. A router that only tells strata apart has 0.5."""
+    """The AUC within each stratum, None where one holds a single class. A router that only tells
+    strata apart has 0.5.
+    """
     wrong, stratum = ~records["local_correct"], records["stratum"]
     return {str(s): _auc(wrong[stratum == s], score[stratum == s]) for s in np.unique(stratum)}
 
@@ -181,17 +198,21 @@ def frontiers(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Frontiers:
-    """Accuracy of every method at every budget (0 and 1 are added), with a two-level bootstrap: seeds, then prompts.
+    """Accuracy of every method at every budget (0 and 1 are added), with a two-level bootstrap:
+    seeds, then prompts.
 
-    All tables hold the same prompts in the same order (`records.align`). A method's frontier is the mean of its seeds'.
-    One resample draws n of the n prompts, with replacement, and seeds of each method. As the prompts are the same in
-    every seed, one draw of them serves all seeds and methods: S seeds do not make S * n prompts. Of S seeds S - 1 are
-    drawn, which makes the variance of their mean unbiased (S draws would give (S - 1) / S of it: half, for two seeds).
-    With one seed nothing is known of the spread over seeds: the interval is over prompts only, for this very model.
-    Methods with equally many seeds draw the same ones, so seed s of one is paired with seed s of the other.
-    The draws depend on n, S and `seed` only: another method in the table changes no interval.
+    All tables hold the same prompts in the same order (`records.align`). A method's frontier is the
+    mean of its seeds'. One resample draws n of the n prompts, with replacement, and seeds of each
+    method. As the prompts are the same in every seed, one draw of them serves all seeds and
+    methods: S seeds do not make S * n prompts. Of S seeds S - 1 are drawn, which makes the variance
+    of their mean unbiased (S draws would give (S - 1) / S of it: half, for two seeds). With one
+    seed nothing is known of the spread over seeds: the interval is over prompts only, for this very
+    model. Methods with equally many seeds draw the same ones, so seed s of one is paired with seed
+    s of the other. The draws depend on n, S and `seed` only: another method in the table changes no
+    interval.
 
-    Raises UserError where the prompts differ, a score holds NaN or has not one number a prompt, or nothing is given.
+    Raises UserError where the prompts differ, a score holds NaN or has not one number a prompt, or
+    nothing is given.
     """
     n = _same_prompts(methods)
     if resamples < 1:
@@ -225,7 +246,9 @@ def frontiers(
 
 
 class _Run(NamedTuple):
-    """One seed of a method; 32 bits hold every count and halve the memory that a resample walks through."""
+    """One seed of a method; 32 bits hold every count and halve the memory that a resample walks
+    through.
+    """
 
     ranking: Ranking
     local: np.ndarray  # i32[n]
@@ -245,9 +268,11 @@ def _run(name: str, records: Records, score: np.ndarray) -> _Run:
 
 
 def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Accuracy f64[K] with the counts[K] highest sent, of a resample that holds row i times[i] times, i32[n].
+    """Accuracy f64[K] with the counts[K] highest sent, of a resample that holds row i times[i]
+    times, i32[n].
 
-    Repeated rows are equal scores, and within equal scores the expected gain is linear in how many of them are sent.
+    Repeated rows are equal scores, and within equal scores the expected gain is linear in how many
+    of them are sent.
     """
     order, ends = run.ranking
     ordered = times[order]
@@ -265,7 +290,9 @@ def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _same_prompts(methods: Mapping[str, Runs]) -> int:
-    """Number of prompts; raises UserError unless every table of every method has the same ids in the same order."""
+    """Number of prompts; raises UserError unless every table of every method has the same ids in
+    the same order.
+    """
     if not methods or not all(methods.values()):
         raise UserError(
             "nothing to compare: every method needs the records and the score of at least one seed"
@@ -286,7 +313,8 @@ def _same_prompts(methods: Mapping[str, Runs]) -> int:
 def estimate(values: np.ndarray) -> Rate:
     """A figure f64[1 + R] with its 95 % interval: percentiles of the resamples.
 
-    Where a resample leaves the figure undefined (NaN) it counts against both ends, and an end that gets there is None.
+    Where a resample leaves the figure undefined (NaN) it counts against both ends, and an end that
+    gets there is None.
     """
     value, draws = float(values[0]), values[1:]
     low = np.quantile(np.where(np.isnan(draws), -np.inf, draws), _TAIL, method="inverted_cdf")
@@ -302,7 +330,9 @@ def _known(x: float) -> float | None:
 
 
 def random_frontier(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """f64[..., K] of sending as many prompts at random: the line from the device's accuracy to the cloud's."""
+    """f64[..., K] of sending as many prompts at random: the line from the device's accuracy to the
+    cloud's.
+    """
     return (1 - rates) * accuracy[..., :1] + rates * accuracy[..., -1:]
 
 
@@ -312,7 +342,8 @@ def area(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
 
 
 def pgr(accuracy: np.ndarray) -> np.ndarray:
-    """Performance gap recovered f64[..., K]: (accuracy - device's) / (cloud's - device's), RouteLLM section 3.2.
+    """Performance gap recovered f64[..., K]: (accuracy - device's) / (cloud's - device's), RouteLLM
+    section 3.2.
 
     NaN where the cloud is no better than the device: there is no gap. May pass 1, and fall below 0.
     """
@@ -322,25 +353,30 @@ def pgr(accuracy: np.ndarray) -> np.ndarray:
 
 
 def hull(accuracy: np.ndarray) -> np.ndarray:
-    """The monotone hull f64[..., K]: the best at this call rate or a smaller one (a running maximum), since nobody who
-    may spend a budget has to. It is not the concave hull. The ends, device alone and cloud alone, are in it.
+    """The monotone hull f64[..., K]: the best at this call rate or a smaller one (a running
+    maximum), since nobody who may spend a budget has to. It is not the concave hull. The ends,
+    device alone and cloud alone, are in it.
     """
     return np.maximum.accumulate(accuracy, axis=-1)
 
 
 def apgr(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """RouteLLM's average PGR f64[...]: the mean over all call rates of the hull's PGR, 0.5 for random.
+    """RouteLLM's average PGR f64[...]: the mean over all call rates of the hull's PGR, 0.5 for
+    random.
 
-    RouteLLM defines the integral and approximates it by ten call rates; here it is the curve's own area. The hull is
-    ours (without it: `area(rates, pgr(accuracy))`); on few prompts its running maximum adds a little that is noise.
+    RouteLLM defines the integral and approximates it by ten call rates; here it is the curve's own
+    area. The hull is ours (without it: `area(rates, pgr(accuracy))`); on few prompts its running
+    maximum adds a little that is noise.
     """
     return area(rates, hull(pgr(accuracy)))
 
 
 def cpt(rates: np.ndarray, accuracy: np.ndarray, share: float) -> np.ndarray:
-    """RouteLLM's call-performance threshold f64[...]: the smallest call rate at which the hull's PGR is `share`.
+    """RouteLLM's call-performance threshold f64[...]: the smallest call rate at which the hull's
+    PGR is `share`.
 
-    Linear between call rates, as in RouteLLM's code; `share` in (0, 1], so random's is `share`. NaN where PGR is.
+    Linear between call rates, as in RouteLLM's code; `share` in (0, 1], so random's is `share`. NaN
+    where PGR is.
     """
     if not 0 < share <= 1:
         raise UserError(f"CPT is of a share of the gap, above 0 and up to 1: got {share}")
@@ -356,7 +392,8 @@ def cpt(rates: np.ndarray, accuracy: np.ndarray, share: float) -> np.ndarray:
 
 
 def perfect_share(rates: np.ndarray, accuracy: np.ndarray, perfect: np.ndarray) -> np.ndarray:
-    """Share f64[..., K] of the perfect router's gain over random; `perfect` f64[..., K] is its frontier on these records.
+    """Share f64[..., K] of the perfect router's gain over random; `perfect` f64[..., K] is its
+    frontier on these records.
 
     NaN where the perfect router gains nothing.
     """

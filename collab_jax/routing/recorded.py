@@ -1,6 +1,8 @@
-"""The routers that need the device model, by name: what they find is kept in the records, for `compare` to read.
+"""The routers that need the device model, by name: what they find is kept in the records, for
+`compare` to read.
 
-Each is a function (Device, records to fit on or None, records to route) -> (score f64[n], device tokens it spent f64[n]).
+Each is a function (Device, records to fit on or None, records to route) -> (score f64[n], device
+tokens it spent f64[n]).
 """
 
 import sys
@@ -24,7 +26,9 @@ LEARNED = ("hidden", "classifier")  # fitted on records of other prompts
 
 
 def check(run: Run) -> None:
-    """Raises UserError, before anything is spent, where a router of `config.routers.record` could not be recorded."""
+    """Raises UserError, before anything is spent, where a router of `config.routers.record` could
+    not be recorded.
+    """
     names, fit_prompts = run.config.routers.record, run.config.eval.fit_prompts
     if unknown := sorted(set(names) - set(RECORDED)):
         raise UserError(
@@ -44,7 +48,8 @@ def record(
 ) -> Records:
     """`records` with the columns score_NAME and tokens_NAME of each router.
 
-    One that fails, or ranks by NaN, is told and left out: what it would have said is not worth the evaluation.
+    One that fails, or ranks by NaN, is told and left out: what it would have said is not worth the
+    evaluation.
     """
     columns = {}
     for name in names:

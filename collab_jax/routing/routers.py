@@ -1,9 +1,11 @@
-"""Routers: every way to decide which prompts go to the cloud is one score for each, higher meaning "send it".
+"""Routers: every way to decide which prompts go to the cloud is one score for each, higher meaning
+"send it".
 
-A router is fitted on records of prompts that are not the ones it is judged on (most need none and ignore them), and then
-scores any records. No jax here: what a router needs of a model is a column of the records (`records.py`). The routers that
-run the model again (`recorded.py`) leave their score in `score_NAME`, what they spent in `tokens_NAME`; a router that is not
-here can be recorded the same way.
+A router is fitted on records of prompts that are not the ones it is judged on (most need none and
+ignore them), and then scores any records. No jax here: what a router needs of a model is a column
+of the records (`records.py`). The routers that run the model again (`recorded.py`) leave their
+score in `score_NAME`, what they spent in `tokens_NAME`; a router that is not here can be recorded
+the same way.
 
 | name | decides from | device tokens on a prompt that is sent |
 |---|---|---|
@@ -32,7 +34,9 @@ Score = Callable[[Records], np.ndarray]  # -> f64[n]
 
 
 class Router(NamedTuple):
-    """score: of the records to route, or, where `learned`, of (records to fit on, records to route)."""
+    """score: of the records to route, or, where `learned`, of (records to fit on, records to
+    route).
+    """
 
     title: str
     score: Callable
@@ -74,7 +78,9 @@ def router_of(name: str) -> Router:
 
 
 def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndarray:
-    """f64[n] of a router of ROUTERS, or of the recorded column `score_NAME`. Raises UserError for what it lacks."""
+    """f64[n] of a router of ROUTERS, or of the recorded column `score_NAME`. Raises UserError for
+    what it lacks.
+    """
     if name not in ROUTERS and name not in scores(records):
         raise UserError(
             f"no router {name!r}: use one of {sorted(ROUTERS)}, or record a column score_{name}"
@@ -94,9 +100,11 @@ def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndar
 
 
 def possible(records: Records, fit_on: Records | None = None) -> list[str]:
-    """The routers that these records have all the columns for, in ROUTERS' order, then the other recorded ones.
+    """The routers that these records have all the columns for, in ROUTERS' order, then the other
+    recorded ones.
 
-    Learned ones are among them where some prompts of `fit_on` are right on the device, and some wrong.
+    Learned ones are among them where some prompts of `fit_on` are right on the device, and some
+    wrong.
     """
     own = {name for name, router in ROUTERS.items() if f"score_{name}" not in router.needs}
     if taken := sorted(set(scores(records)) & own):

@@ -1,4 +1,6 @@
-"""Self-verification: the device is asked whether its own answer is right (as in AutoMix, arXiv 2310.12963)."""
+"""Self-verification: the device is asked whether its own answer is right (as in AutoMix, arXiv
+2310.12963).
+"""
 
 import re
 
@@ -34,10 +36,11 @@ def check(run: Run) -> tuple[int, int]:
 def score(
     device: Device, fit_on: Records | None, records: Records
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds f64[n] of `config.routers.no` against `yes` as the first token of the device's reply to `verify_prompt`.
+    """Log-odds f64[n] of `config.routers.no` against `yes` as the first token of the device's reply
+    to `verify_prompt`.
 
-    That is AutoMix's share of sampled verifications for infinitely many samples. The other result is the device tokens of
-    the question, f64[n], one reply token included.
+    That is AutoMix's share of sampled verifications for infinitely many samples. The other result
+    is the device tokens of the question, f64[n], one reply token included.
     """
     del fit_on
     run, r = device.run, device.run.config.routers

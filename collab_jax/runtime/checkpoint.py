@@ -1,7 +1,8 @@
-"""Checkpoints: the whole TrainState by Orbax, without a device axis, so that any number of devices can go on from one.
+"""Checkpoints: the whole TrainState by Orbax, without a device axis, so that any number of devices
+can go on from one.
 
-A checkpoint is written beside its place and renamed when complete: a process killed at any moment leaves the last
-complete one. Restored bits equal saved bits.
+A checkpoint is written beside its place and renamed when complete: a process killed at any moment
+leaves the last complete one. Restored bits equal saved bits.
 """
 
 import logging
@@ -35,7 +36,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> Any:
-        """The last checkpoint as host arrays with the structure, shapes and dtypes of `like`. Raises UserError otherwise."""
+        """The last checkpoint as host arrays with the structure, shapes and dtypes of `like`.
+        Raises UserError otherwise.
+        """
         step = self.latest()
         place = self.folder / str(step)
         abstract = jax.tree.map(

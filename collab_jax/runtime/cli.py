@@ -1,6 +1,7 @@
 """What every command line shares: flags, and errors as one line.
 
-`python -m collab_jax.X --config FILE --workdir DIR [--config.KEY=VALUE ...]`. An unknown key is an error.
+`python -m collab_jax.X --config FILE --workdir DIR [--config.KEY=VALUE ...]`. An unknown key is an
+error.
 """
 
 import logging
@@ -20,7 +21,8 @@ MISTAKES = (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeErr
 
 
 def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
-    """Parses the flags and exits with run(config, workdir)'s status, or run(config)'s; a UserError is told, and status 1.
+    """Parses the flags and exits with run(config, workdir)'s status, or run(config)'s; a UserError
+    is told, and status 1.
 
     With several commands, by name, the first argument is the name of the one to run.
     """

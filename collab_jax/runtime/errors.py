@@ -1,11 +1,15 @@
-"""The one error a user can mend: its message is a single line that says what is wrong and what to do."""
+"""The one error a user can mend: its message is a single line that says what is wrong and what to
+do.
+"""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Bad input, configuration or data; command lines print it without a traceback and exit with status 1."""
+    """Bad input, configuration or data; command lines print it without a traceback and exit with
+    status 1.
+    """
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:

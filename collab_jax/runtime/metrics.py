@@ -1,4 +1,5 @@
-"""Metrics: one JSON line a step, TensorBoard events beside it, and the alarm for a collapsed policy.
+"""Metrics: one JSON line a step, TensorBoard events beside it, and the alarm for a collapsed
+policy.
 
 After a resume the file is cut to the restored step, so that it always tells of one straight run.
 """

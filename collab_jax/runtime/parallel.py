@@ -1,7 +1,8 @@
-"""Devices: the only file that says pmap. A body sees its own device's share and the axis name AXIS; nothing else does.
+"""Devices: the only file that says pmap. A body sees its own device's share and the axis name AXIS;
+nothing else does.
 
-Arrays that differ by device carry a leading axis D outside the body; state is replicated while a run lasts and is
-always saved without that axis.
+Arrays that differ by device carry a leading axis D outside the body; state is replicated while a
+run lasts and is always saved without that axis.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,11 @@ AXIS = "devices"
 
 
 def replicate(tree: Any) -> Any:
-    """Every leaf on every local device: [...] -> [D, ...], with the sharding that a pmap's results have.
+    """Every leaf on every local device: [...] -> [D, ...], with the sharding that a pmap's results
+    have.
 
-    (Another axis name in the sharding, as flax's `replicate` gives, would compile each function a second time.)
+    (Another axis name in the sharding, as flax's `replicate` gives, would compile each function a
+    second time.)
     """
     devices = jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
@@ -34,12 +37,16 @@ def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first device's copy, on the host. Reads its shard: indexing would compile a program for every shape."""
+    """The first device's copy, on the host. Reads its shard: indexing would compile a program for
+    every shape.
+    """
     return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
 
 
 def shard(tree: Any, devices: int) -> Any:
-    """[n, ...] -> [D, n / D, ...] for every leaf, in order. Raises UserError where D does not divide n."""
+    """[n, ...] -> [D, n / D, ...] for every leaf, in order. Raises UserError where D does not
+    divide n.
+    """
 
     def one(x):
         if x.shape[0] % devices:

@@ -1,10 +1,13 @@
-"""The process: settings that every command line needs before jax is first used. In one place, and nowhere else.
+"""The process: settings that every command line needs before jax is first used. In one place, and
+nowhere else.
 
-Allocator. XLA's large temporaries cost page faults at each step: glibc is told to keep and reuse them, in huge pages. It
-reads its variables when a process starts, so the command line starts itself once more. Off beside an accelerator, where
-the host allocates little, and where MALLOC_MMAP_MAX_ is set already.
+Allocator. XLA's large temporaries cost page faults at each step: glibc is told to keep and reuse
+them, in huge pages. It reads its variables when a process starts, so the command line starts itself
+once more. Off beside an accelerator, where the host allocates little, and where MALLOC_MMAP_MAX_ is
+set already.
 
-Host devices. Two devices of one core each keep both busy between the matrix products, which alone are spread over threads.
+Host devices. Two devices of one core each keep both busy between the matrix products, which alone
+are spread over threads.
 
 Compiled programs are kept on disk, so that only the first start on a machine compiles.
 
@@ -37,7 +40,9 @@ def restart_with_allocator() -> None:
 
 
 def _is_command_line() -> bool:
-    """True in a process started as `python -m collab_jax.X`; never in a notebook, a test or a program that imports us."""
+    """True in a process started as `python -m collab_jax.X`; never in a notebook, a test or a
+    program that imports us.
+    """
     options = sys.orig_argv[1:]
     return any(
         o == "-m" and module.startswith("collab_jax.")
@@ -46,7 +51,8 @@ def _is_command_line() -> bool:
 
 
 def set_up(cpu_devices: int) -> None:
-    """Host devices for a machine without accelerator, and the folder of compiled programs. Before the first use of jax.
+    """Host devices for a machine without accelerator, and the folder of compiled programs. Before
+    the first use of jax.
 
     JAX_COMPILATION_CACHE_DIR chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
     """
@@ -61,7 +67,9 @@ def set_up(cpu_devices: int) -> None:
 
 
 def compiled_folder() -> pathlib.Path:
-    """Where compiled programs are kept: apart for each kind of processor, since a home may be shared by several."""
+    """Where compiled programs are kept: apart for each kind of processor, since a home may be
+    shared by several.
+    """
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         kind = "".join(

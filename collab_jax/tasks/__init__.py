@@ -1,8 +1,10 @@
-"""Tasks: where prompts come from and how a response is judged. One file a task; `TASKS` names them all.
+"""Tasks: where prompts come from and how a response is judged. One file a task; `TASKS` names them
+all.
 
-A task is a small frozen dataclass of functions, made from `config.task` and the marker's text. `config.task.name = "mix"`
-mixes several (`mix.py`). `config.task.reward`, a function of your own (`reward.py`), or `config.task.judge`, a language
-model (`judge.py`), takes the place of a task's own verifier.
+A task is a small frozen dataclass of functions, made from `config.task` and the marker's text.
+`config.task.name = "mix"` mixes several (`mix.py`). `config.task.reward`, a function of your own
+(`reward.py`), or `config.task.judge`, a language model (`judge.py`), takes the place of a task's
+own verifier.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ TASKS = {
 
 
 def parts_of(config) -> dict[str, float]:
-    """The tasks of `config.task`, name -> share of the training prompts. Raises TaskError for an unknown name."""
+    """The tasks of `config.task`, name -> share of the training prompts. Raises TaskError for an
+    unknown name.
+    """
     name, pairs = config.task.name, config.task.mix
     if pairs and name != "mix":
         raise TaskError(f"config.task.mix={pairs!r} needs config.task.name=mix, or must be empty")
@@ -38,7 +42,9 @@ def named(config, name: str):
 
 
 def make_task(config) -> Task:
-    """The task of `config.task`; `judge.judged` then puts a judge into it. Raises TaskError for settings that cannot be."""
+    """The task of `config.task`; `judge.judged` then puts a judge into it. Raises TaskError for
+    settings that cannot be.
+    """
     weights = parts_of(config)
     if config.task.name == "mix":
         task = mix.make_task({name: _part(named(config, name)) for name in weights}, weights)

@@ -1,4 +1,6 @@
-"""What every task shares: the types, and how a response is read (paper section 3, the response format)."""
+"""What every task shares: the types, and how a response is read (paper section 3, the response
+format).
+"""
 
 import dataclasses
 import re
@@ -16,9 +18,11 @@ class TaskError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One prompt's problem. id: unique in its split; stratum: its difficulty class; problem: the task's own data.
+    """One prompt's problem. id: unique in its split; stratum: its difficulty class; problem: the
+    task's own data.
 
-    task: the name of its task, in a mix the part's. seen: the training task that holds the same problem, if one does.
+    task: the name of its task, in a mix the part's. seen: the training task that holds the same
+    problem, if one does.
     """
 
     id: str
@@ -29,7 +33,9 @@ class Example:
 
 
 class Verdict(NamedTuple):
-    """What a response is. `called` and `correct` exclude each other, and so do `called` and `formatted`."""
+    """What a response is. `called` and `correct` exclude each other, and so do `called` and
+    `formatted`.
+    """
 
     correct: bool
     called: bool
@@ -42,12 +48,13 @@ class Verdict(NamedTuple):
 class Task:
     """The functions of a task.
 
-    load(split) -> list[Example], split "train" or "test"; prompt(example) -> the device model's chat messages;
-    cloud_prompt(example) -> the cloud's; verify(examples, responses) -> a Verdict of each *finished* response;
-    solve_prompt(messages) -> a right response to a cloud prompt (None: the task has no exact solver);
-    gold(example) -> its right answer, or None where it has none (None: the task keeps no answers);
-    weights: of a mix, each part's share of the training prompts;
-    demonstrations(seed) -> endless (example, response) pairs for the warm start (None: the task makes none).
+    load(split) -> list[Example], split "train" or "test"; prompt(example) -> the device model's
+    chat messages; cloud_prompt(example) -> the cloud's; verify(examples, responses) -> a Verdict of
+    each *finished* response; solve_prompt(messages) -> a right response to a cloud prompt (None:
+    the task has no exact solver); gold(example) -> its right answer, or None where it has none
+    (None: the task keeps no answers);
+    weights: of a mix, each part's share of the training prompts; demonstrations(seed) -> endless
+    (example, response) pairs for the warm start (None: the task makes none).
     """
 
     name: str
@@ -66,12 +73,16 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def called(response: str, marker: str) -> bool:
-    """True where the marker is the terminal action: nothing but white space follows it, and no answer was opened."""
+    """True where the marker is the terminal action: nothing but white space follows it, and no
+    answer was opened.
+    """
     return response.rstrip().endswith(marker.rstrip()) and "<answer>" not in response
 
 
 def formatted(response: str) -> bool:
-    """True for just `<think> ... </think><answer> ... </answer>`, each tag once; white space around blocks is free."""
+    """True for just `<think> ... </think><answer> ... </answer>`, each tag once; white space around
+    blocks is free.
+    """
     return (
         all(response.count(tag) == 1 for tag in _TAGS) and _FORMAT.fullmatch(response) is not None
     )

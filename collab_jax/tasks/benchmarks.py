@@ -1,8 +1,10 @@
-"""The benchmarks as TFDS data sets: downloaded from their public sources once, and built without TensorFlow.
+"""The benchmarks as TFDS data sets: downloaded from their public sources once, and built without
+TensorFlow.
 
-Used where `config.task.data_dir` has no NAME.jsonl(.gz) (`rows.py`): the data set is then built below that folder on first use,
-from GitHub, at the commits named here. GSM8K is TFDS's own; the others are `Benchmark`, a config each. Rows have the same
-fields as in JSON lines. MATH's training split leaves out the nine rows that cannot be trained on honestly, of 7,500.
+Used where `config.task.data_dir` has no NAME.jsonl(.gz) (`rows.py`): the data set is then built
+below that folder on first use, from GitHub, at the commits named here. GSM8K is TFDS's own; the
+others are `Benchmark`, a config each. Rows have the same fields as in JSON lines. MATH's training
+split leaves out the nine rows that cannot be trained on honestly, of 7,500.
 """
 
 import contextlib
@@ -59,7 +61,9 @@ IN_MATH_TRAIN = frozenset((
 
 
 def boxes(solution: str) -> list[str]:
-    r"""The contents of every \boxed{...} and \fbox{...}, and of \boxed without braces: what a solution answers."""
+    r"""The contents of every \boxed{...} and \fbox{...}, and of \boxed without braces: what a
+    solution answers.
+    """
     found = []
     for match in re.finditer(r"\\(?:boxed|fbox)\s*", solution):
         after = solution[match.end() :]
@@ -195,7 +199,9 @@ READERS = {
 
 
 class Benchmark(tfds.core.GeneratorBasedBuilder):
-    """Questions with an answer each, in the order of their source; `fields` holds all further fields as JSON."""
+    """Questions with an answer each, in the order of their source; `fields` holds all further
+    fields as JSON.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
@@ -229,7 +235,8 @@ class Benchmark(tfds.core.GeneratorBasedBuilder):
 
 
 def read(folder: pathlib.Path, name: str) -> list[dict]:
-    """The rows of a key of SPLITS from the data set below `folder`, which is downloaded and built where it is not there.
+    """The rows of a key of SPLITS from the data set below `folder`, which is downloaded and built
+    where it is not there.
 
     Raises TaskError where that cannot be done.
     """

@@ -12,16 +12,20 @@ _LETTER = re.compile(r"\(?([A-J])\)?(?:[.:)].*)?", re.DOTALL)
 
 
 def letter(response: str) -> str | None:
-    """The letter that a response chooses: its answer, or the beginning of it, as in "B", "(B)" or "B. 42"."""
+    """The letter that a response chooses: its answer, or the beginning of it, as in "B", "(B)" or
+    "B. 42".
+    """
     answer = math.extract(response)
     match = _LETTER.fullmatch(math.normal(answer)) if answer else None
     return match[1] if match else None
 
 
 def load(task, split: str) -> list[Example]:
-    """The examples of `mmlu_test`; problem: (question, choices, letter). There is no training split.
+    """The examples of `mmlu_test`; problem: (question, choices, letter). There is no training
+    split.
 
-    Some of its high-school mathematics are problems of MATH's training split: these say so (`Example.seen`).
+    Some of its high-school mathematics are problems of MATH's training split: these say so
+    (`Example.seen`).
     """
     if split != "test":
         raise TaskError(f"task {task.name!r} has no {split} split: it is for evaluation alone")

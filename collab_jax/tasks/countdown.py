@@ -1,8 +1,9 @@
 """Countdown: reach a target with the given numbers, each exactly once, and + - * / ( ).
 
-Holds the generator (a TFDS builder over array_record, no TensorFlow), the expression checker, the exact solver, the
-demonstrations for the warm start, and `make_task`. Train and test are disjoint as (sorted numbers, target): a hash of
-that pair decides the side it belongs to, whatever the seed or the size of a split.
+Holds the generator (a TFDS builder over array_record, no TensorFlow), the expression checker, the
+exact solver, the demonstrations for the warm start, and `make_task`. Train and test are disjoint as
+(sorted numbers, target): a hash of that pair decides the side it belongs to, whatever the seed or
+the size of a split.
 """
 
 import contextlib
@@ -36,10 +37,12 @@ _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 
 
 def check(numbers: tuple[int, ...], target: int, expression: str) -> bool:
-    """True where `expression` uses exactly `numbers`, each once, and equals `target` in exact rational arithmetic.
+    """True where `expression` uses exactly `numbers`, each once, and equals `target` in exact
+    rational arithmetic.
 
-    Grammar: non-negative ASCII integers, binary + - * /, parentheses, spaces. Anything else is False, and so is a
-    division by zero or more than MAX_EXPRESSION characters; no input raises. Iterative, so nesting costs no stack.
+    Grammar: non-negative ASCII integers, binary + - * /, parentheses, spaces. Anything else is
+    False, and so is a division by zero or more than MAX_EXPRESSION characters; no input raises.
+    Iterative, so nesting costs no stack.
     """
     if (
         not isinstance(expression, str)
@@ -94,7 +97,9 @@ def check(numbers: tuple[int, ...], target: int, expression: str) -> bool:
 
 
 class _Term(NamedTuple):
-    """A value with the expression that made it; rank: 1 a sum, 2 a product, 3 a number (for minimal parentheses)."""
+    """A value with the expression that made it; rank: 1 a sum, 2 a product, 3 a number (for minimal
+    parentheses).
+    """
 
     value: int | Fraction
     text: str
@@ -109,7 +114,8 @@ def _join(a: _Term, sign: str, b: _Term, value: int | Fraction) -> _Term:
 
 
 def _results(a: _Term, b: _Term, exact: bool) -> Iterator[tuple[str, _Term, _Term, int | Fraction]]:
-    """Every (sign, left, right, value) of two terms, the larger on the left where order is free: one way to write each.
+    """Every (sign, left, right, value) of two terms, the larger on the left where order is free:
+    one way to write each.
 
     With `exact`, all rationals; else positive integers only.
     """
@@ -137,7 +143,9 @@ def _search(terms: list[_Term], target: int, exact: bool) -> _Term | None:
 
 
 def solve(numbers: tuple[int, ...], target: int) -> str | None:
-    """An expression that `check`s, or None where none exists: positive integers first (quick), then all rationals."""
+    """An expression that `check`s, or None where none exists: positive integers first (quick), then
+    all rationals.
+    """
     terms = [_Term(n, str(n), 3) for n in numbers]
     found = _search(terms, target, exact=False) or _search(terms, target, exact=True)
     return found.text if found else None
@@ -180,8 +188,10 @@ def generate(
 ) -> Iterator[tuple[tuple[int, ...], int, _Attempt]]:
     """Endless (numbers, target, a solution) of a split.
 
-    config: share_of_three (share of prompts with 3 numbers, the rest have 4), numbers (lowest, highest), targets alike.
-    seen: collects (sorted numbers, target), and none comes twice. Raises TaskError where (next to) nothing is left.
+    config: share_of_three (share of prompts with 3 numbers, the rest have 4), numbers (lowest,
+    highest), targets alike.
+    seen: collects (sorted numbers, target), and none comes twice. Raises TaskError where (next to)
+    nothing is left.
     """
     rng = random.Random(
         f"{split} {seed}"
@@ -214,7 +224,9 @@ def generate(
 
 @dataclasses.dataclass(eq=False)
 class Settings(tfds.core.BuilderConfig):
-    """What decides the data: the same settings give the same examples, and another name on disk for any other."""
+    """What decides the data: the same settings give the same examples, and another name on disk for
+    any other.
+    """
 
     share_of_three: float = 0.5
     numbers: tuple[int, int] = (1, 50)
@@ -252,7 +264,9 @@ def settings(config) -> Settings:
 
 
 class Countdown(tfds.core.GeneratorBasedBuilder):
-    """The data set as TFDS: `train` and `test`; no (sorted numbers, target) stands twice, in one split or in both."""
+    """The data set as TFDS: `train` and `test`; no (sorted numbers, target) stands twice, in one
+    split or in both.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
@@ -272,7 +286,8 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split):
         config = self.builder_config
         wanted = getattr(config, f"{split}_examples")
-        # Another stream than the demonstrations', so that no prompt was shown with its solution on purpose.
+        # Another stream than the demonstrations', so that no prompt was shown with its solution on
+        # purpose.
         examples = generate(split, f"data {config.data_seed}", config, seen=set())
         for i, (numbers, target, _) in enumerate(itertools.islice(examples, wanted)):
             yield i, {"numbers": np.array(numbers, np.int32), "target": target}
@@ -288,7 +303,9 @@ def _prepared(config, data_dir: pathlib.Path) -> Countdown:
 
 
 def load(split: str, config) -> list[Example]:
-    """All examples of a split in a fixed order; builds the data set on first use (seconds) in `task.data_dir`."""
+    """All examples of a split in a fixed order; builds the data set on first use (seconds) in
+    `task.data_dir`.
+    """
     data_dir = pathlib.Path(config.data_dir).expanduser()
     tfds.disable_progress_bar()
     try:
@@ -322,13 +339,17 @@ NEAR = 10  # how far from the target a demonstrator that guesses still takes its
 
 
 def demonstrations(seed: int, config, marker: str) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response) of the train side: failed attempts, then a found solution, the marker, or a guess.
+    """Endless (example, response) of the train side: failed attempts, then a found solution, the
+    marker, or a guess.
 
-    A demonstrator gives up or guesses (`config.demo_give_up`, `demo_guess`: shares of demonstrations) without a look at the
-    problem, and how many attempts fail before is drawn so too, as far as they fit: with four numbers a failure leaves no room
-    for a solution. A guess answers with an attempt that failed, and claims that it is right where it came within NEAR of the
-    target: so a model that imitates is wrong at times without a word of doubt, as real ones are. `config.demo_length` bounds
-    a response's length (in characters; a tag, a verdict or a part of the marker counts one).
+    A demonstrator gives up or guesses (`config.demo_give_up`, `demo_guess`: shares of
+    demonstrations) without a look at the problem, and how many attempts fail before is drawn so
+    too, as far as they fit: with four numbers a failure leaves no room for a solution. A guess
+    answers with an attempt that failed, and claims that it is right where it came within NEAR of
+    the
+    target: so a model that imitates is wrong at times without a word of doubt, as real ones are.
+    `config.demo_length` bounds a response's length (in characters; a tag, a verdict or a part of
+    the marker counts one).
     """
     rng = random.Random(f"demonstrations {seed}")
 
@@ -391,7 +412,9 @@ def solve_prompt(messages: Messages) -> str:
 
 
 def make_task(config) -> Task:
-    """Countdown by `config.task` (`prompt` is a format string of numbers and target) and `config.text.marker`."""
+    """Countdown by `config.task` (`prompt` is a format string of numbers and target) and
+    `config.text.marker`.
+    """
     task, marker = config.task, config.text.marker
     settings(task)  # refuses bad settings now rather than at the first load
     try:

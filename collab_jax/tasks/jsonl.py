@@ -1,8 +1,10 @@
-"""Prompts of your own: train.jsonl and test.jsonl (or .jsonl.gz) in `config.task.data_dir`. Copy this file to write a task.
+"""Prompts of your own: train.jsonl and test.jsonl (or .jsonl.gz) in `config.task.data_dir`. Copy
+this file to write a task.
 
-A line is an object with `id`, `problem` and, unless `config.task.reward` or `task.judge` tells right from wrong, `answer`,
-with which a response's answer must agree but for case and white space. Other fields are yours, in `example.problem`;
-`level` or `type` becomes the stratum. A task of another name than `jsonl` needs a line in `TASKS` (`__init__.py`).
+A line is an object with `id`, `problem` and, unless `config.task.reward` or `task.judge` tells
+right from wrong, `answer`, with which a response's answer must agree but for case and white space.
+Other fields are yours, in `example.problem`; `level` or `type` becomes the stratum. A task of
+another name than `jsonl` needs a line in `TASKS` (`__init__.py`).
 """
 
 import pathlib

@@ -1,9 +1,11 @@
-"""A language model as the judge, for tasks that no program can check: another model of the same cloud, asked yes or no.
+"""A language model as the judge, for tasks that no program can check: another model of the same
+cloud, asked yes or no.
 
-`config.task.judge` names the model; how it is reached is the rest of `config.cloud`. It sees the question (the cloud's
-prompt), the gold answer where there is one, and the answer of a response, which is what stands between <answer> and
-</answer>. Its answers are stored like the cloud's, so none is paid for twice. A call that failed, or a reply that is
-neither yes nor no, leaves the response unjudged: wrong, and counted in `verifier_failures`.
+`config.task.judge` names the model; how it is reached is the rest of `config.cloud`. It sees the
+question (the cloud's prompt), the gold answer where there is one, and the answer of a response,
+which is what stands between <answer> and </answer>. Its answers are stored like the cloud's, so
+none is paid for twice. A call that failed, or a reply that is neither yes nor no, leaves the
+response unjudged: wrong, and counted in `verifier_failures`.
 """
 
 import dataclasses
@@ -46,7 +48,9 @@ _SIMULATED = re.compile(r".*<reference>(.*)</reference>\n<answer>(.*)</answer>\n
 
 
 def solve(messages: Messages) -> str:
-    """How the simulated cloud judges: by the reference answer's text. Raises TaskError where there is none."""
+    """How the simulated cloud judges: by the reference answer's text. Raises TaskError where there
+    is none.
+    """
     found = _SIMULATED.fullmatch(messages[-1]["content"])
     if not found:
         raise TaskError("not a judge's prompt, or one without a reference answer")
@@ -90,7 +94,8 @@ def verify_by(task: Task, cloud: CachedCloud, marker: str):
 
 
 def judged(config, task: Task, store: pathlib.Path) -> Task:
-    """`task`, with the judge that `config.task.judge` names in the place of its verifier; as it is where none is named.
+    """`task`, with the judge that `config.task.judge` names in the place of its verifier; as it is
+    where none is named.
 
     store: the file that keeps its answers.
     """

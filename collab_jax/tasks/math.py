@@ -1,7 +1,8 @@
 """Mathematics with a final answer: MATH, GSM8K and the benchmarks that are only for evaluation.
 
-How an answer is found in a response (`extract`), when two answers are the same (`equal`), and the tasks. Most answers are
-compared as text, in one spelling, or as exact rational numbers. What that does not settle goes to math-verify (`verifier.py`).
+How an answer is found in a response (`extract`), when two answers are the same (`equal`), and the
+tasks. Most answers are compared as text, in one spelling, or as exact rational numbers. What that
+does not settle goes to math-verify (`verifier.py`).
 """
 
 import pathlib
@@ -21,7 +22,8 @@ MAX_ANSWER = 500  # characters; a longer prediction is wrong, unread
 def extract(response: str) -> str | None:
     """The answer that a response gives: the last box in its `<answer>` block, or the block itself.
 
-    None where there is none, or where it is longer than MAX_ANSWER: no final answer, and nothing to spend time on.
+    None where there is none, or where it is longer than MAX_ANSWER: no final answer, and nothing to
+    spend time on.
     """
     block = base.answer_of(response)
     if block is None:
@@ -55,7 +57,9 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 def normal(answer: str) -> str:
-    """An answer in one spelling: without white space, dollars, units, sizes of brackets; fractions and roots with braces."""
+    """An answer in one spelling: without white space, dollars, units, sizes of brackets; fractions
+    and roots with braces.
+    """
     text = answer.strip()
     while (box := last_boxed(text)) is not None and text.startswith("\\"):
         text = box
@@ -100,7 +104,9 @@ def number(text: str) -> Fraction | None:
 
 
 def parts(text: str) -> tuple[str, list[str]]:
-    """(kind, parts) of a normal list: kind "set" for parts without order, else the brackets around them; "" for a single answer."""
+    """(kind, parts) of a normal list: kind "set" for parts without order, else the brackets around
+    them; "" for a single answer.
+    """
     inner, kind = text, "set"
     if text.startswith("\\lbrace") and text.endswith("\\rbrace"):
         inner = text[7:-7]
@@ -119,7 +125,9 @@ def parts(text: str) -> tuple[str, list[str]]:
 
 
 def same_text(gold: str, prediction: str) -> bool:
-    """True where two answers are the same in one spelling, as exact numbers, or as lists of these; False means "not known"."""
+    """True where two answers are the same in one spelling, as exact numbers, or as lists of these;
+    False means "not known".
+    """
     (kind, a), (other, b) = parts(normal(gold)), parts(normal(prediction))
     if kind != other or len(a) != len(b):
         return False
@@ -131,7 +139,9 @@ def same_text(gold: str, prediction: str) -> bool:
 
 
 def equal_all(pairs: Sequence[tuple[str, str | None]]) -> list[bool | None]:
-    """Whether gold and prediction are the same answer, for each pair; None where the verifier ran out of time."""
+    """Whether gold and prediction are the same answer, for each pair; None where the verifier ran
+    out of time.
+    """
     found: list[bool | None] = [False] * len(pairs)
     unsettled: list[int] = []
     for i, (gold, prediction) in enumerate(pairs):
@@ -174,7 +184,9 @@ _CLOUD_PROMPT = "Solve this problem. End with the final answer alone between <an
 
 
 def load(task, split: str) -> list[Example]:
-    """The examples of a split of `config.task.name`. Training rows whose gold has several boxed values are left out."""
+    """The examples of a split of `config.task.name`. Training rows whose gold has several boxed
+    values are left out.
+    """
     name = FILES[task.name][split == "test"]
     if name is None:
         raise TaskError(f"task {task.name!r} has no {split} split: it is for evaluation alone")
@@ -185,7 +197,9 @@ def load(task, split: str) -> list[Example]:
 
 
 def make_task(config) -> Task:
-    """The task of FILES that `config.task.name` names; `config.task.prompt` has {problem} where the problem goes."""
+    """The task of FILES that `config.task.name` names; `config.task.prompt` has {problem} where the
+    problem goes.
+    """
 
     def compare(examples: Sequence[Example], responses: Sequence[str]) -> list[bool | None]:
         golds = [example.problem[1] for example in examples]

@@ -1,7 +1,8 @@
-"""One worker of `verifier.py`: says that it is ready, then compares the pairs it is sent, a line of JSON each, by math-verify.
+"""One worker of `verifier.py`: says that it is ready, then compares the pairs it is sent, a line of
+JSON each, by math-verify.
 
-Run as a script; imports no jax.
-It may be killed at any moment; a pair that takes too long, or too much memory, costs its answer alone.
+Run as a script; imports no jax. It may be killed at any moment; a pair that takes too long, or too
+much memory, costs its answer alone.
 """
 
 import functools

@@ -1,9 +1,11 @@
-"""A mix: one task made of several, each with a weight; `config.task.name = "mix"` and `config.task.mix` its parts.
+"""A mix: one task made of several, each with a weight; `config.task.name = "mix"` and
+`config.task.mix` its parts.
 
-A weight is a part's share of the training prompts, whatever the size of its data: `pattern` deals the places of the
-training sequence out to the parts, and each part goes through its own prompts in its own epochs (`indices`). The test
-split has every part's, dealt out by weight too, so that its beginning is a small mix. Every part has the same
-`config.task.prompt`. An example says which part it belongs to, and its id and stratum begin with that.
+A weight is a part's share of the training prompts, whatever the size of its data: `pattern` deals
+the places of the training sequence out to the parts, and each part goes through its own prompts in
+its own epochs (`indices`). The test split has every part's, dealt out by weight too, so that its
+beginning is a small mix. Every part has the same `config.task.prompt`. An example says which part
+it belongs to, and its id and stratum begin with that.
 """
 
 import dataclasses
@@ -18,7 +20,9 @@ SLOTS = 1000  # places of a pattern: weights are met to a thousandth
 
 
 def check(pairs) -> dict[str, float]:
-    """`config.task.mix` as name -> share, shares adding up to 1. Raises TaskError for what is not a mix."""
+    """`config.task.mix` as name -> share, shares adding up to 1. Raises TaskError for what is not a
+    mix.
+    """
     try:
         weights = {str(name): float(weight) for name, weight in pairs}
     except (TypeError, ValueError):
@@ -40,7 +44,9 @@ def check(pairs) -> dict[str, float]:
 
 
 def pattern(weights: Sequence[float]) -> np.ndarray:
-    """Which part each of SLOTS places belongs to, i64[SLOTS]: as many as its weight says, evenly spread."""
+    """Which part each of SLOTS places belongs to, i64[SLOTS]: as many as its weight says, evenly
+    spread.
+    """
     exact = np.array(weights) / sum(weights) * SLOTS
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: SLOTS - counts.sum()]] += (
@@ -57,9 +63,11 @@ def indices(
     weights: Sequence[float],
     draw: Callable,
 ) -> np.ndarray:
-    """The examples at these places of the training sequence, [n]. pools: indices of each part's examples.
+    """The examples at these places of the training sequence, [n]. pools: indices of each part's
+    examples.
 
-    draw(seed, place [m], total) -> i64[m]: which of one pool's `total` examples stand at places of its own sequence.
+    draw(seed, place [m], total) -> i64[m]: which of one pool's `total` examples stand at places of
+    its own sequence.
     """
     deal = pattern(weights)
     before = (deal[:, None] == np.arange(len(pools))).cumsum(
@@ -74,7 +82,9 @@ def indices(
 
 
 def pools(task: Task, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Indices of the examples of each part, in the order of `task.weights`. Raises TaskError for a part that has none."""
+    """Indices of the examples of each part, in the order of `task.weights`. Raises TaskError for a
+    part that has none.
+    """
     names = np.array([example.task for example in examples])
     found = {name: np.flatnonzero(names == name) for name in task.weights}
     if empty := [name for name, pool in found.items() if not pool.size]:

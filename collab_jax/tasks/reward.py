@@ -1,9 +1,11 @@
-"""A reward of your own: a Python function that tells right from wrong, in place of a task's verifier.
+"""A reward of your own: a Python function that tells right from wrong, in place of a task's
+verifier.
 
-`config.task.reward = "path/to/file.py:function"`, a local file that is loaded once. Keep it as it is while a run goes on: the
-run knows it by name only. The function is called as `function(example, response)` with the example (`example.problem` is the
-task's own data, `example.task` its name) and the whole text of a finished response that did not call the cloud, or of the
-cloud's answer. What it returns:
+`config.task.reward = "path/to/file.py:function"`, a local file that is loaded once. Keep it as it
+is while a run goes on: the run knows it by name only. The function is called as `function(example,
+response)` with the example (`example.problem` is the task's own data, `example.task` its name) and
+the whole text of a finished response that did not call the cloud, or of the cloud's answer. What it
+returns:
 
     True, False      right, wrong
     0 ... 1          right from 0.5 on: the method rewards being right, and how much is `config.reward`'s to say
@@ -25,7 +27,9 @@ Reward = Callable[[Example, str], bool | float | None]
 
 
 def load(spec: str) -> Reward:
-    """The function that "file.py:function" names. Raises TaskError where it cannot be had, with file and line."""
+    """The function that "file.py:function" names. Raises TaskError where it cannot be had, with
+    file and line.
+    """
     file, _, name = spec.rpartition(":")
     path = pathlib.Path(file).expanduser()
     if not file or path.suffix != ".py" or not path.is_file():

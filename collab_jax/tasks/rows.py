@@ -1,6 +1,8 @@
-"""Questions with an answer each, a row a question: where the rows come from, and the task that they make.
+"""Questions with an answer each, a row a question: where the rows come from, and the task that they
+make.
 
-Rows are JSON lines, plain or gzip-compressed, one object a line with `id`, `problem`, `answer` and whatever else.
+Rows are JSON lines, plain or gzip-compressed, one object a line with `id`, `problem`, `answer` and
+whatever else.
 """
 
 import functools
@@ -14,10 +16,12 @@ from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
 
 
 def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
-    """The rows of NAME.jsonl or NAME.jsonl.gz in `folder`, each with these fields besides id and problem.
+    """The rows of NAME.jsonl or NAME.jsonl.gz in `folder`, each with these fields besides id and
+    problem.
 
-    Where neither is there, a benchmark's come from the TFDS data set below `folder`, built on first use (`benchmarks.py`).
-    Raises TaskError, naming file and line, for what is missing, empty, twice there, or no JSON.
+    Where neither is there, a benchmark's come from the TFDS data set below `folder`, built on first
+    use (`benchmarks.py`). Raises TaskError, naming file and line, for what is missing, empty, twice
+    there, or no JSON.
     """
     places = [folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"]
     path = next((place for place in places if place.exists()), None)
@@ -85,10 +89,11 @@ def make_task(
     compare: Callable[[Sequence[Example], Sequence[str]], Sequence[bool | None]],
     cloud_prompt: str,
 ) -> Task:
-    """The task of `config.task.name`, whose prompts are two templates with {problem} in them, `config.task.prompt` the device's.
+    """The task of `config.task.name`, whose prompts are two templates with {problem} in them,
+    `config.task.prompt` the device's.
 
-    compare(examples, responses) -> whether each response's answer is right; None where the verifier ran out of time.
-    Raises TaskError for a prompt without {problem}.
+    compare(examples, responses) -> whether each response's answer is right; None where the verifier
+    ran out of time. Raises TaskError for a prompt without {problem}.
     """
     template, marker = config.task.prompt, config.text.marker
     if "{problem}" not in template:

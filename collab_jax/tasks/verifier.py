@@ -1,6 +1,8 @@
-"""Answers compared by math-verify (sympy) in worker processes, each pair with a deadline: a stuck worker is killed.
+"""Answers compared by math-verify (sympy) in worker processes, each pair with a deadline: a stuck
+worker is killed.
 
-math-verify's own time-outs need the main thread and trust the parser; a process that can be killed needs neither.
+math-verify's own time-outs need the main thread and trust the parser; a process that can be killed
+needs neither.
 """
 
 import atexit
@@ -26,8 +28,8 @@ class _Worker:
     """One process; `pair` is what it works on."""
 
     def __init__(self):
-        # -P: the folder of the script, which holds a math.py, must not come before the standard library.
-        # Unbuffered: a line that were read ahead would never be waited for.
+        # -P: the folder of the script, which holds a math.py, must not come before the standard
+        # library. Unbuffered: a line that were read ahead would never be waited for.
         pipes = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
@@ -56,7 +58,9 @@ class _Worker:
 
 
 class Verifier:
-    """`equal(pairs)` over some worker processes, which are started when first needed and live as long as this process."""
+    """`equal(pairs)` over some worker processes, which are started when first needed and live as
+    long as this process.
+    """
 
     def __init__(self, workers: int | None = None, deadline: float = DEADLINE):
         self._size, self._deadline = workers or min(os.cpu_count() or 1, 8), deadline
@@ -64,7 +68,9 @@ class Verifier:
         atexit.register(self.close)
 
     def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-        """Whether gold and prediction are equal, for each pair; None where that took longer than the deadline."""
+        """Whether gold and prediction are equal, for each pair; None where that took longer than
+        the deadline.
+        """
         found: list[bool | None] = [None] * len(pairs)
         waiting = collections.deque(range(len(pairs)))
         while len(self._workers) < min(self._size, len(pairs)):

@@ -1,8 +1,9 @@
 """# Ablation: what a call and the form of an answer earn
 
-GAPG on Countdown-tiny, budget 30 %, with other weights of the hierarchical reward. The paper's are alpha_a 2.0 (right on the
-device), alpha_c 0.5 (called, and the cloud is right), alpha_f 0.2 (well formed, so also for a wrong answer). A call pays where
-the device is right with a probability below (0.938 alpha_c - alpha_f) / alpha_a: 13 % at the paper's weights.
+GAPG on Countdown-tiny, budget 30 %, with other weights of the hierarchical reward. The paper's are
+alpha_a 2.0 (right on the device), alpha_c 0.5 (called, and the cloud is right), alpha_f 0.2 (well
+formed, so also for a wrong answer). A call pays where the device is right with a probability below
+(0.938 alpha_c - alpha_f) / alpha_a: 13 % at the paper's weights.
 """
 
 from collab_jax.sweep import Cell, Sweep

@@ -1,7 +1,8 @@
 """# Ablation: the budget in training
 
-GAPG on Countdown-tiny with budgets from 10 to 50 %. In training the budget sets one thing: how many prompts that only the cloud
-solves the filter lets through for each one that the device solves. Every model is then measured at every share of calls.
+GAPG on Countdown-tiny with budgets from 10 to 50 %. In training the budget sets one thing: how many
+prompts that only the cloud solves the filter lets through for each one that the device solves.
+Every model is then measured at every share of calls.
 """
 
 from collab_jax.sweep import Cell, Sweep

@@ -1,8 +1,8 @@
 """# Ablation: the prompt filter
 
-GAPG on Countdown-tiny at a budget of 10 %, where the filter drops most: the paper's (`d1d2`: D1 is every prompt that some response
-solves), with a D1 of prompts that have right and wrong responses (`mixed`), only what has no gradient dropped
-(`zero-variance`), and none.
+GAPG on Countdown-tiny at a budget of 10 %, where the filter drops most: the paper's (`d1d2`: D1 is
+every prompt that some response solves), with a D1 of prompts that have right and wrong responses
+(`mixed`), only what has no gradient dropped (`zero-variance`), and none.
 """
 
 from collab_jax.sweep import Cell, Sweep

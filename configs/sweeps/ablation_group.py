@@ -1,7 +1,7 @@
 """# Ablation: many prompts or large groups
 
-Our recipe (`configs/countdown_tiny_ours.py`) with the same 256 responses a step shared out differently, prompts x
-responses; and, with 64 x 4, without the averaged weights (`last-weights`).
+Our recipe (`configs/countdown_tiny_ours.py`) with the same 256 responses a step shared out
+differently, prompts x responses; and, with 64 x 4, without the averaged weights (`last-weights`).
 """
 
 from collab_jax.sweep import Cell, Sweep

@@ -1,8 +1,9 @@
 """# Ablation: the temperature of the rollouts
 
-Our recipe (`configs/countdown_tiny_ours.py`) with rollouts at temperatures from 1 to 0.3, and what temperature 0.5 does for the
-methods that it is compared with: GAPG, GRPO and task tuning with the paper's 32 prompts x 8 responses, their filters, and the last
-weights. The gradient is that of the policy that samples, softmax(logits / temperature), in each; evaluation is greedy in all.
+Our recipe (`configs/countdown_tiny_ours.py`) with rollouts at temperatures from 1 to 0.3, and what
+temperature 0.5 does for the methods that it is compared with: GAPG, GRPO and task tuning with the
+paper's 32 prompts x 8 responses, their filters, and the last weights. The gradient is that of the
+policy that samples, softmax(logits / temperature), in each; evaluation is greedy in all.
 """
 
 from collab_jax.sweep import Cell, Sweep

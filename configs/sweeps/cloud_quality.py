@@ -1,8 +1,9 @@
 """# Another cloud than the one trained with
 
-GAPG on Countdown-tiny, budget 30 %, trained with a cloud that is wrong on 6.2 % of the prompts or on 30 %; each measured with
-both, and with one that is never wrong. A worse cloud is wrong on the better one's failures and on others, whatever their
-difficulty. Margins know no cloud, so serving needs no other training; what a call is worth, and so when it pays, was learnt.
+GAPG on Countdown-tiny, budget 30 %, trained with a cloud that is wrong on 6.2 % of the prompts or
+on 30 %; each measured with both, and with one that is never wrong. A worse cloud is wrong on the
+better one's failures and on others, whatever their difficulty. Margins know no cloud, so serving
+needs no other training; what a call is worth, and so when it pays, was learnt.
 """
 
 from collab_jax.sweep import Cell, Sweep

@@ -1,7 +1,8 @@
 """# Countdown-tiny: every way to train, from one start
 
-The embedded 0.79 M parameter model, 160 steps of 256 responses, the same held-out prompts and the same cloud for all;
-budget 30 %. Five seeds of the four methods that the headline compares, two of the others.
+The embedded 0.79 M parameter model, 160 steps of 256 responses, the same held-out prompts and the
+same cloud for all; budget 30 %. Five seeds of the four methods that the headline compares, two of
+the others.
 
 - `ours`: our recipe (`configs/countdown_tiny_ours.py`): 64 prompts x 4 responses at temperature 0.5, no filter, averaged weights.
   `many-prompts` is the same at temperature 1.

@@ -1,10 +1,11 @@
-"""Makes the golden files: tiny random Hugging Face checkpoints and what transformers computes with them.
+"""Makes the golden files: tiny random Hugging Face checkpoints and what transformers computes with
+them.
 
     python tests/golden/make.py        # needs torch and transformers; rewrites the folders in tests/golden/
 
-`golden.npz` of each folder: tokens i32[R, S] padded on the right, lengths i32[R], logits f32[R, S, V] (each row
-computed alone; 0 past its length) and greedy i32[R, N], the greedy continuation of each row.
-`test_parity.py` reads the files, and calls the functions here where torch is installed.
+`golden.npz` of each folder: tokens i32[R, S] padded on the right, lengths i32[R], logits f32[R, S,
+V] (each row computed alone; 0 past its length) and greedy i32[R, N], the greedy continuation of
+each row. `test_parity.py` reads the files, and calls the functions here where torch is installed.
 """
 
 import json
@@ -52,7 +53,9 @@ GOLDEN = {
 
 
 def random_model(name: str, settings: dict, seed: int):
-    """A transformers model of the family that `name` begins with, its every weight, norms and biases too, drawn at random."""
+    """A transformers model of the family that `name` begins with, its every weight, norms and
+    biases too, drawn at random.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
