@@ -93,16 +93,16 @@ def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
         raise UserError(
             "--adapter: this run trained the whole model (config.lora.rank=0): export it without --adapter"
         )
-    learnt = experiment.load_state(run).learnt
+    params = experiment.load_state(run).final_params
     try:
         if adapter:
-            lora.save(out, learnt, config.lora, config.model.path)
+            lora.save(out, params, config.lora, config.model.path)
             hf.copy_tokenizer(run.folder, out)
         else:
             if config.lora.rank:
                 base = hf.load(run.folder, run.cfg, config.model.param_dtype)
-                learnt = lora.merge(base, learnt, run.cfg.lora_scale)
-            hf.save(out, learnt, hf.read_config(run.folder), config.model.param_dtype, run.folder)
+                params = lora.merge(base, params, run.cfg.lora_scale)
+            hf.save(out, params, hf.read_config(run.folder), config.model.param_dtype, run.folder)
         if not (run.folder / hf.GENERATION).is_file():
             hf.save_generation_config(out, run.text.eos_ids, run.text.pad_id)
         (out / "README.md").write_text(model_card(run, step, adapter), encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 from collab_jax import gapg
 from collab_jax.bench import peers
-from collab_jax.models import decoder, hf
+from collab_jax.models import decoder, hf, logprobs
 from collab_jax.models import text as text_lib
 from collab_jax.tasks import Example, make_task
 
@@ -137,7 +137,7 @@ def test_update_has_our_loss_and_gradient(small_model, torch, monkeypatch):
 
     def objective(params):
         rows = jnp.array(tokens.reshape(P * G, T))
-        logp = decoder.response_logprobs(
+        logp = logprobs.response_logprobs(
             params, cfg, prompts, prompt_mask, rows, temperature=1.0, chunk=T
         )
         return gapg.loss(logp.reshape(P, G, T), mask, advantages, G) / P

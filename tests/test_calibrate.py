@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from collab_jax import calibrate
-from collab_jax.routing import calibration
+from collab_jax.routing import calibration, collab_config
 from collab_jax.routing.calibration import bias_for_accuracy, bias_for_rate, track, tracker
 from collab_jax.runtime.errors import UserError
 
@@ -424,7 +424,7 @@ def test_what_is_called_lowest_is_enough():
 
 def config(delta=None):
     margins, answered = draw(np.random.default_rng(7), 1000)
-    return calibrate.to_config(
+    return collab_config.to_config(
         bias_for_rate(margins, answered, 0.3, delta),
         margins,
         answered,
@@ -435,13 +435,13 @@ def config(delta=None):
 
 def test_config_returns_as_it_was_written(tmp_path):
     for delta in (None, 0.05):
-        path = calibrate.write(tmp_path / "new" / "folder", config(delta))
+        path = collab_config.write(tmp_path / "new" / "folder", config(delta))
         assert path.name == "collab_config.json" and [p.name for p in path.parent.iterdir()] == [
             path.name
         ]
-        assert calibrate.read(path) == calibrate.read(path.parent) == config(delta)
-    named = calibrate.write(tmp_path / "other.json", config())
-    assert named == tmp_path / "other.json" and calibrate.read(named) == config()
+        assert collab_config.read(path) == collab_config.read(path.parent) == config(delta)
+    named = collab_config.write(tmp_path / "other.json", config())
+    assert named == tmp_path / "other.json" and collab_config.read(named) == config()
 
 
 def test_config_says_what_a_server_needs():
@@ -459,7 +459,7 @@ def test_config_says_what_a_server_needs():
     )
     rows = {row["rate"]: row for row in c["biases"]}
     assert rows[0.3]["bias"] == c["bias"] and rows[0.3]["expected"] == c["call_rate"]["expected"]
-    assert list(rows) == list(calibrate.RATES) and list(rows)[::9] == [0.05, 0.5, 0.95]
+    assert list(rows) == list(collab_config.RATES) and list(rows)[::9] == [0.05, 0.5, 0.95]
     assert [row["rate"] for row in config(0.05)["biases"]][
         0
     ] == 0.1  # with delta, 0.05 is below the share without answer
@@ -469,15 +469,15 @@ def test_config_says_what_a_server_needs():
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = calibrate.write(tmp_path, config())
+    path = collab_config.write(tmp_path, config())
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(calibrate.os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        calibrate.write(tmp_path, config(0.05))
-    assert calibrate.read(path) == config()
+        collab_config.write(tmp_path, config(0.05))
+    assert collab_config.read(path) == config()
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_bad_files_are_refused(tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=message):
-        calibrate.read(path)
+        collab_config.read(path)
 
 
 @pytest.fixture
@@ -560,7 +560,7 @@ def test_command_line(records, tmp_path, capsys, flags, promise):
         f"wrote {tmp_path / 'collab_config.json'}"
     )
     assert re.match(promise, promised)
-    c = calibrate.read(tmp_path)
+    c = collab_config.read(tmp_path)
     assert c["decision_token"] == "<u>" and c["marker"] is None and f"{c['bias']:+.4f}" in chosen
     assert c["call_rate"]["expected"] <= (0.3 if "--rate" in flags else 0.4)
     assert (
@@ -583,7 +583,7 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
     sent = (margins[600:] + first.bias > 0) | ~answered[600:]
     cloud = np.array(table["cloud_correct"]) & np.array(table["cloud_known"])
     right = np.where(sent, cloud[600:], table["local_correct"][600:])
-    assert calibrate.read(tmp_path)["bias"] == first.bias and first.n == 600
+    assert collab_config.read(tmp_path)["bias"] == first.bias and first.n == 600
     assert f"on the 400 prompts held out: call rate {100 * sent.mean():.1f} (" in out
     assert f"overall accuracy {100 * right.mean():.1f} (" in out
     for share, says in (
@@ -603,7 +603,7 @@ def test_command_line_by_margin_alone(records, tmp_path):
     ):
         calibrate.main(arguments)
     assert calibrate.main([*arguments, "--margin_only"]) == 0
-    c = calibrate.read(tmp_path / "low.json")
+    c = collab_config.read(tmp_path / "low.json")
     assert c["call_unanswered"] is False and c["call_rate"]["expected"] == pytest.approx(
         0.1, abs=0.002
     )
@@ -639,4 +639,4 @@ def test_what_is_no_parquet_file_is_refused(tmp_path):
             )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        calibrate.write(tmp_path / "file", config())
+        collab_config.write(tmp_path / "file", config())

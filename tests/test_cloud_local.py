@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_cloud import cloud_config, prompt, texts
 
-from collab_jax import evaluate, records
+from collab_jax import records
 from collab_jax.cloud import CachedCloud, CloudError, Reply, Store, local, make_cloud
 from collab_jax.cloud.share import with_attempt
 from collab_jax.models import hf
 from collab_jax.models import text as text_lib
 from collab_jax.reports import summary
+from collab_jax.rl import evaluation
 from collab_jax.tasks import Example, make_task
 
 QUESTIONS = [prompt("25 7 3=21"), prompt("9 2=11"), prompt("4 5 6=15")]
@@ -117,7 +118,7 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
     margins[0, written[0].index(text.decision_id)] = 0.5
     natural = types.SimpleNamespace(tokens=tokens, mask=mask, margins=margins)
     cloud = CachedCloud(Listening(), Store(tmp_path / "s.db"))
-    rows = evaluate.shared_answers(task, cloud, text, examples, natural)
+    rows = evaluation.shared_answers(task, cloud, text, examples, natural)
     alone = task.cloud_prompt(examples[0])
     extra = len(with_attempt(alone, thought)[-1]["content"]) - len(alone[-1]["content"])
     assert rows[0] == {

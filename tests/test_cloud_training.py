@@ -17,14 +17,14 @@ from collab_jax import train
 from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import __main__ as commands
 from collab_jax.cloud import attempts, ledger
-from collab_jax.rl import experiment, rollout
+from collab_jax.rl import experiment, rollout, training
 from collab_jax.runtime import metrics
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import countdown
 
 
 class NoStop:
-    """`train.Stop` without its signal handlers."""
+    """`training.GracefulStop` without its signal handlers."""
 
     requested = False
 
@@ -60,7 +60,7 @@ def shared():
     quick = pytest.MonkeyPatch()
     quick.setattr(attempts, "BACKOFF_SECONDS", (0.01, 0.05))
     quick.setattr(rollout, "make_sampler", once(rollout.make_sampler))
-    quick.setattr(train, "make_step", once(train.make_step))
+    quick.setattr(train, "make_step", once(training.make_step))
     quick.setenv("NO_PROXY", "127.0.0.1")
     yield
     quick.undo()
@@ -86,7 +86,7 @@ def test_prefetched_behind_faults_equals_healthy_bit_for_bit(
 ):
     with FaultServer(solve) as healthy:
         run = experiment.prepare(configure(healthy), tmp_path / "healthy")
-        train.train(run, NoStop())
+        training.train(run, NoStop())
         assert 0 < healthy.requests == ledger(run.cloud.store).calls  # what was needed, once
 
     with FaultServer(
@@ -103,7 +103,7 @@ def test_prefetched_behind_faults_equals_healthy_bit_for_bit(
         assert commands.status(config, folder) == commands.verify(config, folder) == 0
         assert "train: 0 of 64 prompts have no answer" in capsys.readouterr().out
         before = faulty.requests
-        train.train(experiment.prepare(config, folder), NoStop())
+        training.train(experiment.prepare(config, folder), NoStop())
         assert faulty.requests == before
     jax.tree.map(np.testing.assert_array_equal, saved(folder, 4), saved(tmp_path / "healthy", 4))
     assert told(folder) == told(tmp_path / "healthy")
@@ -113,7 +113,7 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
     faults = ("429", "500", "reset", "truncated", "empty")
     with FaultServer(solve, share=0.3, faults=faults, delay=0.05) as server:
         config = configure(server, cloud__wait=0.0, cloud__retries=0)
-        train.train(experiment.prepare(config, tmp_path / "straight"), NoStop())
+        training.train(experiment.prepare(config, tmp_path / "straight"), NoStop())
         rows = metrics.read(tmp_path / "straight" / "metrics.jsonl")
         assert sum(row["cloud_unknown"] for row in rows) > 0 and len(rows) == 4
 
@@ -123,7 +123,7 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
         replay = configure(
             server, cloud__wait=0.0, cloud__retries=0, cloud__mode="replay", cloud__prefetch=1
         )
-        train.train(experiment.prepare(replay, tmp_path / "replayed"), NoStop())
+        training.train(experiment.prepare(replay, tmp_path / "replayed"), NoStop())
         unknown = (tmp_path / "resumed" / "unknown.jsonl").read_bytes()
         (tmp_path / "resumed" / "unknown.jsonl").write_bytes(
             unknown + b'{"step": 9, "id'
@@ -134,7 +134,7 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
         run.cloud.answer(
             [run.task.cloud_prompt(e) for e in everything]
         )  # by now all of it is known
-        train.train(run, NoStop())
+        training.train(run, NoStop())
     for name in ("resumed", "replayed"):
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -204,9 +204,9 @@ def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes
         with pytest.raises(
             UserError, match="3 calls of config.cloud.max_calls=3.* the same command goes on"
         ):
-            train.train(run, NoStop())
+            training.train(run, NoStop())
         assert server.requests == 3 and run.checkpoints.latest() is not None
         again = experiment.prepare(
             configure(server, **limits | {"cloud__max_calls": 300}), tmp_path
         )
-        assert train.train(again, NoStop()) is not None and again.checkpoints.latest() == 4
+        assert training.train(again, NoStop()) is not None and again.checkpoints.latest() == 4

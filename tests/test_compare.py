@@ -8,13 +8,14 @@ import pytest
 from tables import make
 
 from collab_jax import compare, records
-from collab_jax.compare import Model
+from collab_jax.reports import comparison
+from collab_jax.reports.comparison import Model
 from collab_jax.routing import costs
 from collab_jax.runtime.errors import UserError
 
 
 def test_compare_by_hand():
-    result = compare.compare({"m": Model([make()], [None])}, budgets=(0.2, 0.4), resamples=20)
+    result = comparison.compare({"m": Model([make()], [None])}, budgets=(0.2, 0.4), resamples=20)
     assert (
         result["reference"] == "m: margin"
         and result["prompts"] == 5
@@ -42,7 +43,7 @@ def test_compare_by_hand():
 
 def test_a_difference_is_paired_and_a_model_with_itself_has_none():
     twice = {"a": Model([make(200), make(200, local_correct=[True] * 200)], [None] * 2)}
-    both = compare.compare({**twice, "b": twice["a"]}, resamples=50)
+    both = comparison.compare({**twice, "b": twice["a"]}, resamples=50)
     assert both["seeds"] == {"a": 2, "b": 2}
     for at in both["methods"]["b: margin"]["at_budget"].values():
         assert at["reference_minus_this"] == {"value": 0, "low": 0, "high": 0}
@@ -52,13 +53,13 @@ def test_a_difference_is_paired_and_a_model_with_itself_has_none():
 def test_rows_in_another_order_are_the_same_prompts():
     table = make(100)
     backwards = {name: column[::-1] for name, column in table.items()}
-    result = compare.compare(
+    result = comparison.compare(
         {"a": Model([table], [None]), "b": Model([backwards], [None])}, resamples=10
     )
     a, b = (result["methods"][f"{m}: logprob"]["at_budget"] for m in "ab")
     assert {k: v["accuracy"] for k, v in a.items()} == {k: v["accuracy"] for k, v in b.items()}
     with pytest.raises(UserError, match="other prompts"):
-        compare.compare({"a": Model([table], [None]), "b": Model([make(99)], [None])})
+        comparison.compare({"a": Model([table], [None]), "b": Model([make(99)], [None])})
 
 
 def test_costs_by_hand():
@@ -67,7 +68,7 @@ def test_costs_by_hand():
         margins=[[-3.0] * 10, [0.0, 2.0] + [0.0] * 8, [1.0] * 10, [-1.0] * 10, [-2.0] * 10],
     )
     prices = costs.Prices(cloud_seconds=3.0, device_ms_per_token=100)
-    result = compare.compare(
+    result = comparison.compare(
         {"m": Model([table], [None])}, budgets=(0.4,), resamples=5, prices=prices
     )
     at = {name: method["at_budget"]["0.4"] for name, method in result["methods"].items()}
@@ -78,7 +79,7 @@ def test_costs_by_hand():
     assert at["m: logprob"]["device_tokens"] == 10 and at["m: random"][
         "device_tokens"
     ] == pytest.approx(6)
-    assert "Cost of a prompt" in compare.markdown(result)
+    assert "Cost of a prompt" in comparison.render(result)
 
 
 def test_prices_need_a_latency(tmp_path):
@@ -126,8 +127,8 @@ def test_fit_tables_go_with_records(tmp_path):
         records.write(tmp_path / f"{name}.parquet", table)
     a, fit = str(tmp_path / "a.parquet"), str(tmp_path / "fit.parquet")
     models = compare.load([f"m={a}"], [f"m={fit}"])
-    assert "m: features_trees" in compare.score_all(models)
+    assert "m: features_trees" in comparison.score_all(models)
     with pytest.raises(UserError, match="one for each seed"):
         compare.load([f"m={a}"], [f"m={fit},{fit}"])
     with pytest.raises(UserError, match="no method 'x: y'"):
-        compare.compare(models, resamples=5, reference="x: y")
+        comparison.compare(models, resamples=5, reference="x: y")

@@ -6,8 +6,7 @@ import runpy
 import pytest
 from conftest import ROOT
 
-from collab_jax import sft
-from collab_jax.rl import experiment
+from collab_jax.rl import experiment, warm_start
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
@@ -42,7 +41,7 @@ def test_settings_are_possible(file: pathlib.Path):
     experiment.check_config(config)
     make_task(config)
     if config.sft.steps:
-        sft.check(config)
+        warm_start.check(config)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_impossible_warm_starts_are_refused_by_name(small, setting):
     config = small("countdown_tiny_sft.py")
     config.sft.update(setting)
     with pytest.raises(UserError, match=next(iter(setting))):
-        sft.check(config)
+        warm_start.check(config)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem != "common"], ids=lambda f: f.stem)

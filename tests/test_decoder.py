@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from collab_jax.models import decoder
+from collab_jax.models import decoder, logprobs
 from collab_jax.models.decoder import DecoderConfig, RopeScaling
 
 # Compiling is most of the time here; this halves it.
@@ -233,7 +233,7 @@ def direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature
     return want
 
 
-response_logprobs = jit(decoder.response_logprobs, static_argnums=(1, 6))
+response_logprobs = jit(logprobs.response_logprobs, static_argnums=(1, 6))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -271,7 +271,7 @@ def test_chunk_size_changes_neither_value_nor_gradient():
 
     @functools.partial(jit, static_argnums=2)
     def value_and_gradient(params, hidden, chunk):
-        loss = lambda p, h: (decoder.token_logprobs(p, cfg, h, targets, 1.3, chunk) * weight).sum()  # noqa: E731
+        loss = lambda p, h: (logprobs.token_logprobs(p, cfg, h, targets, 1.3, chunk) * weight).sum()  # noqa: E731
         return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
 
     whole = value_and_gradient(params, hidden, 5)
@@ -292,7 +292,7 @@ def test_remat_changes_no_gradient_and_padding_has_none():
 
     def gradient(cfg):
         def loss(params):
-            logp = decoder.response_logprobs(
+            logp = logprobs.response_logprobs(
                 params, cfg, prompts * prompt_mask, prompt_mask, tokens, 1.0, 64
             )
             return jnp.where(mask, logp, 0.0).sum()

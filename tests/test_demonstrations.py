@@ -14,7 +14,7 @@ from conftest import ROOT
 from collab_jax import sft
 from collab_jax.models import text as text_lib
 from collab_jax.models.sampler import Samples
-from collab_jax.rl import demonstrations
+from collab_jax.rl import demonstrations, warm_start
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, make_task
 
@@ -373,7 +373,7 @@ def test_workdir_that_cannot_be_made(small, tmp_path):
 
 def test_what_would_keep_training_from_learning_is_told():
     fine = {"called": 0.1, "formatted": 0.8, "local_accuracy": 0.3}
-    assert sft.warnings(fine) == []
-    assert "no response calls" in sft.warnings(fine | {"called": 0})[0]
-    assert "most responses neither" in sft.warnings(fine | {"formatted": 0.2})[0]
-    assert "no response is right" in sft.warnings(fine | {"local_accuracy": 0})[0]
+    assert warm_start.warnings(fine) == []
+    assert "no response calls" in warm_start.warnings(fine | {"called": 0})[0]
+    assert "most responses neither" in warm_start.warnings(fine | {"formatted": 0.2})[0]
+    assert "no response is right" in warm_start.warnings(fine | {"local_accuracy": 0})[0]

@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from collab_jax import gapg
-from collab_jax.models import decoder
+from collab_jax.models import decoder, logprobs
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.rl import algorithms
+from collab_jax.rl import algorithms, step
 
 T, F = True, False
 NO_REWARD, NO_MASK = jnp.nan, None  # where the paper's own parts do not look
@@ -267,18 +267,18 @@ def start(budget=0.3, params=None):
     )
 
 
-def logprobs(params, batch):
+def batch_logprobs(params, batch):
     """f32[Q, G, T], every row with a prompt of its own."""
     prompts = np.repeat(batch.prompts, G, 0), np.repeat(batch.prompt_mask, G, 0)
     rows = batch.tokens.reshape(-1, NEW)
-    return decoder.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
+    return logprobs.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
 
 
 def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG, average=0.0):
     settings = dict(
         micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2, average=average
     )
-    return gapg.make_step(CFG, SGD, algorithm, axis="d", **settings)
+    return step.make_step(CFG, SGD, algorithm, axis="d", **settings)
 
 
 def one_step(batch, devices=2, state=None, **settings):
@@ -319,7 +319,7 @@ def test_step_is_the_gradient_of_the_kept_prompts(stepped):
     )
 
     def objective(params):
-        logp = logprobs(params, batch)
+        logp = batch_logprobs(params, batch)
         return (
             gapg.loss(logp, batch.mask, gapg.advantage(r, NO_MASK) * keep[:, None], G) / keep.sum()
         )
@@ -359,29 +359,29 @@ def test_averaged_weights_by_hand():
     averaged = start().replace(average=start().params)
     one, _ = one_step(rollout(), state=averaged, average=0.5)
     two, _ = one_step(rollout(), state=one, average=0.5)
-    assert_close(one.policy, one.params, rtol=1e-6, atol=1e-7)
+    assert_close(one.final_model, one.params, rtol=1e-6, atol=1e-7)
     assert_close(
-        two.policy,
+        two.final_model,
         jax.tree.map(lambda a, b: a / 3 + 2 * b / 3, one.params, two.params),
         rtol=1e-5,
         atol=1e-6,
     )
     plain, _ = one_step(rollout())
     assert_close(one.params, plain.params, rtol=0)  # what is learnt from does not change
-    assert plain.average is None and plain.policy is plain.params
+    assert plain.average is None and plain.final_model is plain.params
 
 
 def test_cut_lengths_by_hand():
-    assert gapg.cut_lengths(56, 4) == (16, 32, 48, 56)
-    assert gapg.cut_lengths(56, 1) == (56,)
-    assert gapg.cut_lengths(1024, 4) == (256, 512, 768, 1024)
-    assert gapg.cut_lengths(5, 4) == (5,)
+    assert step.cut_lengths(56, 4) == (16, 32, 48, 56)
+    assert step.cut_lengths(56, 1) == (56,)
+    assert step.cut_lengths(1024, 4) == (256, 512, 768, 1024)
+    assert step.cut_lengths(5, 4) == (5,)
 
 
 def test_work_is_that_of_the_responses_that_have_a_gradient():
     """Counted in micro-batches by what a spy on the decoder is given, at run time."""
     seen = []
-    real = decoder.continued_logprobs
+    real = logprobs.continued_logprobs
 
     def spy(params, cfg, last, prompt, prompt_mask, responses, *rest):
         jax.debug.callback(lambda _: seen.append(responses.shape), responses[0, 0])
@@ -469,7 +469,7 @@ def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
 
 def test_drift_is_measured_against_the_sampled_log_probabilities(stepped):
     batch = rollout()
-    exact = logprobs(start().params, batch)
+    exact = batch_logprobs(start().params, batch)
     _, metrics = one_step(batch.replace(logp=np.asarray(exact)))
     assert metrics["drift_max"] < 1e-5 and stepped[1]["drift"] > 0.1
 

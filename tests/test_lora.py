@@ -12,9 +12,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from collab_jax import export, sft, train
+from collab_jax import export
 from collab_jax.models import decoder, hf, lora
-from collab_jax.rl import experiment
+from collab_jax.rl import experiment, training, warm_start
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
@@ -147,7 +147,9 @@ def trained(small, tmp_path_factory):
     return (
         config,
         workdir,
-        parallel.unreplicate(train.train(experiment.prepare(config, workdir), train.Stop())),
+        parallel.unreplicate(
+            training.train(experiment.prepare(config, workdir), training.GracefulStop())
+        ),
     )
 
 
@@ -169,7 +171,7 @@ def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(traine
         p.stat().st_size for p in (workdir / "checkpoints" / "4").rglob("*") if p.is_file()
     )
     assert stored < 0.5 * sum(x.nbytes for x in jax.tree.leaves(base))
-    assert experiment.load_state(run).policy["layers_0"]["self_attn"]["q_proj"].keys() == {
+    assert experiment.load_state(run).final_model["layers_0"]["self_attn"]["q_proj"].keys() == {
         "kernel",
         "lora_a",
         "lora_b",
@@ -184,7 +186,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(trained, tmp_path):
     assert run.checkpoints.latest() == 2
     jax.tree.map(
         np.testing.assert_array_equal,
-        parallel.unreplicate(train.train(run, train.Stop())),
+        parallel.unreplicate(training.train(run, training.GracefulStop())),
         straight,
     )
 
@@ -205,8 +207,8 @@ def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
     cfg = hf.config_from_hf(hf.read_config(folder))
     base, task = hf.load(folder, cfg, "float32"), make_task(config)
     text = experiment.text_lib.load(folder, config.text)
-    shown = sft.shown(None, None, text, task, config, tmp_path)
-    tuned = flat(sft.tune(base, cfg, sft.batches(shown, text, config), config))
+    shown = warm_start.demonstration_stream(None, None, text, task, config, tmp_path)
+    tuned = flat(warm_start.tune(base, cfg, warm_start.batches(shown, text, config), config))
     changed = {name for name, value in flat(base).items() if not np.array_equal(value, tuned[name])}
     assert (
         changed == {f"layers_{i}/self_attn/o_proj/kernel" for i in range(4)}
@@ -222,7 +224,7 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
     run = experiment.prepare(config, workdir)
     assert export.write(run, tmp_path / "merged", adapter=False) == 4
     merged = hf.load(tmp_path / "merged", run.cfg, "float32")
-    want = lora.merge(state.frozen, state.learnt, 8.0)
+    want = lora.merge(state.frozen, state.final_params, 8.0)
     jax.tree.map(np.testing.assert_array_equal, merged, want)
     assert export.write(run, tmp_path / "adapter", adapter=True) == 4
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -234,7 +236,7 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(weights) == 16
     b = weights["base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"]
-    np.testing.assert_array_equal(b, state.learnt["layers_3"]["mlp"]["up_proj"]["lora_b"].T)
+    np.testing.assert_array_equal(b, state.final_params["layers_3"]["mlp"]["up_proj"]["lora_b"].T)
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
     assert {
         "tokenizer.json",

@@ -12,7 +12,7 @@ from conftest import ROOT
 from collab_jax import gapg, memory, train
 from collab_jax.bench import measure
 from collab_jax.models import hf, lora, published, sampler
-from collab_jax.rl import optim
+from collab_jax.rl import memory_plan, optim, step
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ def shapes(tree):
 
 
 def trained_and_frozen(cfg, config):
-    return memory._model(
+    return memory_plan._model(
         cfg, config.lora.rank, tuple(config.lora.targets), config.model.param_dtype
     )
 
@@ -51,7 +51,7 @@ def update_bytes(cfg, config) -> int:
     state = jax.eval_shape(
         lambda p: gapg.init_state(p, optimizer, *states, config.optim.average > 0), params
     )
-    body = gapg.make_step(
+    body = step.make_step(
         cfg, optimizer, gapg.GAPG, axis=parallel.AXIS, micro_rows=config.train.micro_rows, lengths=(config.max_new_tokens,),
         temperature=1.0, chunk=config.train.logprob_chunk, average=config.optim.average,
     )  # fmt: skip
@@ -71,8 +71,10 @@ def update_bytes(cfg, config) -> int:
         array(prompts, jnp.int32), array(prompts, bool), array(rows, jnp.int32), array(rows, jnp.float32), array(rows, bool),
         **flags, cloud_correct=array((P,), bool), cloud_known=array((P,), bool),
     )  # fmt: skip
-    step = parallel.pmap(lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,))
-    lowered = step.lower(shapes(state.replace(frozen=frozen)), shapes(batch))
+    update_step = parallel.pmap(
+        lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,)
+    )
+    lowered = update_step.lower(shapes(state.replace(frozen=frozen)), shapes(batch))
     found = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
     return found.temp_size_in_bytes + found.argument_size_in_bytes
 
@@ -127,7 +129,7 @@ HALF = {"model.dtype": "bfloat16"}
 )
 def test_the_plan_of_an_update_is_what_the_compiler_reserves(changes, architecture):
     cfg, config = make(changes, **architecture)
-    plan = memory.plan(cfg, config, devices=2, cpu=True)
+    plan = memory_plan.plan(cfg, config, devices=2, cpu=True)
     real = update_bytes(cfg, config)
     assert (sum(plan.held.values()) + sum(plan.update.values())) / real == pytest.approx(
         1, abs=0.15
@@ -144,7 +146,7 @@ def test_the_plan_of_an_update_is_what_the_compiler_reserves(changes, architectu
 )
 def test_the_plan_of_sampling_is_what_the_compiler_reserves(changes, architecture):
     cfg, config = make(changes, **architecture)
-    plan = memory.plan(cfg, config, devices=2, cpu=True)
+    plan = memory_plan.plan(cfg, config, devices=2, cpu=True)
     real = sampling_bytes(cfg, config)
     assert (plan.held["parameters"] + sum(plan.sampling.values())) / real == pytest.approx(
         1, abs=0.15
@@ -156,9 +158,9 @@ def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
     alone, and masks.
     """
     cfg, _ = make({"train.remat": True})
-    block, _ = memory.kept(cfg, 0, (), 24, 57)
+    block, _ = memory_plan.backward_bytes(cfg, 0, (), 24, 57)
     assert 56 * 64 * 4 <= block <= 1.5 * 56 * 64 * 4
-    bare, _ = memory.kept(make()[0], 0, (), 24, 57)
+    bare, _ = memory_plan.backward_bytes(make()[0], 0, (), 24, 57)
     # Five wide arrays of SiLU and its product, and the scores: much more than that lies between.
     assert bare > 5 * 56 * 224 * 4 + 4 * 56 * (24 + 56) * 4
 
@@ -166,7 +168,7 @@ def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
 def test_parameters_and_optimizer_by_hand():
     cfg, config = make()
     count = 768 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 64 + 2 * 32 + 3 * 64 * 224 + 2 * 64)
-    assert memory.plan(cfg, config, 2).held == {
+    assert memory_plan.plan(cfg, config, 2).held == {
         "parameters": 4 * count,
         "optimizer": 8 * count,
         "average": 0,
@@ -174,25 +176,25 @@ def test_parameters_and_optimizer_by_hand():
     cfg, config = make({"lora.rank": 2, "lora.targets": ("q_proj",), "optim.average": 0.5} | HALF)
     adapter = 2 * 2 * (64 + 64)
     held = {"parameters": 4 * adapter + 2 * count, "optimizer": 8 * adapter, "average": 4 * adapter}
-    assert memory.plan(cfg, config, 2).held == held
+    assert memory_plan.plan(cfg, config, 2).held == held
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_would(
     small, tmp_path, monkeypatch
 ):
     cfg, config = make()
-    need = memory.plan(cfg, config, 2).total
-    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory.check(
+    need = memory_plan.plan(cfg, config, 2).total
+    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory_plan.check(
         cfg, config, 2, need
     )
     with pytest.raises(
         UserError, match=r"GiB on each of 2 devices.*it fits with --config.train.micro_rows=4\n"
     ):
-        memory.check(cfg, config, 2, need - 1)
+        memory_plan.check(cfg, config, 2, need - 1)
     with pytest.raises(
         UserError, match="nothing that could be changed makes it fit: use a smaller model"
     ):
-        memory.check(cfg, config, 2, 1000)
+        memory_plan.check(cfg, config, 2, 1000)
     monkeypatch.setattr(memory, "limit", lambda: 1000.0)
     with pytest.raises(UserError, match="GiB"):  # the command line asks
         train.main(small(), tmp_path / "run")
@@ -202,12 +204,14 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_wou
 def test_what_is_named_fits_and_nothing_milder_does():
     cfg, config = make()
     for have in (0.8, 0.6, 0.45, 0.3):
-        have *= memory.plan(cfg, config, 2).total
-        changes = memory.fitting(cfg, config, 2, have)
+        have *= memory_plan.plan(cfg, config, 2).total
+        changes = memory_plan.fitting(cfg, config, 2, have)
         fits = []
-        for other in memory._choices(config, 2):
+        for other in memory_plan._choices(config, 2):
             fits.append(
-                memory.plan(*memory.changed(cfg, config, other), other.get("devices", 2)).total
+                memory_plan.plan(
+                    *memory_plan.changed(cfg, config, other), other.get("devices", 2)
+                ).total
                 <= have
             )
             if other == changes:
@@ -217,11 +221,12 @@ def test_what_is_named_fits_and_nothing_milder_does():
 
 def test_half_precision_remat_smaller_chunks_lora_and_more_devices_need_less():
     cfg, config = make()
-    plain = memory.plan(cfg, config, 2)
+    plain = memory_plan.plan(cfg, config, 2)
     less = lambda part, devices=2, **c: (  # noqa: E731
         sum(
             getattr(
-                memory.plan(*make({k.replace("__", "."): v for k, v in c.items()}), devices), part
+                memory_plan.plan(*make({k.replace("__", "."): v for k, v in c.items()}), devices),
+                part,
             ).values()
         )
         < sum(getattr(plain, part).values())
@@ -231,7 +236,7 @@ def test_half_precision_remat_smaller_chunks_lora_and_more_devices_need_less():
     assert less("held", lora__rank=2) and less(
         "held", model__param_dtype="bfloat16", model__dtype="bfloat16"
     )
-    assert memory.limit() > 2**28
+    assert memory_plan.limit() > 2**28
 
 
 def test_published_shapes_have_the_sizes_of_their_names():

@@ -14,7 +14,7 @@ import types
 import pytest
 from conftest import ROOT, SMALL
 
-from collab_jax import calibrate
+from collab_jax.routing import collab_config
 
 NOTEBOOK = ROOT / "notebooks" / "01_quickstart_colab.ipynb"
 
@@ -163,7 +163,7 @@ def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook,
     assert sorted(kinds.values()) == ["answer", "call"]
     assert dict(rows(out["reach"]))["prompts"] == "32"
     assert "| accuracy on the device" in (tmp_path / "run" / "report.md").read_text()
-    config = calibrate.read(tmp_path / "model")
+    config = collab_config.read(tmp_path / "model")
     assert config["decision_token"] == "<|quad_start|>" and config["marker"].startswith("<unknown>")
     assert (config["target"], config["value"]) == ("rate", 0.3)
     card = (tmp_path / "model" / "README.md").read_text()

@@ -6,6 +6,7 @@ import markdown
 import pytest
 
 from collab_jax.reports import page
+from collab_jax.runtime import markdown as md
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,8 @@ from collab_jax.reports import page
     ids=range(9),
 )
 def test_any_text_stays_one_line_of_code(text):
-    made = markdown.markdown(f"- **kind**: {page.code(text)} -> {page.code('x')}")
-    assert made.count("<code>") == 2 and "<script" not in made and "\n" not in page.code(text)
+    made = markdown.markdown(f"- **kind**: {md.code(text)} -> {md.code('x')}")
+    assert made.count("<code>") == 2 and "<script" not in made and "\n" not in md.code(text)
     shown = re.search("<code>(.*?)</code>", made)[1]
     assert (
         shown == re.sub("\r\n|\r|\n", " ⏎ ", text).replace("<", "&lt;").replace(">", "&gt;").strip()
@@ -33,7 +34,7 @@ def test_any_text_stays_one_line_of_code(text):
 
 
 def test_a_table_survives_what_is_in_its_cells(tmp_path):
-    text = page.table(["a|b", "<b>"], [["x<img src=x onerror=1>", page.code("p|q<r>")], ["1", "2"]])
+    text = md.table(["a|b", "<b>"], [["x<img src=x onerror=1>", md.code("p|q<r>")], ["1", "2"]])
     page.save(tmp_path, "t", f"# A < B\n\n{text}\n")
     made = (tmp_path / "t.html").read_text(encoding="utf-8")
     assert (
@@ -57,5 +58,5 @@ def test_figures_are_inside_as_vectors_where_there_are(tmp_path):
 
 def test_figures_with_intervals():
     rate = {"value": 0.1234, "low": 0.1, "high": None}
-    assert page.percent(rate) == "12.3 (10.0 to -)"
-    assert page.points({"value": 0.01, "low": -0.002, "high": 0.0249}) == "+1.0 (-0.2 to +2.5)"
+    assert md.percent(rate) == "12.3 (10.0 to -)"
+    assert md.points({"value": 0.01, "low": -0.002, "high": 0.0249}) == "+1.0 (-0.2 to +2.5)"

@@ -10,9 +10,9 @@ import sys
 
 from conftest import ROOT, SMALL
 
-from collab_jax import sweep
 from collab_jax.bench import peers
 from collab_jax.reports import sweep as sweep_report
+from collab_jax.rl import sweeps
 
 README = (ROOT / "README.md").read_text()
 
@@ -60,7 +60,7 @@ def test_every_other_command_runs(tmp_path, data_dir):
         elif (
             "collab_jax.sweep" in words
         ):  # hours of work: test_sweep.py runs sweeps, this one's runs are checked
-            assert sweep.jobs(sweep.load(ROOT / words[words.index("--config") + 1]), tmp_path)
+            assert sweeps.jobs(sweeps.load(ROOT / words[words.index("--config") + 1]), tmp_path)
             continue
         elif {"collab_jax.compare", "collab_jax.calibrate"} & set(words):
             extra = []

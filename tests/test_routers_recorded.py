@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from collab_jax import compare, evaluate, train
 from collab_jax.models import decoder
-from collab_jax.rl import experiment
+from collab_jax.reports import comparison
+from collab_jax.rl import evaluation, experiment, training
 from collab_jax.routing import agreement, classifier, hidden, measures, recorded
 from collab_jax.routing.device import Device, batches
 from collab_jax.runtime import parallel
@@ -24,12 +24,12 @@ def scene(small, tmp_path_factory):
         routers__no=" no",
     )
     run = experiment.prepare(config, tmp_path_factory.mktemp("routers"))
-    state, sample = parallel.replicate(experiment.load_state(run)), evaluate.greedy_sampler(run)
-    fit, held = train.fit_examples(run), evaluate.held_out(run)
+    state, sample = parallel.replicate(experiment.load_state(run)), evaluation.greedy_sampler(run)
+    fit, held = training.fit_examples(run), evaluation.held_out(run)
     device = Device(run, state.params, {e.id: e for e in fit + held})
     parts = run.text, run.task, run.cloud
     tables = [
-        evaluate.evaluate(sample, state.params, *parts, e, config, "x", natural=False)
+        evaluation.evaluate(sample, state.params, *parts, e, config, "x", natural=False)
         for e in (fit, held)
     ]
     return device, *tables
@@ -111,7 +111,7 @@ def test_records_get_the_columns_and_compare_reads_them(scene):
     assert set(found) - set(table) == {
         f"{kind}_{name}" for kind in ("score", "tokens") for name in names
     }
-    result = compare.compare({"m": compare.Model([found], [fit_on])}, resamples=2)
+    result = comparison.compare({"m": comparison.Model([found], [fit_on])}, resamples=2)
     assert {"m: hidden", "m: verification", "m: margin"} <= set(result["methods"])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from collab_jax.models import decoder, sampler
+from collab_jax.models import decoder, logprobs, sampler
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import Marker, PlainMarker, Settings
 
@@ -164,7 +164,7 @@ def test_sampled_logp_is_that_of_the_sampling_distribution(beta):
 
 def test_sampled_logp_is_the_teacher_forced_one():
     samples = sampled()
-    forced = jit(decoder.response_logprobs, static_argnums=(1, 5, 6))(
+    forced = jit(logprobs.response_logprobs, static_argnums=(1, 5, 6))(
         PARAMS, CFG, *prompts(), samples.tokens.reshape(-1, T), SAMPLED["temperature"], 5
     )
     mask = samples.mask.reshape(-1, T)
@@ -426,7 +426,7 @@ def test_log_probs_of_responses_that_could_not_call_are_the_sampled_ones():
     def forced(barred):
         last, prompt = decoder.prefill(PARAMS, CFG, *prompts())
         rows = samples.tokens.reshape(-1, T)
-        return decoder.continued_logprobs(
+        return logprobs.continued_logprobs(
             PARAMS, CFG, last, prompt, prompts()[1], rows, SAMPLED["temperature"], 5, barred
         )
 

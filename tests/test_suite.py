@@ -14,11 +14,11 @@ import pytest
 from conftest import ROOT, SMALL
 from tables import make
 
-from collab_jax import evaluate, records, train
+from collab_jax import records
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.reports import suite
-from collab_jax.rl import experiment, rollout
+from collab_jax.rl import evaluation, experiment, rollout, training
 from collab_jax.routing import measures
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -87,12 +87,12 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
     run = experiment.prepare(made[0], tmp_path)
     examples = experiment.examples(run, "train")
     assert len(examples) == 14  # one too long in each task
-    choose = train.chooser(run, examples)
+    choose = training.chooser(run, examples)
     for step in range(3):  # 8 prompts a step: 6 and 2
         assert sorted(examples[i].task for i in choose(step, 8)) == ["gsm8k"] * 2 + ["math"] * 6
     config = made[0].copy_and_resolve_references()
     config.eval.fit_prompts, config.train.steps = 2, 1
-    left = train.fit_examples(run._replace(config=config))
+    left = training.fit_examples(run._replace(config=config))
     used = {examples[i].id for i in choose(0, 8)}
     assert len(left) == 2 and not used & {e.id for e in left}
 
@@ -106,8 +106,8 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
         parallel.gather(got.rollout).cloud_correct.sum() >= 6
     )  # the simulated cloud knows both tasks
 
-    held = evaluate.held_out(run)
-    table = evaluate.evaluate(
+    held = evaluation.held_out(run)
+    table = evaluation.evaluate(
         sample, params, run.text, run.task, run.cloud, held, run.config, "mix", seed=1
     )
     assert table["task"].tolist() == [

@@ -16,9 +16,11 @@ from conftest import ROOT
 from tables import make
 
 from collab_jax import records, sweep
+from collab_jax.reports import sweep as sweep_report
+from collab_jax.rl import sweeps
 from collab_jax.rl.experiment import claim, make_workdir
+from collab_jax.rl.sweeps import Cell, Sweep
 from collab_jax.runtime.errors import UserError
-from collab_jax.sweep import Cell, Sweep
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
 TWO = Sweep(
@@ -29,13 +31,13 @@ TWO = Sweep(
 
 
 def test_order_and_command_line(tmp_path):
-    found = sweep.jobs(TWO, tmp_path)
+    found = sweeps.jobs(TWO, tmp_path)
     assert [str(job.folder.relative_to(tmp_path)) for job in found] == [
         "b/seed-0",
         "a/seed-5",
         "b/seed-1",
     ]
-    words = sweep.command(TWO, found[1])
+    words = sweeps.command(TWO, found[1])
     assert words[1:4] == ["-m", "collab_jax.train", "--config"] and words[5:] == [
         "--workdir", str(found[1].folder), "--config.train.steps=3", "--config.algorithm.filter=none", "--config.seed=5"
     ]  # fmt: skip
@@ -75,7 +77,7 @@ def stand_in(tmp_path, monkeypatch):
     def command(of, job):
         make_workdir(job.folder)
         claim(
-            sweep.config_of(of, job.changes), job.folder
+            sweeps.config_of(of, job.changes), job.folder
         )  # as training does at first: it writes config.json
         return [
             sys.executable,
@@ -93,30 +95,30 @@ def stand_in(tmp_path, monkeypatch):
 def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys):
     stand_in["a"] = "fail"
     out = tmp_path / "out"
-    assert [job.cell for job in sweep.run(TWO, out)] == ["a"]
+    assert [job.cell for job in sweeps.run(TWO, out)] == ["a"]
     assert "failed with status 3" in capsys.readouterr().out
     first = (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns
     stand_in.clear()
-    assert sweep.run(TWO, out) == []
+    assert sweeps.run(TWO, out) == []
     with pytest.raises(UserError, match="train.steps=3 then, 4 now"):
-        sweep.run(TWO._replace(overrides={"train.steps": 4}), out)
+        sweeps.run(TWO._replace(overrides={"train.steps": 4}), out)
     config = out / "b" / "seed-0" / "config.json"
     older = {
         key: value for key, value in json.loads(config.read_text()).items() if key != "routers"
     }
     config.write_text(json.dumps(older))
-    assert sweep.run(TWO, out) == []  # a run from before a key was there is still that run
+    assert sweeps.run(TWO, out) == []  # a run from before a key was there is still that run
     config.unlink()
     with pytest.raises(UserError, match="no config.json"):
-        sweep.run(TWO, out)
+        sweeps.run(TWO, out)
     assert (out / "b" / "seed-0" / "report.json").stat().st_mtime_ns == first
-    models = sweep.models(TWO, sweep.finished(TWO, out), out / "serve.sqlite")
+    models = sweep_report.models(TWO, sweeps.finished(TWO, out), out / "serve.sqlite")
     assert list(models) == ["start", "b", "a"] and len(models["b"].seeds) == 2
 
 
 def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
     other = Sweep(TWO.config, {}, {"b": Cell({}, (0, 1)), "c": Cell({"eval.prompts": 7}, (0,))})
-    sweep.run(other, tmp_path / "out")
+    sweeps.run(other, tmp_path / "out")
     evaluated = {
         path.parent.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("evaluated")
     }
@@ -133,8 +135,10 @@ def test_the_table_is_of_all_cells_against_the_first(tmp_path, stand_in, monkeyp
 
 def test_the_report_by_hand(tmp_path, stand_in):
     out = tmp_path / "out"
-    sweep.run(TWO, out)
-    sweep.write_report(TWO._replace(about="# Two `cells`\n\nTold."), out, pathlib.Path("two.py"))
+    sweeps.run(TWO, out)
+    sweep_report.write_report(
+        TWO._replace(about="# Two `cells`\n\nTold."), out, pathlib.Path("two.py")
+    )
     text = (out / "report.md").read_text()
     lines = {
         line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
@@ -172,10 +176,10 @@ def test_every_cell_is_measured_with_other_clouds(tmp_path, data_dir):
         {"b": Cell({}, (0,))},
         {"none": {"cloud.error_rate": 1.0}, "all": {"cloud.error_rate": 0.0}},
     )
-    (job,) = sweep.jobs(one, tmp_path)
+    (job,) = sweeps.jobs(one, tmp_path)
     job.folder.mkdir(parents=True)
     records.write(job.folder / "after.parquet", make(32, id=[f"test-{i}" for i in range(32)]))
-    found = sweep.models(one, {"b": [job]}, tmp_path / "serve.sqlite")
+    found = sweep_report.models(one, {"b": [job]}, tmp_path / "serve.sqlite")
     assert list(found) == ["b", "b, served by none", "b, served by all"]
     right = {name: model.seeds[0]["cloud_correct"].mean() for name, model in found.items()}
     assert right["b, served by none"] == 0 and right["b, served by all"] == 1 and 0 < right["b"] < 1
@@ -204,8 +208,8 @@ def test_what_is_published_is_small_and_a_sweep_goes_on_from_it(tmp_path, stand_
 def test_a_stop_lets_the_run_save(tmp_path, stand_in):
     script = (
         "import sys; sys.path.insert(0, 'tests'); import test_sweep as t; from collab_jax import sweep\n"
-        f"sweep.load = lambda path: t.TWO\n"
-        f"sweep.command = lambda _, job: [sys.executable, '-c', t.TRAIN, str(job.folder), 'none', 'slow']\n"
+        f"sweeps.load = lambda path: t.TWO\n"
+        f"sweeps.command = lambda _, job: [sys.executable, '-c', t.TRAIN, str(job.folder), 'none', 'slow']\n"
         f"sys.exit(sweep.main(['--config', 'x', '--out', {str(tmp_path / 'out')!r}]))"
     )
     child = subprocess.Popen(
@@ -225,10 +229,10 @@ def test_refusals(tmp_path):
     def load(text):
         path = tmp_path / "sweep.py"
         path.write_text("from collab_jax.sweep import Cell, Sweep\n" + text)
-        return sweep.load(path)
+        return sweeps.load(path)
 
     with pytest.raises(UserError, match="cannot read"):
-        sweep.load(tmp_path / "none.py")
+        sweeps.load(tmp_path / "none.py")
     with pytest.raises(UserError, match=r"no get_sweep\(\)"):
         load("")
     make_one = "def get_sweep():\n    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds})}}, {serve})"
@@ -250,16 +254,16 @@ def test_refusals(tmp_path):
 def test_shipped_sweeps_have_known_keys_and_names(path):
     from collab_jax.rl import experiment
 
-    found = sweep.load(path)
-    for job in sweep.jobs(found, pathlib.Path("out")):
+    found = sweeps.load(path)
+    for job in sweeps.jobs(found, pathlib.Path("out")):
         config = runpy.run_path(str(ROOT / found.config))["get_config"]().lock()
         config.update_from_flattened_dict(job.changes)
         experiment.check_config(config)
 
 
 def test_our_recipe_is_the_same_in_the_sweep_as_in_its_config():
-    table = sweep.load(ROOT / "configs" / "sweeps" / "paper_table.py")
-    cell = sweep.config_of(table, {**table.overrides, **table.cells["ours"].overrides})
+    table = sweeps.load(ROOT / "configs" / "sweeps" / "paper_table.py")
+    cell = sweeps.config_of(table, {**table.overrides, **table.cells["ours"].overrides})
     ours = runpy.run_path(str(ROOT / "configs" / "countdown_tiny_ours.py"))["get_config"]()
     cell.eval, cell.routers = ours.eval, ours.routers  # what is measured differs
     assert cell.to_dict() == ours.to_dict()

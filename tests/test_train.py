@@ -16,7 +16,7 @@ from test_cloud import FakeCloud
 from collab_jax import records, sft, train
 from collab_jax.cloud import CachedCloud, Failure, make_cloud
 from collab_jax.models import hf
-from collab_jax.rl import experiment, rollout
+from collab_jax.rl import experiment, rollout, training
 from collab_jax.routing import classifier, routers
 from collab_jax.runtime import metrics, parallel
 from collab_jax.runtime.errors import UserError
@@ -159,7 +159,7 @@ def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(fini
     ]
     assert all(moved) and state.step == 4
     assert state.filter.prompts == 32 and state.reward.counts.sum() == 128
-    again = parallel.unreplicate(train.train(run, train.Stop()))
+    again = parallel.unreplicate(training.train(run, training.GracefulStop()))
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
 
 
@@ -199,10 +199,10 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, reads, sm
 
 
 def test_prompts_depend_on_seed_and_step_alone_and_cover_an_epoch():
-    steps = [train.prompt_indices(3, i, 4, 10) for i in range(5)]
+    steps = [training.prompt_indices(3, i, 4, 10) for i in range(5)]
     assert sorted(np.concatenate(steps)) == sorted(list(range(10)) * 2)
-    assert train.prompt_indices(3, 2, 4, 10).tolist() == steps[2].tolist()
-    assert train.prompt_indices(4, 2, 4, 10).tolist() != steps[2].tolist()
+    assert training.prompt_indices(3, 2, 4, 10).tolist() == steps[2].tolist()
+    assert training.prompt_indices(4, 2, 4, 10).tolist() != steps[2].tolist()
 
 
 def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, small, tmp_path):
@@ -266,11 +266,11 @@ def test_bad_settings_are_one_clear_line(small, tmp_path, overrides, says):
 
 def test_prompts_to_fit_routers_on_are_never_trained_on_or_there_are_too_few(small, tmp_path):
     run = experiment.prepare(small(eval__fit_prompts=30), tmp_path)  # 4 steps of 8 of 64 prompts
-    fit = {example.id for example in train.fit_examples(run)}
-    examples, chosen = run.task.load("train"), train.prompt_indices(run.config.seed, 0, 32, 64)
+    fit = {example.id for example in training.fit_examples(run)}
+    examples, chosen = run.task.load("train"), training.prompt_indices(run.config.seed, 0, 32, 64)
     assert len(fit) == 30 and not fit & {examples[i].id for i in chosen}
     with pytest.raises(UserError, match="leaves 32 of 64 training prompts unused"):
-        train.fit_examples(experiment.prepare(small(eval__fit_prompts=33), tmp_path / "other"))
+        training.fit_examples(experiment.prepare(small(eval__fit_prompts=33), tmp_path / "other"))
 
 
 def test_prompts_longer_than_the_limit_are_told_and_left_out(small, tmp_path, capsys):
@@ -287,7 +287,9 @@ def test_prompts_longer_than_the_limit_are_told_and_left_out(small, tmp_path, ca
     assert 0 < len(fitting) < len(everything)
     assert f"left out: {(lengths > cut).sum()} of 64 train prompts" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 64 train prompts .*: raise config.prompt_length"):
-        train.train(experiment.prepare(small(prompt_length=3), tmp_path / "none"), train.Stop())
+        training.train(
+            experiment.prepare(small(prompt_length=3), tmp_path / "none"), training.GracefulStop()
+        )
 
 
 def test_workdir_that_cannot_be_made(small, tmp_path):
@@ -346,7 +348,7 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
         )
     )
     with pytest.raises(UserError, match="not finite 2 steps in a row; the state is saved"):
-        train.train(run, train.Stop())
+        training.train(run, training.GracefulStop())
     saved = experiment.load_state(run)
     assert saved.nonfinite_streak == 2 and run.checkpoints.latest() == saved.step
 
@@ -359,7 +361,7 @@ def test_nothing_solved_stops_the_run_with_the_state_saved(small, tmp_path):
         run.task, verify=lambda examples, texts: [Verdict(False, False, True)] * len(texts)
     )
     with pytest.raises(UserError, match="no prompt was solved on the device 2 steps in a row"):
-        train.train(run._replace(task=hopeless), train.Stop())
+        training.train(run._replace(task=hopeless), training.GracefulStop())
     saved = experiment.load_state(run)
     assert saved.step == 2 and saved.empty_updates == 2
 

@@ -22,8 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-from collab_jax.reports import page
-from collab_jax.runtime import process
+from collab_jax.runtime import markdown, process
 from collab_jax.runtime.errors import UserError, run_command
 
 SERVE = "serve-steps"  # what `settings` starts
@@ -318,7 +317,7 @@ def make_training(args: argparse.Namespace, overrides: dict | None = None):
     from collab_jax.bench import work
 
     sizes = {"prompts_per_step": args.prompts, "group": args.group, "cpu_devices": args.cpu_devices}
-    return work.training(str(CONFIG), sizes | (overrides or {}))
+    return work.full_step(str(CONFIG), sizes | (overrides or {}))
 
 
 def serve_steps(args: argparse.Namespace) -> int:
@@ -369,7 +368,7 @@ def main(argv: list[str]) -> int:
     print(
         f"ceilings: matmul {m.number(c['matmul_flop_s'])}FLOP/s, copy {m.number(c['copy_bytes_s'])}B/s\n"
     )
-    print(page.table(Bench.HEADER, bench.rows))
+    print(markdown.table(Bench.HEADER, bench.rows))
     print("\n".join(["", *bench.notes]))
     if args.json:
         report = {

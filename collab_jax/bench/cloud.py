@@ -25,6 +25,7 @@ import time
 from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import CachedCloud, Messages, Policy, Reply, Store, ledger
 from collab_jax.cloud.openai import OpenAICloud
+from collab_jax.rl import training
 from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
 
@@ -153,14 +154,13 @@ def budget(folder: pathlib.Path, args: argparse.Namespace) -> None:
         )
 
 
-def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
+def training_behind_faults(folder: pathlib.Path, args: argparse.Namespace) -> None:
     """Verdicts and parameters behind faults are those of a healthy server, or the resume is exact."""
     import jax
     import numpy as np
 
     process.set_up(2)
     steps = args.steps
-    from collab_jax import train
     from collab_jax.rl import experiment, rollout
     from collab_jax.runtime import metrics
     from collab_jax.tasks import countdown
@@ -203,18 +203,19 @@ def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
 
     with FaultServer(solve) as server:
         healthy = prepare(server, "healthy")
-        train.train(healthy, NoStop())
+        training.train(healthy, NoStop())
     with FaultServer(solve, share=0.3) as server:
         run = prepare(server, "prefetched")
         examples = experiment.examples(run, "train")
         used = [
-            examples[i] for i in train.prompt_indices(run.config.seed, 0, 8 * steps, len(examples))
+            examples[i]
+            for i in training.prompt_indices(run.config.seed, 0, 8 * steps, len(examples))
         ]
         hold(
             None not in run.cloud.answer(*rollout.cloud_prompts(run.task, used)).replies,
             "prefetch completes",
         )
-        train.train(run, NoStop())
+        training.train(run, NoStop())
         hold(
             same(state(run), state(healthy)),
             "prefetched behind faults, the parameters are those of a healthy server",
@@ -225,20 +226,26 @@ def training(folder: pathlib.Path, args: argparse.Namespace) -> None:
         )
     with FaultServer(solve, share=0.3) as server:
         run = prepare(server, "straight", wait=0.2, retries=1)
-        train.train(run, NoStop())
+        training.train(run, NoStop())
         straight, rows = state(run), metrics.read(folder / "straight" / "metrics.jsonl")
         missing = sum(row["cloud_unknown"] for row in rows)
         shutil.copytree(folder / "straight", folder / "resumed")
         shutil.rmtree(folder / "resumed" / "checkpoints" / str(steps))
         again = prepare(server, "resumed", wait=0.2, retries=1)
-        train.train(again, NoStop())
+        training.train(again, NoStop())
         hold(same(state(again), straight), "without prefetch, the resumed run is the straight one")
         print(
             f"training: without prefetch {missing} verdicts were unknown; resumed at {steps - 10}: the same, bit for bit"
         )
 
 
-PARTS = {"store": store, "faults": faults, "kills": kills, "budget": budget, "training": training}
+PARTS = {
+    "store": store,
+    "faults": faults,
+    "kills": kills,
+    "budget": budget,
+    "training": training_behind_faults,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -18,12 +18,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from collab_jax import gapg, memory, train
+from collab_jax import gapg
 from collab_jax.bench import measure, work
 from collab_jax.models import hf
-from collab_jax.reports import page
-from collab_jax.rl import experiment, rollout
-from collab_jax.runtime import cli, parallel, process
+from collab_jax.rl import experiment, memory_plan, rollout, training
+from collab_jax.runtime import cli, markdown, parallel, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
@@ -130,7 +129,7 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         name, config = config.model.path, config.copy_and_resolve_references()
         architecture = architecture_of(config, layers)
         cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
-        shown = memory.check_here(cfg, config)
+        shown = memory_plan.check_here(cfg, config)
         made = make_folder(config, architecture, folder / "model")
         config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
         run = experiment.prepare(config, folder / "run")
@@ -143,13 +142,17 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         sample = rollout.make_sampler(
             run.cfg, run.text, config, **kinds, temperature=config.temperature
         )
-        step, state, rows = train.make_step(run), parallel.replicate(experiment.load_state(run)), []
+        step, state, rows = (
+            training.make_step(run),
+            parallel.replicate(experiment.load_state(run)),
+            [],
+        )
         for i in range(steps):
             started = time.perf_counter()
-            chosen = train.prompt_indices(config.seed, i, Q, len(examples))
+            chosen = training.prompt_indices(config.seed, i, Q, len(examples))
             batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
             found = rollout.collect(
-                sample, state.behaviour, run.text, run.task, run.cloud, *batch, config.seed, i
+                sample, state.sampling_model, run.text, run.task, run.cloud, *batch, config.seed, i
             )
             sampled = time.perf_counter()
             state, metrics = step(state, half_right(found.rollout))
@@ -190,5 +193,5 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
     )
     return (
         f"{name}: {made}\n{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n{shown}\n\n"
-        f"{page.table(head, rows)}\n\npeak memory {measure.peak_memory() / memory.GIB:.2f} GiB ({where})"
+        f"{markdown.table(head, rows)}\n\npeak memory {measure.peak_memory() / memory_plan.GIB:.2f} GiB ({where})"
     )

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax import gapg, train
+from collab_jax import gapg
 from collab_jax.bench import measure
 from collab_jax.models import decoder, hf, sampler
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Marker, Sampler, Settings
-from collab_jax.rl import algorithms, experiment, optim, rollout
+from collab_jax.rl import algorithms, experiment, optim, rollout, step, training
 from collab_jax.runtime import parallel
 
 TINY = "countdown-tiny"
@@ -235,17 +235,19 @@ def update_flop(cfg: DecoderConfig, prompt_length: int, lengths: np.ndarray) -> 
 def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case:
     """One step on a batch in which every response counts; params on the host."""
     optimizer = optim.make_optimizer(lambda _: 1e-6, 0.0, 1.0)
-    body = gapg.make_step(
+    body = step.make_step(
         cfg,
         optimizer,
         gapg.GAPG._replace(prompt_filter=algorithms.no_filter),
         axis=parallel.AXIS,
         micro_rows=load.micro_rows,
-        lengths=gapg.cut_lengths(load.max_new, lengths),
+        lengths=step.cut_lengths(load.max_new, lengths),
         temperature=1.0,
         chunk=64,
     )
-    step = parallel.pmap(lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,))
+    update_step = parallel.pmap(
+        lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,)
+    )
     state = gapg.init_state(
         params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
     )
@@ -254,7 +256,7 @@ def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case
     tokens = response_lengths(load)
 
     def run() -> float:
-        held["state"], metrics = step(held["state"], batch)
+        held["state"], metrics = update_step(held["state"], batch)
         jax.block_until_ready(metrics)
         return float(tokens.sum())
 
@@ -281,7 +283,7 @@ class Training(NamedTuple):
     folder: tempfile.TemporaryDirectory  # goes when this goes
 
 
-def training(config_file: str, overrides: dict) -> Training:
+def full_step(config_file: str, overrides: dict) -> Training:
     """One full step: sample, judge, ask the cloud, update; always from the first state, on new
     prompts.
     """
@@ -294,15 +296,22 @@ def training(config_file: str, overrides: dict) -> Training:
     sample = rollout.make_sampler(
         run.cfg, run.text, config, group=config.group, temperature=config.temperature
     )
-    step, first = train.make_step(run), experiment.load_state(run)
+    step, first = training.make_step(run), experiment.load_state(run)
     latest = {"i": 0, "state": parallel.replicate(first)}
 
     def one() -> float:
         i = latest["i"] = latest["i"] + 1
-        chosen = train.prompt_indices(config.seed, i, Q, len(examples))
+        chosen = training.prompt_indices(config.seed, i, Q, len(examples))
         batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
         collected = rollout.collect(
-            sample, latest["state"].behaviour, run.text, run.task, run.cloud, *batch, config.seed, i
+            sample,
+            latest["state"].sampling_model,
+            run.text,
+            run.task,
+            run.cloud,
+            *batch,
+            config.seed,
+            i,
         )
         latest["rollout"] = jax.tree.map(np.asarray, collected.rollout)
         latest["state"], metrics = step(latest["state"], collected.rollout)

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from collab_jax.cloud import Ledger, Spent
 from collab_jax.records import Records
 from collab_jax.reports import figures, page, summary
-from collab_jax.reports.page import percent, points
 from collab_jax.routing.routers import ROUTERS
+from collab_jax.runtime import markdown
+from collab_jax.runtime.markdown import percent, points
 
 
 class CloudCosts(NamedTuple):
@@ -61,7 +62,7 @@ def write(
     figures.training(workdir / "training.png", rows, config.budget)
     figures.frontier(workdir / "frontier.png", before, after, report)
     table = markdown_table(report)
-    page.save(workdir, "report", markdown(report, table, after))
+    page.save(workdir, "report", render(report, table, after))
     beside = (
         workdir / "report.tmp"
     )  # the last file, complete or not at all: a run that has it is finished
@@ -89,7 +90,7 @@ def markdown_table(report: dict) -> str:
             )
     lines.append(("cloud alone (100 % calls)", lambda m: percent(m["cloud_accuracy"])))
     rows = [[title, get(before), get(after)] for title, get in lines]
-    return page.table(["% of prompts (95 % interval)", "before", "after"], rows)
+    return markdown.table(["% of prompts (95 % interval)", "before", "after"], rows)
 
 
 def closing(report: dict) -> str:
@@ -120,7 +121,7 @@ def _dated(report: dict) -> str:
     return f" at the prices of {cloud['prices_date']}" if cloud["kind"] == "openai" else ""
 
 
-def markdown(report: dict, table: str, after: Records) -> str:
+def render(report: dict, table: str, after: Records) -> str:
     """report.md."""
     config = report["config"]
     algorithm = ", ".join(f"{key} `{value}`" for key, value in config["algorithm"].items())
@@ -138,7 +139,7 @@ def markdown(report: dict, table: str, after: Records) -> str:
 def examples_list(after: Records) -> str:
     """A few rows of the natural pass, as a Markdown list."""
     lines = [
-        f"- **{kind}**: {page.code(after['prompt'][i])} -> {page.code(after['natural_text'][i])}"
+        f"- **{kind}**: {markdown.code(after['prompt'][i])} -> {markdown.code(after['natural_text'][i])}"
         for kind, i in summary.examples_to_show(after)
     ]
     return "\n".join(lines)

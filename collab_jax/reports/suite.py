@@ -30,16 +30,15 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax import evaluate, records
+from collab_jax import records
 from collab_jax.gapg import TrainState
 from collab_jax.records import Records
-from collab_jax.reports import page
-from collab_jax.reports.page import percent
-from collab_jax.rl import experiment, rollout
+from collab_jax.rl import evaluation, experiment, rollout
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import measures, routers
-from collab_jax.runtime import parallel, process
+from collab_jax.runtime import markdown, parallel, process
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.markdown import percent
 from collab_jax.tasks import TASKS, Example, named, parts_of
 
 SUITES = {"paper": ("math500", "amc23", "aime24", "minerva_math", "agieval_math")}
@@ -133,9 +132,9 @@ def evaluate_benchmark(
     ]
     parts = bench.text, bench.task, bench.cloud, repeated, bench.config, name
     if samples > 1:
-        table = evaluate.evaluate(sampled, state.policy, *parts, seed=run.config.seed)
+        table = evaluation.evaluate(sampled, state.final_model, *parts, seed=run.config.seed)
     else:
-        table = evaluate.evaluate(greedy, state.policy, *parts)
+        table = evaluation.evaluate(greedy, state.final_model, *parts)
     counts = {
         "prompts": len(examples),
         "samples": samples,
@@ -182,7 +181,7 @@ def notes(name: str, result: dict) -> list[str]:
     return found
 
 
-def markdown(result: dict) -> str:
+def render(result: dict) -> str:
     """table.md."""
     titles = [title.format(budget=100 * result["budget"]) for title in COLUMNS.values()]
     line = lambda of: [percent(of[column]) for column in COLUMNS]  # noqa: E731
@@ -203,7 +202,7 @@ def markdown(result: dict) -> str:
         f"In percent of a benchmark's prompts, with 95 % intervals (bootstrap over prompts). Greedy responses{drawn}. "
         "The budget is spent on each benchmark apart, by its own margins. "
         f"{', '.join(f'{key} {value}' for key, value in result['machine'].items())}.\n\n"
-        f"{page.table(['benchmark', 'prompts', *titles], rows)}\n\n"
+        f"{markdown.table(['benchmark', 'prompts', *titles], rows)}\n\n"
         + "".join(f"- {note}\n" for note in result["notes"])
     )
 
@@ -213,7 +212,7 @@ def main(config: ConfigDict, workdir: pathlib.Path, name: str) -> int:
     chosen = benchmarks(name)
     run = experiment.prepare(config, workdir)
     state = parallel.replicate(experiment.load_state(run))
-    greedy = evaluate.greedy_sampler(run)
+    greedy = evaluation.greedy_sampler(run)
     sampled = rollout.make_sampler(
         run.cfg, run.text, config, group=1, temperature=config.eval.temperature
     )
@@ -235,7 +234,7 @@ def main(config: ConfigDict, workdir: pathlib.Path, name: str) -> int:
         **summarize(tables, config.budget),
     }
     result["notes"] = notes(name, result)
-    text = markdown(result)
+    text = render(result)
     (out / "table.md").write_text(text)
     (out / "table.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{text}\nwrote {out / 'table.md'}, table.json and the records beside them")

@@ -7,18 +7,22 @@ beside what `compare` writes.
 
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from collab_jax import records
-from collab_jax.reports import figures, page
+from collab_jax.records import Records
+from collab_jax.reports import comparison, figures, page
 from collab_jax.reports import run as run_report
-from collab_jax.reports.page import percent, points
+from collab_jax.rl import evaluation, experiment, sweeps
+from collab_jax.rl.sweeps import Job, Sweep
 from collab_jax.routing.routers import ROUTERS
-from collab_jax.runtime import metrics
+from collab_jax.runtime import markdown, metrics
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.markdown import percent, points
 
 BUDGET = 0.3  # at which routers are shown, one figure each
 
@@ -47,7 +51,7 @@ def write(
     result: dict,
     cells: Mapping[str, Sequence[Finished]],
 ) -> None:
-    """Writes the report of `cells` to `out`, from `compare.compare`'s result; frontier.png is there
+    """Writes the report of `cells` to `out`, from `comparison.compare`'s result; frontier.png is there
     already.
 
     about: what the sweep is, Markdown. The first cell is the one that the others are compared with.
@@ -68,7 +72,7 @@ def write(
     page.save(
         out,
         "report",
-        f"{about.strip()}\n\nCommand: {page.code(command)}. {result['prompts']} held-out prompts, the same for all. Seeds: {seeds}. "
+        f"{about.strip()}\n\nCommand: {markdown.code(command)}. {result['prompts']} held-out prompts, the same for all. Seeds: {seeds}. "
         f"Figures in percent of all prompts, with 95 % intervals from {result['resamples']} resamples of seeds and prompts; with "
         "five seeds they cover some 88 %, with two about half. Machine: "
         + "; ".join(sorted(machines))
@@ -81,7 +85,7 @@ def write(
         f"{result['reference']} is ahead of each by so many points:\n\n"
         f"{router_table(result, 'reference_minus_this', points)}\n\n"
         f"## Training\n\n![training](training.png)\n\n{cost_table(cells)}\n\n{examples}"
-        "All figures: compare.md, compare.json.\n",
+        "All figures: comparison.md, comparison.json.\n",
     )
 
 
@@ -114,7 +118,7 @@ def headline_table(result: dict) -> str:
                 "" if is_reference else points(margin["reference_minus_this"]),
             ]
         )
-    return page.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def cell_table(result: dict) -> str:
@@ -146,7 +150,7 @@ def cell_table(result: dict) -> str:
                 _three(result["methods"][f"{name}: logprob"]["auc"]),
             ]
         )
-    return page.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def ahead_table(result: dict) -> str:
@@ -166,7 +170,7 @@ def ahead_table(result: dict) -> str:
         for name in _models(result)
         if f"{name}: margin" != result["reference"]
     ]
-    return page.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def router_table(result: dict, figure: str, show) -> str:
@@ -181,7 +185,7 @@ def router_table(result: dict, figure: str, show) -> str:
         ]
         for r in routers
     ]
-    return page.table(["", *models], rows)
+    return markdown.table(["", *models], rows)
 
 
 def cost_table(cells: Mapping[str, Sequence[Finished]]) -> str:
@@ -211,7 +215,7 @@ def cost_table(cells: Mapping[str, Sequence[Finished]]) -> str:
                 f"{np.mean([row['call_rate'] for run in runs for row in run.rows[-10:]]):.1%}",
             ]
         )
-    return page.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def _models(result: dict) -> list[str]:
@@ -221,3 +225,92 @@ def _models(result: dict) -> list[str]:
 
 def _three(x: float | None) -> str:
     return "-" if x is None else f"{x:.3f}"
+
+
+def served(
+    sweep: Sweep, job: Job, changes: Mapping[str, Any], table: Records, store: pathlib.Path
+) -> Records:
+    """A run's test records with the answers of another cloud: what its margins, which know no
+    cloud, are worth with that one.
+    """
+    config = sweeps.config_of(sweep, {**job.changes, **changes})
+    task, cloud = experiment.task_and_cloud(config, store)
+    examples = {e.id: e for e in task.load("test")}
+    rows = evaluation.cloud_answers(task, cloud, [examples[key] for key in table["id"]])
+    return records.check(
+        table | {column: [row[column] for row in rows] for column in rows[0]}, str(job.folder)
+    )
+
+
+def models(
+    sweep: Sweep, done: Mapping[str, Sequence[Job]], store: pathlib.Path
+) -> dict[str, comparison.Model]:
+    """The records of finished runs by cell, after those of their start; with `sweep.serve`, under
+    those clouds as well.
+
+    store: SQLite file of the other clouds' answers.
+    """
+    starts = [job.folder / "before.parquet" for of in done.values() for job in of]
+    start = next((path for path in starts if path.exists()), None)
+    found = {"start": comparison.Model([records.read(start)], [None])} if start else {}
+    for name, found_jobs in done.items():
+        fits = [job.folder / "fit.parquet" for job in found_jobs]
+        found[name] = comparison.Model(
+            [records.read(job.folder / "after.parquet") for job in found_jobs],
+            [records.read(fit) if fit.exists() else None for fit in fits],
+        )
+        for cloud, changes in sweep.serve.items():
+            pairs = zip(found_jobs, found[name].seeds, strict=True)
+            tables = [served(sweep, job, changes, table, store) for job, table in pairs]
+            found[f"{name}, served by {cloud}"] = comparison.Model(tables, found[name].fit_on)
+    return found
+
+
+def write_report(sweep: Sweep, out: pathlib.Path, path: pathlib.Path) -> bool:
+    """Writes the report of what is finished; False where nothing is."""
+    if not (done := sweeps.finished(sweep, out)):
+        return False
+    result = comparison.compare(
+        models(sweep, done, out / "serve.sqlite"), reference=f"{next(iter(done))}: margin"
+    )
+    print(comparison.write(out, result))
+    runs = {name: [read(job.folder) for job in found] for name, found in done.items()}
+    write(out, sweep.about, f"python -m collab_jax.sweep --config {path} --out {out}", result, runs)
+    print(f"report: {out / 'report.html'}")
+    return True
+
+
+KEPT = ("report.json", "config.json", "metrics.jsonl")  # of a run, when it is published
+
+
+TOP = (
+    "report.md",
+    "report.html",
+    "comparison.md",
+    "comparison.json",
+    "frontier.png",
+    "training.png",
+)
+
+
+HEAVY = ("margins", "text", "natural_text")  # columns
+
+
+def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies the report of `out`, and of each finished run what it was made of, to `to`."""
+    for i, job in enumerate(job for job in sweeps.jobs(sweep, out) if job.done):
+        target = to / job.folder.relative_to(out)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copy(job.folder / name, target / name)
+        for name in ("before", "after", "fit"):
+            source = job.folder / f"{name}.parquet"
+            if source.exists() and (name != "before" or i == 0):
+                drop = HEAVY[:1] if i == 0 and name == "after" else HEAVY
+                table = records.read(source)
+                records.write(
+                    target / source.name,
+                    {c: values for c, values in table.items() if c not in drop},
+                )
+    for name in TOP:
+        shutil.copy(out / name, to / name)

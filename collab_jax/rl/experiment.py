@@ -24,7 +24,7 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
 
 # What may differ between two starts of one run: how the cloud is bought from, not what it answers.
-FREE = {
+MAY_DIFFER_ON_RESUME = {
     f"cloud.{key}"
     for key in ("mode", "wait", "prefetch", "retries", "max_calls", "max_usd", "when_spent", "base_url", "key_env",
                 "concurrency", "timeouts", "prices", "prices_date")
@@ -183,7 +183,7 @@ def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
 def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -> str:
     """How the settings in `file`, a config.json, differ from `config`: the first five, or "".
 
-    FREE ones do not count, and without `all_keys` only those that both have. Raises UserError where
+    MAY_DIFFER_ON_RESUME ones do not count, and without `all_keys` only those that both have. Raises UserError where
     the file cannot be read.
     """
     try:
@@ -193,7 +193,9 @@ def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -
             f"{file} is not readable JSON: restore it, or choose another --workdir"
         ) from None
     old, new = _flat(theirs), _flat(json.loads(config.to_json_best_effort()))
-    keys = sorted((old.keys() | new.keys() if all_keys else old.keys() & new.keys()) - FREE)
+    keys = sorted(
+        (old.keys() | new.keys() if all_keys else old.keys() & new.keys()) - MAY_DIFFER_ON_RESUME
+    )
     found = [
         f"{k}={old.get(k)!r} then, {new.get(k)!r} now" for k in keys if old.get(k) != new.get(k)
     ]

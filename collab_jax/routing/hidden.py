@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax.models import decoder
+from collab_jax.models import decoder, logprobs
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.records import Records
 from collab_jax.routing import learned
@@ -60,7 +60,7 @@ def last_hidden(
     """Hidden state f32[B, E] that predicts token number `last` i32[B] of responses i32[B, T] to
     prompts i32[B, L].
     """
-    hidden = decoder.continued_hidden(
+    hidden = logprobs.continued_hidden(
         params, cfg, *decoder.prefill(params, cfg, prompts, mask), mask, responses
     )
     return hidden[jnp.arange(len(last)), last].astype(jnp.float32)

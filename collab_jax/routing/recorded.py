@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from collab_jax.gapg import TrainState
 from collab_jax.records import Records
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import agreement, classifier, hidden, verification
 from collab_jax.routing.device import Device
 from collab_jax.runtime.errors import UserError
+from collab_jax.tasks import Example
 
 RECORDED: dict[str, Callable] = {
     "agreement": agreement.score,
@@ -66,3 +68,13 @@ def record(
             continue
         columns |= {f"score_{name}": score, f"tokens_{name}": tokens}
     return records | columns
+
+
+def with_routers(
+    run: Run, state: TrainState, table: Records, examples: list[Example], fit_on: Records | None
+) -> Records:
+    """`table` with the columns of `config.routers.record` under `state` (with axis D); `examples`
+    are those of both tables.
+    """
+    device = Device(run, state.final_model, {e.id: e for e in examples})
+    return record(run.config.routers.record, device, fit_on, table)

@@ -6,7 +6,7 @@ formed, so also for a wrong answer). A call pays where the device is right with 
 (0.938 alpha_c - alpha_f) / alpha_a: 13 % at the paper's weights.
 """
 
-from collab_jax.sweep import Cell, Sweep
+from collab_jax.rl.sweeps import Cell, Sweep
 
 
 def get_sweep():

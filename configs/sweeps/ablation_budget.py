@@ -5,7 +5,7 @@ prompts that only the cloud solves the filter lets through for each one that the
 Every model is then measured at every share of calls.
 """
 
-from collab_jax.sweep import Cell, Sweep
+from collab_jax.rl.sweeps import Cell, Sweep
 
 
 def get_sweep():

@@ -5,7 +5,7 @@ every prompt that some response solves), with a D1 of prompts that have right an
 (`mixed`), only what has no gradient dropped (`zero-variance`), and none.
 """
 
-from collab_jax.sweep import Cell, Sweep
+from collab_jax.rl.sweeps import Cell, Sweep
 
 
 def get_sweep():

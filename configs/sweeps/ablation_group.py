@@ -4,7 +4,7 @@ Our recipe (`configs/countdown_tiny_ours.py`) with the same 256 responses a step
 differently, prompts x responses; and, with 64 x 4, without the averaged weights (`last-weights`).
 """
 
-from collab_jax.sweep import Cell, Sweep
+from collab_jax.rl.sweeps import Cell, Sweep
 
 
 def get_sweep():

@@ -6,7 +6,7 @@ paper's 32 prompts x 8 responses, their filters, and the last weights. The gradi
 policy that samples, softmax(logits / temperature), in each; evaluation is greedy in all.
 """
 
-from collab_jax.sweep import Cell, Sweep
+from collab_jax.rl.sweeps import Cell, Sweep
 
 PAPER = {"prompts_per_step": 32, "group": 8, "optim.average": 0.0}
 

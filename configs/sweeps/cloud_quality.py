@@ -6,7 +6,7 @@ better one's failures and on others, whatever their difficulty. Margins know no 
 needs no other training; what a call is worth, and so when it pays, was learnt.
 """
 
-from collab_jax.sweep import Cell, Sweep
+from collab_jax.rl.sweeps import Cell, Sweep
 
 
 def get_sweep():

@@ -11,7 +11,7 @@ the others.
 - `gapg-no-filter`, `da-grpo` (arXiv 2602.00166), `dual-alpha-c`: other ways to hold the budget.
 """
 
-from collab_jax.sweep import Cell, Sweep
+from collab_jax.rl.sweeps import Cell, Sweep
 
 FIVE, TWO = range(5), range(2)
 ROUTED = {"eval.fit_prompts": 4096, "routers.record": ("classifier", "agreement", "hidden")}
