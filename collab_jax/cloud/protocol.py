@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from collab_jax.models.text import Messages
 from collab_jax.runtime.errors import UserError
 
-Messages = list[dict[str, str]]
 """One prompt as chat messages: `[{"role": "user", "content": "..."}, ...]`."""
 
 

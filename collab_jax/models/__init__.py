@@ -1,3 +1,3 @@
-"""The device model: decoder.py (the network), hf.py (Hugging Face folders), lora.py (adapters),
-text.py (tokens <-> text).
+"""The device model: decoder, sampler, log-probabilities, text, adapters, Hugging Face folders.
+Imports `runtime` alone. `gapg`, the tasks and clouds, and all above them build on it.
 """

@@ -32,12 +32,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from collab_jax.models.sampler import Sampler, Samples
-from collab_jax.models.text import TAGS, Text
+from collab_jax.models.text import TAGS, Messages, Text
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, base, math
 
-Messages = list[dict[str, str]]
 Demonstration = tuple[Messages, str]  # a chat prompt and the response to it
 
 # ------------------------------------------------------------------------------------------------- from a file

@@ -1,0 +1,3 @@
+"""Ways to decide which prompts go to the cloud, one file each; what they are worth, what they cost,
+and the bias that holds a budget. Imports `rl` and below; `reports` and the commands import it.
+"""

@@ -7,9 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from collab_jax.models.text import Messages
 from collab_jax.runtime.errors import UserError
-
-Messages = list[dict[str, str]]
 
 
 class TaskError(UserError):

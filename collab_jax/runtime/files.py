@@ -1,0 +1,32 @@
+"""Files that are whole or absent: written beside their place, then renamed.
+
+A process killed at any moment leaves the old file or the new one, never half of either.
+"""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the path of a scratch file beside `path`, which takes its place when the block ends.
+
+    On disk by then: a power cut leaves the old content or the new. Where the block raises, the
+    scratch file is removed and `path` stays what it was.
+    """
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes `text` as UTF-8 to `path`, whole or not at all."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
