@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from collab_jax.cloud import Answers, CachedCloud, Messages, Pending
 from collab_jax.gapg import Rollout
 from collab_jax.models import sampler
-from collab_jax.models.decoder import DecoderConfig
-from collab_jax.models.sampler import Marker, PlainMarker, Sampler
+from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.models.sampler import Marker, PlainMarker, Sampler, Samples
 from collab_jax.models.text import Text
 from collab_jax.runtime import parallel
 from collab_jax.tasks import Example, Task, Verdict
@@ -95,6 +95,35 @@ def make_sampler(
         return sampler.start(params, cfg, prompts, prompt_mask, keys, marker_bias, settings)
 
     return Sampler(cfg, settings, begin, parallel.pmap)
+
+
+def draw(
+    sampler: Sampler,
+    params: Params,
+    prompts: np.ndarray,
+    prompt_mask: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    bias: float = 0.0,
+    finished: Callable | None = None,
+) -> Samples:
+    """Samples of Q prompts i32[Q, L] on all local devices, with the keys of (seed, step).
+
+    params and the Samples have the axis D; D must divide Q. bias: what is added to the decision
+    token's logit at decision states; -inf disallows the marker. finished: see `Sampler.__call__`.
+    """
+    D = jax.local_device_count()
+    prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
+    return sampler(
+        params,
+        prompts,
+        prompt_mask,
+        np.full(D, seed, np.int32),
+        np.full(D, step, np.int32),
+        bias=np.full(D, bias, np.float32),
+        finished=finished,
+    )
 
 
 def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, ended) -> Verdicts:
