@@ -36,7 +36,8 @@ from collab_jax.routing.calibration import (
     bias_for_rate,
     calls,
 )
-from collab_jax.runtime.errors import UserError, run_command
+from collab_jax.runtime import cli
+from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
 
 
@@ -139,4 +140,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run(main)

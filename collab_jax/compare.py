@@ -21,7 +21,8 @@ from collab_jax import records
 from collab_jax.reports import comparison
 from collab_jax.reports.summary import BUDGETS
 from collab_jax.routing import costs
-from collab_jax.runtime.errors import UserError, run_command
+from collab_jax.runtime import cli
+from collab_jax.runtime.errors import UserError
 
 # ---------------------------------------------------------------------------------------- models and routers
 
@@ -148,4 +149,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run(main)

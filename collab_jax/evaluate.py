@@ -9,6 +9,10 @@ evaluates on other benchmarks (`suite.py`). `records.py` documents the columns. 
 model once more (`config.routers.record`) are training's to record.
 """
 
+from collab_jax.runtime import process
+
+process.restart_with_allocator(__name__)
+
 import json
 import pathlib
 
@@ -16,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from collab_jax import records
-from collab_jax.reports import summary
+from collab_jax.reports import suite, summary
 from collab_jax.rl import evaluation, experiment
 from collab_jax.runtime import cli, parallel
 from collab_jax.runtime.errors import UserError
@@ -48,13 +52,13 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    from collab_jax.reports import suite
-
-    name = flags.DEFINE_string(
-        "suite", None, "Evaluate on this suite of benchmarks, or on tasks with commas between."
+    suite_name = flags.DEFINE_string(
+        "suite", None, "Evaluate on this suite of benchmarks, or on tasks separated by commas."
     )
-    cli.main(
+    cli.run_with_config(
         lambda config, workdir: (
-            suite.main(config, workdir, name.value) if name.value else main(config, workdir)
+            suite.main(config, workdir, suite_name.value)
+            if suite_name.value
+            else main(config, workdir)
         )
     )

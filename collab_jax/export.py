@@ -8,6 +8,10 @@ PEFT and vLLM load. With a model card (README.md) that says how to call it and, 
 its report, what was measured.
 """
 
+from collab_jax.runtime import process
+
+process.restart_with_allocator(__name__)
+
 import json
 import pathlib
 
@@ -20,11 +24,6 @@ from collab_jax.rl import experiment
 from collab_jax.rl.experiment import Run
 from collab_jax.runtime import cli
 from collab_jax.runtime.errors import UserError
-
-_OUT = flags.DEFINE_string("out", None, "Folder to write; made if absent.")
-_ADAPTER = flags.DEFINE_bool(
-    "adapter", False, "Write the adapter alone, as PEFT has it, instead of the merged model."
-)
 
 
 def model_card(run: Run, step: int, adapter: bool) -> str:
@@ -111,14 +110,20 @@ def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
     return step
 
 
-def main(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """The command line."""
-    out = pathlib.Path(_OUT.value).expanduser()
-    step = write(experiment.prepare(config, workdir), out, _ADAPTER.value)
+def main(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path, adapter: bool) -> int:
+    """Exports the run in `workdir` to the folder `out`: a model, or its adapter alone."""
+    step = write(experiment.prepare(config, workdir), out, adapter)
     print(f"wrote step {step} to {out}")
     return 0
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("out")
-    cli.main(main)
+    out = flags.DEFINE_string("out", None, "Folder to write; made if absent.", required=True)
+    adapter = flags.DEFINE_bool(
+        "adapter", False, "Write the adapter alone, as PEFT has it, instead of the merged model."
+    )
+    cli.run_with_config(
+        lambda config, workdir: main(
+            config, workdir, pathlib.Path(out.value).expanduser(), adapter.value
+        )
+    )

@@ -30,22 +30,18 @@ from collab_jax.runtime import cli
 # ------------------------------------------------------------------------------------- against what there is
 
 
-_DEVICES = flags.DEFINE_integer("devices", 1, "Number of devices to plan for.", lower_bound=1)
-_GIB = flags.DEFINE_float("gib", 80.0, "Memory of each of them, in GiB.", lower_bound=0.0)
-
-
-def main(config: ConfigDict) -> int:
-    """The command line."""
+def main(config: ConfigDict, devices: int, gib: float) -> int:
+    """Prints the plan for so many devices with so many GiB of memory each."""
     cfg = hf.config_from_hf(
         hf.architecture(config.model.path), config.model.dtype, config.train.remat
     )
     print(
-        memory_plan.check(
-            lora.configure(cfg, config.lora), config, _DEVICES.value, _GIB.value * memory_plan.GIB
-        )
+        memory_plan.check(lora.configure(cfg, config.lora), config, devices, gib * memory_plan.GIB)
     )
     return 0
 
 
 if __name__ == "__main__":
-    cli.main(main, workdir=False)
+    devices = flags.DEFINE_integer("devices", 1, "Number of devices to plan for.", lower_bound=1)
+    gib = flags.DEFINE_float("gib", 80.0, "Memory of each of them, in GiB.", lower_bound=0.0)
+    cli.run_with_config(lambda config: main(config, devices.value, gib.value), workdir=False)

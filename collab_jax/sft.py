@@ -12,6 +12,10 @@ Last it writes sft.json: what the tuned model does on some training prompts. Tra
 from calls that occur.
 """
 
+from collab_jax.runtime import process
+
+process.restart_with_allocator(__name__)
+
 import json
 import pathlib
 import sys
@@ -72,4 +76,4 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    cli.run_with_config(run)

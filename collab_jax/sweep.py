@@ -19,7 +19,8 @@ import signal
 
 from collab_jax.reports import sweep as sweep_report
 from collab_jax.rl import sweeps
-from collab_jax.runtime.errors import UserError, run_command
+from collab_jax.runtime import cli
+from collab_jax.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -64,4 +65,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run(main)

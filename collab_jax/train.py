@@ -9,6 +9,10 @@ verdicts that a step did without), before.parquet, after.parquet (and fit.parque
 (report.json, report.md, report.html, figures).
 """
 
+from collab_jax.runtime import process
+
+process.restart_with_allocator(__name__)
+
 import pathlib
 from collections.abc import Callable
 
@@ -22,7 +26,7 @@ from collab_jax.reports import summary
 from collab_jax.rl import evaluation, experiment, memory_plan, rollout, training
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
-from collab_jax.runtime import cli, metrics, parallel, process
+from collab_jax.runtime import cli, metrics, parallel
 from collab_jax.runtime.errors import UserError
 
 
@@ -97,4 +101,4 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.run_with_config(main)

@@ -13,6 +13,10 @@ prints a table and, with --json FILE, writes every figure. Whatever is compared 
 by round.
 """
 
+from collab_jax.runtime import process
+
+process.restart_with_allocator(__name__)
+
 import argparse
 import json
 import os
@@ -22,8 +26,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-from collab_jax.runtime import markdown, process
-from collab_jax.runtime.errors import UserError, run_command
+from collab_jax.runtime import cli, markdown
+from collab_jax.runtime.errors import UserError
 
 SERVE = "serve-steps"  # what `settings` starts
 REHEARSE = "rehearse"
@@ -383,4 +387,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run(main)

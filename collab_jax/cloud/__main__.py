@@ -13,6 +13,10 @@ continues. The workdir may be that of a run, before, during and after it; where 
 names a file, that is meant.
 """
 
+from collab_jax.runtime import process
+
+process.restart_with_allocator(__name__)
+
 import pathlib
 import signal
 import statistics
@@ -226,4 +230,4 @@ COMMANDS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    cli.main(COMMANDS)
+    cli.run_with_config(COMMANDS)

@@ -1,13 +1,17 @@
-"""What every command line shares: flags, and errors as one line.
+"""What every command line shares: its flags, and each of the user's errors as one line.
 
-`python -m collab_jax.X --config FILE --workdir DIR [--config.KEY=VALUE ...]`. An unknown key is an
-error.
+A command with an experiment's config is `python -m collab_jax.X --config FILE --workdir DIR
+[--config.KEY=VALUE ...]` and is started by `run_with_config`; any other one reads its arguments by
+argparse and is started by `run`. Both refuse an unknown flag or key. A command defines flags of its
+own in its `if __name__ == "__main__":` block: importing a module defines no flag, and the other
+commands refuse this one's.
 """
 
+import contextlib
 import logging
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -15,53 +19,75 @@ from ml_collections import config_flags
 from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
 
-Command = Callable[..., int]
+Command = Callable[..., int]  # (config, workdir) or (config) -> exit status
 # What parsing raises for a flag, a setting or a config file that cannot be used.
 MISTAKES = (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError)
 
 
-def main(run: Command | dict[str, Command], workdir: bool = True) -> None:
-    """Parses the flags and exits with run(config, workdir)'s status, or run(config)'s; a UserError
-    is told, and status 1.
+def run(main: Callable[[list[str]], int]) -> None:
+    """Exits with the status of main(arguments), or with 1 and one line for a UserError."""
+    with _user_error_as_one_line():
+        sys.exit(main(sys.argv[1:]))
 
-    With several commands, by name, the first argument is the name of the one to run.
+
+def run_with_config(main: Command | Mapping[str, Command], workdir: bool = True) -> None:
+    """Exits with the status of main(config, workdir), or with 1 and one line for a UserError.
+
+    workdir: whether the command has --workdir; without it, main(config) is called. Of several
+    commands by name, the first argument names the one to run.
     """
     config_flag = config_flags.DEFINE_config_file(
         "config", None, "The experiment's file.", lock_config=True
     )
     flags.mark_flag_as_required("config")
+    workdir_flag = None
     if workdir:
         workdir_flag = flags.DEFINE_string(
-            "workdir", None, "Where everything of this run is kept; made if absent."
+            "workdir", None, "Folder of the run, with everything it writes; made if absent."
         )
         flags.mark_flag_as_required("workdir")
 
-    def start(argv):
-        try:
-            command = run
-            if isinstance(run, dict):
-                if (name := argv.pop(1) if len(argv) > 1 else None) not in run:
-                    raise UserError(f"which of {', '.join(run)}? It comes first, before the flags")
-                command = run[name]
-            if len(argv) > 1:
-                raise UserError(
-                    f"unexpected argument {argv[1]!r}: settings are written --config.KEY=VALUE"
-                )
-            process.set_up(config_flag.value.cpu_devices)
-            folder = [pathlib.Path(workdir_flag.value).expanduser()] if workdir else []
-            sys.exit(command(config_flag.value, *folder))
-        except UserError as error:
-            sys.exit(f"error: {error}")
-
-    def parse(argv):
+    def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-            _ = (
-                config_flag.value.cpu_devices
-            )  # a file that is not there is told at the first use only
-            return rest
+            _ = config_flag.value.cpu_devices  # a missing file raises at its first use only
         except MISTAKES as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
+            raise UserError(" ".join(str(error).split())) from None
+        return rest
+
+    def start(argv: Sequence[str]) -> int:
+        command, rest = _choose(main, argv[1:])
+        if rest:
+            raise UserError(
+                f"unexpected argument {rest[0]!r}: settings are written --config.KEY=VALUE"
+            )
+        process.set_up(config_flag.value.cpu_devices)
+        if workdir_flag is None:
+            return command(config_flag.value)
+        return command(config_flag.value, pathlib.Path(str(workdir_flag.value)).expanduser())
 
     logging.getLogger("jax").setLevel(logging.ERROR)
-    app.run(start, flags_parser=parse)
+    with _user_error_as_one_line():
+        app.run(start, flags_parser=parse)
+
+
+def _choose(
+    main: Command | Mapping[str, Command], arguments: Sequence[str]
+) -> tuple[Command, Sequence[str]]:
+    """The command to run, and the arguments that are left."""
+    if callable(main):
+        return main, arguments
+    name = arguments[0] if arguments else ""
+    if name not in main:
+        raise UserError(
+            f"which of {', '.join(main)}? The command's name comes first, before the flags"
+        )
+    return main[name], arguments[1:]
+
+
+@contextlib.contextmanager
+def _user_error_as_one_line() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,13 +1,12 @@
-"""The process: settings that every command line needs before jax is first used. In one place, and
-nowhere else.
+"""Settings of the process that a command line makes before jax is first used.
 
 Allocator. XLA's large temporaries cost page faults at each step: glibc is told to keep and reuse
-them, in huge pages. It reads its variables when a process starts, so the command line starts itself
-once more. Off beside an accelerator, where the host allocates little, and where MALLOC_MMAP_MAX_ is
-set already.
+them, in huge pages. It reads its variables when a process starts, so the commands that compute
+start themselves once more. Not done beside an accelerator, where the host allocates little, nor
+where MALLOC_MMAP_MAX_ is set already.
 
-Host devices. Two devices of one core each keep both busy between the matrix products, which alone
-are spread over threads.
+Host devices. Two devices of one core each keep both cores busy between the matrix products, which
+alone are spread over threads.
 
 Compiled programs are kept on disk, so that only the first start on a machine compiles.
 
@@ -32,29 +31,23 @@ ALLOCATOR = {
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
-def restart_with_allocator() -> None:
-    """Starts this command line anew with ALLOCATOR; at once, before it has loaded anything else."""
-    wanted = sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ
-    if wanted and _is_command_line() and not any(map(os.path.exists, ACCELERATORS)):
+def restart_with_allocator(module: str) -> None:
+    """Starts the command line once more, with ALLOCATOR; does nothing in an imported module.
+
+    module: the caller's `__name__`. A command calls this before it imports what takes seconds to
+    load and would otherwise be loaded twice.
+    """
+    if module != "__main__" or sys.platform != "linux" or "MALLOC_MMAP_MAX_" in os.environ:
+        return
+    if not any(map(os.path.exists, ACCELERATORS)):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
-def _is_command_line() -> bool:
-    """True in a process started as `python -m collab_jax.X`; never in a notebook, a test or a
-    program that imports us.
-    """
-    options = sys.orig_argv[1:]
-    return any(
-        o == "-m" and module.startswith("collab_jax.")
-        for o, module in zip(options, options[1:], strict=False)
-    )
-
-
 def set_up(cpu_devices: int) -> None:
-    """Host devices for a machine without accelerator, and the folder of compiled programs. Before
-    the first use of jax.
+    """Sets the number of host devices and the folder of compiled programs, before jax is used.
 
-    JAX_COMPILATION_CACHE_DIR chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
+    cpu_devices: for a machine without an accelerator. JAX_COMPILATION_CACHE_DIR chooses another
+    folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none. Raises UserError below one device.
     """
     import jax
 
@@ -67,8 +60,9 @@ def set_up(cpu_devices: int) -> None:
 
 
 def compiled_folder() -> pathlib.Path:
-    """Where compiled programs are kept: apart for each kind of processor, since a home may be
-    shared by several.
+    """Returns the folder of compiled programs for this kind of processor.
+
+    Kinds have folders of their own, since machines of several kinds may share a home.
     """
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -78,15 +72,12 @@ def compiled_folder() -> pathlib.Path:
     except OSError:
         kind = platform.processor()
     digest = hashlib.sha256(f"{platform.machine()} {kind}".encode()).hexdigest()[:12]
-    return (
-        pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        / "collab_jax"
-        / f"compiled-{digest}"
-    )
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "collab_jax" / f"compiled-{digest}"
 
 
 def machine() -> dict[str, str]:
-    """What a figure needs beside it: date, processor, devices, versions."""
+    """Returns what stands beside a measured figure: date, processor, devices, versions."""
     import jax
 
     try:
