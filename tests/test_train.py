@@ -381,17 +381,20 @@ def test_metrics_file_is_cut_to_the_restored_step(tmp_path):
 
 def test_alarm_names_the_collapse():
     row = {"call_rate": 0.2, "entropy": 0.3, "cut_off": 0.0, "d2": 3, "d2_called": 1}
-    assert metrics.alarm([row] * 10) is None
-    assert "no response calls" in metrics.alarm([row | {"call_rate": 0.0}] * 10)
-    assert "nearly every response calls" in metrics.alarm([row | {"call_rate": 1.0}] * 10)
-    assert "entropy is gone" in metrics.alarm([row | {"entropy": 0.0}] * 10)
-    assert "cut off" in metrics.alarm([row | {"cut_off": 0.9}] * 10)
+    assert metrics.collapse_warning([row] * 10) is None
+    assert "no response calls" in metrics.collapse_warning([row | {"call_rate": 0.0}] * 10)
+    assert "nearly every response calls" in metrics.collapse_warning(
+        [row | {"call_rate": 1.0}] * 10
+    )
+    assert "entropy is gone" in metrics.collapse_warning([row | {"entropy": 0.0}] * 10)
+    assert "cut off" in metrics.collapse_warning([row | {"cut_off": 0.9}] * 10)
     uncalled = row | {"d2_called": 0}
-    assert "no prompt that only the cloud solves had a response that calls" in metrics.alarm(
-        [uncalled] * 10
+    assert (
+        "no prompt that only the cloud solves had a response that calls"
+        in metrics.collapse_warning([uncalled] * 10)
     )
     assert (
-        metrics.alarm([uncalled] * 9 + [row]) is None
-        and metrics.alarm([uncalled | {"d2": 0}] * 10) is None
+        metrics.collapse_warning([uncalled] * 9 + [row]) is None
+        and metrics.collapse_warning([uncalled | {"d2": 0}] * 10) is None
     )
-    assert metrics.alarm([row | {"call_rate": 0.0}] * 9) is None
+    assert metrics.collapse_warning([row | {"call_rate": 0.0}] * 9) is None

@@ -207,7 +207,7 @@ def train(run: Run, stop: GracefulStop) -> gapg.TrainState | None:
             writer.write(row)
             bar.set_postfix_str(progress(row, config.budget), refresh=False)
             bar.update()
-            if (message := metrics.alarm(writer.rows)) and message not in warned:
+            if (message := metrics.collapse_warning(writer.rows)) and message not in warned:
                 warned.add(message)
                 bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
             ill = (

@@ -1,3 +1,4 @@
 """What any command needs and no method knows: errors, the command line, settings of the process,
-devices, checkpoints, metrics, files, Markdown. Imports nothing else of this package; all may import it.
+devices, checkpoints, metrics, files, Markdown. It imports no other package of collab_jax; every
+other one may import it.
 """

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, then renamed.
 
-A process killed at any moment leaves the old file or the new one, never half of either.
+A process that is killed at any moment leaves the old file or the new one, never half of either. A
+kill may leave a scratch file as well, named NAME.PID.tmp, which nothing reads.
 """
 
 import contextlib
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the path of a scratch file beside `path`, which takes its place when the block ends.
+    """Yields the path of a scratch file, which takes the place of `path` when the block ends.
 
-    On disk by then: a power cut leaves the old content or the new. Where the block raises, the
-    scratch file is removed and `path` stays what it was.
+    The block must write the scratch file. Its content is on disk before it is renamed, so that a
+    power cut, too, leaves the old content or the new. Where the block raises, the scratch file is
+    removed and `path` stays what it was.
     """
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,7 +1,6 @@
-"""Metrics: one JSON line a step, TensorBoard events beside it, and the alarm for a collapsed
-policy.
+"""Metrics: one JSON line a step, TensorBoard events, and a check for a collapsed policy.
 
-After a resume the file is cut to the restored step, so that it always tells of one straight run.
+After a resume the file is cut to the restored step, so that it always describes one straight run.
 """
 
 import json
@@ -11,9 +10,11 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from collab_jax.runtime import files
+
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file; a last line cut short by a kill is left out."""
+    """The complete rows of a metrics file; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
     rows = []
@@ -31,14 +32,12 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, step: int):
         path = workdir / "metrics.jsonl"
         self.rows = [row for row in read(path) if row["step"] <= step]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        beside.replace(path)
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row of plain numbers with its `step`."""
+        """Writes one row of plain numbers with its `step`."""
         row = {
             name: value.item() if isinstance(value, np.generic | np.ndarray) else value
             for name, value in row.items()
@@ -54,8 +53,8 @@ class MetricsWriter:
         self._events.close()
 
 
-def alarm(rows: list[dict[str, Any]], window: int = 10) -> str | None:
-    """What looks collapsed over the last `window` steps, in a few words, or None."""
+def collapse_warning(rows: list[dict[str, Any]], window: int = 10) -> str | None:
+    """What looks collapsed over the last `window` steps, in one sentence; None where nothing does."""
     last = rows[-window:]
     if len(last) < window:
         return None
@@ -65,13 +64,17 @@ def alarm(rows: list[dict[str, Any]], window: int = 10) -> str | None:
         return "no response calls the cloud any more: nothing is left to learn calling from"
     if mean["d2"] > 0 and mean["d2_called"] == 0:
         return (
-            "no prompt that only the cloud solves had a response that calls, so when to call cannot be learnt: show more calls "
-            "in the warm start (config.sft.marker_share), or raise config.group"
+            "no prompt that only the cloud solves had a response that calls, so when to call "
+            "cannot be learned: show more calls in the warm start (config.sft.marker_share), or "
+            "raise config.group"
         )
     if mean["call_rate"] > 0.99:
         return "nearly every response calls the cloud: the device has stopped solving"
     if mean["entropy"] < 0.005:
         return "entropy is gone: all responses of a group are the same"
     if mean["cut_off"] > 0.5:
-        return "most responses are cut off: raise max_new_tokens, or check that the model knows the format"
+        return (
+            "most responses are cut off: raise max_new_tokens, or check that the model knows the "
+            "format"
+        )
     return None
