@@ -4,22 +4,22 @@ sums.
 
 import logging
 import os
-import runpy
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
+from fakes import FakeCloud, cloud_config, prompt, texts
 
 from collab_jax.cloud import (
     CachedCloud,
-    Failure,
     Ledger,
     Reply,
     SimulatedCloud,
@@ -32,39 +32,6 @@ from collab_jax.cloud.simulated import unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
 from collab_jax.models.hf import FolderError
 from collab_jax.runtime.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def prompt(content) -> list[dict[str, str]]:
-    return [{"role": "user", "content": str(content)}]
-
-
-def texts(answers) -> list[str | None]:
-    return [reply and reply.text for reply in answers.replies]
-
-
-@dataclass
-class FakeCloud:
-    """Answers "A:<content>", fails on contents in `failing`, and writes down what it was asked."""
-
-    model: str = "fake"
-    parameters: dict = field(default_factory=dict)
-    failing: set = field(default_factory=set)
-    asked: list = field(default_factory=list)
-    batch: int = 100
-    workers: int = 1
-
-    def highest_usd(self, messages):
-        return 0.25
-
-    def answer(self, prompts):
-        contents = [messages[0]["content"] for messages in prompts]
-        self.asked += contents
-        return [
-            Failure("failing") if c in self.failing else Reply(f"A:{c}", 10, 3, 0.5, 0.25)
-            for c in contents
-        ]
 
 
 def simulated(error_rate=0.06, solve=lambda messages: "right", model="sim") -> SimulatedCloud:
@@ -422,15 +389,6 @@ def test_store_that_fails_later_stops_the_run(tmp_path):
 
 
 # ---------------------------------------------------------------- config
-
-
-def cloud_config(**changes):
-    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
-    values = dict(
-        model="sim", error_rate=0, seconds=2, usd_per_million_input=0.5, usd_per_million_output=2.0
-    )
-    config.cloud.update(values | changes)
-    return config
 
 
 def test_make_cloud(tmp_path):

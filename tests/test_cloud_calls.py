@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
-from test_cloud import cloud_config, prompt, texts
+from fakes import cloud_config, prompt, texts
 
 from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import (

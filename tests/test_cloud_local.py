@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from test_cloud import cloud_config, prompt, texts
+from fakes import cloud_config, prompt, texts
 
 from collab_jax import records
 from collab_jax.cloud import CachedCloud, CloudError, Reply, Store, local, make_cloud

@@ -6,7 +6,7 @@ import json
 import sqlite3
 
 import pytest
-from test_cloud import FakeCloud, prompt, texts
+from fakes import FakeCloud, prompt, texts
 
 from collab_jax.cloud import (
     CachedCloud,
