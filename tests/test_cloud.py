@@ -169,7 +169,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 from collab_jax.cloud import CachedCloud, Reply, Store
 class Cloud:
-    model, parameters, batch, workers = "fake", {{}}, 1, 1
+    model, provider, parameters, batch, workers = "fake", "", {{}}, 1, 1
     def highest_usd(self, messages):
         return 0.0
     def answer(self, prompts):
@@ -302,14 +302,14 @@ def check_refused(path: Path, match: str) -> None:
     assert path.read_bytes() == before
 
 
-def test_schema_is_version_2(tmp_path):
+def test_schema_is_version_3(tmp_path):
     db = sqlite3.connect(filled(tmp_path / "s.db"))
-    assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,) == (2,)
+    assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,) == (3,)
     assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert [row[1] for row in db.execute("PRAGMA table_info(answers)")] == [
         "key", "model", "created", "input_tokens", "output_tokens", "seconds", "usd", "finish_reason", "parameters",
-        "prompt", "text", "reasoning", "checksum",
+        "prompt", "text", "reasoning", "checksum", "provider",
     ]  # fmt: skip
 
 
@@ -356,9 +356,9 @@ def test_emptied_file_beside_a_log_that_holds_answers(tmp_path):
 def test_newer_version(tmp_path):
     path = filled(tmp_path / "s.db")
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 3")
+    db.execute("PRAGMA user_version = 4")
     db.close()
-    check_refused(path, "schema version 3.*newer collab_jax")
+    check_refused(path, "schema version 4.*newer collab_jax")
 
 
 def test_folder_that_cannot_be_made(tmp_path):
