@@ -4,22 +4,22 @@ sums.
 
 import logging
 import os
-import runpy
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
+from fakes import FakeCloud, cloud_config, prompt, texts
 
 from collab_jax.cloud import (
     CachedCloud,
-    Failure,
     Ledger,
     Reply,
     SimulatedCloud,
@@ -32,39 +32,6 @@ from collab_jax.cloud.simulated import unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
 from collab_jax.models.hf import FolderError
 from collab_jax.runtime.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def prompt(content) -> list[dict[str, str]]:
-    return [{"role": "user", "content": str(content)}]
-
-
-def texts(answers) -> list[str | None]:
-    return [reply and reply.text for reply in answers.replies]
-
-
-@dataclass
-class FakeCloud:
-    """Answers "A:<content>", fails on contents in `failing`, and writes down what it was asked."""
-
-    model: str = "fake"
-    parameters: dict = field(default_factory=dict)
-    failing: set = field(default_factory=set)
-    asked: list = field(default_factory=list)
-    batch: int = 100
-    workers: int = 1
-
-    def highest_usd(self, messages):
-        return 0.25
-
-    def answer(self, prompts):
-        contents = [messages[0]["content"] for messages in prompts]
-        self.asked += contents
-        return [
-            Failure("failing") if c in self.failing else Reply(f"A:{c}", 10, 3, 0.5, 0.25)
-            for c in contents
-        ]
 
 
 def simulated(error_rate=0.06, solve=lambda messages: "right", model="sim") -> SimulatedCloud:
@@ -202,7 +169,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 from collab_jax.cloud import CachedCloud, Reply, Store
 class Cloud:
-    model, parameters, batch, workers = "fake", {{}}, 1, 1
+    model, provider, parameters, batch, workers = "fake", "", {{}}, 1, 1
     def highest_usd(self, messages):
         return 0.0
     def answer(self, prompts):
@@ -335,14 +302,14 @@ def check_refused(path: Path, match: str) -> None:
     assert path.read_bytes() == before
 
 
-def test_schema_is_version_2(tmp_path):
+def test_schema_is_version_3(tmp_path):
     db = sqlite3.connect(filled(tmp_path / "s.db"))
-    assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,) == (2,)
+    assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,) == (3,)
     assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert [row[1] for row in db.execute("PRAGMA table_info(answers)")] == [
         "key", "model", "created", "input_tokens", "output_tokens", "seconds", "usd", "finish_reason", "parameters",
-        "prompt", "text", "reasoning", "checksum",
+        "prompt", "text", "reasoning", "checksum", "provider",
     ]  # fmt: skip
 
 
@@ -389,9 +356,9 @@ def test_emptied_file_beside_a_log_that_holds_answers(tmp_path):
 def test_newer_version(tmp_path):
     path = filled(tmp_path / "s.db")
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 3")
+    db.execute("PRAGMA user_version = 4")
     db.close()
-    check_refused(path, "schema version 3.*newer collab_jax")
+    check_refused(path, "schema version 4.*newer collab_jax")
 
 
 def test_folder_that_cannot_be_made(tmp_path):
@@ -422,15 +389,6 @@ def test_store_that_fails_later_stops_the_run(tmp_path):
 
 
 # ---------------------------------------------------------------- config
-
-
-def cloud_config(**changes):
-    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
-    values = dict(
-        model="sim", error_rate=0, seconds=2, usd_per_million_input=0.5, usd_per_million_output=2.0
-    )
-    config.cloud.update(values | changes)
-    return config
 
 
 def test_make_cloud(tmp_path):

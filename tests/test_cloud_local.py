@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from test_cloud import cloud_config, prompt, texts
+from fakes import cloud_config, prompt, texts
 
 from collab_jax import records
 from collab_jax.cloud import CachedCloud, CloudError, Reply, Store, local, make_cloud
@@ -37,7 +37,7 @@ def test_a_local_decoder_answers_each_prompt_by_itself(tmp_path):
     )
     assert {reply.finish_reason for reply in replies} <= {"stop", "length"}
     other = make_cloud(configure(), None, tmp_path / "other.db")
-    other.cloud.__dict__["_parts"] = cloud.cloud._parts  # compiled once
+    other.cloud.__dict__["_loaded"] = cloud.cloud._loaded  # compiled once
     assert texts(other.answer(QUESTIONS[::-1])) == texts(cloud.answer(QUESTIONS))[::-1]
     assert cloud.answer(QUESTIONS).bought == 0
     long = cloud.answer([prompt("1 2 3 4 5 6 7 8 9 10 11 12=50")])
@@ -84,7 +84,7 @@ def test_reasoning_is_told_from_the_answer():
 class Listening:
     """Right where it is given an attempt; a token a character."""
 
-    model, parameters, batch, workers = "listening", {}, 10, 1
+    model, provider, parameters, batch, workers = "listening", "", {}, 10, 1
 
     def highest_usd(self, messages):
         return 0.0

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from tables import make
+from fakes import make_table as make
 
 from collab_jax import compare, records
 from collab_jax.reports import comparison

@@ -241,7 +241,7 @@ class Fake:
     speech.
     """
 
-    model, parameters, batch, workers = "fake", {}, 100, 1
+    model, provider, parameters, batch, workers = "fake", "", {}, 100, 1
 
     def __init__(self):
         self.asked = []

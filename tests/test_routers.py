@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tables import make
+from fakes import make_table as make
 
 from collab_jax.routing import learned, measures, recorded, routers
 from collab_jax.routing.response import no_answer

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL
-from tables import make
+from fakes import make_table as make
 
 from collab_jax import records
 from collab_jax.models import decoder, hf

@@ -1,7 +1,8 @@
 """The figures of one evaluation by hand numbers on five prompts."""
 
 import pytest
-from tables import F, T, make
+from fakes import F, T
+from fakes import make_table as make
 
 from collab_jax.reports import summary
 from collab_jax.runtime.errors import UserError

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from tables import make
+from fakes import make_table as make
 
 from collab_jax import records, sweep
 from collab_jax.reports import sweep as sweep_report

@@ -10,8 +10,8 @@ import signal
 import jax
 import numpy as np
 import pytest
+from fakes import FakeCloud
 from ml_collections import ConfigDict
-from test_cloud import FakeCloud
 
 from collab_jax import records, sft, train
 from collab_jax.cloud import CachedCloud, Failure, make_cloud

@@ -1,10 +1,11 @@
-"""Who buys what: a key is leased before it is bought, so that two threads or processes that want it
-make one call.
+"""Who buys what: a key is leased before it is bought, so that all who want it make one call.
 
-A lease lasts some seconds and is moved on while its holder lives; that of a process that was killed
-runs out.
+A lease lasts some seconds and is extended while its holder lives; that of a killed process runs
+out. A process may also be stopped for longer (SIGSTOP, a laptop that sleeps), so `extend` tells it
+right before each call whether it still holds the key.
 """
 
+import sqlite3
 import threading
 import time
 import uuid
@@ -24,26 +25,33 @@ class Leases:
         self._lock = threading.Lock()
 
     def take(self, keys: Iterable[str]) -> set[str]:
-        """Leases those of `keys` that nobody holds. Look into the store after it: the last holder
-        may have bought them.
+        """Leases those of `keys` that nobody holds, and returns them.
+
+        Look into the store after it: the last holder may have bought them.
         """
-        mine = set()
+        taken = set()
         with self.store.transaction(durable=False) as db:
-            now = time.time()  # not before: another's write may have been waited for
+            now = time.time()  # read inside: another's write may have been waited for
             db.execute("DELETE FROM leases WHERE expires < ?", (now,))
             for key in keys:
                 values = key, self.owner, now + self.seconds
-                mine |= (
-                    {key}
-                    if db.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", values).rowcount
-                    else set()
-                )
+                if db.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", values).rowcount:
+                    taken.add(key)
         with self._lock:
-            self._held |= mine
-        return mine
+            self._held |= taken
+        return taken
+
+    def extend(self, db: sqlite3.Connection, keys: Iterable[str]) -> set[str]:
+        """Extends the leases on `keys` inside a transaction; returns those that are still held.
+
+        The others ran out and were taken by somebody, who may have bought them by now.
+        """
+        expires = time.time() + self.seconds
+        sql = "UPDATE leases SET expires = ? WHERE key = ? AND owner = ?"
+        return {key for key in keys if db.execute(sql, (expires, key, self.owner)).rowcount}
 
     def renew(self) -> None:
-        """To be called a few times in `seconds`."""
+        """Extends every lease of this object; to be called a few times in `seconds`."""
         if self._held:
             with self.store.transaction(durable=False) as db:
                 db.execute(

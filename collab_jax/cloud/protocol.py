@@ -7,13 +7,9 @@ from typing import Protocol
 from collab_jax.models.text import Messages
 from collab_jax.runtime.errors import UserError
 
-"""One prompt as chat messages: `[{"role": "user", "content": "..."}, ...]`."""
-
 
 class CloudError(UserError):
-    """The cloud cannot be used as configured, its budget is spent, or an answer is missing in
-    replay; what to do.
-    """
+    """The cloud cannot be used as configured, its budget is spent, or an answer is missing."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +43,35 @@ class Cloud(Protocol):
     @property
     def model(self) -> str:
         """Name of the model that answers."""
+        ...
+
+    @property
+    def provider(self) -> str:
+        """Name of who serves the model; "" where model and parameters say it all."""
+        ...
 
     @property
     def parameters(self) -> dict:
-        """Everything besides model and prompt that changes an answer; JSON-able, without secrets."""
+        """What else changes an answer; JSON-able, without secrets."""
+        ...
 
     @property
     def batch(self) -> int:
         """Prompts of one call of `answer`; what it returned is stored before the next call."""
+        ...
 
     @property
     def workers(self) -> int:
         """Threads that may be in `answer` at the same time."""
+        ...
 
     def highest_usd(self, messages: Messages) -> float:
-        """A price that one call on this prompt does not exceed."""
+        """Returns a price that one call on this prompt does not exceed."""
+        ...
 
-    def answer(self, prompts: Sequence[Messages]) -> list[Reply | Failure]:
-        """Asks once for each prompt, in order: no retries. A failed call is a Failure and never
-        raises.
+    def answer(self, prompts: Sequence[Messages]) -> Sequence[Reply | Failure]:
+        """Asks once for each prompt, in order, without retries.
+
+        A failed call is a Failure and never raises, but for a UserError: what the user must mend.
         """
+        ...

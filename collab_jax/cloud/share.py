@@ -1,17 +1,17 @@
-"""Handing over work: the device's reasoning up to its call goes along, so that the cloud need not
-begin anew.
-"""
+"""Handing over work: the device's reasoning up to its call goes along with the prompt."""
 
-from collab_jax.cloud.protocol import Messages
+from collab_jax.models.text import Messages
 
+# Part of the stored answers' keys: another wording would buy them again.
 NOTE = (
     "A smaller model began as follows, and gave up. It may be wrong; use what is right of it.\n\n"
 )
 
 
 def with_attempt(messages: Messages, attempt: str) -> Messages:
-    """A cloud prompt with the device's attempt below it; without one, the prompt itself. Its answer
-    has another key.
+    """Returns a cloud prompt with the device's attempt below it; without one, the prompt itself.
+
+    It is another prompt, so its answer has another key.
     """
     if not attempt.strip():
         return messages

@@ -4,8 +4,12 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from collab_jax.cloud.protocol import Messages, Reply
+from ml_collections import ConfigDict
+
+from collab_jax.cloud.protocol import Reply
+from collab_jax.models.text import Messages
 from collab_jax.runtime.errors import UserError
 
 
@@ -15,8 +19,9 @@ class SimulatedCloud:
 
     Which prompts those are depends on model name and messages alone: no seed, no state, the same on
     every machine; a higher rate only adds prompts. It is also wrong where `solve` raises ValueError
-    (a prompt that it cannot solve). Nothing is slept or paid: `seconds` (per call) and the prices
-    (USD per million tokens) only enter the replies.
+    (a prompt that it cannot solve). It neither sleeps nor pays: `seconds` (per call) and the prices
+    (USD per million tokens) only enter the replies. It has no provider: model and parameters say
+    what it answers.
 
     Raises UserError for an error rate outside [0, 1].
     """
@@ -30,9 +35,9 @@ class SimulatedCloud:
     wrong: str = "<answer>0</answer>"  # must be wrong for every prompt of the task
     batch: int = 4096
     workers: int = 1
-    _priced: dict[str, Reply] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # solved already
+    provider: str = ""
+    # Replies of prompts whose price was asked, by the prompt: each is solved once.
+    _priced: dict[str, Reply] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if not 0 <= self.error_rate <= 1:
@@ -73,16 +78,17 @@ class SimulatedCloud:
 
 
 def unit_hash(model: str, messages: Messages) -> float:
-    """Maps (model, messages) to a fixed number in [0, 1), uniform over prompts (53 bits of
-    BLAKE2b).
+    """Returns a fixed number in [0, 1) for (model, messages), uniform over prompts.
+
+    53 bits of BLAKE2b.
     """
     canonical = json.dumps([model, messages], sort_keys=True, separators=(",", ":"))
     digest = hashlib.blake2b(canonical.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def from_config(config, task) -> SimulatedCloud:
-    """Builds the simulated cloud of `config` (the `cloud` part) for a task with a solver.
+def from_config(config: ConfigDict, task: Any) -> SimulatedCloud:
+    """Returns the simulated cloud of `config`, which is the part `cloud`, for a task with a solver.
 
     Raises UserError when `task.solve_prompt` is None.
     """
@@ -98,7 +104,7 @@ def from_config(config, task) -> SimulatedCloud:
         usd_per_million_input=float(config.usd_per_million_input),
         usd_per_million_output=float(config.usd_per_million_output),
         # A question's gold answer may be 0; no answer at all is wrong for each.
-        **({"wrong": "<answer></answer>"} if task.gold else {}),
+        wrong="<answer></answer>" if task.gold else SimulatedCloud.wrong,
     )
 
 

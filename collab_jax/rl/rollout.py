@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax.cloud import Answers, CachedCloud, Messages, Pending
+from collab_jax.cloud import Answers, CachedCloud, Pending
 from collab_jax.gapg import Rollout
 from collab_jax.models import sampler
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Marker, PlainMarker, Sampler, Samples
-from collab_jax.models.text import Text
+from collab_jax.models.text import Messages, Text
 from collab_jax.runtime import parallel
 from collab_jax.tasks import Example, Task, Verdict
 
