@@ -1,17 +1,30 @@
-"""Group Adaptive Policy Gradient: the method of "Collaborative Device-Cloud LLM Inference through
-Reinforcement Learning" (arXiv 2509.24050): reward, prompt filter, advantage, loss and step. Pure
-functions, no I/O, no tokenizer.
+"""Group-level policy gradient (GAPG): the method of the paper, on one page.
 
-Axis letters, used everywhere: D devices, P prompts a device, Q = D * P prompts of the global batch,
-G responses of a group, B = P * G rows, L prompt columns, T response columns, S = L + T, N query
-heads, K kv heads, H head, E width, V vocabulary.
+The paper is "Collaborative Device-Cloud LLM Inference through Reinforcement Learning" (Fang et al.,
+arXiv 2509.24050). A model on a device solves a prompt itself or calls a cloud model. It samples G
+responses y_1 .. y_G to each prompt x and learns from their rewards r_1 .. r_G:
 
-One step (section 4 of the paper):
+    reward (section 4.1)         right on the device: alpha_a, and alpha_f more if well formed;
+                                 a call that the cloud answers right: alpha_c;
+                                 wrong but well formed: alpha_f; anything else: 0
+    gradient (section 4)         1 / (G - 1) sum_i grad log pi(y_i | x) (r_i - mean r)
+    constraint (section 4)       E[called] <= rho E[local], with rho = b / (1 - b) for a budget b
+    prompt filter (section 4.3)  D1: some response is right on the device
+                                 D2: none is, and the cloud is right
+                                 update on all of D1 and on at most rho |D1| prompts of D2
 
-    verdicts [Q, G] --reward--> r [Q, G] --advantage--> A [Q, G] \\
-                    --prompt_filter--> keep [Q] -------------------> pack kept prompts over devices -> gradient -> Optax
+One training step, in `rl/step.py`, puts the parts together:
 
-The parts are an `Algorithm`, of which GAPG is the paper's; `algorithms.py` has the others.
+    verdicts [Q, G] --reward--> r [Q, G] --advantage--> A [Q, G] --+
+       |                                                           +--loss--> gradient --> Optax
+       +-----------prompt_filter--> keep [Q] ----------------------+
+
+All functions here are pure: no I/O, no tokenizer. The parts of a step form an `Algorithm`; GAPG is
+the paper's, and `rl/algorithms.py` has those that it is compared with.
+
+Axis letters, used everywhere in this project: D devices, P prompts on a device, Q = D * P prompts
+of the global batch, G responses in a group, B = P * G rows, L prompt columns, T response columns,
+S = L + T, N query heads, K kv heads, H head width, E width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -26,63 +39,62 @@ import optax
 from collab_jax.models import lora
 from collab_jax.models.decoder import Params
 
-# ---------------------------------------------------------------------------------------------------- state
-
-
-@flax.struct.dataclass
-class RewardState:
-    """The weights, and how often each outcome occurred: OUTCOMES, in that order."""
-
-    alphas: jax.Array  # f32[3]: alpha_a, alpha_c, alpha_f
-    counts: jax.Array  # i32[5]
-
+# ------------------------------------------------------------------------------------------- state
 
 OUTCOMES = ("correct_formatted", "correct", "called_right", "wrong_formatted", "nothing")
 
 
-@flax.struct.dataclass
-class FilterState:
-    """The budget and what was done about it so far. rho = rho_num / rho_den exactly, so that no
-    rounding adds up.
+class RewardState(flax.struct.PyTreeNode):
+    """The weights of the reward, and how often each outcome has occurred."""
+
+    alphas: jax.Array  # f32[3]: alpha_a, alpha_c, alpha_f
+    counts: jax.Array  # i32[5], in the order of OUTCOMES
+
+
+class FilterState(flax.struct.PyTreeNode):
+    """The budget, and what the prompt filter has kept so far.
+
+    rho = rho_num / rho_den is exact, so that no rounding adds up. `price` is charged for a call; it
+    is a Lagrange multiplier under the control "lagrangian", and 0 under the others.
     """
 
-    budget: jax.Array  # f32[], share of queries
-    price: jax.Array  # f32[], of a call in units of reward (a Lagrange multiplier); 0 but under control "lagrangian"
+    budget: jax.Array  # f32[], share of all queries that may be calls
+    price: jax.Array  # f32[], in units of reward
     rho_num: jax.Array  # i32[]
     rho_den: jax.Array  # i32[]
     carry: jax.Array  # i32[], unused fraction of a prompt, in units of 1 / rho_den
-    prompts: jax.Array  # i32[], totals from here on
+    # Totals over all steps, i32[] each:
+    prompts: jax.Array
     d1: jax.Array
     d2: jax.Array
     kept: jax.Array
     kept_d2: jax.Array
-    empty_d1_streak: jax.Array  # steps in a row without a D1 prompt
+    empty_d1_streak: jax.Array  # i32[], steps in a row without a D1 prompt, up to now
 
 
-@flax.struct.dataclass
-class TrainState:
-    """All that changes between steps, saved, and the same on every device; and `frozen`, which is
-    neither changed nor saved.
+class TrainState(flax.struct.PyTreeNode):
+    """All that changes between steps and is saved, the same on every device; and `frozen`.
+
+    params: the parameters that are trained: the whole model, or an adapter. frozen: the model that
+    an adapter belongs to, which is neither changed nor saved; None without an adapter. average: the
+    mean of the params after each step, where each weighs `optim.average` times as much as the next,
+    in f32; None if it is not wanted.
     """
 
     step: jax.Array  # i32[]
-    params: Params  # that are trained: all, or an adapter
+    params: Params
     opt_state: optax.OptState
     reward: RewardState
     filter: FilterState
-    empty_updates: jax.Array  # i32[], steps without a kept prompt, so without an update
-    nonfinite_updates: jax.Array  # i32[], steps whose gradient was not finite, so without an update
-    nonfinite_streak: jax.Array  # i32[], of those, how many in a row
-    average: Params | None = (
-        None  # f32, of the params after each step, each weighing `average` times the next; None: none
-    )
-    frozen: Params | None = None  # the model that an adapter belongs to; None: no adapter
+    empty_updates: jax.Array  # i32[], steps that kept no prompt, and so made no update
+    nonfinite_updates: jax.Array  # i32[], steps whose gradient was not finite: no update either
+    nonfinite_streak: jax.Array  # i32[], how many of these in a row, up to now
+    average: Params | None = None
+    frozen: Params | None = None
 
     @property
     def final_params(self) -> Params:
-        """What the run delivers: the averaged `params` where they are kept, in the type of the
-        others, or these.
-        """
+        """The parameters that the run delivers: `average` in the type of `params`, or `params`."""
         if self.average is None:
             return self.params
         return jax.tree.map(lambda a, p: a.astype(p.dtype), self.average, self.params)
@@ -98,9 +110,12 @@ class TrainState:
         return lora.join(self.frozen, self.params)
 
 
-@flax.struct.dataclass
-class Rollout:
-    """What a step learns from; `rollout.py` draws the layout."""
+class Rollout(flax.struct.PyTreeNode):
+    """What one step learns from; `rl/rollout.py` draws its layout.
+
+    barred: the token that was disallowed at each place, or -1; None if nothing was disallowed.
+    cloud_known is False only where the cloud's verdict was needed and the cloud failed.
+    """
 
     prompts: jax.Array  # i32[Q, L]
     prompt_mask: jax.Array  # bool[Q, L]
@@ -111,43 +126,46 @@ class Rollout:
     called: jax.Array  # bool[Q, G]
     formatted: jax.Array  # bool[Q, G]
     cloud_correct: jax.Array  # bool[Q], the cloud's verdict where it was needed
-    cloud_known: jax.Array  # bool[Q], False only where the verdict was needed and the cloud failed
-    barred: jax.Array | None = (
-        None  # i32[Q, G, T], the token that was disallowed there, or -1; None: none was
-    )
+    cloud_known: jax.Array  # bool[Q]
+    barred: jax.Array | None = None  # i32[Q, G, T]
 
 
 def zero() -> jax.Array:
+    """A counter at 0, i32[]."""
     return jnp.zeros((), jnp.int32)
 
 
 def init_reward(alpha_a: float, alpha_c: float, alpha_f: float) -> RewardState:
-    """Needs alpha_a > alpha_c > alpha_f >= 0 (paper, equation of the hierarchical reward)."""
+    """The RewardState before the first step; it needs alpha_a > alpha_c > alpha_f >= 0."""
     return RewardState(
         alphas=jnp.array([alpha_a, alpha_c, alpha_f], jnp.float32), counts=jnp.zeros(5, jnp.int32)
     )
 
 
 def rho_of(budget: float) -> Fraction:
-    """The ratio cloud : local of a budget in [0, 0.999], a share of all queries: b / (1 - b), with
-    a small denominator.
+    """The ratio cloud : local, b / (1 - b), of a budget b: a share of all queries in [0, 0.999].
+
+    The share is rounded to a denominator of at most 10,000.
     """
     share = Fraction(budget).limit_denominator(10_000)
     return share / (1 - share)
 
 
 def init_filter(budget: float) -> FilterState:
+    """The FilterState before the first step, for a budget in [0, 0.999] of all queries."""
     rho = rho_of(budget)
-    totals = {
-        name: zero()
-        for name in ("carry", "prompts", "d1", "d2", "kept", "kept_d2", "empty_d1_streak")
-    }
     return FilterState(
         budget=jnp.float32(budget),
         price=jnp.float32(0),
         rho_num=jnp.int32(rho.numerator),
         rho_den=jnp.int32(rho.denominator),
-        **totals,
+        carry=zero(),
+        prompts=zero(),
+        d1=zero(),
+        d2=zero(),
+        kept=zero(),
+        kept_d2=zero(),
+        empty_d1_streak=zero(),
     )
 
 
@@ -158,23 +176,21 @@ def init_state(
     filter: FilterState,
     averaged: bool = False,
 ) -> TrainState:
-    """The TrainState before the first step, nothing frozen; averaged: with an `average`."""
-    counters = {
-        name: zero() for name in ("step", "empty_updates", "nonfinite_updates", "nonfinite_streak")
-    }
-    average = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params) if averaged else None
-    opt_state = optimizer.init(params)
+    """The TrainState before the first step, with nothing frozen; `averaged` adds an `average`."""
     return TrainState(
+        step=zero(),
         params=params,
-        opt_state=opt_state,
+        opt_state=optimizer.init(params),
         reward=reward,
         filter=filter,
-        average=average,
-        **counters,
+        empty_updates=zero(),
+        nonfinite_updates=zero(),
+        nonfinite_streak=zero(),
+        average=jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params) if averaged else None,
     )
 
 
-# --------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------ reward
 
 
 def reward(
@@ -184,31 +200,63 @@ def reward(
     formatted: jax.Array,
     cloud_correct: jax.Array,
 ) -> tuple[jax.Array, RewardState]:
-    """Hierarchical reward r f32[Q, G] (paper, section 4.1) from bool[Q, G] verdicts and
-    cloud_correct bool[Q].
+    """The hierarchical reward r f32[Q, G] of each response, and the state with its outcome counted.
 
-    local and right: alpha_a (+ alpha_f if well formed); called and the cloud right: alpha_c; local,
-    wrong, well
-    formed: alpha_f; anything else: 0.
+    correct, called, formatted: bool[Q, G]; cloud_correct: bool[Q]. Paper, section 4.1:
+
+        local, right, well formed       alpha_a + alpha_f
+        local, right, format broken     alpha_a
+        called, and the cloud is right  alpha_c
+        local, wrong, well formed       alpha_f
+        anything else                   0
     """
     a, c, f = state.alphas
     by_call = jnp.where(cloud_correct[:, None], 2, 4)
     by_answer = jnp.where(correct, jnp.where(formatted, 0, 1), jnp.where(formatted, 3, 4))
-    outcome = jnp.where(called, by_call, by_answer)
+    outcome = jnp.where(called, by_call, by_answer)  # an index of OUTCOMES
     r = jnp.stack([a + f, a, c, f, jnp.zeros_like(a)])[outcome]
     return r, state.replace(
         counts=state.counts + jnp.bincount(outcome.reshape(-1), length=5).astype(jnp.int32)
     )
 
 
-# --------------------------------------------------------------------------------------------------- filter
+# --------------------------------------------------------------------------------------- gradient
+
+
+def advantage(r: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The leave-one-out advantage f32[Q, G] of r f32[Q, G]: r_i - mean of the group's others.
+
+    It equals G / (G - 1) (r_i - mean r). It weighs the sum of a response's log-probabilities, so
+    the responses' mask bool[Q, G, T] does not matter here. With the mean over the group in `loss`
+    it gives the paper's estimator, 1 / (G - 1) sum_i grad log pi(y_i | x) (r_i - mean r).
+    """
+    del mask
+    G = r.shape[1]
+    A = (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
+    # A group of equal rewards gives exactly 0, whatever rounding makes of their mean.
+    return jnp.where((r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A)
+
+
+def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> jax.Array:
+    """-(1 / G) sum_i A_i log pi(y_i | x), f32[], over any responses i of groups of `group` = G.
+
+    logp f32[..., T], mask bool[..., T] (EOS in), advantage f32[...]. log pi is the sum over the
+    response's own tokens. Over whole groups, its gradient is the policy gradient summed over
+    prompts.
+    """
+    return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / group
+
+
+# ------------------------------------------------------------------------------------------ filter
 
 
 def classes(
     correct: jax.Array, cloud_correct: jax.Array, cloud_known: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(D1, D2) bool[Q]: some response is right on the device; none is, and the cloud is known to be
-    right.
+    """(D1, D2) bool[Q] each, of correct bool[Q, G] and cloud_correct, cloud_known bool[Q].
+
+    D1: some response is right on the device. D2: none is, and the cloud is known to be right. A
+    prompt whose verdict is unknown is in neither.
     """
     solved = correct.any(axis=1)
     return solved & cloud_known, ~solved & cloud_correct & cloud_known
@@ -222,22 +270,24 @@ def prompt_filter(
     cloud_known: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
-    """keep bool[Q] (paper, section 4.3): all of D1, and of D2 a random part of n = floor(rho |D1| +
-    carry) prompts.
+    """keep bool[Q]: all of D1, and at random n = floor(rho |D1| + carry) prompts of D2.
 
-    Membership is by correctness, never by the reward r f32[Q, G]. So sum |D2 kept| <= rho * sum
-    |D1| over the whole run. The fraction of n that is cut off is carried; a quota that found no D2
-    prompt is not. Whoever calls this with the same key, on any device, keeps the same prompts.
+    Paper, section 4.3. Membership is decided by correctness, never by the reward r f32[Q, G]. So
+    the sum of kept D2 prompts is at most rho times the sum of D1 prompts, over the whole run.
     """
     del r
-    return within_quota(state, *classes(correct, cloud_correct, cloud_known), key)
+    d1, d2 = classes(correct, cloud_correct, cloud_known)
+    return within_quota(state, d1, d2, key)
 
 
 def within_quota(
     state: FilterState, d1: jax.Array, d2: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, FilterState]:
-    """keep bool[Q]: all of d1 bool[Q], and of d2 bool[Q] as many as rho |d1| and what was carried
-    pay for, at random.
+    """keep bool[Q]: all of d1 bool[Q], and as many of d2 bool[Q] as rho |d1| and the carry pay for.
+
+    Which of d2 are kept is random; every device that calls this with the same key keeps the same
+    prompts. The fraction of a prompt that is cut off the quota is carried to the next step; a quota
+    that found no d2 prompt is lost.
     """
     quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
     draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)
@@ -259,59 +309,42 @@ def tally(state: FilterState, d1: jax.Array, d2: jax.Array, keep: jax.Array) -> 
     )
 
 
-# ------------------------------------------------------------------------------------------ advantage and loss
+# --------------------------------------------------------------------------------------- algorithm
 
-
-def advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
-    """Leave-one-out advantage f32[Q, G] of r f32[Q, G]: r_i - mean of the others = G / (G - 1) *
-    (r_i - mean r).
-
-    It weighs the sum of a response's log-probabilities, so the responses' mask bool[Q, G, T] does
-    not matter here. With the mean over the group in `loss` this is the paper's estimator, 1 / (G -
-    1) sum_i grad log pi(y_i) (r_i - mean r).
-    """
-    del mask
-    G = r.shape[1]
-    A = (r - r.mean(axis=1, keepdims=True)) * (G / (G - 1))
-    return jnp.where(
-        (r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A
-    )  # exactly, whatever rounding makes of the mean
-
-
-def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> jax.Array:
-    """-(1 / G) sum_i A_i log pi(y_i | x) over any responses i of groups of `group` = G, so summed
-    over prompts.
-
-    logp f32[..., T], mask bool[..., T] (EOS in), advantage f32[...]; log pi is the sum over the
-    response's own tokens. The gradient over whole groups is the policy gradient.
-    """
-    return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / group
-
-
-# ------------------------------------------------------------------------------------------------ algorithm
-
-
-def no_control(
-    reward: RewardState, filter: FilterState, call_rate: jax.Array
-) -> tuple[RewardState, FilterState]:
-    """The weights stay what they are: GAPG holds calls down by its filter alone."""
-    del call_rate
-    return reward, filter
+# (RewardState, correct, called, formatted, cloud_correct) -> r f32[Q, G], RewardState
+Reward = Callable[
+    [RewardState, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, RewardState]
+]
+# (r f32[Q, G], mask bool[Q, G, T]) -> f32[Q, G], the weight of each response's summed log-prob
+Advantage = Callable[[jax.Array, jax.Array], jax.Array]
+# (FilterState, r, correct, cloud_correct, cloud_known, key) -> keep bool[Q], FilterState
+PromptFilter = Callable[
+    [FilterState, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array],
+    tuple[jax.Array, FilterState],
+]
+# (RewardState, FilterState, call rate f32[]) -> RewardState, FilterState
+Control = Callable[[RewardState, FilterState, jax.Array], tuple[RewardState, FilterState]]
 
 
 class Algorithm(NamedTuple):
     """The parts of a step, all pure.
 
-    control: after each step, from that step's share of calls f32[] among the responses that might
-    call.
+    control moves weights or price after each step, given the step's call rate: the share of calls
+    among the responses that were free to call.
     """
 
-    reward: Callable  # (RewardState, correct, called, formatted, cloud_correct) -> r f32[Q, G], RewardState
-    advantage: Callable  # (r f32[Q, G], mask bool[Q, G, T]) -> f32[Q, G], weight of each response's summed log-prob
-    prompt_filter: Callable  # (FilterState, r, correct, cloud_correct, cloud_known, key) -> keep bool[Q], FilterState
-    control: Callable  # (RewardState, FilterState, call_rate) -> RewardState, FilterState
+    reward: Reward
+    advantage: Advantage
+    prompt_filter: PromptFilter
+    control: Control
+
+
+def no_control(
+    reward: RewardState, filter: FilterState, call_rate: jax.Array
+) -> tuple[RewardState, FilterState]:
+    """Both states as they are: GAPG holds calls down by its filter alone."""
+    del call_rate
+    return reward, filter
 
 
 GAPG = Algorithm(reward, advantage, prompt_filter, no_control)
-
-# ----------------------------------------------------------------------------------------------------- step

@@ -393,7 +393,7 @@ def test_work_is_that_of_the_responses_that_have_a_gradient():
     batch = batch.replace(mask=np.arange(NEW) < length[..., None])
     batch.correct[:], batch.called[:], batch.formatted[:] = F, F, T
     batch.correct[4, 0] = batch.correct[5] = T  # only prompt 4 has both kinds; all of 5 are right
-    with mock.patch.object(decoder, "continued_logprobs", spy):
+    with mock.patch.object(logprobs, "continued_logprobs", spy):
         _, metrics = one_step(batch, devices=1, micro_rows=2, lengths=(2, NEW))
     jax.effects_barrier()
     assert metrics["kept"] - metrics["no_signal"] == 1

@@ -91,7 +91,7 @@ def test_files_and_keys_that_the_readme_names_exist():
 def test_the_glossary_names_every_metric():
     metrics = re.findall(
         r'"(\w+)": ',
-        (ROOT / "collab_jax" / "gapg.py").read_text().split("metrics = {")[1].split("}\n")[0],
+        (ROOT / "collab_jax/rl/step.py").read_text().split("return {")[1].split("}\n")[0],
     )
     assert len(metrics) > 15
     for name in metrics:

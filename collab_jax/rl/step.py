@@ -1,125 +1,343 @@
-"""One training step: the gradient of the kept prompts, and the update of the whole state."""
+"""One training step: the gradient of the kept prompts, and the update of the whole state.
+
+`make_step` gives the body of one device. It reads from top to bottom: what is learnt from
+(`learning_signal`), who computes what (`deal`), the gradient (`policy_gradient`), the update
+(`updated`), and what a reader of the run sees (`step_metrics`). Axis letters: see `gapg.py`.
+"""
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from collab_jax import gapg
-from collab_jax.gapg import Algorithm, Rollout, TrainState
+from collab_jax.gapg import Algorithm, FilterState, RewardState, Rollout, TrainState
 from collab_jax.models import decoder, logprobs, lora
-from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.models.decoder import DecoderConfig, Params, Segment
+
+# A body of one device: (state, rollout, key) -> state, metrics.
+StepBody = Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+KeysValues = tuple[jax.Array, Segment]  # of n prompts: last hidden states [n, E], and their segment
 
 
 def cut_lengths(max_new: int, count: int) -> tuple[int, ...]:
-    """About `count` lengths that ascend evenly to T = `max_new`, all but the last multiples of 8."""
+    """About `count` lengths that ascend evenly to `max_new`, multiples of 8 except the last."""
     step = -(-max_new // (8 * count)) * 8
     return (*range(step, max_new, step), max_new)
 
 
-def policy_gradient(
-    params: Params,
-    frozen: Params | None,
-    cfg: DecoderConfig,
-    batch: Rollout,
-    A: jax.Array,
-    prompts: jax.Array,
-    mine: jax.Array,
-    *,
-    micro_rows: int,
-    lengths: tuple[int, ...],
-    temperature: float,
-    chunk: int,
-) -> tuple[Params, jax.Array, jax.Array]:
-    """Gradient of `loss` by `params`, which act joined with `frozen`, over the first `mine` of
-    `prompts` i32[P], which index `batch` and A f32[Q, G]; and the sum and the largest of |log p
-    recomputed - log p sampled| of those prompts' tokens.
+# ---------------------------------------------------------------------------------------- gradient
+
+
+class Share(NamedTuple):
+    """One device's share of a step, and how it is computed."""
+
+    cfg: DecoderConfig
+    frozen: Params | None  # the model that the trained adapter belongs to
+    batch: Rollout  # of all devices, Q prompts
+    A: jax.Array  # f32[Q, G], advantages
+    prompts: jax.Array  # i32[P], which prompts of the batch; the first `n_prompts` count
+    n_prompts: jax.Array  # i32[]
+    micro_rows: int  # responses in one backward pass
+    lengths: tuple[int, ...]  # to which responses are cut; they ascend to T
+    temperature: float
+    chunk: int  # columns of logits that are held at once
+
+
+class Rows(NamedTuple):
+    """The B = P * G responses of a device, and the order in which they are computed."""
+
+    place: jax.Array  # i32[B], of the response's prompt in the device's list
+    member: jax.Array  # i32[B], of its group
+    length: jax.Array  # i32[B], in tokens; 0 for a response without a gradient
+    order: jax.Array  # i32[B and some padding], the longest first
+
+    @property
+    def count(self) -> jax.Array:
+        """How many have a gradient, i32[]."""
+        return (self.length > 0).sum()
+
+
+class Sums(NamedTuple):
+    """What is summed over the responses that are computed so far."""
+
+    grads: Params  # f32, by the trained parameters
+    dkv: KeysValues  # f32, by what the prompts leave: last hidden states, keys and values
+    drift: jax.Array  # f32[], |log p recomputed - log p sampled|, over tokens
+    worst: jax.Array  # f32[], its maximum
+
+
+def policy_gradient(params: Params, share: Share) -> tuple[Params, jax.Array, jax.Array]:
+    """The gradient of `gapg.loss` by params over the share; and the drift: its sum, its maximum.
+
+    Drift is |log p recomputed - log p sampled| of the tokens of the responses that are computed.
 
     Each prompt is computed once, in a pass of its own: the keys and values that it leaves are an
     input to the responses, so the gradient comes back through them (`dkv`). The responses go
     longest first, `micro_rows` at a time, and each such micro-batch is cut to the shortest of
-    `lengths` that holds it. A response costs what its length costs; rows without an advantage, or
-    prompts past `mine`, cost nothing.
+    `lengths` that holds it. So a response costs what its length costs; responses without an
+    advantage, and prompts after the first `n_prompts`, cost nothing.
     """
-    G = batch.tokens.shape[1]
-    P, m = prompts.shape[0], micro_rows
-    c = min(P, m)  # prompts of one micro-batch
-    prompts = jnp.pad(
-        prompts, (0, -P % c)
-    )  # what a micro-batch holds past `mine` is computed and never used
-    prompt_rounds = (mine + c - 1) // c
+    P = share.prompts.shape[0]
+    size = min(P, share.micro_rows)  # prompts in one micro-batch
+    # What a micro-batch holds after the first `n_prompts` is computed and never used.
+    share = share._replace(prompts=jnp.pad(share.prompts, (0, -P % size)))
+    prompt_rounds = (share.n_prompts + size - 1) // size
+    kv = prefill_prompts(params, share, prompt_rounds, size)
 
-    def prefill(params, i):
-        at = jax.lax.dynamic_slice(prompts, (i * c,), (c,))
-        return decoder.prefill(
-            lora.join(frozen, params), cfg, batch.prompts[at], batch.prompt_mask[at]
+    rows = longest_first(share, P)
+    row_rounds = (rows.count + share.micro_rows - 1) // share.micro_rows
+    start = Sums(
+        dkv=jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv),
+        grads=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+        drift=jnp.float32(0),
+        worst=jnp.float32(0),
+    )
+    add = functools.partial(add_micro_batch, params=params, share=share, kv=kv, rows=rows)
+    sums = jax.lax.fori_loop(0, row_rounds, add, start)
+    grads = pull_back(sums, params, share, kv, prompt_rounds, size)
+    return grads, sums.drift, sums.worst
+
+
+def prefill(params: Params, share: Share, i: jax.Array | int, size: int) -> KeysValues:
+    """Computes the prompts of micro-batch number i, `size` of them."""
+    at = jax.lax.dynamic_slice(share.prompts, (i * size,), (size,))
+    whole = lora.join(share.frozen, params)
+    return decoder.prefill(whole, share.cfg, share.batch.prompts[at], share.batch.prompt_mask[at])
+
+
+def prefill_prompts(params: Params, share: Share, rounds: jax.Array, size: int) -> KeysValues:
+    """What all prompts of the share leave, by place in the list; zeros after `rounds` rounds."""
+
+    def store(i, whole: KeysValues) -> KeysValues:
+        put = lambda w, part: jax.lax.dynamic_update_slice_in_dim(w, part, i * size, axis=0)  # noqa: E731
+        return jax.tree.map(put, whole, prefill(params, share, i, size))
+
+    n = share.prompts.shape[0]
+    shapes = jax.eval_shape(lambda p: prefill(p, share, 0, size), params)
+    empty = jax.tree.map(lambda x: jnp.zeros((n, *x.shape[1:]), x.dtype), shapes)
+    return jax.lax.fori_loop(0, rounds, store, empty)
+
+
+def longest_first(share: Share, P: int) -> Rows:
+    """The responses of the first P prompts of the share, those with a gradient by length."""
+    G = share.batch.tokens.shape[1]
+    place, member = jnp.divmod(jnp.arange(P * G), G)
+    tokens = share.batch.mask[share.prompts[place], member].sum(1)
+    has_gradient = share.A[share.prompts[place], member] != 0
+    length = tokens * (place < share.n_prompts) * has_gradient
+    order = jnp.pad(jnp.argsort(-length, stable=True), (0, -(P * G) % share.micro_rows))
+    return Rows(place, member, length, order)
+
+
+def add_micro_batch(
+    i: jax.Array, sums: Sums, *, params: Params, share: Share, kv: KeysValues, rows: Rows
+) -> Sums:
+    """The sums with those of micro-batch number i of the rows."""
+    m = share.micro_rows
+    chosen = jax.lax.dynamic_slice(rows.order, (i * m,), (m,))
+    weight = (i * m + jnp.arange(m) < rows.count).astype(jnp.float32)
+    prompt, member = share.prompts[rows.place[chosen]], rows.member[chosen]
+
+    def cut_to(width: int):
+        return responses_gradient(
+            params, share, kv, rows.place, chosen, prompt, member, weight, width
         )
 
-    def store(i, whole):
-        put = lambda w, part: jax.lax.dynamic_update_slice_in_dim(w, part, i * c, axis=0)  # noqa: E731
-        return jax.tree.map(put, whole, prefill(params, i))
+    shortest = jnp.searchsorted(jnp.array(share.lengths), rows.length[chosen[0]])
+    (grads, dkv), (drift, worst) = jax.lax.switch(
+        shortest, [functools.partial(cut_to, width) for width in share.lengths]
+    )
+    spread = lambda whole, part: whole.at[rows.place[chosen]].add(part)  # noqa: E731
+    dkv = jax.tree.map(spread, sums.dkv, dkv)
+    grads = jax.tree.map(jnp.add, sums.grads, grads)
+    return Sums(grads, dkv, sums.drift + drift, jnp.maximum(sums.worst, worst))
 
-    shapes = jax.eval_shape(prefill, params, 0)
-    empty = jax.tree.map(lambda x: jnp.zeros((prompts.shape[0], *x.shape[1:]), x.dtype), shapes)
-    kv = jax.lax.fori_loop(
-        0, prompt_rounds, store, empty
-    )  # (last hidden states, Segment), by place in `prompts`
 
-    place, of = jnp.divmod(jnp.arange(P * G), G)  # a row's place in `prompts` and in its group
-    long = batch.mask[prompts[place], of].sum(1) * (place < mine) * (A[prompts[place], of] != 0)
-    order = jnp.pad(jnp.argsort(-long, stable=True), (0, -(P * G) % m))
-    rounds = ((long > 0).sum() + m - 1) // m
+def responses_gradient(
+    params: Params,
+    share: Share,
+    kv: KeysValues,
+    place: jax.Array,
+    chosen: jax.Array,
+    prompt: jax.Array,
+    member: jax.Array,
+    weight: jax.Array,
+    width: int,
+) -> tuple[tuple[Params, KeysValues], tuple[jax.Array, jax.Array]]:
+    """The gradients of `gapg.loss` by params and kv over m responses; and the drift's sum and max.
 
-    def rows(i, total):
-        chosen = jax.lax.dynamic_slice(order, (i * m,), (m,))
-        weight = (i * m + jnp.arange(m) < (long > 0).sum()).astype(jnp.float32)
-        at = prompts[place[chosen]], of[chosen]
+    chosen i32[m]: the rows of the responses, cut to `width` tokens; place i32[B]: the places of
+    their prompts in kv. prompt, member i32[m]: where they lie in the batch. weight f32[m]: 0 for
+    padding.
+    """
+    batch = share.batch
+    rows = batch.tokens, batch.mask, batch.logp, batch.barred
+    tokens, mask, sampled, barred = jax.tree.map(lambda x: x[prompt, member][:, :width], rows)
 
-        def cut(width):
-            rows = batch.tokens, batch.mask, batch.logp, batch.barred
-            tokens, mask, sampled, barred = jax.tree.map(lambda x: x[at][:, :width], rows)
-
-            def objective(params, kv):
-                whole, seen = lora.join(frozen, params), batch.prompt_mask[at[0]]
-                logp = logprobs.continued_logprobs(
-                    whole, cfg, *kv, seen, tokens, temperature, chunk, barred
-                )
-                drift = jnp.abs(logp - sampled) * mask * weight[:, None]
-                return gapg.loss(logp, mask, A[at] * weight, G), (drift.sum(), drift.max())
-
-            mine_kv = jax.tree.map(lambda x: x[place[chosen]], kv)
-            return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, mine_kv)
-
-        fitting = jnp.searchsorted(jnp.array(lengths), long[chosen[0]])
-        (grads, dkv), (drift, worst) = jax.lax.switch(
-            fitting, [functools.partial(cut, width) for width in lengths]
+    def objective(params: Params, kv: KeysValues):
+        last, segment = kv
+        logp = logprobs.continued_logprobs(
+            lora.join(share.frozen, params),
+            share.cfg,
+            last,
+            segment,
+            batch.prompt_mask[prompt],
+            tokens,
+            share.temperature,
+            share.chunk,
+            barred,
         )
-        spread = jax.tree.map(lambda w, part: w.at[place[chosen]].add(part), total[1], dkv)
-        return (
-            jax.tree.map(jnp.add, total[0], grads),
-            spread,
-            total[2] + drift,
-            jnp.maximum(total[3], worst),
-        )
+        drift = jnp.abs(logp - sampled) * mask * weight[:, None]
+        advantage = share.A[prompt, member] * weight
+        group = batch.tokens.shape[1]
+        return gapg.loss(logp, mask, advantage, group), (drift.sum(), drift.max())
 
-    dkv = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32), kv
-    )  # a sum over rows, like `grads`
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), dkv
-    grads, dkv, drift, worst = jax.lax.fori_loop(
-        0, rounds, rows, (*zeros, jnp.float32(0), jnp.float32(0))
+    own_kv = jax.tree.map(lambda x: x[place[chosen]], kv)
+    return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, own_kv)
+
+
+def pull_back(
+    sums: Sums, params: Params, share: Share, kv: KeysValues, rounds: jax.Array, size: int
+) -> Params:
+    """The gradient by params: of the responses, and through `dkv` of the prompts before them."""
+
+    def add(i, grads: Params) -> Params:
+        _, pull = jax.vjp(lambda p: prefill(p, share, i, size), params)
+        cut = lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * size, size).astype(y.dtype)  # noqa: E731
+        return jax.tree.map(jnp.add, grads, pull(jax.tree.map(cut, sums.dkv, kv))[0])
+
+    return jax.lax.fori_loop(0, rounds, add, sums.grads)
+
+
+# -------------------------------------------------------------------------------------------- step
+
+
+class Signal(NamedTuple):
+    """What a batch of Q prompts teaches, the same on every device."""
+
+    r: jax.Array  # f32[Q, G], rewards
+    A: jax.Array  # f32[Q, G], advantages, a call's price taken off
+    keep: jax.Array  # bool[Q]
+    learnable: jax.Array  # bool[Q], kept, and with an advantage
+    free: jax.Array  # bool[Q, G], the response was free to call
+    call_rate: jax.Array  # f32[], share of calls among the free responses
+    reward: RewardState
+    filter: FilterState
+
+
+def learning_signal(
+    algorithm: Algorithm, state: TrainState, batch: Rollout, key: jax.Array
+) -> Signal:
+    """What the algorithm makes of a batch's verdicts, and its states after this batch."""
+    r, reward = algorithm.reward(
+        state.reward, batch.correct, batch.called, batch.formatted, batch.cloud_correct
+    )
+    keep, filter = algorithm.prompt_filter(
+        state.filter, r, batch.correct, batch.cloud_correct, batch.cloud_known, key
+    )
+    cost, price = batch.called.astype(jnp.float32), state.filter.price
+    A = algorithm.advantage(r, batch.mask) - price * algorithm.advantage(cost, batch.mask)
+    learnable = keep & (A != 0).any(axis=1)
+    if batch.barred is None:
+        free = jnp.ones_like(batch.called)
+    else:
+        free = (batch.barred < 0).all(axis=2)
+    call_rate = cost.sum() / free.sum()
+    reward, filter = algorithm.control(reward, filter, call_rate)
+    return Signal(r, A, keep, learnable, free, call_rate, reward, filter)
+
+
+def deal(signal: Signal, batch: Rollout, axis: str) -> tuple[jax.Array, jax.Array]:
+    """(prompts i32[Q / D], n_prompts i32[]): what this device computes; the first n_prompts count.
+
+    Prompts with a gradient are dealt like cards, those with most tokens first, so that devices have
+    about the same work.
+    """
+    D, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    work = signal.learnable * batch.mask.sum((1, 2))
+    dealt = jnp.argsort(-work, stable=True).reshape(work.shape[0] // D, D)[:, me]
+    return dealt, (signal.learnable.sum() - me + D - 1) // D
+
+
+def updated(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    norm: jax.Array,
+    kept: jax.Array,
+    signal: Signal,
+    average: float,
+) -> TrainState:
+    """The state after one step; without a kept prompt or a finite gradient, params stay."""
+    finite = jnp.isfinite(norm)
+    applies = finite & (kept > 0)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)  # noqa: E731
+    params = either(optax.apply_updates(state.params, updates), state.params)
+    decay = jnp.float32(average)
+    # 1 at the first step: the start is no part of the average.
+    fresh = (1 - decay) / (1 - decay ** (state.step + 1))
+    blend = lambda a, p: a + fresh * (p - a)  # noqa: E731
+    return state.replace(
+        step=state.step + 1,
+        params=params,
+        average=None if state.average is None else jax.tree.map(blend, state.average, params),
+        opt_state=either(opt_state, state.opt_state),
+        reward=signal.reward,
+        filter=signal.filter,
+        empty_updates=state.empty_updates + (kept == 0),
+        nonfinite_updates=state.nonfinite_updates + ~finite,
+        # A step without a gradient says nothing about the weights' health.
+        nonfinite_streak=jnp.where(
+            finite, state.nonfinite_streak * ~signal.learnable.any(), state.nonfinite_streak + 1
+        ),
     )
 
-    def back(i, grads):
-        _, pull = jax.vjp(lambda p: prefill(p, i), params)
-        part = jax.tree.map(
-            lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * c, c).astype(y.dtype), dkv, kv
-        )
-        return jax.tree.map(jnp.add, grads, pull(part)[0])
 
-    return jax.lax.fori_loop(0, prompt_rounds, back, grads), drift, worst
+def step_metrics(
+    batch: Rollout,
+    signal: Signal,
+    state: TrainState,
+    new: TrainState,
+    kept: jax.Array,
+    norm: jax.Array,
+    drift: jax.Array,
+    worst: jax.Array,
+) -> dict[str, jax.Array]:
+    """The metrics of a step from `state` to `new`; all are scalars, over all devices."""
+    # Tokens that were computed: drift is their mean.
+    tokens = jnp.sum(batch.mask * (signal.learnable[:, None] & (signal.A != 0))[..., None])
+    d1, d2 = gapg.classes(batch.correct, batch.cloud_correct, batch.cloud_known)
+    all_called = (batch.called == signal.free).all(axis=1)  # all that were free to
+    log_p = jnp.sum(batch.logp * batch.mask)
+    return {
+        "reward": signal.r.mean(),
+        "local_accuracy": batch.correct.mean(),  # of all responses, calls included
+        "call_rate": signal.call_rate,
+        "alpha_c": state.reward.alphas[1],  # what a right call earned
+        "price": state.filter.price,  # what a call was charged
+        "formatted": batch.formatted.mean(),
+        "d1": d1.sum(),
+        "d2": d2.sum(),
+        "d2_called": (d2 & batch.called.any(axis=1)).sum(),  # from these the call can be learnt
+        "kept": kept,
+        "dropped": signal.keep.shape[0] - kept,
+        "no_signal": (signal.keep & ~signal.learnable).sum(),  # kept groups of equal rewards
+        "all_called": (signal.keep & all_called).sum(),  # of those, the ones that spent quota
+        "grad_norm": norm,  # before clipping
+        "entropy": -log_p / batch.mask.sum(),  # nats a token, estimated by the samples
+        "drift": drift / jnp.maximum(tokens, 1),  # mean |log p recomputed - log p sampled|
+        "drift_max": worst,
+        "tokens": batch.mask.sum(),
+        "empty_updates": new.empty_updates,
+        "nonfinite_updates": new.nonfinite_updates,
+        "nonfinite_streak": new.nonfinite_streak,
+        "empty_d1_streak": new.filter.empty_d1_streak,
+    }
 
 
 def make_step(
@@ -133,111 +351,43 @@ def make_step(
     temperature: float,
     chunk: int,
     average: float = 0.0,
-) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, rollout, key) -> state, metrics: the body of one device under an axis named
-    `axis`.
+) -> StepBody:
+    """step(state, rollout, key) -> state, metrics: the body of one device, under the axis `axis`.
 
     The rollout is this device's share [P, ...]; state, key and results are the same on all devices.
     Every device sees all the verdicts, so that all draw the same subset; the kept prompts that have
-    a gradient are then dealt out evenly, the longest first. Prompts that were dropped, or whose
-    responses all earned the same, cost nothing. `lengths`, to which responses are cut, ascend to T.
-    average: decay of the state's `average`, where it has one, in [0, 1).
+    a gradient are then dealt out evenly. Prompts that were dropped, or whose responses all earned
+    the same, cost nothing. `lengths`, to which responses are cut, ascend to T. average: the decay
+    of the state's `average`, where it has one, in [0, 1).
     """
 
     def body(state: TrainState, rollout: Rollout, key: jax.Array):
-        D, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-        # Tokens are small beside the work they cause, so everything is gathered and each device
+        # Tokens are small beside the work they cause, so everything is gathered, and each device
         # takes what it is dealt.
         batch: Rollout = jax.lax.all_gather(rollout, axis, tiled=True)
-        verdicts = batch.correct, batch.called, batch.formatted
-        r, reward_state = algorithm.reward(state.reward, *verdicts, batch.cloud_correct)
-        verdicts = batch.correct, batch.cloud_correct, batch.cloud_known
-        keep, filter_state = algorithm.prompt_filter(state.filter, r, *verdicts, key)
-        cost, price = batch.called.astype(jnp.float32), state.filter.price
-        A = algorithm.advantage(r, batch.mask) - price * algorithm.advantage(cost, batch.mask)
-        signal = keep & (A != 0).any(axis=1)
-        free = (
-            jnp.ones_like(batch.called) if batch.barred is None else (batch.barred < 0).all(axis=2)
-        )  # might call
-        call_rate = cost.sum() / free.sum()
-        reward_state, filter_state = algorithm.control(reward_state, filter_state, call_rate)
-
-        Q = keep.shape[0]
-        work = signal * batch.mask.sum((1, 2))  # a prompt's tokens
-        dealt = jnp.argsort(-work, stable=True).reshape(Q // D, D)[:, me]  # like cards
-        mine = (signal.sum() - me + D - 1) // D
-        grads, drift, worst = policy_gradient(
-            state.params,
-            state.frozen,
-            cfg,
-            batch,
-            A,
-            dealt,
-            mine,
+        signal = learning_signal(algorithm, state, batch, key)
+        prompts, n_prompts = deal(signal, batch, axis)
+        share = Share(
+            cfg=cfg,
+            frozen=state.frozen,
+            batch=batch,
+            A=signal.A,
+            prompts=prompts,
+            n_prompts=n_prompts,
             micro_rows=micro_rows,
             lengths=lengths,
             temperature=temperature,
             chunk=chunk,
         )
+        grads, drift, worst = policy_gradient(state.params, share)
         # Sums and counts travel apart and are divided once: devices hold different numbers of kept
         # prompts.
         grads, drift = jax.lax.psum((grads, drift), axis)
-        kept = keep.sum()
+        worst = jax.lax.pmax(worst, axis)
+        kept = signal.keep.sum()
         grads = jax.tree.map(lambda g: g / jnp.maximum(kept, 1), grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
-        applies = finite & (kept > 0)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(applies, a, b), new, old)  # noqa: E731
-        tokens = jnp.sum(batch.mask * (signal[:, None] & (A != 0))[..., None])  # that were computed
-        params = either(optax.apply_updates(state.params, updates), state.params)
-        decay = jnp.float32(average)
-        fresh = (1 - decay) / (
-            1 - decay ** (state.step + 1)
-        )  # 1 at first: the start is no part of it
-        blend = lambda a, p: a + fresh * (p - a)  # noqa: E731
-        new_state = state.replace(
-            step=state.step + 1,
-            params=params,
-            average=None if state.average is None else jax.tree.map(blend, state.average, params),
-            opt_state=either(opt_state, state.opt_state),
-            reward=reward_state,
-            filter=filter_state,
-            empty_updates=state.empty_updates + (kept == 0),
-            nonfinite_updates=state.nonfinite_updates + ~finite,
-            # A step without a gradient says nothing of the weights' health.
-            nonfinite_streak=jnp.where(
-                finite, state.nonfinite_streak * ~signal.any(), state.nonfinite_streak + 1
-            ),
-        )
-        d1, d2 = gapg.classes(batch.correct, batch.cloud_correct, batch.cloud_known)
-        metrics = {
-            "reward": r.mean(),
-            "local_accuracy": batch.correct.mean(),  # of all responses, calls included
-            "call_rate": call_rate,
-            "alpha_c": state.reward.alphas[1],  # what a right call earned
-            "price": price,  # what a call was charged
-            "formatted": batch.formatted.mean(),
-            "d1": d1.sum(),
-            "d2": d2.sum(),
-            "d2_called": (d2 & batch.called.any(axis=1)).sum(),  # from these the call can be learnt
-            "kept": kept,
-            "dropped": Q - kept,
-            "no_signal": (keep & ~signal).sum(),  # kept groups whose responses all earned the same
-            # Of those, the ones that spent quota on calls: all called that might.
-            "all_called": (keep & (batch.called == free).all(axis=1)).sum(),
-            "grad_norm": norm,  # before clipping
-            "entropy": -jnp.sum(batch.logp * batch.mask)
-            / batch.mask.sum(),  # nats a token, estimated by the samples
-            "drift": drift / jnp.maximum(tokens, 1),  # mean |log p recomputed - log p sampled|
-            "drift_max": jax.lax.pmax(worst, axis),
-            "tokens": batch.mask.sum(),
-            "empty_updates": new_state.empty_updates,
-            "nonfinite_updates": new_state.nonfinite_updates,
-            "nonfinite_streak": new_state.nonfinite_streak,
-            "empty_d1_streak": filter_state.empty_d1_streak,
-        }
-        return new_state, metrics
+        new_state = updated(state, optimizer, grads, norm, kept, signal, average)
+        return new_state, step_metrics(batch, signal, state, new_state, kept, norm, drift, worst)
 
     return body
