@@ -22,8 +22,9 @@ import pytest
 from collab_jax.cloud import SimulatedCloud
 from collab_jax.models.text import word_tokenizer
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, TaskError, countdown, make_task
-from collab_jax.tasks.countdown import check, demonstrations, generate, load, solve, split_of
+from collab_jax.tasks import Example, TaskError, countdown, expressions, make_task
+from collab_jax.tasks.countdown import demonstrations, generate, load, split_of
+from collab_jax.tasks.expressions import is_solution, solve
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "countdown_tiny_sft.py"
 
@@ -48,7 +49,7 @@ def pair(numbers, target):
     return tuple(sorted(numbers)), target
 
 
-# ---------------------------------------------------------------- check: by hand
+# ---------------------------------------------------------------- is_solution: by hand
 
 
 RIGHT = [
@@ -72,6 +73,12 @@ RIGHT = [
     ((7,), 7, "7"),
     ((7,), 7, "((7))"),
     ((1, 2), 3, " ( 1  + 2 ) "),
+    ((1, 2), 3, "1+2\n"),  # white space of any kind is free
+    ((1, 2), 3, "\n1+2"),
+    ((1, 2), 3, "\r\n1 +\r\n2\r\n"),
+    ((1, 2), 3, "1+\t2"),
+    ((1, 2), 3, "1+2\x0b"),
+    ((1, 2), 3, "1+\xa02\u2003"),
     ((0, 5), 0, "0/5"),
     ((7, 1), 8, "007+1"),  # leading zeros: the same number
     ((10**30, 1), 10**30 + 1, f"{10**30}+1"),
@@ -138,13 +145,13 @@ WRONG = [  # each would be right to a reader that overlooks what the comment say
     ((1, 2), 2, "1×2"),
     ((1, 2), -1, "1−2"),
     ((2, 1), 2, "2÷1"),
-    ((1, 2), 3, "1+2\n"),  # only spaces are free
-    ((1, 2), 3, "\n1+2"),
-    ((1, 2), 3, "1+\t2"),
-    ((1, 2), 3, "1+2\r"),
-    ((1, 2), 3, "1+2\x0b"),
-    ((1, 2), 3, "1+\xa02"),
-    ((1, 2), 3, "1+2\x00"),
+    ((12,), 12, "1\n2"),  # white space joins no digits
+    ((12,), 12, "1\t2"),
+    ((12, 3), 15, "1\r\n2+3"),
+    ((12, 3), 15, "3+1\xa02"),
+    ((1, 2, 3), 6, "1 2+3"),
+    ((1, 2), 3, "1+2\x00"),  # other characters that are not seen
+    ((1, 2), 3, "1+2\u200b"),
     ((1, 2), 3, "1\x00+2"),
     ((1, 2), 3, "1+２"),  # digits of other scripts; int() reads most of them
     ((1, 2), 3, "١+٢"),
@@ -160,16 +167,16 @@ WRONG = [  # each would be right to a reader that overlooks what the comment say
 
 @pytest.mark.parametrize("numbers, target, expression", RIGHT)
 def test_right(numbers, target, expression):
-    assert check(numbers, target, expression) is True
-    assert check(numbers[::-1], target, expression) is True  # the numbers' order is nothing
-    assert check(numbers, target + 1, expression) is False
-    assert check((*numbers, 1), target, expression) is False
-    assert check(numbers[1:], target, expression) is False
+    assert is_solution(numbers, target, expression) is True
+    assert is_solution(numbers[::-1], target, expression) is True  # the numbers' order is nothing
+    assert is_solution(numbers, target + 1, expression) is False
+    assert is_solution((*numbers, 1), target, expression) is False
+    assert is_solution(numbers[1:], target, expression) is False
 
 
 @pytest.mark.parametrize("numbers, target, expression", WRONG)
 def test_wrong(numbers, target, expression):
-    assert check(numbers, target, expression) is False
+    assert is_solution(numbers, target, expression) is False
 
 
 @pytest.mark.parametrize(
@@ -188,17 +195,17 @@ def test_wrong(numbers, target, expression):
     ],
 )
 def test_not_a_string(expression):
-    assert check((1, 2), 3, expression) is False
+    assert is_solution((1, 2), 3, expression) is False
 
 
 def test_length_limit_counts_every_character():
-    limit = countdown.MAX_EXPRESSION
-    assert check((1, 2), 3, "1+2".ljust(limit)) is True
-    assert check((1, 2), 3, "1+2".ljust(limit + 1)) is False
+    limit = expressions.MAX_EXPRESSION
+    assert is_solution((1, 2), 3, "1+2".ljust(limit)) is True
+    assert is_solution((1, 2), 3, "1+2".ljust(limit + 1)) is False
     deep = (limit - 2) // 2
-    assert check((7,), 7, "(" * deep + "7" + ")" * deep) is True
-    assert check((7,), 7, "(" * deep + "7" + ")" * (deep - 1)) is False
-    assert check((10**limit - 1,), 10**limit - 1, "9" * limit) is True
+    assert is_solution((7,), 7, "(" * deep + "7" + ")" * deep) is True
+    assert is_solution((7,), 7, "(" * deep + "7" + ")" * (deep - 1)) is False
+    assert is_solution((10**limit - 1,), 10**limit - 1, "9" * limit) is True
 
 
 HOSTILE = {
@@ -225,14 +232,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize("expression", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile(expression):
-    uses_all = [int(n) for n in re.findall("[0-9]+", expression[: countdown.MAX_EXPRESSION])]
+    uses_all = [int(n) for n in re.findall("[0-9]+", expression[: expressions.MAX_EXPRESSION])]
     start = time.process_time()
     for numbers in [(1, 2), (9, 9, 9), tuple(uses_all)]:
-        assert check(numbers, 77, expression) is False
+        assert is_solution(numbers, 77, expression) is False
     assert time.process_time() - start < 0.5
 
 
-# ---------------------------------------------------------------- check: against an independent reading
+# ---------------------------------------------------------------- is_solution: against an independent reading
 
 
 class Refused(Exception):
@@ -244,14 +251,14 @@ def reading(text):
     no value.
 
     sum: product (('+' | '-') product)*; product: atom (('*' | '/') atom)*; atom: digit+ | '(' sum
-    ')'; spaces between.
+    ')'; white space between.
     """
     assert len(text) <= 120  # the recursion is as deep as the parentheses
     numbers, at = [], 0
 
     def peek():
         nonlocal at
-        while text[at : at + 1] == " ":
+        while text[at : at + 1].isspace():
             at += 1
         return text[at : at + 1]
 
@@ -321,7 +328,7 @@ def random_expression(rng, numbers):
 
 def mutated(rng, text):
     i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-    strange = " .\n\t\x00^%eE_,=x×÷−²١１"
+    strange = " .\n\t\r\xa0\x00^%eE_,=x×÷−²١１"
     piece = rng.choice(
         [*"0123456789", *"+-*/()" * 3, *strange, "()", "00", "-(", ")*(", "**", "//"]
     )
@@ -361,7 +368,7 @@ def test_fuzz_agrees_with_the_reference():
     outcomes = Counter()
     for numbers, target, text in fuzz_cases(15_000):
         expected = reference(numbers, target, text)
-        assert check(numbers, target, text) is expected, (numbers, target, text)
+        assert is_solution(numbers, target, text) is expected, (numbers, target, text)
         found = reading(text)
         outcomes[expected, found is not None, found is not None and found[0] == target] += 1
     # right; no expression; another value (a fraction, mostly); other numbers: none of them is rare
@@ -376,11 +383,11 @@ def test_fuzz_of_random_characters():
         text = (
             rng.randbytes(n).decode("latin-1")
             if i % 2
-            else "".join(rng.choices("1234 +-*/()", k=n))
+            else "".join(rng.choices("1234 \n+-*/()", k=n))
         )
         found = reading(text)
         numbers, target = (found[1], math.floor(found[0])) if found else ((1, 2), 3)
-        assert check(tuple(numbers), target, text) is reference(numbers, target, text), text
+        assert is_solution(tuple(numbers), target, text) is reference(numbers, target, text), text
 
 
 # ---------------------------------------------------------------- solve
@@ -405,7 +412,7 @@ def reachable(numbers):
 
 def assert_solved(numbers, target):
     expression = solve(numbers, target)
-    assert check(numbers, target, expression) and reference(numbers, target, expression), (
+    assert is_solution(numbers, target, expression) and reference(numbers, target, expression), (
         numbers,
         target,
         expression,
@@ -536,7 +543,7 @@ def test_mix_is_as_configured(share):
 
 def test_solutions_of_the_stream_are_right():
     for numbers, target, found in take(1_000, generate("train", 6, tiny_config().task)):
-        assert found.value == target and check(numbers, target, found.expression)
+        assert found.value == target and is_solution(numbers, target, found.expression)
 
 
 def test_ranges_without_any_example_end(monkeypatch):
@@ -773,10 +780,10 @@ def value_of(line):
 
 
 def eval_exact(after):
-    """Value of the expression in `</think><answer>...</answer>`, found by `check`."""
+    """Value of the expression in `</think><answer>...</answer>`, found by `is_solution`."""
     expression = re.fullmatch(r"</think><answer>(.*)</answer>", after)[1]
     numbers = tuple(map(int, re.findall(r"\d+", expression)))
-    return next(value for value in range(1, 10**6) if check(numbers, value, expression))
+    return next(value for value in range(1, 10**6) if is_solution(numbers, value, expression))
 
 
 def test_every_demonstration_is_what_its_verdicts_and_its_value_say():

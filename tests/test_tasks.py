@@ -51,6 +51,9 @@ GOOD = "<think>1+2=3,3+3=6 ok</think><answer>1+2+3</answer>"
         "\n<think>\nlong\n\nthought\n</think>\n\n<answer> (1 + 2) + 3 </answer>\n",
         f"<think>I could say {MARKER} here</think><answer>1*2*3</answer>",  # quoted in the middle
         f"<think>{MARKER}</think><answer>1+2+3</answer>",
+        "<think>so</think>\n<answer>\n1+2+3\n</answer>\n",  # as real models write
+        "<think>so</think>\r\n<answer>\r\n\t1 +\r\n\t2 + 3\r\n</answer>\r\n",
+        "<think>so</think><answer>\u00a01+2+3\u2003</answer>",
         "<think> </unknown> <unknown> </think><answer>1+2+3</answer>",  # pieces of it are nothing
         "<think>1 < 2 > 0, <b>so</b></think><answer>1+2+3</answer>",
     ],
@@ -118,6 +121,7 @@ def test_called(response):
         "<think>so</think><answer>1+2+3=6</answer>",
         "<think>so</think><answer>the answer is 1+2+3</answer>",
         "<think>so</think><answer>1+2+1+2</answer>",
+        "<think>so</think><answer>1+2\n3</answer>",  # a line break is no operator
         "<think>1+2+3</think><answer>?</answer>",  # the answer stands elsewhere
         f"<think>so</think><answer>{MARKER}</answer>",
         f"<think>so</think><answer>1+2+3{MARKER}</answer>",
@@ -173,7 +177,9 @@ def test_marker_is_the_configured_one():
     "response, answer",
     [
         ("<answer>a</answer>", "a"),
-        ("<answer>\n a </answer>", "\n a "),
+        ("<answer>\n a </answer>", "a"),
+        ("<answer>\r\n\ta\n b\u00a0\r\n</answer>", "a\n b"),
+        ("<answer>\n</answer>", ""),
         ("<answer>a</answer><answer>b</answer>", "b"),
         ("<answer>a</answer><answer>b", "a"),
         ("<answer>a<answer>b</answer>", "b"),

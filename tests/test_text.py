@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collab_jax.models import text as text_lib
 from collab_jax.models.sampler import PlainMarker
+from collab_jax.tasks import base
 
 MARKER = "<unknown> I need external assistance </unknown>"
 WORDS = (
@@ -233,13 +234,26 @@ def test_a_reserved_token_stands_for_the_marker(words_folder, bpe_folder):
         assert found == MARKER
 
 
-def test_decode_leaves_out_every_eos_and_rows_without_a_token(bpe_folder):
+def test_decode_leaves_out_every_eos_and_shows_tokens_outside_the_tokenizer(bpe_folder):
     text = load_bpe(bpe_folder)
     one = text.tokenizer.encode("1", add_special_tokens=False)
     beyond = len(text.tokenizer)  # a row of the embedding that the tokenizer does not know
     for end in text.eos_ids:
-        row = np.array([[*one, beyond, beyond + 7, end, text.pad_id, *one]])
-        assert text.decode(row, np.array([[True] * 4 + [False] * 2])) == ["1"]
+        row = np.array([[*one, beyond, beyond + 7, *one, end, text.pad_id, *one]])
+        mask = np.array([[True] * 5 + [False] * 2])
+        assert text.decode(row, mask) == [f"1<|id {beyond}|><|id {beyond + 7}|>1"]
+
+
+@pytest.mark.parametrize("at", range(11))
+def test_a_token_outside_the_tokenizer_leaves_no_response_well_formed(words_folder, at):
+    text = load(words_folder)
+    ids = text.response_ids("<think>1+2=3</think><answer>3</answer>")[:-1]
+    [response] = text.decode(np.array([ids]), np.ones((1, 10), bool))
+    assert base.formatted(response) and base.answer_of(response) == "3"
+    ids.insert(at, len(text.tokenizer) + at)
+    [response] = text.decode(np.array([ids]), np.ones((1, 11), bool))
+    assert not base.formatted(response)
+    assert base.answer_of(response) == (None if at in (8, 9) else "3")
 
 
 def test_text_outside_the_words_is_unknown(words_folder):

@@ -1,13 +1,11 @@
-"""What every task shares: the types, and how a response is read (paper section 3, the response
-format).
-"""
+"""What every task shares: the types, and how a response is read (paper, section 3)."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from collab_jax.models.text import Messages
+from collab_jax.models.text import TAGS, UNKNOWN_TOKEN, Messages
 from collab_jax.runtime.errors import UserError
 
 
@@ -17,9 +15,9 @@ class TaskError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One prompt's problem. id: unique in its split; stratum: its difficulty class; problem: the
-    task's own data.
+    """The problem of one prompt.
 
+    id: unique in its split. stratum: the difficulty class. problem: the task's own data.
     task: the name of its task, in a mix the part's. seen: the training task that holds the same
     problem, if one does.
     """
@@ -32,35 +30,41 @@ class Example:
 
 
 class Verdict(NamedTuple):
-    """What a response is. `called` and `correct` exclude each other, and so do `called` and
-    `formatted`.
+    """What a response is. A response that called is neither correct nor formatted.
+
+    Where `timed_out` or `unjudged` is set, nobody knows whether the response is correct, and
+    `correct` is False.
     """
 
     correct: bool
     called: bool
     formatted: bool
-    timed_out: bool = False  # the verifier did not get to an end, and `correct` is False for that
-    unjudged: bool = False  # nor is it known: a judge's call failed, or a reward said None
+    timed_out: bool = False  # the comparison was stopped at its deadline
+    unjudged: bool = False  # a judge's call failed, a reward returned None, or there is no answer
+
+
+Verifier = Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """The functions of a task.
 
-    load(split) -> list[Example], split "train" or "test"; prompt(example) -> the device model's
-    chat messages; cloud_prompt(example) -> the cloud's; verify(examples, responses) -> a Verdict of
-    each *finished* response; solve_prompt(messages) -> a right response to a cloud prompt (None:
-    the task has no exact solver); gold(example) -> its right answer, or None where it has none
-    (None: the task keeps no answers);
-    weights: of a mix, each part's share of the training prompts; demonstrations(seed) -> endless
-    (example, response) pairs for the warm start (None: the task makes none).
+    load(split) -> the examples of "train" or "test". prompt(example) -> the device model's chat
+    messages; cloud_prompt(example) -> the cloud's. verify(examples, responses) -> a Verdict of each
+    *finished* response, and of each of the cloud's answers.
+    solve_prompt(messages) -> a right response to a cloud prompt; None: there is no exact solver.
+    gold(example) -> the right answer, or None where the example has none; None: the task keeps none.
+    weights: of a mix, each part's share of the training prompts.
+    demonstrations(seed) -> endless (example, response) pairs for the warm start; None: there are
+    none.
     """
 
     name: str
     load: Callable[[str], list[Example]]
     prompt: Callable[[Example], Messages]
     cloud_prompt: Callable[[Example], Messages]
-    verify: Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
+    verify: Verifier
     solve_prompt: Callable[[Messages], str] | None = None
     gold: Callable[[Example], str | None] | None = None
     weights: Mapping[str, float] | None = None
@@ -68,31 +72,37 @@ class Task:
 
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def called(response: str, marker: str) -> bool:
-    """True where the marker is the terminal action: nothing but white space follows it, and no
-    answer was opened.
+    """True where the marker is the terminal action of a response.
+
+    Nothing but white space follows it, and no answer was opened.
     """
     return response.rstrip().endswith(marker.rstrip()) and "<answer>" not in response
 
 
 def formatted(response: str) -> bool:
-    """True for just `<think> ... </think><answer> ... </answer>`, each tag once; white space around
-    blocks is free.
+    """True for just `<think> ... </think><answer> ... </answer>`, each tag once, all of it tokens.
+
+    White space around the two blocks is free.
     """
     return (
-        all(response.count(tag) == 1 for tag in _TAGS) and _FORMAT.fullmatch(response) is not None
+        all(response.count(tag) == 1 for tag in TAGS)
+        and _FORMAT.fullmatch(response) is not None
+        and UNKNOWN_TOKEN.search(response) is None
     )
 
 
 def answer_of(response: str) -> str | None:
-    """The text of the last closed `<answer>` block, or None."""
+    """The text of the last closed `<answer>` block, without white space around it, or None.
+
+    None too where it contains an id that is no token (`Text.decode`).
+    """
     start = response.rfind("<answer>", 0, max(response.rfind("</answer>"), 0))
     if start < 0:
         return None
     start += len("<answer>")
-    return response[
-        start : response.find("</answer>", start)
-    ]  # a later, stray closing tag closes nothing
+    end = response.find("</answer>", start)  # a later, stray closing tag closes nothing
+    answer = response[start:end].strip()
+    return None if UNKNOWN_TOKEN.search(answer) else answer
