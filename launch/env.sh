@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it. Goes to the root of the repository and offers
 #   say TEXT         one line of progress
-#   prepare [EXTRA]  makes, repairs or reuses .venv, with this project and its EXTRA of setup.py installed
+#   prepare [EXTRA]  makes, repairs or reuses .venv, with this project and its EXTRA of pyproject.toml installed
 # PYTHON chooses the interpreter; another version than that of .venv makes .venv anew.
 
 # A relative PYTHON is meant from where the user stands.
@@ -62,7 +62,7 @@ has_pip() { .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/pytho
 fingerprint() {
   .venv/bin/python -c '
 import hashlib, os, sys
-parts = [open("setup.py", "rb").read(), sys.argv[1].encode(), sys.version.encode(), os.fsencode(os.getcwd())]
+parts = [open("pyproject.toml", "rb").read(), sys.argv[1].encode(), sys.version.encode(), os.fsencode(os.getcwd())]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())' "$1" 2>/dev/null
 }
 
