@@ -132,7 +132,6 @@ def test_one_step_by_hand_has_the_numbers_that_it_tells(run_notebook):
     assert len(learnt) >= 8 and sum(a * gained > 0 for a, gained in learnt) >= 0.8 * len(learnt)
 
 
-@pytest.mark.slow
 def test_results_are_read_as_they_were_published(run_notebook):
     out = run_notebook(NOTEBOOK.parent / "03_read_results.ipynb")
     result = json.loads((ROOT / "docs" / "results" / "paper_table" / "compare.json").read_text())
