@@ -16,7 +16,7 @@ five maths benchmarks (task tuning alone 56.1, naive offloading 67.2, collaborat
 installation and resuming included. The first command fetches the weights from the hub;
 math_train.jsonl and math_test.jsonl (or .gz) are read from `data`, or, where they are not there,
 MATH is downloaded and built there. The cloud is simulated from the right answers until you name
-yours (README, "Your cloud").
+yours (docs/cloud.md).
 
 The paper's, as far as known here: model, data, budget; G = 8, 32 prompts a step, learning rate 5e-6
 and the rewards are those of its Countdown run. Ours: prompt, lengths, number of steps, the warm

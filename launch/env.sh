@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it. Goes to the root of the repository and offers
 #   say TEXT         one line of progress
-#   prepare [EXTRA]  makes, repairs or reuses .venv, with this project and its EXTRA of setup.py installed
+#   prepare [EXTRA]  makes, repairs or reuses .venv, with this project and its EXTRA of pyproject.toml installed
 # PYTHON chooses the interpreter; another version than that of .venv makes .venv anew.
 
 # A relative PYTHON is meant from where the user stands.
@@ -9,14 +9,14 @@ case "${PYTHON:-}" in
   */*) PYTHON="$PWD/$PYTHON" ;;
 esac
 
-# CDPATH could send a relative cd elsewhere; -P, since the stamp holds the path and a link must not change it.
+# CDPATH could send a relative cd elsewhere. -P: the stamp holds the path, and a link must not change it.
 CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-# With .venv activated, its own python would come first, and it cannot make itself anew.
+# With .venv activated, its own python would come first on PATH, and it cannot make itself anew.
 PATH="${PATH//"$PWD/.venv/bin:"/}"
 
 log="$PWD/.venv/collab_jax.log"
-# There from the birth of .venv to the end of its first install: whoever finds it finds a .venv killed half-way.
+# Exists from the creation of .venv to the end of its first install: where it is found, that run was killed half-way.
 unfinished=.venv/collab_jax.unfinished
 
 say() { printf 'collab_jax: %s\n' "$*"; }
@@ -55,14 +55,15 @@ right_python() {
   [ "$have" = "$want" ]
 }
 
-# A .venv that somebody else made may lack pip: no reason to throw it away.
+# A .venv that somebody else made may lack pip; it is completed, not thrown away.
 has_pip() { .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null 2>&1; }
 
-# The path is part of it because an editable install points at it: a copied tree must not run the original's code.
+# What an install depends on, as a hash. The path is part of it, since an editable install points at it: a copied tree
+# must not run the original's code.
 fingerprint() {
   .venv/bin/python -c '
 import hashlib, os, sys
-parts = [open("setup.py", "rb").read(), sys.argv[1].encode(), sys.version.encode(), os.fsencode(os.getcwd())]
+parts = [open("pyproject.toml", "rb").read(), sys.argv[1].encode(), sys.version.encode(), os.fsencode(os.getcwd())]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())' "$1" 2>/dev/null
 }
 

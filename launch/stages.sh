@@ -1,10 +1,10 @@
 # Sourced by gpu.sh and tpu_vm.sh, after env.sh. Offers
 #   stages BACKEND CONFIG WORKDIR [FLAG ...]   from a config to an exported, calibrated model
-# below WORKDIR: start (the warm-started model), run (training and evaluation), model (what is delivered). A stage whose
-# result is there is not run again, and training goes on from its last checkpoint: the same command resumes, whatever
-# stopped it. Flags (--config.KEY=VALUE) go to every stage that reads the config; keep them the same.
+# WORKDIR gets three folders: start (the warm-started model), run (training and evaluation), model (what is delivered). A
+# stage whose result exists is not run again, and training goes on from its last checkpoint: the same command resumes,
+# whatever stopped it. Flags (--config.KEY=VALUE) go to every stage that reads the config; keep them the same.
 
-# Told before anything is installed; sourced, $@ is the script's.
+# Checked before anything is installed; in a sourced file $@ holds the script's arguments.
 [ $# -ge 2 ] || fail "usage: $0 CONFIG WORKDIR [--config.KEY=VALUE ...]"
 
 # stage RESULT MODULE [ARGUMENT ...]

@@ -21,6 +21,7 @@ if [ "$1" = -c ]; then
 exec(sys.argv.pop(1))" "$@"
 fi
 echo "$PWD: $*" >>"$CALLS"
+if [ -n "$FAILS" ] && [[ "$*" = *"$FAILS"* ]]; then exit 1; fi
 case "$2" in
   venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
   pip) if [ "$3" = install ]; then eval "$ON_INSTALL"; fi ;;
@@ -36,7 +37,8 @@ class Tree:
         self.root = tmp_path / "a tree"
         shutil.copytree(ROOT / "launch", self.root / "launch")
         shutil.copytree(ROOT / ".ci", self.root / ".ci")
-        shutil.copy(ROOT / "setup.py", self.root)
+        for name in ("pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, self.root)
         self.elsewhere = tmp_path / "elsewhere"
         self.elsewhere.mkdir()
         self.calls_file = tmp_path / "calls"
@@ -66,7 +68,7 @@ class Tree:
         self.calls_file.unlink(missing_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
         clean |= {"PYTHON": str(self.python), "PATH": self.path, "CALLS": str(self.calls_file)}
-        clean |= {"BEFORE": "", "ON_INSTALL": "", "ON_MODULE": ""} | env
+        clean |= {"BEFORE": "", "ON_INSTALL": "", "ON_MODULE": "", "FAILS": ""} | env
         done = subprocess.run(
             [self.root / script, *args],
             cwd=self.elsewhere,
@@ -129,14 +131,33 @@ def test_quickstart_lets_later_arguments_win(tree):
     assert not makes_venv(calls) and installs(calls) == [".[test]"]
 
 
-def test_ci_runs_the_tests(tree):
+def test_fast_leaves_out_the_slow_tests_and_other_arguments_follow(tree):
+    _, calls = tree.run("launch/test.sh", "--fast", "-x")
+    assert calls[-1] == "-m pytest -m not slow -x"
+
+
+def test_ci_runs_every_check_and_then_the_tests(tree):
     done, calls = tree.run(".ci/run")
-    assert done.returncode == 0 and calls[-1] == "-m pytest"
+    assert done.returncode == 0, done.stderr
+    assert installs(calls) == [".[test]"] and calls[-1] == "-m pytest"
+    assert calls[-6:-1] == [
+        "-m ruff check .",
+        "-m ruff format --check .",
+        "-m pyright",
+        ".venv/bin/lint-imports",
+        "-m mkdocs build --strict",
+    ]
 
 
-def test_a_changed_setup_or_a_moved_tree_installs_again_into_the_same_venv(tree):
+@pytest.mark.parametrize("check", ["ruff", "pyright", "lint-imports", "mkdocs"])
+def test_ci_ends_at_the_first_check_that_fails(tree, check):
+    done, calls = tree.run(".ci/run", FAILS=check)
+    assert done.returncode == 1 and check in calls[-1] and "-m pytest" not in calls
+
+
+def test_changed_metadata_or_a_moved_tree_installs_again_into_the_same_venv(tree):
     tree.run()
-    with open(tree.root / "setup.py", "a") as f:
+    with open(tree.root / "pyproject.toml", "a") as f:
         f.write("# changed\n")
     _, calls = tree.run()
     assert installs(calls) == [".[test]"] and not makes_venv(calls)
@@ -224,7 +245,7 @@ def test_relative_python_is_meant_from_where_the_user_stands(tree):
     assert done.returncode == 0 and makes_venv(calls)
 
 
-# ---------------------------------------------------------------- from a config to a model, on accelerators
+# --------------------------------------------------- from a config to a model, on accelerators
 
 MAKES = """
 module="$2" before=
@@ -236,7 +257,8 @@ case "$module" in
   collab_jax.sft) mkdir -p "$work" && touch "$work/sft.json" ;;
   collab_jax.train)
     mkdir -p "$work" && touch "$work/report.json"
-    echo '{"budget": 0.3, "text": {"marker": "<no> I pass </no>", "decision_token": "<|spare|>"}}' >"$work/config.json" ;;
+    text='{"marker": "<no> I pass </no>", "decision_token": "<|spare|>"}'
+    printf '{"budget": 0.3, "text": %s}' "$text" >"$work/config.json" ;;
   collab_jax.evaluate) touch "$work/eval.json" ;;
   collab_jax.export) mkdir -p "$out" && touch "$out/README.md" ;;
   collab_jax.calibrate) touch "$out/collab_config.json" ;;
@@ -246,7 +268,9 @@ MACHINES = {"launch/gpu.sh": "gpu", "launch/tpu_vm.sh": "tpu"}
 
 
 def finds(backend):
-    return f"import types; sys.modules['jax'] = types.SimpleNamespace(default_backend=lambda: '{backend}')"
+    """Python that puts a jax in place whose default backend is `backend`."""
+    jax = f"types.SimpleNamespace(default_backend=lambda: '{backend}')"
+    return f"import types; sys.modules['jax'] = {jax}"
 
 
 def modules(calls):
@@ -265,7 +289,8 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
     assert installs(calls) == [f".[{MACHINES[script]}]"] and modules(calls) == STAGES
     sft, train, evaluate, export, calibrate = calls[-5:]
     assert sft == "-m collab_jax.sft --workdir runs/a b/start --config configs/x.py --config.seed=3"
-    same = "--workdir runs/a b/run --config configs/x.py --config.model.path=runs/a b/start --config.seed=3"
+    flags = "--config configs/x.py --config.model.path=runs/a b/start --config.seed=3"
+    same = f"--workdir runs/a b/run {flags}"
     assert train.endswith(f"train {same}") and evaluate.endswith(f"evaluate {same}")
     assert export.endswith(f"export --out runs/a b/model {same}")
     assert (
