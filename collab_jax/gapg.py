@@ -69,7 +69,7 @@ class FilterState(flax.struct.PyTreeNode):
     d2: jax.Array
     kept: jax.Array
     kept_d2: jax.Array
-    empty_d1_streak: jax.Array  # i32[], steps in a row without a D1 prompt, up to now
+    empty_d1_streak: jax.Array  # i32[], steps in a row in which no prompt was solved, up to now
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -277,35 +277,45 @@ def prompt_filter(
     """
     del r
     d1, d2 = classes(correct, cloud_correct, cloud_known)
-    return within_quota(state, d1, d2, key)
+    keep, carry = within_quota(state, d1, d2, key)
+    return keep, tally(state, d1, d2, keep, correct.any(axis=1)).replace(carry=carry)
 
 
 def within_quota(
     state: FilterState, d1: jax.Array, d2: jax.Array, key: jax.Array
-) -> tuple[jax.Array, FilterState]:
+) -> tuple[jax.Array, jax.Array]:
     """keep bool[Q]: all of d1 bool[Q], and as many of d2 bool[Q] as rho |d1| and the carry pay for.
 
-    Which of d2 are kept is random; every device that calls this with the same key keeps the same
-    prompts. The fraction of a prompt that is cut off the quota is carried to the next step; a quota
-    that found no d2 prompt is lost.
+    Also returns the new carry i32[], in units of 1 / rho_den. Which of d2 are kept is random; every
+    device that calls this with the same key keeps the same prompts. The fraction of a prompt that is
+    cut off the quota is carried to the next step; a quota that found no d2 prompt is lost.
     """
     quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
     draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)
     rank = jnp.argsort(jnp.argsort(draw))
     keep = d1 | (d2 & (rank < quota // state.rho_den))
-    return keep, tally(state, d1, d2, keep).replace(carry=(quota % state.rho_den).astype(jnp.int32))
+    return keep, (quota % state.rho_den).astype(jnp.int32)
 
 
-def tally(state: FilterState, d1: jax.Array, d2: jax.Array, keep: jax.Array) -> FilterState:
-    """The totals after one more batch."""
+def tally(
+    state: FilterState, d1: jax.Array, d2: jax.Array, keep: jax.Array, solved: jax.Array
+) -> FilterState:
+    """Returns the state with the totals after one more batch; all arguments bool[Q].
+
+    solved: prompts with a right response of the device, whether or not their verdicts are known.
+    `empty_d1_streak` grows only where none is solved. Where some are, but D1 is empty since the
+    cloud's verdict on each of them is unknown (an outage), the step says nothing of the model, and
+    the streak stays as it is.
+    """
     count = lambda mask: mask.sum().astype(jnp.int32)  # noqa: E731
+    streak = jnp.where(solved.any(), state.empty_d1_streak, state.empty_d1_streak + 1)
     return state.replace(
         prompts=state.prompts + d1.size,
         d1=state.d1 + count(d1),
         d2=state.d2 + count(d2),
         kept=state.kept + count(keep),
         kept_d2=state.kept_d2 + count(keep & d2),
-        empty_d1_streak=jnp.where(d1.any(), 0, state.empty_d1_streak + 1),
+        empty_d1_streak=jnp.where(d1.any(), 0, streak),
     )
 
 

@@ -17,6 +17,7 @@ from collab_jax.models.decoder import DecoderConfig
 from collab_jax.rl import algorithms, step
 
 T, F = True, False
+KEY = jax.random.key(0)
 NO_REWARD, NO_MASK = jnp.nan, None  # where the paper's own parts do not look
 
 # -------------------------------------------------------------------------------------------------- reward
@@ -91,6 +92,27 @@ def test_unknown_verdicts_and_cloud_errors_are_in_neither_class():
         state, NO_REWARD, jnp.ones((1, 2), bool), jnp.array([F]), jnp.array([F]), jax.random.key(0)
     )
     assert not solved_but_unknown[0].any()
+
+
+def test_solved_prompts_without_a_verdict_neither_count_as_an_empty_d1_step_nor_end_the_streak():
+    def streak_after(state, correct, known):
+        cloud = jnp.zeros(len(known), bool)
+        filters = gapg.prompt_filter, *algorithms.PARTS["filter"].values()
+        states = [
+            f(state, jnp.zeros((2, 2)), jnp.array(correct), cloud, jnp.array(known), KEY)[1]
+            for f in filters
+        ]
+        assert len({int(s.empty_d1_streak) for s in states}) == 1
+        return states[0]
+
+    unsolved, solved = [[F, F], [F, F]], [[F, F], [T, F]]
+    state = streak_after(gapg.init_filter(0.3), unsolved, [T, T])
+    assert state.empty_d1_streak == 1
+    state = streak_after(state, solved, [F, F])  # an outage: it would be in D1 had it a verdict
+    assert state.empty_d1_streak == 1 and state.d1 == 0
+    state = streak_after(state, unsolved, [T, F])  # nothing solved, whatever the cloud would say
+    assert state.empty_d1_streak == 2
+    assert streak_after(state, solved, [F, T]).empty_d1_streak == 0
 
 
 def test_budget_zero_keeps_no_d2():

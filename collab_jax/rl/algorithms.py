@@ -100,7 +100,7 @@ def no_filter(
     del r, key
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
     keep = jnp.broadcast_to(cloud_known, d1.shape)
-    return keep, gapg.tally(state, d1, d2, keep)
+    return keep, gapg.tally(state, d1, d2, keep, correct.any(axis=1))
 
 
 def zero_variance_filter(
@@ -119,7 +119,7 @@ def zero_variance_filter(
     del key
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
     keep = cloud_known & (r != r[:, :1]).any(axis=1)
-    return keep, gapg.tally(state, d1, d2, keep)
+    return keep, gapg.tally(state, d1, d2, keep, correct.any(axis=1))
 
 
 def mixed_filter(
@@ -137,10 +137,9 @@ def mixed_filter(
     """
     del r
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
-    keep, new = gapg.within_quota(state, d1 & ~correct.all(axis=1), d2, key)
-    return keep, gapg.tally(state, d1, d2, keep).replace(
-        carry=new.carry
-    )  # the totals' D1 is everybody's
+    keep, carry = gapg.within_quota(state, d1 & ~correct.all(axis=1), d2, key)
+    # The totals' D1 is the paper's, as with every filter.
+    return keep, gapg.tally(state, d1, d2, keep, correct.any(axis=1)).replace(carry=carry)
 
 
 # -------------------------------------------------------------------------------------------------- control
