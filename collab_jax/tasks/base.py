@@ -54,7 +54,7 @@ class Task:
     messages; cloud_prompt(example) -> the cloud's. verify(examples, responses) -> a Verdict of each
     *finished* response, and of each of the cloud's answers.
     solve_prompt(messages) -> a right response to a cloud prompt; None: there is no exact solver.
-    gold(example) -> the right answer, or None where the example has none; None: the task keeps none.
+    gold(example) -> the right answer, None where the example has none; None: the task keeps none.
     weights: of a mix, each part's share of the training prompts.
     demonstrations(seed) -> endless (example, response) pairs for the warm start; None: there are
     none.

@@ -111,7 +111,7 @@ def generate(
 
 
 class Countdown(tfds.core.GeneratorBasedBuilder):
-    """The data set as TFDS, `train` and `test`, in which no (sorted numbers, target) stands twice."""
+    """The data set as TFDS, `train` and `test`; no (sorted numbers, target) stands twice."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
@@ -193,7 +193,7 @@ def _failed_attempt(rng: random.Random, numbers: tuple[int, ...], target: int) -
 
 
 def demonstrations(seed: int, task: ConfigDict, marker: str) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response) of the train side, which end in a solution, the marker or a guess.
+    """Endless (example, response) of the train side: a solution, the marker or a guess at the end.
 
     Failed attempts come first. A demonstrator gives up or guesses (`task.demo_give_up`,
     `demo_guess`: shares of demonstrations) without a look at the problem, and how many attempts

@@ -1,4 +1,4 @@
-"""Arithmetic expressions of given numbers, each used once: read exactly, solved, drawn at random."""
+"""Arithmetic expressions of given numbers, each used once: checked, found and drawn at random."""
 
 import itertools
 import operator

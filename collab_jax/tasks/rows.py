@@ -1,7 +1,6 @@
-"""Questions with an answer each, a row a question: where the rows come from, and the task that they
-make.
+"""Questions with an answer each, a row a question: where the rows come from, and their task.
 
-Rows are JSON lines, plain or gzip-compressed, one object a line with `id`, `problem`, `answer` and
+Rows are JSON lines, plain or gzip-compressed: one object a line with `id`, `problem`, `answer` and
 whatever else.
 """
 
@@ -11,33 +10,33 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
+from ml_collections import ConfigDict
+
 from collab_jax.tasks import base, benchmarks
 from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
 
 
-def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
-    """The rows of NAME.jsonl or NAME.jsonl.gz in `folder`, each with these fields besides id and
-    problem.
+def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
+    """The rows of NAME.jsonl or NAME.jsonl.gz in `folder`, each with id, problem and `fields`.
 
-    Where neither is there, a benchmark's come from the TFDS data set below `folder`, built on first
-    use (`benchmarks.py`). Raises TaskError, naming file and line, for what is missing, empty, twice
-    there, or no JSON.
+    Where neither file is there, the rows of a benchmark come from the TFDS data set below `folder`,
+    which is built on first use (`benchmarks.py`). Raises TaskError, naming file and line, for what
+    is missing, empty, there twice, or no JSON.
     """
+    folder = pathlib.Path(folder).expanduser()
     places = [folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"]
     path = next((place for place in places if place.exists()), None)
     if path is None and name in benchmarks.SPLITS:
         return benchmarks.read(folder, name)
     if path is None:
         raise TaskError(
-            f"no {name}.jsonl or {name}.jsonl.gz in {folder}: set config.task.data_dir to the folder that has it"
+            f"no {name}.jsonl or {name}.jsonl.gz in {folder}: "
+            "set config.task.data_dir to the folder that has it"
         )
     rows, ids = [], set()
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8") as file
-        ):
+        with opened(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -56,6 +55,7 @@ def read(folder: pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -
 
 
 def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> dict:
+    """The row of one line, with id, problem and answer as text. Raises TaskError."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -82,18 +82,20 @@ def stratum(row: dict) -> str:
 
 
 def make_task(
-    config,
+    config: ConfigDict,
+    *,
     load: Callable[[str], list[Example]],
     problem: Callable[[Example], str],
     gold: Callable[[Example], str | None],
-    compare: Callable[[Sequence[Example], Sequence[str]], Sequence[bool | None]],
+    compare: Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]],
     cloud_prompt: str,
 ) -> Task:
-    """The task of `config.task.name`, whose prompts are two templates with {problem} in them,
-    `config.task.prompt` the device's.
+    """The task of `config.task.name`, whose prompts are templates with {problem} in them.
 
-    compare(examples, responses) -> whether each response's answer is right; None where the verifier
-    ran out of time. Raises TaskError for a prompt without {problem}.
+    The device's template is `config.task.prompt`, the cloud's `cloud_prompt`. gold(example) -> the
+    right answer, None where there is none. compare(golds, responses) -> whether the answer of each
+    response is its gold one; None where the comparison ran out of time.
+    Raises TaskError for a prompt without {problem}.
     """
     template, marker = config.task.prompt, config.text.marker
     if "{problem}" not in template:
@@ -105,24 +107,35 @@ def make_task(
         return [{"role": "user", "content": template.replace("{problem}", problem(example))}]
 
     def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
-        return [
-            Verdict(x is True, base.called(r, marker), base.formatted(r), x is None)
-            for x, r in zip(compare(examples, responses), responses, strict=True)
-        ]
+        golds = {i: answer for i, e in enumerate(examples) if (answer := gold(e)) is not None}
+        equal = compare(list(golds.values()), [responses[i] for i in golds])
+        right = dict(zip(golds, equal, strict=True))
+        verdicts = []
+        for i, response in enumerate(responses):
+            called = base.called(response, marker)
+            verdicts.append(
+                Verdict(
+                    correct=right.get(i) is True,
+                    called=called,
+                    formatted=base.formatted(response),
+                    timed_out=i in right and right[i] is None,
+                    unjudged=i not in right and not called,
+                )
+            )
+        return verdicts
 
     @functools.cache
-    def golds(split: str) -> dict[str, str | None]:
-        """Right answers by the cloud's prompt; none of a split that is not there."""
+    def answers(split: str) -> dict[str, str | None]:
+        """Gold answers by the cloud's prompt; none of a split that is not there."""
         try:
             return {messages(cloud_prompt, e)[0]["content"]: gold(e) for e in load(split)}
         except TaskError:
             return {}
 
-    def solve_prompt(found: Messages) -> str:
+    def solve_prompt(prompt: Messages) -> str:
         """The gold answer of a cloud prompt of this task. Raises TaskError for any other prompt."""
-        content = found[-1]["content"]
         for split in ("test", "train"):
-            if (answer := golds(split).get(content)) is not None:
+            if (answer := answers(split).get(prompt[-1]["content"])) is not None:
                 return f"<answer>{answer}</answer>"
         raise TaskError(f"not a prompt of the task {config.task.name!r}, or one without an answer")
 
