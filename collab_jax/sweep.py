@@ -1,22 +1,22 @@
-"""Sweeps: many training runs from one file, one after the other; a finished run is kept and never
-repeated.
+"""Sweeps: many training runs from one file, one after the other; no finished run is repeated.
 
     python -m collab_jax.sweep --config configs/sweeps/paper_table.py --out runs/paper_table
 
 Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second,
-so that a sweep that is stopped has a report of what there is. The same command goes on, also in the
-middle of a run. A run that fails is told at the end, and the others go on. Then OUT has the report
-of all cells (report.html, report.md) and their comparison (compare.md, compare.json).
+so that a sweep that is stopped has a report of what there is. The same command continues, also in
+the middle of a run. Where a run fails, the others go on, and the exit status is 1. OUT then has the
+report of all cells (report.html, report.md) and their comparison (compare.md, compare.json).
 
-`--publish DIR` copies what these are made of to DIR, without the heavy parts (checkpoints, margin
-traces, cloud answers, all texts but those that the first run wrote at its end): small enough to
-keep in a repository, and a sweep goes on from such a folder too.
+`--publish DIR` writes the report to DIR, with what it is made of and without the rest (checkpoints,
+margin traces, most texts, most metrics): small enough to keep in a repository. A sweep continues
+from such a folder, too, and compares its runs with the same figures.
 """
 
 import argparse
 import pathlib
 import signal
 
+from collab_jax.reports import publish
 from collab_jax.reports import sweep as sweep_report
 from collab_jax.rl import sweeps
 from collab_jax.runtime import cli
@@ -24,44 +24,50 @@ from collab_jax.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m collab_jax.sweep", description="Many training runs from one file."
-    )
-    parser.add_argument(
-        "--config", type=pathlib.Path, required=True, help="a file of configs/sweeps"
-    )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of all runs")
-    parser.add_argument(
-        "--publish", type=pathlib.Path, help="folder for the report and what it is made of"
-    )
-    args = parser.parse_args(argv)
-
-    def stop(number, frame):
-        raise sweeps.SweepStopped
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    """Runs and reports a sweep; returns 1 where a run failed."""
+    args = parse(argv)
     sweep = sweeps.load(args.config)
-    for folder, flag in ((args.out, "--out"), (args.publish or args.out, "--publish")):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}): choose another {flag}"
-            ) from None
-    if args.publish and args.publish.resolve() == args.out.resolve():
-        raise UserError(f"--publish {args.publish} is --out itself: choose another folder")
+    _make_folder(args.out, "--out")
+    if args.publish:
+        _make_folder(args.publish, "--publish")
+        if args.publish.resolve() == args.out.resolve():
+            raise UserError(f"--publish {args.publish} is --out itself: choose another folder")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         failed = sweeps.run(sweep, args.out)
     except sweeps.SweepStopped:
         failed = []
-        print("stopped and saved; the same command goes on")
+        print("stopped and saved; the same command continues")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     if sweep_report.write_report(sweep, args.out, args.config) and args.publish:
-        sweep_report.publish(sweep, args.out, args.publish)
+        publish.publish(sweep, args.out, args.publish)
     return int(bool(failed))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_jax.sweep", description="Runs many trainings from one file."
+    )
+    add = parser.add_argument
+    add("--config", type=pathlib.Path, required=True, help="a file of configs/sweeps")
+    add("--out", type=pathlib.Path, required=True, help="folder of all runs")
+    add("--publish", type=pathlib.Path, help="folder for the report and what it is made of")
+    return parser.parse_args(argv)
+
+
+def _make_folder(folder: pathlib.Path, flag: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}): choose another {flag}"
+        ) from None
+
+
+def _stop(*_: object) -> None:
+    raise sweeps.SweepStopped
 
 
 if __name__ == "__main__":

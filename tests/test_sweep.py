@@ -1,5 +1,5 @@
-"""Sweeps, with a stand-in for training: order, what is kept, failures, a stop, the table; and that
-the shipped ones can run.
+"""Sweeps, with a stand-in for training: order, what is kept, failures, a stop, the report, what is
+published; and that the shipped ones can run.
 """
 
 import json
@@ -11,15 +11,19 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from fakes import make_table as make
+from PIL import Image
 
 from collab_jax import records, sweep
+from collab_jax.reports import publish
 from collab_jax.reports import sweep as sweep_report
 from collab_jax.rl import sweeps
 from collab_jax.rl.experiment import claim, make_workdir
 from collab_jax.rl.sweeps import Cell, Sweep
+from collab_jax.runtime import metrics
 from collab_jax.runtime.errors import UserError
 
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -38,9 +42,14 @@ def test_order_and_command_line(tmp_path):
         "b/seed-1",
     ]
     words = sweeps.command(TWO, found[1])
-    assert words[1:4] == ["-m", "collab_jax.train", "--config"] and words[5:] == [
-        "--workdir", str(found[1].folder), "--config.train.steps=3", "--config.algorithm.filter=none", "--config.seed=5"
-    ]  # fmt: skip
+    assert words[1:5] == ["-m", "collab_jax.train", "--config", str(ROOT / TWO.config)]
+    assert words[5:] == [
+        "--workdir",
+        str(found[1].folder),
+        "--config.train.steps=3",
+        "--config.algorithm.filter=none",
+        "--config.seed=5",
+    ]
 
 
 TRAIN = """
@@ -58,20 +67,32 @@ if not (folder / "before.parquet").exists():
     shutil.copy(table, folder / "before.parquet")
     (folder / "evaluated").touch()
 shutil.copy(table, folder / "after.parquet")
-row = dict(local_accuracy=0.5, call_rate=0.25, reward=1.0, cloud_bought=2, seconds=30.0, tokens=500000)
-(folder / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": i + 1}) + "\\n" for i in range(3)))
+shutil.copy(pathlib.Path(table).with_name("fit.parquet"), folder)
+row = dict(local_accuracy=0.5, call_rate=0.25, reward=1 / 3, cloud_bought=2, seconds=30.0, tokens=500000)
+row["entropy"] = 1.5
+with (folder / "metrics.jsonl").open("w") as file:
+    for i in range(3):
+        file.write(json.dumps({"step": i + 1} | row) + "\\n")
 (folder / "checkpoints").mkdir(exist_ok=True)
-(folder / "report.json").write_text(json.dumps({"machine": {"date": "today", "devices": "2 x abacus"}, "filter_dropped": 0.125}))
+machine = {"date": "today", "devices": "2 x abacus"}
+report = {"machine": machine, "filter_dropped": 0.125, "config": {"seed": 0}}
+(folder / "report.json").write_text(json.dumps(report))
 """
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Replaces training: stand_in[cell] is "fail" or "slow"."""
-    records.write(
-        tmp_path / "table.parquet",
-        make(40, natural_text=["<answer> 1 </answer>"] * 40, text=["x"] * 40),
+    columns = dict(
+        prompt=[f"{i} {i % 7}" for i in range(40)],
+        natural_text=["<answer> 1 </answer>"] * 40,
+        text=["x"] * 40,
+        margins=[[0.5]] * 40,
+        tokens=[9] * 40,
     )
+    records.write(tmp_path / "table.parquet", make(40, **columns))
+    fit = make(60, 1, id=[f"fit-{i}" for i in range(60)], prompt=[f"{i} 1" for i in range(60)])
+    records.write(tmp_path / "fit.parquet", fit)
     kinds = {}
 
     def command(of, job):
@@ -88,7 +109,7 @@ def stand_in(tmp_path, monkeypatch):
             kinds.get(job.cell, "ok"),
         ]
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(sweeps, "command", command)
     return kinds
 
 
@@ -126,7 +147,7 @@ def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
 
 
 def test_the_table_is_of_all_cells_against_the_first(tmp_path, stand_in, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "load", lambda path: TWO)
+    monkeypatch.setattr(sweeps, "load", lambda path: TWO)
     assert sweep.main(["--config", "x.py", "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert result["seeds"] == {"start": 1, "b": 2, "a": 1} and result["reference"] == "b: margin"
@@ -187,29 +208,81 @@ def test_every_cell_is_measured_with_other_clouds(tmp_path, data_dir):
     assert (same["margin"] == found["b"].seeds[0]["margin"]).all() and same["cloud_usd"].min() > 0
 
 
-def test_what_is_published_is_small_and_a_sweep_goes_on_from_it(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(sweep, "load", lambda path: TWO)
+def columns_of(to, name):
+    """The columns of each published NAME.parquet, by cell and seed."""
+    return {
+        path.parent.relative_to(to).as_posix(): set(records.read(path))
+        for path in sorted(to.rglob(f"{name}.parquet"))
+    }
+
+
+def test_a_sweep_continues_from_what_is_published_with_the_same_figures(
+    tmp_path, stand_in, monkeypatch
+):
+    monkeypatch.setattr(sweeps, "load", lambda path: TWO)
     out, to = tmp_path / "out", tmp_path / "published"
     flags = ["--config", "x.py", "--out"]
     assert sweep.main([*flags, str(out), "--publish", str(to)]) == 0
-    assert not list(to.rglob("checkpoints")) and len(list(to.rglob("before.parquet"))) == 1
-    with_text = [
-        path.parent.name
-        for path in to.rglob("after.parquet")
-        if "natural_text" in records.read(path)
-    ]
-    assert with_text == ["seed-0"]
     stand_in.update(a="fail", b="fail")  # nothing is run again
     assert sweep.main([*flags, str(to)]) == 0
-    same = lambda name: (to / name).read_text() == (out / name).read_text()  # noqa: E731
-    assert same("compare.json") and same("compare.md")
+    for name in ("compare.json", "compare.md", "frontier.svg", "training.svg"):
+        assert (to / name).read_text() == (out / name).read_text(), name
+    result = json.loads((to / "compare.json").read_text())
+    assert "a: features_trees" in result["methods"]  # fitted on prompts that "b" alone has
+    said = (out / "report.md").read_text().replace(str(out), str(to))
+    assert (to / "report.md").read_text() == said
+
+
+def test_what_is_published_has_each_text_once_and_nothing_that_is_remade(
+    tmp_path, stand_in, monkeypatch
+):
+    monkeypatch.setattr(sweeps, "load", lambda path: TWO)
+    out, to = tmp_path / "out", tmp_path / "published"
+    sweep.main(["--config", "x.py", "--out", str(out), "--publish", str(to)])
+    top = {path.name for path in to.iterdir() if path.is_file()}
+    assert top == {"report.md", "compare.md", "compare.json", "frontier.png", "training.png"}
+    run = {"after.parquet", "fit.parquet", "config.json", "report.json", "metrics.jsonl.gz"}
+    assert {path.name for path in (to / "b" / "seed-1").iterdir()} == run
+    assert {path.name for path in (to / "b" / "seed-0").iterdir()} == run | {"before.parquet"}
+    after, fit = columns_of(to, "after"), columns_of(to, "fit")
+    assert {name for name, kept in after.items() if "prompt" in kept} == {"b/seed-0"}
+    assert {name for name, kept in fit.items() if "prompt" in kept} == {"b/seed-0"}
+    assert {"natural_text", "tokens"} <= after["b/seed-0"] and "margins" not in after["b/seed-0"]
+    assert "tokens" in columns_of(to, "before")["b/seed-0"]  # a run that starts there reports it
+    assert not {"natural_text", "text", "margins", "tokens"} & after["a/seed-5"]
+    rows = metrics.read(to / "b" / "seed-0" / "metrics.jsonl")
+    assert (
+        len(rows) == 3 and rows[0].keys() == set(publish.METRICS) and rows[0]["reward"] == 0.333333
+    )
+    drawn = json.loads((to / "compare.json").read_text())["methods"]
+    shown = {name for name, method in drawn.items() if "frontier" in method}
+    assert "b: random" in shown and "a: margin" in shown and "a: random" not in shown
+
+
+def test_figures_are_published_in_few_colours(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(sweeps, "load", lambda path: TWO)
+    out, to = tmp_path / "out", tmp_path / "published"
+    sweep.main(["--config", "x.py", "--out", str(out), "--publish", str(to)])
+    for name in ("frontier.png", "training.png"):
+        with Image.open(to / name) as small, Image.open(out / name) as whole:
+            assert small.size == whole.size and small.mode == "P"
+            difference = np.array(small.convert("RGB"), int) - np.array(whole.convert("RGB"), int)
+        assert np.abs(difference).mean() < 1
+        assert (to / name).stat().st_size < 0.6 * (out / name).stat().st_size
+
+
+def test_numbers_become_narrow_only_where_nothing_is_lost():
+    exact, inexact = np.array([0.5, np.inf, -np.inf]), np.array([1 / 3, 0.0, 1.0])
+    assert publish._narrow(exact).dtype == np.float32 and publish._narrow(inexact) is inexact
 
 
 def test_a_stop_lets_the_run_save(tmp_path, stand_in):
     script = (
         "import sys; sys.path.insert(0, 'tests'); import test_sweep as t; from collab_jax import sweep\n"
-        f"sweeps.load = lambda path: t.TWO\n"
-        f"sweeps.command = lambda _, job: [sys.executable, '-c', t.TRAIN, str(job.folder), 'none', 'slow']\n"
+        "from collab_jax.rl import sweeps\n"
+        "sweeps.load = lambda path: t.TWO\n"
+        "words = [sys.executable, '-c', t.TRAIN]\n"
+        "sweeps.command = lambda _, job: [*words, str(job.folder), 'none', 'slow']\n"
         f"sys.exit(sweep.main(['--config', 'x', '--out', {str(tmp_path / 'out')!r}]))"
     )
     child = subprocess.Popen(
@@ -228,14 +301,17 @@ def test_a_stop_lets_the_run_save(tmp_path, stand_in):
 def test_refusals(tmp_path):
     def load(text):
         path = tmp_path / "sweep.py"
-        path.write_text("from collab_jax.sweep import Cell, Sweep\n" + text)
+        path.write_text("from collab_jax.rl.sweeps import Cell, Sweep\n" + text)
         return sweeps.load(path)
 
     with pytest.raises(UserError, match="cannot read"):
         sweeps.load(tmp_path / "none.py")
     with pytest.raises(UserError, match=r"no get_sweep\(\)"):
         load("")
-    make_one = "def get_sweep():\n    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds})}}, {serve})"
+    make_one = (
+        "def get_sweep():\n"
+        "    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds})}}, {serve})"
+    )
     good = dict(config=TWO.config, name="a", seeds=(0,), serve="{}")
     assert load(make_one.format(**good)).cells["a"].seeds == (0,)
     for change, message in (

@@ -3,7 +3,7 @@
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,42 +12,43 @@ from collab_jax.records import Records
 from collab_jax.reports import figures, page
 from collab_jax.reports.summary import BUDGETS
 from collab_jax.routing import costs, measures, routers
-from collab_jax.routing.measures import estimate
-from collab_jax.runtime import markdown
+from collab_jax.routing.measures import Frontiers, Runs, estimate
+from collab_jax.runtime import files, markdown
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent, points
 
+FEW_SEEDS = (
+    " Few seeds tell little of the spread between seeds: with five the intervals cover some 88 %, "
+    "with two about half."
+)
+
 
 class Model(NamedTuple):
-    """A model's records, a table for each seed, and what its learned routers are fitted on: a table
-    each, or None.
-    """
+    """A model's records, one table for each seed, and what its learned routers are fitted on."""
 
-    seeds: list[Records]
-    fit_on: list[Records | None]
+    seeds: Sequence[Records]
+    fit_on: Sequence[Records | None]  # one for each seed
 
 
-def score_all(models: Mapping[str, Model]) -> dict[str, list[tuple[Records, np.ndarray]]]:
-    """(records, score) of each seed by "MODEL: ROUTER", for every router that all of a model's
-    seeds have columns for.
+def score_all(models: Mapping[str, Model]) -> dict[str, Runs]:
+    """(records, score) of each seed by "MODEL: ROUTER".
+
+    A router is among them where all seeds of the model have the columns that it needs.
     """
     first = next(iter(models.values())).seeds[0]
-    methods = {}
+    methods: dict[str, Runs] = {}
     for name, model in models.items():
         tables = [
             records.align(first, table, "the first table", f"{name}, seed {i}")
             for i, table in enumerate(model.seeds)
         ]
         pairs = list(zip(tables, model.fit_on, strict=True))
-        shared = [
-            router
-            for router in routers.possible(*pairs[0])
-            if all(router in routers.possible(*p) for p in pairs)
-        ]
-        for router in shared:
-            methods[f"{name}: {router}"] = [
-                (table, routers.score(router, table, fit)) for table, fit in pairs
-            ]
+        possible = [routers.possible(table, fit_on) for table, fit_on in pairs]
+        for router in possible[0]:
+            if all(router in others for others in possible):
+                methods[f"{name}: {router}"] = [
+                    (table, routers.score(router, table, fit_on)) for table, fit_on in pairs
+                ]
     return methods
 
 
@@ -57,67 +58,80 @@ def compare(
     resamples: int = 1000,
     reference: str = "",
     prices: costs.Prices | None = None,
-) -> dict:
-    """The figures of compare.json: of every "MODEL: ROUTER" its accuracy at each budget with the
-    paired difference of the reference to it (reference - method), APGR, CPT, AUC, counts; the
-    reference is the first model's margin, or its first router.
+) -> dict[str, Any]:
+    """The figures of compare.json, for every "MODEL: ROUTER".
 
-    prices: with what each budget costs a prompt, in USD, seconds and device tokens
-    (`costs.cost_frontier`).
+    These are accuracy at each budget with the paired difference of the reference to it (reference -
+    method), APGR, CPT, AUC and counts. reference: a method; by default the first model's margin, or
+    its first router where it has none. prices: adds what each budget costs a prompt, in USD,
+    seconds and device tokens (`costs.cost_frontier`). Raises UserError for an unknown reference.
     """
     methods = score_all(models)
     default = f"{next(iter(models))}: margin"
     reference = reference or (default if default in methods else next(iter(methods)))
     if reference not in methods:
         raise UserError(f"no method {reference!r} to compare with: use one of {sorted(methods)}")
-    f = measures.frontiers(methods, sorted({*measures.GRID, *budgets}), resamples)
-    table = {}
-    for name, runs in methods.items():
-        perfect = f.accuracy.get(f"{name.partition(': ')[0]}: perfect")
-        at = {}
-        for b in budgets:
-            counts = [measures.sent_counts(t, s, b) for t, s in runs]
-            at[str(b)] = {
-                "accuracy": estimate(f.at(name, b)),
-                "reference_minus_this": estimate(f.at(reference, b) - f.at(name, b)),
-                "perfect_share": estimate(
-                    measures.perfect_share(f.rates, f.accuracy[name], perfect)[:, f.column(b)]
-                ),
-                **{key: float(np.mean([c[key] for c in counts])) for key in counts[0]},
-            }
-        if prices:
-            for b, spent in zip(
-                budgets, _costs(name.partition(": ")[2], runs, prices, budgets), strict=True
-            ):
-                at[str(b)] |= spent
-        curve = f.accuracy[name]
-        table[name] = {
-            "at_budget": at,
-            "area": estimate(measures.area(f.rates, curve)),
-            "apgr": estimate(measures.apgr(f.rates, curve)),
-            "cpt_50": estimate(measures.cpt(f.rates, curve, 0.5)),
-            "cpt_80": estimate(measures.cpt(f.rates, curve, 0.8)),
-            "auc": _mean([_auc_of(t, s) for t, s in runs]),
-            "auc_by_stratum": _mean_by_key([measures.auc_by_stratum(t, s) for t, s in runs]),
-            "frontier": _bands(curve),
-        }
+    frontiers = measures.frontiers(methods, sorted({*measures.GRID, *budgets}), resamples)
     return {
         "prompts": len(next(iter(models.values())).seeds[0]["id"]),
         "seeds": {name: len(model.seeds) for name, model in models.items()},
         "resamples": resamples,
         "budgets": list(budgets),
-        "call_rates": [float(x) for x in f.rates],
+        "call_rates": [float(x) for x in frontiers.rates],
         "reference": reference,
         "models": {
-            name: model_figures(name, model, f, reference) for name, model in models.items()
+            name: model_figures(name, model, frontiers, reference) for name, model in models.items()
         },
-        "methods": table,
+        "methods": {
+            name: method_figures(name, runs, frontiers, reference, budgets, prices)
+            for name, runs in methods.items()
+        },
+    }
+
+
+def method_figures(
+    name: str,
+    runs: Runs,
+    frontiers: Frontiers,
+    reference: str,
+    budgets: Sequence[float],
+    prices: costs.Prices | None,
+) -> dict[str, Any]:
+    """The figures of one "MODEL: ROUTER"."""
+    model, _, router = name.partition(": ")
+    rates, curve = frontiers.rates, frontiers.accuracy[name]
+    perfect_share = measures.perfect_share(rates, curve, frontiers.accuracy[f"{model}: perfect"])
+    at_budget = {}
+    for budget in budgets:
+        lead = frontiers.at(reference, budget) - frontiers.at(name, budget)
+        counts = [measures.sent_counts(table, score, budget) for table, score in runs]
+        at_budget[str(budget)] = {
+            "accuracy": estimate(frontiers.at(name, budget)),
+            "reference_minus_this": estimate(lead),
+            "perfect_share": estimate(perfect_share[:, frontiers.column(budget)]),
+            **{key: float(np.mean([count[key] for count in counts])) for key in counts[0]},
+        }
+    if prices:
+        for budget, cost in zip(budgets, _costs(router, runs, prices, budgets), strict=True):
+            at_budget[str(budget)] |= cost
+    return {
+        "at_budget": at_budget,
+        "area": estimate(measures.area(rates, curve)),
+        "apgr": estimate(measures.apgr(rates, curve)),
+        "cpt_50": estimate(measures.cpt(rates, curve, 0.5)),
+        "cpt_80": estimate(measures.cpt(rates, curve, 0.8)),
+        "auc": _mean([_auc_of(table, score) for table, score in runs]),
+        "auc_by_stratum": _mean_by_key(
+            [measures.auc_by_stratum(table, score) for table, score in runs]
+        ),
+        "frontier": _bands(curve),
     }
 
 
 def _bands(curve: np.ndarray) -> dict[str, list[float]]:
-    """A frontier f64[1 + R, K] with its 95 % band: "value", "low", "high" of [K] each, to a
-    hundredth of a percent.
+    """A frontier f64[1 + R, K] with its 95 % band: "value", "low", "high", each [K].
+
+    Rounded to a hundredth of a percent.
     """
     low, high = np.quantile(curve[1:], [0.025, 0.975], axis=0)
     return {
@@ -126,43 +140,49 @@ def _bands(curve: np.ndarray) -> dict[str, list[float]]:
     }
 
 
-def model_figures(name: str, model: Model, f: measures.Frontiers, reference: str) -> dict:
-    """A model's figures that no router changes: the device alone, the cloud alone, and the natural
-    pass where it is recorded.
+def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str) -> dict[str, Any]:
+    """The figures of a model that no router changes.
+
+    These are the device alone, the cloud alone, and the natural pass where it is recorded.
     """
-    curve, theirs = f.accuracy[f"{name}: random"], f.accuracy[reference]
-    found = {
+    curve, reference_curve = frontiers.accuracy[f"{name}: random"], frontiers.accuracy[reference]
+    alone = {
         "local_accuracy": estimate(curve[:, 0]),
         "cloud_accuracy": estimate(curve[:, -1]),
-        "reference_minus_this": estimate(theirs[:, 0] - curve[:, 0]),  # of the local accuracies
+        "reference_minus_this": estimate(reference_curve[:, 0] - curve[:, 0]),  # local accuracies
     }
-    if all("natural_called" in table for table in model.seeds):
-        called = [table["natural_called"] for table in model.seeds]
-        right = [
-            np.where(c, t["cloud_correct"], t["natural_correct"])
-            for c, t in zip(called, model.seeds, strict=True)
-        ]
-        found |= {
-            "natural_call_rate": float(np.mean(called)),
-            "natural_accuracy": float(np.mean(right)),
-        }
-    return found
+    if not all("natural_called" in table for table in model.seeds):
+        return alone
+    right = [
+        np.where(table["natural_called"], table["cloud_correct"], table["natural_correct"])
+        for table in model.seeds
+    ]
+    return alone | {
+        "natural_call_rate": float(np.mean([table["natural_called"] for table in model.seeds])),
+        "natural_accuracy": float(np.mean(right)),
+    }
 
 
 def _costs(
-    router: str, runs, prices: costs.Prices, budgets: Sequence[float]
+    router: str, runs: Runs, prices: costs.Prices, budgets: Sequence[float]
 ) -> list[dict[str, float]]:
-    """What each budget costs a prompt, mean over seeds; a recorded router not of ours is taken to
-    have read the response.
+    """What each budget costs a prompt, mean over seeds.
+
+    A recorded router that is not in ROUTERS is taken to have read the response.
     """
     reads = routers.router_of(router).reads
-    found = []
-    for table, score in runs:
-        own = table.get(f"tokens_{router}", 0.0)
-        found.append(costs.cost_frontier(table, score, prices, reads, own, budgets))
-    figures = ("usd", "seconds", "device_tokens")
+    of_seeds = [
+        costs.cost_frontier(
+            table, score, prices, reads, own_tokens=table.get(f"tokens_{router}", 0.0),
+            budgets=budgets,
+        )
+        for table, score in runs
+    ]  # fmt: skip
     return [
-        {key: float(np.mean([getattr(f, key)[i] for f in found])) for key in figures}
+        {
+            key: float(np.mean([getattr(cost, key)[i] for cost in of_seeds]))
+            for key in ("usd", "seconds", "device_tokens")
+        }
         for i in range(len(budgets))
     ]
 
@@ -172,85 +192,99 @@ def _auc_of(table: Records, score: np.ndarray) -> float | None:
     return measures.auc(table, score) if right.any() and not right.all() else None
 
 
-def _mean(values: list[float | None]) -> float | None:
-    return None if any(v is None for v in values) else float(np.mean(values))
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
-def _mean_by_key(tables: list[dict[str, float | None]]) -> dict[str, float | None]:
+def _mean_by_key(tables: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     return {key: _mean([table.get(key) for table in tables]) for table in tables for key in table}
 
 
-def render(result: dict) -> str:
-    """compare.md: accuracy of every method at each budget, its figures, and by how much the
-    reference is ahead.
-    """
-    head = [
-        "method",
-        *(f"{100 * b:g} % calls" for b in result["budgets"]),
-        "APGR",
-        "CPT 50 / 80 %",
-        "AUC",
+def render(result: dict[str, Any]) -> str:
+    """compare.md: accuracy at each budget, other figures, and by how much the reference leads."""
+    budgets = [f"{100 * b:g} % calls" for b in result["budgets"]]
+    seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
+    few = FEW_SEEDS if any(1 < count < 10 for count in result["seeds"].values()) else ""
+    sections = [
+        "# Routers compared",
+        f"{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with "
+        f"95 % intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: "
+        f'RouteLLM\'s; AUC: of "the device is wrong".{few}',
+        _accuracy_table(result, budgets),
+        f"## {result['reference']} against the others, points",
+        markdown.table(
+            ["method", *budgets],
+            [
+                [name, *(points(at["reference_minus_this"]) for at in m["at_budget"].values())]
+                for name, m in result["methods"].items()
+            ],
+        ),
     ]
-    number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"  # noqa: E731
-    lines, ahead = [], []
+    if "usd" in next(iter(next(iter(result["methods"].values()))["at_budget"].values())):
+        sections += ["## Cost of a prompt: USD / seconds / device tokens", _cost_table(result)]
+    return "\n\n".join([*sections, "![accuracy against call rate](frontier.png)"]) + "\n"
+
+
+def _accuracy_table(result: dict[str, Any], budgets: Sequence[str]) -> str:
+    rows = []
     for name, method in result["methods"].items():
-        at = method["at_budget"].values()
-        cpt = " / ".join(number(_times(method[key]["value"])) for key in ("cpt_50", "cpt_80"))
-        apgr = number(method["apgr"]["value"], 3)
-        lines.append(
-            [name, *(percent(a["accuracy"]) for a in at), apgr, cpt, number(method["auc"], 3)]
-        )
-        ahead.append([name, *(points(a["reference_minus_this"]) for a in at)])
-    few = (
-        " Few seeds tell little of the spread between seeds: with five the intervals cover some 88 %, with two about half."
-        if any(1 < count < 10 for count in result["seeds"].values())
-        else ""
-    )
-    cost = ""
-    if "usd" in next(iter(result["methods"].values()))["at_budget"][str(result["budgets"][0])]:
-        rows = [
+        thresholds = [method[key]["value"] for key in ("cpt_50", "cpt_80")]
+        rows.append(
             [
                 name,
-                *(
-                    f"{a['usd']:.3g} / {a['seconds']:.3g} / {a['device_tokens']:.3g}"
-                    for a in m["at_budget"].values()
-                ),
+                *(percent(at["accuracy"]) for at in method["at_budget"].values()),
+                _number(method["apgr"]["value"], 3),
+                " / ".join(_number(None if x is None else 100 * x, 1) for x in thresholds),
+                _number(method["auc"], 3),
             ]
-            for name, m in result["methods"].items()
+        )
+    return markdown.table(["method", *budgets, "APGR", "CPT 50 / 80 %", "AUC"], rows)
+
+
+def _cost_table(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            *(
+                f"{at['usd']:.3g} / {at['seconds']:.3g} / {at['device_tokens']:.3g}"
+                for at in method["at_budget"].values()
+            ),
         ]
-        columns = head[: 1 + len(result["budgets"])]
-        cost = f"## Cost of a prompt: USD / seconds / device tokens\n\n{markdown.table(columns, rows)}\n\n"
-    seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
-    return (
-        f"# Routers compared\n\n{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with 95 % "
-        f"intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: RouteLLM's; AUC: of \"the device is "
-        f'wrong".{few}\n\n{markdown.table(head, lines)}\n\n## {result["reference"]} against the others, points\n\n'
-        f"{markdown.table(head[: 1 + len(result['budgets'])], ahead)}\n\n{cost}![accuracy against call rate](frontier.png)\n"
-    )
+        for name, method in result["methods"].items()
+    ]
+    return markdown.table(["method", *(f"{100 * b:g} % calls" for b in result["budgets"])], rows)
 
 
-def _times(x: float | None) -> float | None:
-    return None if x is None else 100 * x
+def _number(x: float | None, digits: int) -> str:
+    return "-" if x is None else f"{x:.{digits}f}"
 
 
-def write(out: pathlib.Path, result: dict) -> str:
-    """Writes compare.json, compare.md, compare.html and frontier.png (and .svg) to the folder
-    `out`; returns what to show on the screen.
+def write(out: pathlib.Path, result: dict[str, Any]) -> str:
+    """Writes the comparison to the folder `out`; returns what to print.
+
+    The files are compare.json, compare.md, compare.html and frontier.png (and .svg).
     """
     out.mkdir(parents=True, exist_ok=True)
     text = render(result)
-    (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
-    home = result["reference"].partition(": ")[
-        0
-    ]  # of the other models the trained marker alone: a line each
-    shown = {
-        n: m
-        for n, m in result["methods"].items()
-        if n.partition(": ")[0] == home or n.endswith(": margin")
+    files.write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
+    drawn = {
+        name: method["frontier"]
+        for name, method in result["methods"].items()
+        if is_drawn(name, result)
     }
-    lines = {name: method["frontier"] for name, method in (shown or result["methods"]).items()}
-    figures.curves(out / "frontier.png", result["call_rates"], lines)
+    figures.curves(out / "frontier.png", result["call_rates"], drawn)
     page.save(out, "compare", text)
     return (
         text.split("![")[0] + f"wrote {out}: compare.html, compare.md, compare.json, frontier.png"
     )
+
+
+def is_drawn(method: str, result: dict[str, Any]) -> bool:
+    """Whether a method has a line in frontier.png.
+
+    These are all routers of the reference's model, and the trained marker of the others.
+    """
+    model, _, router = method.partition(": ")
+    return router == "margin" or model == result["reference"].partition(": ")[0]

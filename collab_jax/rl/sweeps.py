@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from collab_jax.rl.experiment import differences
+from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
-
-
+ROOT = pathlib.Path(__file__).parents[2]
 # First parts of the keys that the evaluation before training depends on: runs that agree in these
 # share before.parquet.
-START = {
+START_KEYS = {
     "model",
     "text",
     "task",
@@ -34,27 +33,19 @@ START = {
 
 
 class Cell(NamedTuple):
-    """One row of a sweep's table: what differs from the sweep's config, by key, and with which
-    seeds it runs.
-    """
+    """One row of a sweep's table: how it differs from the sweep's config, and its seeds."""
 
-    overrides: Mapping[str, Any]
+    overrides: Mapping[str, Any]  # by key of the config
     seeds: Sequence[int]
 
 
 class Sweep(NamedTuple):
-    """What `get_sweep()` of a sweep's file returns. config: an experiment's file, relative to the
-    repository's root.
-    """
+    """What `get_sweep()` of a sweep's file returns."""
 
-    config: str
+    config: str  # an experiment's file, relative to the repository's root
     overrides: Mapping[str, Any]  # of every cell
-    cells: Mapping[
-        str, Cell
-    ]  # the first that has finished runs is what the others are compared with
-    serve: Mapping[
-        str, Mapping[str, Any]
-    ] = {}  # by name, keys of another cloud that every cell is also measured with
+    cells: Mapping[str, Cell]  # all are compared with the first one that has finished runs
+    serve: Mapping[str, Mapping[str, Any]] = {}  # other clouds to measure with: name -> their keys
     about: str = ""  # Markdown; `load` takes it from the file's docstring
 
 
@@ -67,14 +58,16 @@ class Job(NamedTuple):
 
     @property
     def done(self) -> bool:
+        """Whether the run has its report, which it writes last."""
         return (self.folder / "report.json").exists()
 
     @property
     def start(self) -> dict[str, Any]:
+        """The changes that the evaluation before training depends on."""
         return {
-            k: v
-            for k, v in self.changes.items()
-            if k.split(".")[0] in START and k != "eval.fit_prompts"
+            key: value
+            for key, value in self.changes.items()
+            if key.split(".")[0] in START_KEYS and key != "eval.fit_prompts"
         }
 
 
@@ -96,7 +89,8 @@ def load(path: pathlib.Path) -> Sweep:
             raise UserError(f"{path}: cell {name!r} needs seeds, each once")
         if pathlib.Path(name).name != name or name == "start" or ": " in name:
             raise UserError(
-                f"{path}: cell {name!r} must be usable as a folder's name, other than 'start', without ': '"
+                f"{path}: cell {name!r} must be usable as a folder's name, other than 'start', "
+                "without ': '"
             )
         for changes in ({}, *sweep.serve.values()):
             config_of(sweep, {**sweep.overrides, **cell.overrides, **changes})
@@ -104,52 +98,43 @@ def load(path: pathlib.Path) -> Sweep:
 
 
 def jobs(sweep: Sweep, out: pathlib.Path) -> list[Job]:
-    """The runs in their order."""
-    found = []
+    """The runs in their order: every cell's first seed, then every cell's second, and so on."""
+    ordered = []
     for i in range(max(len(cell.seeds) for cell in sweep.cells.values())):
         for name, cell in sweep.cells.items():
             if i < len(cell.seeds):
                 changes = {**sweep.overrides, **cell.overrides, "seed": cell.seeds[i]}
-                found.append(Job(name, out / name / f"seed-{cell.seeds[i]}", changes))
-    return found
+                ordered.append(Job(name, out / name / f"seed-{cell.seeds[i]}", changes))
+    return ordered
 
 
 def command(sweep: Sweep, job: Job) -> list[str]:
     """The command line of a run."""
-    flags = [f"--config.{key}={value}" for key, value in job.changes.items()]
-    config = str(ROOT / sweep.config)
-    return [
-        sys.executable,
-        "-m",
-        "collab_jax.train",
-        "--config",
-        config,
-        "--workdir",
-        str(job.folder),
-        *flags,
-    ]
+    program = [sys.executable, "-m", "collab_jax.train"]
+    places = ["--config", str(ROOT / sweep.config), "--workdir", str(job.folder)]
+    return program + places + [f"--config.{key}={value}" for key, value in job.changes.items()]
 
 
 def share_start(job: Job, others: Sequence[Job]) -> None:
-    """Spares a run the evaluation of its start where a finished one had the same."""
-    mine = job.folder / "before.parquet"
-    theirs = [
+    """Copies before.parquet from a finished run with the same start, where `job` has none yet."""
+    target = job.folder / "before.parquet"
+    candidates = [
         other.folder / "before.parquet"
         for other in others
         if other.done and other.start == job.start
     ]
-    same = [path for path in theirs if path.exists()]  # a published sweep has the first only
-    if same and not mine.exists():
+    source = next((path for path in candidates if path.exists()), None)
+    if source and not target.exists():  # a published sweep has the file of its first run only
         job.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(same[0], mine.with_suffix(".tmp"))
-        mine.with_suffix(".tmp").replace(mine)
+        with files.replacing(target) as scratch:
+            shutil.copy(source, scratch)
 
 
 def check_same(sweep: Sweep, job: Job) -> None:
-    """Raises UserError, with the difference, where a finished run was of other settings than the
-    sweep has now.
+    """Raises UserError where a finished run had other settings than the sweep has now.
 
-    A key that the run's program did not have yet is no difference.
+    The message names the difference. A key that the program of that run did not have yet is no
+    difference.
     """
     file = job.folder / "config.json"
     if not file.exists():
@@ -158,7 +143,8 @@ def check_same(sweep: Sweep, job: Job) -> None:
         )
     if differing := differences(file, config_of(sweep, job.changes), all_keys=False):
         raise UserError(
-            f"{job.folder} holds a run with other settings ({differing}): use the same settings or another --out"
+            f"{job.folder} holds a run with other settings ({differing}): use the same settings or "
+            "another --out"
         )
 
 
@@ -167,18 +153,19 @@ class SweepStopped(Exception):
 
 
 def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
-    """Runs what is not done; returns what failed. Raises SweepStopped once the run that was going on has
-    saved itself.
+    """Runs what is not done; returns what failed.
+
+    Raises SweepStopped, once the run in progress has saved itself.
     """
-    todo, failed = jobs(sweep, out), []
-    for number, job in enumerate(todo, 1):
+    all_jobs, failed = jobs(sweep, out), []
+    for number, job in enumerate(all_jobs, 1):
         if job.done:
             check_same(sweep, job)
             continue
-        share_start(job, todo)
+        share_start(job, all_jobs)
         log, started = job.folder.with_suffix(".log"), time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{number} of {len(todo)}: {job.folder} ", end="", flush=True)
+        print(f"{number} of {len(all_jobs)}: {job.folder} ", end="", flush=True)
         with log.open("a") as file:
             child = subprocess.Popen(
                 command(sweep, job), stdout=file, stderr=file, start_new_session=True
@@ -198,20 +185,25 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
 
 
 def finished(sweep: Sweep, out: pathlib.Path) -> dict[str, list[Job]]:
-    """The finished runs by cell: only whole rounds of seeds (of the first one, what there is), so
-    that cells have the same ones.
+    """The finished runs by cell, in whole rounds of seeds, so that cells have the same ones.
+
+    Of the first round, every finished run counts.
     """
     cells = {name: [job for job in jobs(sweep, out) if job.cell == name] for name in sweep.cells}
-    whole = [len(list(itertools.takewhile(lambda job: job.done, of))) for of in cells.values()]
-    begun = [count for count, of in zip(whole, cells.values(), strict=True) if count < len(of)]
+    begun = []  # of each cell with seeds left: how many of its first seeds are done
+    for runs in cells.values():
+        done = len(list(itertools.takewhile(lambda job: job.done, runs)))
+        if done < len(runs):
+            begun.append(done)
     rounds = max(min(begun, default=sys.maxsize), 1)
-    found = {name: [job for job in of[:rounds] if job.done] for name, of in cells.items()}
-    return {name: done for name, done in found.items() if done}
+    done_jobs = {name: [job for job in runs[:rounds] if job.done] for name, runs in cells.items()}
+    return {name: done for name, done in done_jobs.items() if done}
 
 
 def config_of(sweep: Sweep, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run with these changes. Raises UserError for a key that there is not, or a
-    value of another type.
+    """The config of a run with these changes.
+
+    Raises UserError for an unknown key, or a value of another type.
     """
     config = runpy.run_path(str(ROOT / sweep.config))["get_config"]().lock()
     try:

@@ -3,6 +3,7 @@
 After a resume the file is cut to the restored step, so that it always describes one straight run.
 """
 
+import gzip
 import json
 import pathlib
 from typing import Any
@@ -14,16 +15,31 @@ from collab_jax.runtime import files
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file; a last line that a kill cut short is left out."""
-    if not path.exists():
+    """The complete rows of a metrics file, or of PATH.gz, if that is there instead.
+
+    A last line that a kill cut short is left out; without a file there are no rows.
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    if path.exists():
+        text = path.read_text()
+    elif packed.exists():
+        text = gzip.decompress(packed.read_bytes()).decode()
+    else:
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             break
     return rows
+
+
+def write_packed(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows to PATH.gz, for `read`: a tenth of the bytes, and the same ones every time."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with files.replacing(path.with_name(f"{path.name}.gz")) as scratch:
+        scratch.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 class MetricsWriter:
@@ -54,7 +70,7 @@ class MetricsWriter:
 
 
 def collapse_warning(rows: list[dict[str, Any]], window: int = 10) -> str | None:
-    """What looks collapsed over the last `window` steps, in one sentence; None where nothing does."""
+    """What looks collapsed over the last `window` steps, in one sentence; None for nothing."""
     last = rows[-window:]
     if len(last) < window:
         return None
