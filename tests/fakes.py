@@ -1,15 +1,18 @@
 """What several test modules share: a cloud without a network, its prompts, and small records."""
 
+import pathlib
 import runpy
 from dataclasses import dataclass, field
 
 import numpy as np
+import orbax.checkpoint as ocp
 from conftest import ROOT
 from ml_collections import ConfigDict
 
 from collab_jax import records
 from collab_jax.cloud import Answers, Failure, Reply
 from collab_jax.models.text import Messages
+from collab_jax.runtime import metrics
 
 T, F = True, False
 
@@ -52,7 +55,7 @@ class FakeCloud:
 
 
 def cloud_config(**changes) -> ConfigDict:
-    """The common config with a simulated cloud that is never wrong; `changes` are of its `cloud`."""
+    """The common config with a simulated cloud that is never wrong; changes: of its `cloud`."""
     config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
     values = dict(
         model="sim", error_rate=0, seconds=2, usd_per_million_input=0.5, usd_per_million_output=2.0
@@ -85,11 +88,38 @@ def make_table(n: int | None = None, seed: int = 0, **columns) -> records.Record
         )
     size = len(base["margin"])
     base |= dict(
-        id=[f"p{i}" for i in range(size)], prompt=[f"{i} and {i % 7}" for i in range(size)], stratum=["a"] * size,
-        formatted=base["ended"], tokens=[10] * size, natural_tokens=[5] * size,
-        natural_called=[T] * 2 + [F] * (size - 2), natural_completed=[T] + [F] * (size - 1),
-        natural_correct=base["local_correct"], natural_ended=base["ended"],
-    )  # fmt: skip
+        id=[f"p{i}" for i in range(size)],
+        prompt=[f"{i} and {i % 7}" for i in range(size)],
+        stratum=["a"] * size,
+        formatted=base["ended"],
+        tokens=[10] * size,
+        natural_tokens=[5] * size,
+        natural_called=[T] * 2 + [F] * (size - 2),
+        natural_completed=[T] + [F] * (size - 1),
+        natural_correct=base["local_correct"],
+        natural_ended=base["ended"],
+    )
     return records.check(
         {name: list(column) for name, column in (base | columns).items()}, "a test's table"
     )
+
+
+# ---------------------------------------------------------------- runs
+
+
+def saved_state(workdir: pathlib.Path, step: int) -> dict:
+    """The state in a run's checkpoint before step number `step`, as Orbax restores it."""
+    folder = workdir.absolute() / "checkpoints" / str(step) / "default"
+    return ocp.StandardCheckpointer().restore(folder)
+
+
+def comparable_metrics(workdir: pathlib.Path) -> list[dict]:
+    """metrics.jsonl without what may differ between a straight and a resumed run.
+
+    That is times, and what was bought: a resumed run may buy an answer once more.
+    """
+    may_differ = "cloud_bought", "cloud_failed", "cloud_tokens", "cloud_usd"
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds") and k not in may_differ}
+        for row in metrics.read(workdir / "metrics.jsonl")
+    ]

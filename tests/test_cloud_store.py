@@ -23,7 +23,6 @@ from collab_jax.cloud import (
 )
 from collab_jax.cloud.budget import Budget, Spent
 from collab_jax.cloud.store import APPLICATION_ID, checksum, insert, key, row
-from collab_jax.rl.unknown import Unknown
 from collab_jax.runtime.errors import UserError
 
 REPLY = Reply("a ✓ '", 10, 3, 0.5, 0.25, reasoning="because\n", finish_reason="length")
@@ -317,30 +316,3 @@ def test_a_budget_bounds_a_cloud_that_answers_in_batches(tmp_path):
     ]
     assert cloud.budget.spent() == Spent(3, 0.75) and cloud.take_tally() == (3, 0, 39, 0.75)
     assert cloud.take_tally() == (0, 0, 0, 0.0)
-
-
-# ---------------------------------------------------------------- unknown verdicts
-
-
-def test_unknown_verdicts_are_kept_by_step_and_written_once(tmp_path):
-    path = tmp_path / "unknown.jsonl"
-    unknown = Unknown(path)
-    unknown.write(3, ["b", "a"])
-    unknown.write(4, [])
-    whole = path.read_bytes()  # on disk before `close`
-    assert whole == b'{"step": 3, "ids": ["a", "b"]}\n'
-    unknown.close()
-    path.write_bytes(
-        whole + b'{"step": 5, "ids": ["c"'
-    )  # cut short by a kill: its update never began
-    again = Unknown(path)
-    assert again.at(3) == {"a", "b"} and again.at(4) == again.at(5) == frozenset()
-    again.write(3, ["a"])  # a repeated step has its line
-    again.write(5, ["d"])
-    again.close()
-    assert path.read_bytes() == whole + b'{"step": 5, "ids": ["d"]}\n' and Unknown(path).at(5) == {
-        "d"
-    }
-    path.write_bytes(b"{}\n" + whole)
-    with pytest.raises(UserError, match="line 1 is damaged"):
-        Unknown(path)

@@ -98,10 +98,10 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
 
     sample = rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=1.0)
     params = parallel.replicate(experiment.load_state(run)).params
-    batch = [examples[i] for i in choose(0, 8)]
-    prompts = run.text.prompt_batch([run.task.prompt(e) for e in batch], run.config.prompt_length)
-    got = rollout.collect(sample, params, run.text, run.task, run.cloud, batch, *prompts, 0, 0)
-    assert got.cloud_asked == 8 and got.verifier_failures == got.verifier_timeouts == 0
+    batch = training.TrainingSteps(run).batch(0)
+    assert [e.id for e in batch.examples] == [examples[i].id for i in choose(0, 8)]
+    got = rollout.collect(run, sample, params, batch, step=0)
+    assert got.cloud_asked == 8 and not got.missing.responses
     assert (
         parallel.gather(got.rollout).cloud_correct.sum() >= 6
     )  # the simulated cloud knows both tasks

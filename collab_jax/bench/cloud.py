@@ -21,15 +21,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
+
+import jax
+import numpy as np
 
 from collab_jax.bench.faults import FaultServer
-from collab_jax.cloud import CachedCloud, Messages, Policy, Reply, Store, ledger
+from collab_jax.cloud import CachedCloud, Policy, Reply, Store, ledger
 from collab_jax.cloud.openai import OpenAICloud
-from collab_jax.rl import training
-from collab_jax.runtime import process
+from collab_jax.models.text import Messages
+from collab_jax.rl import experiment, rollout, training
+from collab_jax.runtime import metrics, process
 from collab_jax.runtime.errors import UserError
+from collab_jax.tasks import countdown
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
+PROMPTS_PER_STEP, CHECKPOINT_EVERY = 8, 10  # of the part "training"
 
 
 def hold(holds: bool, promise: str) -> None:
@@ -154,70 +161,54 @@ def budget(folder: pathlib.Path, args: argparse.Namespace) -> None:
         )
 
 
-def training_behind_faults(folder: pathlib.Path, args: argparse.Namespace) -> None:
-    """Verdicts and parameters behind faults are those of a healthy server, or the resume is exact."""
-    import jax
-    import numpy as np
+def solve(content: str) -> str:
+    """Returns a right answer to a Countdown prompt."""
+    return countdown.solve_prompt([{"role": "user", "content": content}])
 
+
+def prepare_run(
+    server: FaultServer, workdir: pathlib.Path, steps: int, **cloud: Any
+) -> experiment.Run:
+    """Returns a small run of CONFIG whose cloud is `server`, with these settings of the cloud."""
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    sizes = {"prompts_per_step": PROMPTS_PER_STEP, "group": 4, "eval.prompts": 0}
+    times = {"train.steps": steps, "train.checkpoint_every": CHECKPOINT_EVERY}
+    config.update_from_flattened_dict(sizes | times)
+    config.cloud.update(
+        kind="openai",
+        model="deepseek-reasoner",
+        base_url=server.url,
+        key_env="",
+        retries=20,
+        timeouts=(10.0, 10.0, 10.0),
+        concurrency=32,
+    )
+    config.cloud.update(cloud)
+    return experiment.prepare(config.lock(), workdir)
+
+
+def same_state(a: experiment.Run, b: experiment.Run) -> bool:
+    """Returns whether the latest states of two runs are equal, bit for bit."""
+    leaves = (jax.tree.leaves(experiment.load_state(run)) for run in (a, b))
+    return all(np.array_equal(x, y) for x, y in zip(*leaves, strict=True))
+
+
+def training_behind_faults(folder: pathlib.Path, args: argparse.Namespace) -> None:
+    """Behind faults, the state is that of a run with a healthy server, or the resume is exact."""
     process.set_up(2)
     steps = args.steps
-    from collab_jax.rl import experiment, rollout
-    from collab_jax.runtime import metrics
-    from collab_jax.tasks import countdown
-
-    class NoStop:
-        requested = False
-        __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
-
-    def solve(content: str) -> str:
-        return countdown.solve_prompt([{"role": "user", "content": content}])
-
-    def prepare(server: FaultServer, name: str, **cloud):
-        config = runpy.run_path(str(CONFIG))["get_config"]()
-        config.update_from_flattened_dict(
-            {
-                "prompts_per_step": 8,
-                "group": 4,
-                "train.steps": steps,
-                "train.checkpoint_every": 10,
-                "eval.prompts": 0,
-            }
-        )
-        config.cloud.update(
-            dict(
-                kind="openai",
-                model="deepseek-reasoner",
-                base_url=server.url,
-                key_env="",
-                retries=20,
-            )
-        )
-        config.cloud.update(dict(timeouts=(10.0, 10.0, 10.0), concurrency=32) | cloud)
-        return experiment.prepare(config.lock(), folder / name)
-
-    def state(run) -> list:
-        return jax.tree.leaves(experiment.load_state(run))
-
-    def same(a: list, b: list) -> bool:
-        return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
     with FaultServer(solve) as server:
-        healthy = prepare(server, "healthy")
-        training.train(healthy, NoStop())
+        healthy = prepare_run(server, folder / "healthy", steps)
+        training.train(healthy)
     with FaultServer(solve, share=0.3) as server:
-        run = prepare(server, "prefetched")
+        run = prepare_run(server, folder / "prefetched", steps)
         examples = experiment.examples(run, "train")
-        used = [
-            examples[i]
-            for i in training.prompt_indices(run.config.seed, 0, 8 * steps, len(examples))
-        ]
+        used = training.chooser(run, examples)(0, PROMPTS_PER_STEP * steps)
+        prompts, ids = rollout.cloud_prompts(run.task, [examples[i] for i in used])
+        hold(None not in run.cloud.answer(prompts, ids).replies, "prefetch completes")
+        training.train(run)
         hold(
-            None not in run.cloud.answer(*rollout.cloud_prompts(run.task, used)).replies,
-            "prefetch completes",
-        )
-        training.train(run, NoStop())
-        hold(
-            same(state(run), state(healthy)),
+            same_state(run, healthy),
             "prefetched behind faults, the parameters are those of a healthy server",
         )
         hold(set(server.whole.values()) == {1}, "no reply that was sent whole is bought twice")
@@ -225,17 +216,21 @@ def training_behind_faults(folder: pathlib.Path, args: argparse.Namespace) -> No
             f"training: {steps} steps, prefetched behind faults: the same parameters, bit for bit"
         )
     with FaultServer(solve, share=0.3) as server:
-        run = prepare(server, "straight", wait=0.2, retries=1)
-        training.train(run, NoStop())
-        straight, rows = state(run), metrics.read(folder / "straight" / "metrics.jsonl")
+        straight = prepare_run(server, folder / "straight", steps, wait=0.2, retries=1)
+        training.train(straight)
+        rows = metrics.read(folder / "straight" / "metrics.jsonl")
         missing = sum(row["cloud_unknown"] for row in rows)
         shutil.copytree(folder / "straight", folder / "resumed")
         shutil.rmtree(folder / "resumed" / "checkpoints" / str(steps))
-        again = prepare(server, "resumed", wait=0.2, retries=1)
-        training.train(again, NoStop())
-        hold(same(state(again), straight), "without prefetch, the resumed run is the straight one")
+        resumed = prepare_run(server, folder / "resumed", steps, wait=0.2, retries=1)
+        training.train(resumed)
+        hold(
+            same_state(resumed, straight),
+            "without prefetch, the resumed run is the straight one",
+        )
         print(
-            f"training: without prefetch {missing} verdicts were unknown; resumed at {steps - 10}: the same, bit for bit"
+            f"training: without prefetch {missing} verdicts were unknown; "
+            f"resumed at {steps - CHECKPOINT_EVERY}: the same, bit for bit"
         )
 
 

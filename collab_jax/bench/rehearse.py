@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from collab_jax import gapg
 from collab_jax.bench import measure, work
 from collab_jax.models import hf
-from collab_jax.rl import experiment, memory_plan, rollout, training
+from collab_jax.rl import experiment, memory_plan, training
 from collab_jax.runtime import cli, markdown, parallel, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
@@ -113,78 +113,41 @@ def make_folder(config: ConfigDict, architecture: dict, folder: pathlib.Path) ->
     )
 
 
-def half_right(found: gapg.Rollout) -> gapg.Rollout:
-    """The rollout, with axis D, as if every other response of each group were right."""
-    right = np.broadcast_to(np.arange(found.correct.shape[-1]) % 2 == 0, found.correct.shape)
-    known = np.ones(found.cloud_known.shape, bool)
-    return found.replace(
+def half_right(batch: gapg.Rollout) -> gapg.Rollout:
+    """Returns the rollout, with axis D, as if every other response of each group were right."""
+    right = np.broadcast_to(np.arange(batch.correct.shape[-1]) % 2 == 0, batch.correct.shape)
+    known = np.ones(batch.cloud_known.shape, bool)
+    return batch.replace(
         correct=right, called=np.zeros_like(right), cloud_correct=known, cloud_known=known
     )
 
 
+HEADER = (
+    "step",
+    "rollout s",
+    "of ceiling",
+    "update s",
+    "of ceiling",
+    "tokens",
+    "tokens/s",
+    "asked",
+    "drift, most",
+)
+
+
 def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
-    """Runs `steps` steps and returns the page with what they took."""
+    """Runs `steps` steps and returns a page with the time and the memory that they took."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         name, config = config.model.path, config.copy_and_resolve_references()
         architecture = architecture_of(config, layers)
         cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
-        shown = memory_plan.check_here(cfg, config)
+        plan = memory_plan.check_here(cfg, config)
         made = make_folder(config, architecture, folder / "model")
         config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
         run = experiment.prepare(config, folder / "run")
         ceiling = measure.matmul_ceiling(config.model.dtype)
-        examples, Q = experiment.examples(run, "train"), config.prompts_per_step
-        prompts = run.text.prompt_batch(
-            [run.task.prompt(e) for e in examples], config.prompt_length
-        )
-        kinds = {"group": config.group, "solo": config.algorithm.solo}
-        sample = rollout.make_sampler(
-            run.cfg, run.text, config, **kinds, temperature=config.temperature
-        )
-        step, state, rows = (
-            training.make_step(run),
-            parallel.replicate(experiment.load_state(run)),
-            [],
-        )
-        for i in range(steps):
-            started = time.perf_counter()
-            chosen = training.prompt_indices(config.seed, i, Q, len(examples))
-            batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
-            found = rollout.collect(
-                sample, state.sampling_model, run.text, run.task, run.cloud, *batch, config.seed, i
-            )
-            sampled = time.perf_counter()
-            state, metrics = step(state, half_right(found.rollout))
-            metrics = parallel.unreplicate(metrics)
-            ended = time.perf_counter()
-            tokens, seconds = int(metrics["tokens"]), (sampled - started, ended - sampled)
-            learnt = int(metrics["kept"] - metrics["no_signal"]) / Q
-            forward = work.forward_flop(run.cfg, jax.tree.map(np.asarray, found.rollout))
-            share = [
-                f / s / ceiling
-                for f, s in zip((forward, 3 * learnt * forward), seconds, strict=True)
-            ]
-            cells = [f"{seconds[0]:.2f}", f"{share[0]:.1%}", f"{seconds[1]:.2f}", f"{share[1]:.1%}"]
-            cells += [
-                measure.number(tokens),
-                measure.number(tokens / sum(seconds)),
-                str(found.cloud_asked),
-            ]
-            rows.append(
-                (f"{i + 1}{' (compiles)' * (i == 0)}", *cells, f"{metrics['drift_max']:.3f}")
-            )
-    head = (
-        "step",
-        "rollout s",
-        "of ceiling",
-        "update s",
-        "of ceiling",
-        "tokens",
-        "tokens/s",
-        "asked",
-        "drift, most",
-    )
+        rows = run_steps(run, steps, ceiling)
     machine = " ".join(f"{key} {value}," for key, value in process.machine().items())
     where = (
         "the process, of which the plan is only the devices' part"
@@ -192,6 +155,38 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         else "one device"
     )
     return (
-        f"{name}: {made}\n{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n{shown}\n\n"
-        f"{markdown.table(head, rows)}\n\npeak memory {measure.peak_memory() / memory_plan.GIB:.2f} GiB ({where})"
+        f"{name}: {made}\n"
+        f"{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n"
+        f"{plan}\n\n{markdown.table(HEADER, rows)}\n\n"
+        f"peak memory {measure.peak_memory() / memory_plan.GIB:.2f} GiB ({where})"
     )
+
+
+def run_steps(run: experiment.Run, count: int, ceiling: float) -> list[tuple[str, ...]]:
+    """Takes `count` steps of the run; returns a row of HEADER for each. ceiling: FLOP/s."""
+    steps, state = training.TrainingSteps(run), parallel.replicate(experiment.load_state(run))
+    rows = []
+    for i in range(count):
+        started = time.perf_counter()
+        collected = steps.collect(state.sampling_model, i)
+        sampled = time.perf_counter()
+        state, metrics = steps.update(state, half_right(collected.rollout))
+        row = steps.row(i, metrics, collected)  # waits for the update
+        ended = time.perf_counter()
+        rollout_s, update_s = sampled - started, ended - sampled
+        with_gradient = (row["kept"] - row["no_signal"]) / run.config.prompts_per_step
+        forward = work.forward_flop(run.cfg, jax.tree.map(np.asarray, collected.rollout))
+        rows.append(
+            (
+                f"{i + 1}{' (compiles)' * (i == 0)}",
+                f"{rollout_s:.2f}",
+                f"{forward / rollout_s / ceiling:.1%}",
+                f"{update_s:.2f}",
+                f"{3 * with_gradient * forward / update_s / ceiling:.1%}",
+                measure.number(row["tokens"]),
+                measure.number(row["tokens"] / (rollout_s + update_s)),
+                str(row["cloud_asked"]),
+                f"{row['drift_max']:.3f}",
+            )
+        )
+    return rows

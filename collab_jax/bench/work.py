@@ -1,17 +1,16 @@
-"""What a bench runs: models of several shapes, a mix of response lengths, and our own decode,
-update and step on them.
+"""What a bench runs: models of several shapes, a mix of response lengths, and our own work on them.
 
 A mix needs rows that end where they should in any program that samples. So its model is a clock:
-with the outputs of attention and MLP at zero (they are computed all the same) a token's successor
-is a row of the head. After the prompt nine rows in ten start to count and write EOS at a quarter of
-the limit; the tenth repeats one token for ever.
+the outputs of attention and MLP are zero (they are computed all the same), and a row of the head
+names each token's successor. After the prompt nine rows in ten start to count and write EOS at a
+quarter of the limit; the tenth repeats one token until the limit.
 """
 
 import pathlib
 import runpy
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,7 +40,7 @@ LONG_SHARE = 0.1  # rows of the mix that run to the limit
 
 
 class Load(NamedTuple):
-    """Size of the work. lengths: "fixed" (every row runs to the limit) or "long_tail"."""
+    """The size of the work. lengths: "fixed" (every row runs to the limit) or "long_tail"."""
 
     shape: str
     lengths: str
@@ -54,7 +53,7 @@ class Load(NamedTuple):
 
 
 def hf_config(load: Load) -> dict:
-    """config.json of the load's model; a clock's head is its own."""
+    """Returns config.json of the load's model. A clock's head is not tied to its embeddings."""
     return {
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
@@ -70,14 +69,14 @@ def hf_config(load: Load) -> dict:
 
 
 def make_model(load: Load) -> tuple[DecoderConfig, Params]:
-    """The load's decoder with parameters of its dtype on the host: random, or a clock."""
+    """Returns the load's decoder and its parameters on the host: random ones, or a clock's."""
     cfg = hf.config_from_hf(hf_config(load), load.dtype)
     params = random_params(cfg, load.dtype)
     return cfg, params if load.lengths == "fixed" else make_clock(cfg, params, load.max_new // 4)
 
 
 def random_params(cfg: DecoderConfig, dtype: str) -> Params:
-    """Random parameters on the host: matrices normal with standard deviation 0.02."""
+    """Returns random parameters on the host: matrices normal with standard deviation 0.02."""
     draw = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
 
@@ -91,8 +90,10 @@ def random_params(cfg: DecoderConfig, dtype: str) -> Params:
 
 
 def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
-    """`params` with the last layers of all blocks at zero, embeddings one-hot and a head that says
-    what follows.
+    """Returns `params` as those of a clock that writes EOS as its token number `ticks`.
+
+    The last layers of all blocks are zero, the embeddings one-hot, and the head names each token's
+    successor.
     """
     size = FIRST + ticks - 1
     if size > min(cfg.hidden_size, cfg.vocab_size):
@@ -118,22 +119,23 @@ def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
 
 
 def save(load: Load, params: Params, folder: pathlib.Path) -> None:
-    """The model as a Hugging Face folder, for the peers."""
+    """Writes the model as a Hugging Face folder, for the peers."""
     hf.save(folder, params, hf_config(load), load.dtype, hf.locate(TINY))
 
 
 def eos_ids(load: Load) -> tuple[int, ...]:
+    """Returns the tokens that end a response: none where every row runs to the limit."""
     return () if load.lengths == "fixed" else (EOS,)
 
 
 def make_prompts(load: Load) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask) [Q, L], without padding."""
+    """Returns the prompts i32[Q, L] and their mask bool[Q, L], without padding."""
     shape = load.prompts, load.prompt_length
     return np.full(shape, START, np.int32), np.ones(shape, bool)
 
 
 def response_lengths(load: Load) -> np.ndarray:
-    """i[Q, G] for an update: what the mix would sample."""
+    """Returns the lengths i[Q, G] of an update's responses: what the mix would sample."""
     draw = np.random.default_rng(0).random((load.prompts, load.group))
     return np.where(
         (draw < LONG_SHARE) | (load.lengths == "fixed"), load.max_new, load.max_new // 4
@@ -141,66 +143,83 @@ def response_lengths(load: Load) -> np.ndarray:
 
 
 class Case(NamedTuple):
-    """run() does the work once and returns its useful tokens; flop(), bytes(): of its latest run."""
+    """Work that can be timed: run() does it once and returns its useful tokens.
+
+    flop(), bytes(): what its latest run had to compute, and to read from memory.
+    """
 
     run: Callable[[], float]
     flop: Callable[[], float]
     bytes: Callable[[], float] | None = None
 
 
-def decode(load: Load, cfg: DecoderConfig, params, segments: int, slot_counts: int) -> Case:
-    """Sampling of a whole batch; params with axis D. One segment and one slot count: the fixed
-    batch.
-    """
-    settings = Settings(
-        group=load.group,
-        max_new=load.max_new,
-        temperature=1.0,
-        top_p=1.0,
-        eos_ids=eos_ids(load),
-        pad_id=PAD,
-        marker=Marker(3, ((3, 3),)),
-        segments=segments,
-        slot_counts=slot_counts,
-        cache_dtype=load.dtype,
-    )
+class Decode:
+    """Sampling of a whole batch, with another seed at each call."""
 
-    def begin(params, prompts, prompt_mask, seed, bias):
-        index = jax.lax.axis_index(parallel.AXIS) * len(prompts) + jax.numpy.arange(len(prompts))
-        return sampler.start(
-            params, cfg, prompts, prompt_mask, sampler.prompt_keys(seed, 0, index), bias, settings
+    def __init__(
+        self, load: Load, cfg: DecoderConfig, params: Params, segments: int, slot_counts: int
+    ):
+        self._load, self._cfg, self._params, self._seed = load, cfg, params, 0
+        settings = Settings(
+            group=load.group,
+            max_new=load.max_new,
+            temperature=1.0,
+            top_p=1.0,
+            eos_ids=eos_ids(load),
+            pad_id=PAD,
+            marker=Marker(3, ((3, 3),)),
+            segments=segments,
+            slot_counts=slot_counts,
+            cache_dtype=load.dtype,
         )
 
-    D = jax.local_device_count()
-    sample, inputs = (
-        Sampler(cfg, settings, begin, parallel.pmap),
-        parallel.shard(make_prompts(load), D),
-    )
-    latest = {"seed": 0}
+        def begin(params, prompts, prompt_mask, seed, step, bias):
+            P = len(prompts)
+            index = jax.lax.axis_index(parallel.AXIS) * P + jax.numpy.arange(P)
+            keys = sampler.prompt_keys(seed, step, index)
+            return sampler.start(params, cfg, prompts, prompt_mask, keys, bias, settings)
 
-    def run() -> float:
-        latest["seed"] += 1
-        seed = np.full(D, latest["seed"], np.int32)
-        samples = jax.block_until_ready(sample(params, *inputs, seed, bias=np.zeros(D, np.float32)))
-        latest["lengths"] = np.asarray(samples.mask).sum(-1).reshape(-1)
-        return float(latest["lengths"].sum())
+        self._sampler = Sampler(cfg, settings, begin, parallel.pmap)
+        self._prompts, self._mask = make_prompts(load)
 
-    def flop() -> float:
-        lengths, L = latest["lengths"], load.prompt_length
-        prompts = measure.forward_flop(cfg, np.zeros(load.prompts), np.full(load.prompts, L), False)
-        return prompts + measure.forward_flop(cfg, L - 1.0, lengths, True)
+    def __call__(self) -> float:
+        """Samples once; returns the tokens."""
+        self._seed += 1
+        samples = rollout.draw(
+            self._sampler, self._params, self._prompts, self._mask, seed=self._seed, step=0
+        )
+        mask = np.asarray(jax.block_until_ready(samples).mask)
+        self._lengths = mask.sum(-1).reshape(-1)  # [B]
+        return float(self._lengths.sum())
 
-    def moved() -> float:
-        size = np.dtype(jax.numpy.dtype(load.dtype)).itemsize
+    def flop(self) -> float:
+        """Returns the FLOP of the latest call's tokens and of the prompts."""
+        load, L = self._load, self._load.prompt_length
+        none_before, whole = np.zeros(load.prompts), np.full(load.prompts, L)
+        prompts = measure.forward_flop(self._cfg, none_before, whole, logits=False)
+        return prompts + measure.forward_flop(self._cfg, L - 1.0, self._lengths, logits=True)
+
+    def bytes(self) -> float:
+        """Returns the bytes that the latest call had to read."""
+        load, size = self._load, np.dtype(jax.numpy.dtype(self._load.dtype)).itemsize
         return measure.decode_bytes(
-            cfg, load.prompts, load.prompt_length, latest["lengths"], size, size
+            self._cfg, load.prompts, load.prompt_length, self._lengths, size, size
         )
 
-    return Case(run, flop, moved)
+
+def decode(
+    load: Load, cfg: DecoderConfig, params: Params, segments: int, slot_counts: int
+) -> Case:
+    """Returns the sampling of a whole batch; params with axis D.
+
+    One segment and one slot count make it the loop with a fixed batch.
+    """
+    work = Decode(load, cfg, params, segments, slot_counts)
+    return Case(work, work.flop, work.bytes)
 
 
 def update_batch(load: Load) -> gapg.Rollout:
-    """A rollout on the host in which every group has a gradient."""
+    """Returns a rollout on the host in which every group has a gradient."""
     Q, G, T = load.prompts, load.group, load.max_new
     mask = np.arange(T) < response_lengths(load)[..., None]
     prompts, prompt_mask = make_prompts(load)
@@ -224,48 +243,61 @@ def update_batch(load: Load) -> gapg.Rollout:
 
 
 def update_flop(cfg: DecoderConfig, prompt_length: int, lengths: np.ndarray) -> float:
-    """Of a forward and a backward pass over groups whose responses have `lengths` i[Q, G]; a prompt
-    counts once.
+    """Returns the FLOP of a forward and a backward pass over groups of responses.
+
+    lengths: i[Q, G] tokens of the responses; a prompt counts once.
     """
     L = prompt_length
     prompts = measure.forward_flop(cfg, np.zeros(len(lengths)), np.full(len(lengths), L), False)
     return 3 * (prompts + measure.forward_flop(cfg, L - 1.0, lengths, True))
 
 
-def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case:
-    """One step on a batch in which every response counts; params on the host."""
-    optimizer = optim.make_optimizer(lambda _: 1e-6, 0.0, 1.0)
-    body = step.make_step(
-        cfg,
-        optimizer,
-        gapg.GAPG._replace(prompt_filter=algorithms.no_filter),
-        axis=parallel.AXIS,
-        micro_rows=load.micro_rows,
-        lengths=step.cut_lengths(load.max_new, lengths),
-        temperature=1.0,
-        chunk=64,
-    )
-    update_step = parallel.pmap(
-        lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,)
-    )
-    state = gapg.init_state(
-        params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
-    )
-    held = {"state": parallel.replicate(jax.device_get(state))}
-    batch = parallel.shard(update_batch(load), jax.local_device_count())
-    tokens = response_lengths(load)
+class Update:
+    """One update at each call, on a batch in which every response counts."""
 
-    def run() -> float:
-        held["state"], metrics = update_step(held["state"], batch)
+    def __init__(self, load: Load, cfg: DecoderConfig, params: Params, lengths: int):
+        optimizer = optim.make_optimizer(lambda _: 1e-6, 0.0, 1.0)
+        body = step.make_step(
+            cfg,
+            optimizer,
+            gapg.GAPG._replace(prompt_filter=algorithms.no_filter),
+            axis=parallel.AXIS,
+            micro_rows=load.micro_rows,
+            lengths=step.cut_lengths(load.max_new, lengths),
+            temperature=1.0,
+            chunk=64,
+        )
+        self._update = parallel.pmap(
+            lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,)
+        )
+        state = gapg.init_state(
+            params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
+        )
+        self._state = parallel.replicate(jax.device_get(state))
+        self._batch = parallel.shard(update_batch(load), jax.local_device_count())
+        self._load, self._cfg, self._lengths = load, cfg, response_lengths(load)
+
+    def __call__(self) -> float:
+        """Updates once; returns the tokens of the batch's responses."""
+        self._state, metrics = self._update(self._state, self._batch)
         jax.block_until_ready(metrics)
-        return float(tokens.sum())
+        return float(self._lengths.sum())
 
-    return Case(run, lambda: update_flop(cfg, load.prompt_length, tokens))
+    def flop(self) -> float:
+        """Returns the FLOP of one call."""
+        return update_flop(self._cfg, self._load.prompt_length, self._lengths)
+
+
+def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case:
+    """Returns one update as a case; params on the host, responses cut to `lengths` lengths."""
+    work = Update(load, cfg, params, lengths)
+    return Case(work, work.flop)
 
 
 def forward_flop(cfg: DecoderConfig, batch: gapg.Rollout) -> float:
-    """Of a forward pass over a rollout on the host, with or without axis D: each prompt once, and
-    its responses.
+    """Returns the FLOP of a forward pass over a rollout: each prompt once, and its responses.
+
+    The rollout is on the host, with or without axis D.
     """
     G = batch.tokens.shape[-2]
     lengths, real = batch.mask.sum(-1).reshape(-1, G), batch.prompt_mask.sum(-1).reshape(-1)
@@ -275,53 +307,46 @@ def forward_flop(cfg: DecoderConfig, batch: gapg.Rollout) -> float:
 
 
 class Training(NamedTuple):
-    """The tiny model's run, as `python -m collab_jax.train` has it; in a scratch folder."""
+    """The run that `python -m collab_jax.train` would have, in a scratch folder, as a case."""
 
     case: Case
     config: ConfigDict
     run: experiment.Run
-    folder: tempfile.TemporaryDirectory  # goes when this goes
+    folder: tempfile.TemporaryDirectory  # is removed when nothing refers to it any more
 
 
-def full_step(config_file: str, overrides: dict) -> Training:
-    """One full step: sample, judge, ask the cloud, update; always from the first state, on new
-    prompts.
+class FullStep:
+    """Full steps of a run, one at each call: choose prompts, sample, judge, ask the cloud, update."""
+
+    def __init__(self, run: experiment.Run):
+        self._steps = training.TrainingSteps(run)
+        self._state = parallel.replicate(experiment.load_state(run))
+        self._cfg, self._step = run.cfg, 0
+        self._prompts_per_step = run.config.prompts_per_step
+
+    def __call__(self) -> float:
+        """Takes one step; returns the tokens that it sampled."""
+        collected = self._steps.collect(self._state.sampling_model, self._step)
+        self._rollout = jax.tree.map(np.asarray, collected.rollout)
+        self._state, metrics = self._steps.update(self._state, collected.rollout)
+        self._row = self._steps.row(self._step, metrics, collected)
+        self._step += 1
+        return float(self._row["tokens"])
+
+    def flop(self) -> float:
+        """Returns the useful FLOP of the latest step: sampling, and the update's prompts."""
+        with_gradient = (self._row["kept"] - self._row["no_signal"]) / self._prompts_per_step
+        return (1 + 3 * with_gradient) * forward_flop(self._cfg, self._rollout)
+
+
+def full_step(config_file: str, overrides: dict[str, Any]) -> Training:
+    """Returns a run of the config file with these overrides, whose case is one full step.
+
+    The run starts from the model's folder; each call of the case takes the next step.
     """
     config = runpy.run_path(config_file)["get_config"]()
     config.update_from_flattened_dict(overrides)
     folder = tempfile.TemporaryDirectory()
     run = experiment.prepare(config, pathlib.Path(folder.name))
-    examples, Q = experiment.examples(run, "train"), config.prompts_per_step
-    prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
-    sample = rollout.make_sampler(
-        run.cfg, run.text, config, group=config.group, temperature=config.temperature
-    )
-    step, first = training.make_step(run), experiment.load_state(run)
-    latest = {"i": 0, "state": parallel.replicate(first)}
-
-    def one() -> float:
-        i = latest["i"] = latest["i"] + 1
-        chosen = training.prompt_indices(config.seed, i, Q, len(examples))
-        batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
-        collected = rollout.collect(
-            sample,
-            latest["state"].sampling_model,
-            run.text,
-            run.task,
-            run.cloud,
-            *batch,
-            config.seed,
-            i,
-        )
-        latest["rollout"] = jax.tree.map(np.asarray, collected.rollout)
-        latest["state"], metrics = step(latest["state"], collected.rollout)
-        latest["metrics"] = parallel.unreplicate(metrics)
-        return float(latest["metrics"]["tokens"])
-
-    def flop() -> float:
-        learnt = (
-            int(latest["metrics"]["kept"] - latest["metrics"]["no_signal"]) / Q
-        )  # of the prompts, by their number
-        return (1 + 3 * learnt) * forward_flop(run.cfg, latest["rollout"])
-
-    return Training(Case(one, flop), config, run, folder)
+    step = FullStep(run)
+    return Training(Case(step, step.flop), config, run, folder)

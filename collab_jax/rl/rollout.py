@@ -1,18 +1,19 @@
-"""One batch of experience: sample on the devices, decode, judge, look up the cloud.
+"""One batch of experience: sample on the devices, decode, judge, look up the cloud's verdicts.
 
 Layout of a Rollout (Q = D * P prompts in order; device d holds prompts d * P .. (d + 1) * P - 1):
 
     prompts [Q, L]      |pad pad  the prompt |
-    tokens  [Q, G, T]                        | a response EOS pad pad |   mask: True up to EOS, EOS in
+    tokens  [Q, G, T]                        | a response EOS pad pad |   mask: True to EOS, EOS in
     verdicts [Q, G]     correct, called, formatted: what the text is
-    cloud [Q]           cloud_correct, cloud_known: the cloud's constant verdict on the prompt, where it was needed and came
+    cloud [Q]           cloud_correct, cloud_known: the cloud's verdict, where needed and known
 
-The cloud's verdict is needed where a response called, or where none was right (the filter must know
-D2); elsewhere the cloud is not asked.
+The cloud's verdict on a prompt is constant. It is needed where a response called, or where no
+response was right (the filter must know D2); on other prompts the cloud is not asked.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,33 +27,59 @@ from collab_jax.models import sampler
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Marker, PlainMarker, Sampler, Samples
 from collab_jax.models.text import Messages, Text
+from collab_jax.rl import algorithms
+from collab_jax.rl.experiment import Run
+from collab_jax.rl.missing_verdicts import NOTHING_MISSING, MissingVerdicts
 from collab_jax.runtime import parallel
 from collab_jax.tasks import Example, Task, Verdict
 
 
+class Batch(NamedTuple):
+    """The prompts of one step: the examples, and their tokens, padded on the left."""
+
+    examples: Sequence[Example]  # Q
+    prompts: np.ndarray  # i32[Q, L]
+    mask: np.ndarray  # bool[Q, L]
+
+
 class Verdicts(NamedTuple):
-    """Of R responses: their text, and what they are, bool[R] each."""
+    """The texts of R responses, and what each response is, bool[R] each."""
 
     texts: list[str]
     correct: np.ndarray
     called: np.ndarray
     formatted: np.ndarray
-    timed_out: np.ndarray  # the verifier did not get to an end
-    unjudged: np.ndarray  # it could not tell
+    timed_out: np.ndarray  # the verifier ran out of time
+    unjudged: np.ndarray  # the verifier could not tell
+
+    def of(self, row: int) -> Verdict:
+        """Returns the verdict of one response."""
+        return Verdict(*(bool(column[row]) for column in self[1:]))
+
+
+class CloudVerdicts(NamedTuple):
+    """Whether the cloud's answers to n prompts are correct, and whether that is known, bool[n]."""
+
+    correct: np.ndarray  # False where it is not known
+    known: np.ndarray
+
+
+class CloudAnswers(NamedTuple):
+    """The cloud's verdicts on n prompts, bool[n] each, and the answers they are about."""
+
+    correct: np.ndarray
+    known: np.ndarray
+    answers: Answers
 
 
 class Collected(NamedTuple):
-    """A Rollout sharded over devices, its texts by row (prompt-major), and this batch's dealings
-    with the cloud.
-    """
+    """A Rollout with axis D, the texts of its responses, and which verdicts were asked for."""
 
     rollout: Rollout
-    texts: list[str]
+    texts: list[str]  # by row: G texts of the first prompt, then those of the next
     cut_off: float  # share of responses that hit the length limit
-    cloud_asked: int  # distinct prompts whose verdict was needed
-    unknown: list[str]  # ids of those of them without one
-    verifier_timeouts: int  # responses
-    verifier_failures: int  # responses that could not be judged for another reason
+    cloud_asked: int  # prompts on which the cloud's verdict was needed
+    missing: MissingVerdicts  # the verdicts that were needed and are not known
 
 
 def make_sampler(
@@ -64,13 +91,13 @@ def make_sampler(
     temperature: float,
     solo: int = 0,
 ) -> Sampler:
-    """sample(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples, every argument
-    and result with axis D.
+    """Returns sampler(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples.
 
-    seed, step: i32[D]; a row's key depends on them and on its global index alone.
+    Every argument and result has the axis D. seed, step: i32[D]; a row's key depends on them and on
+    its global index alone. `draw` calls the sampler.
     """
-    # That one greedy pass holds the decision at every bias, bit for bit, needs both passes to be of
-    # the same programs; slots that went away at other columns would part them.
+    # One greedy pass holds the decision at every bias, bit for bit, only where all passes run the
+    # same programs; if slots were given up at different columns, the programs would differ.
     slot_counts = config.decode.slot_counts if temperature > 0 else 1
     settings = sampler.Settings(
         group=group,
@@ -108,10 +135,11 @@ def draw(
     bias: float = 0.0,
     finished: Callable | None = None,
 ) -> Samples:
-    """Samples of Q prompts i32[Q, L] on all local devices, with the keys of (seed, step).
+    """Returns samples of Q prompts on all local devices, with the keys of (seed, step).
 
-    params and the Samples have the axis D; D must divide Q. bias: what is added to the decision
-    token's logit at decision states; -inf disallows the marker. finished: see `Sampler.__call__`.
+    prompts i32[Q, L], prompt_mask bool[Q, L], where D must divide Q; params and the samples have
+    the axis D. bias: what is added to the decision token's logit at decision states; -inf disallows
+    the marker. finished: see `Sampler.__call__`.
     """
     D = jax.local_device_count()
     prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
@@ -126,172 +154,240 @@ def draw(
     )
 
 
-def judge(task: Task, text: Text, examples: Sequence[Example], tokens, mask, ended) -> Verdicts:
-    """Verdicts of responses [R, T], one example each. One that was cut off is nothing.
+def judge(
+    task: Task,
+    text: Text,
+    examples: Sequence[Example],
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    ended: np.ndarray,
+    given: Mapping[int, Verdict] | None = None,
+) -> Verdicts:
+    """Returns the verdicts of R responses: tokens i32[R, T], mask bool[R, T], ended bool[R].
 
-    A call needs the decision token, where there is one: the marker spelt out in other tokens would
-    escape margins and biases.
+    `examples` has one example for each response. given: verdicts by row, which the verifier is not
+    asked for. A response that was cut off is neither correct, nor a call, nor well formed. A call
+    needs the decision token where there is one: the marker spelt out in other tokens would escape
+    margins and biases.
     """
     texts = text.decode(tokens, mask)
-    found = np.zeros((len(texts), len(Verdict._fields)), bool)
-    if (rows := np.flatnonzero(ended)).size:
-        found[rows] = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
-    correct, called, formatted, timed_out, unjudged = found.T
-    decided = text.plain is not None or ((np.asarray(tokens) == text.decision_id) & mask).any(
-        axis=1
-    )
-    return Verdicts(texts, correct, called & decided, formatted, timed_out, unjudged)
+    given = given or {}
+    flags = np.zeros((len(texts), len(Verdict._fields)), bool)
+    if rows := [row for row in np.flatnonzero(ended).tolist() if row not in given]:
+        flags[rows] = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
+    for row, verdict in given.items():
+        flags[row] = verdict
+    correct, called, formatted, timed_out, unjudged = flags.T
+    if text.plain is None:
+        called = called & ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
+    return Verdicts(texts, correct, called, formatted, timed_out, unjudged)
 
 
-def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]):
-    """(correct bool[n], known bool[n], Answers): the cloud's verdicts on `examples`, through the
-    store.
-    """
-    answers = cloud.answer(*cloud_prompts(task, examples))
-    return *cloud_verdicts(task, examples, answers), answers
+def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -> CloudAnswers:
+    """Returns the cloud's answers to n examples and its verdicts on them, through the store."""
+    prompts, ids = cloud_prompts(task, examples)
+    answers = cloud.answer(prompts, ids)
+    verdicts = cloud_verdicts(task, examples, answers)
+    return CloudAnswers(verdicts.correct, verdicts.known, answers)
 
 
 def cloud_prompts(task: Task, examples: Sequence[Example]) -> tuple[list[Messages], list[str]]:
-    """What the cloud is asked on `examples`, and what messages call these prompts."""
-    return [task.cloud_prompt(example) for example in examples], [
-        example.id for example in examples
-    ]
+    """Returns what the cloud is asked on each example, and the examples' ids for messages."""
+    return [task.cloud_prompt(e) for e in examples], [e.id for e in examples]
 
 
-def cloud_verdicts(
-    task: Task, examples: Sequence[Example], answers: Answers
-) -> tuple[np.ndarray, np.ndarray]:
-    """(correct bool[n], known bool[n]) of the cloud's answers on `examples`; what is not known is
-    not correct.
+def cloud_verdicts(task: Task, examples: Sequence[Example], answers: Answers) -> CloudVerdicts:
+    """Returns whether each of the cloud's answers is correct, and whether that is known.
 
-    Not known: the call failed, or its answer could not be judged.
+    It is not known where the call failed, the verifier ran out of time, or the answer could not be
+    judged.
     """
-    known = np.array([reply is not None for reply in answers.replies], bool)
-    found = task.verify(
-        examples, ["" if reply is None else reply.text for reply in answers.replies]
+    texts = ["" if reply is None else reply.text for reply in answers.replies]
+    verdicts = task.verify(examples, texts)
+    known = np.array(
+        [
+            reply is not None and not verdict.timed_out and not verdict.unjudged
+            for reply, verdict in zip(answers.replies, verdicts, strict=True)
+        ],
+        bool,
     )
-    known &= ~np.array([verdict.unjudged for verdict in found], bool)
-    return np.array([verdict.correct for verdict in found], bool) & known, known
+    return CloudVerdicts(np.array([v.correct for v in verdicts], bool) & known, known)
+
+
+class LiveJudging:
+    """Judges the responses of a batch as they end, and the cloud's answers as they come.
+
+    The sampler calls `judge_responses` while the devices go on. The cloud is asked on a prompt once
+    all its responses have ended, and only where its verdict is needed.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        examples: Sequence[Example],
+        group: int,
+        skip: MissingVerdicts,
+        while_sampling: Callable[[], None] | None,
+    ):
+        Q, G = len(examples), group
+        self._while_sampling = while_sampling
+        self._task, self._text, self._examples, self._skip = run.task, run.text, examples, skip
+        self._cloud = run.cloud if algorithms.needs_cloud(run.config) else None
+        self.correct, self.called, self.formatted = (np.zeros((Q, G), bool) for _ in range(3))
+        self.texts = np.empty((Q, G), object)
+        self.cloud_correct, self.cloud_known = np.zeros(Q, bool), np.ones(Q, bool)
+        self.asked: list[int] = []  # prompts on which the cloud's verdict was needed
+        self._open = np.full(Q, G)  # responses of each prompt that have not ended
+        self._pending: list[tuple[np.ndarray, Pending]] = []  # prompts, and the cloud's answers
+        self._missing: dict[tuple[str, int], Verdict] = {}  # MissingVerdicts.responses
+        seen: Counter[str] = Counter()
+        self._earlier: list[int] = []  # of each prompt, the batch's earlier responses to the same
+        for example in examples:
+            self._earlier.append(seen[example.id])
+            seen[example.id] += G
+
+    def judge_responses(
+        self, tokens: np.ndarray, mask: np.ndarray, ended: np.ndarray, now: np.ndarray
+    ) -> None:
+        """Judges the responses that have just ended, `now`; see `finished` of `Sampler.__call__`.
+
+        tokens i32[D, P, G, T], mask bool[D, P, G, T], ended, now bool[D, P, G].
+        """
+        if self._while_sampling is not None:
+            while_sampling, self._while_sampling = self._while_sampling, None
+            while_sampling()
+        Q, G = self.correct.shape
+        now = now.reshape(Q, G)
+        if not now.any():
+            return
+        places = np.argwhere(now).tolist()  # (prompt, place in its group)
+        keys = [(self._examples[q].id, self._earlier[q] + i) for q, i in places]
+        skipped = self._skip.responses
+        verdicts = judge(
+            self._task,
+            self._text,
+            [self._examples[q] for q, _ in places],
+            tokens.reshape(Q, G, -1)[now],
+            mask.reshape(Q, G, -1)[now],
+            ended.reshape(Q, G)[now],
+            given={row: skipped[key] for row, key in enumerate(keys) if key in skipped},
+        )
+        self.correct[now] = verdicts.correct
+        self.called[now] = verdicts.called
+        self.formatted[now] = verdicts.formatted
+        self.texts[now] = verdicts.texts
+        for row in np.flatnonzero(verdicts.timed_out | verdicts.unjudged).tolist():
+            self._missing[keys[row]] = verdicts.of(row)
+        self._open -= now.sum(1)
+        self._ask_cloud(np.flatnonzero((self._open == 0) & now.any(1)))
+        self._judge_replies()
+
+    def _ask_cloud(self, complete: np.ndarray) -> None:
+        """Asks the cloud on those prompts, i[n], where its verdict is needed and not skipped."""
+        called, solved = self.called[complete].any(1), self.correct[complete].any(1)
+        needed = complete[called | ~solved]
+        if not needed.size or self._cloud is None:
+            return
+        self.asked.extend(needed)
+        skipped = np.array([self._examples[q].id in self._skip.prompts for q in needed])
+        self.cloud_known[needed[skipped]] = False
+        if (wanted := needed[~skipped]).size:
+            prompts, ids = cloud_prompts(self._task, [self._examples[q] for q in wanted])
+            self._pending.append((wanted, self._cloud.submit(prompts, ids)))
+
+    def _judge_replies(self) -> None:
+        """Judges the cloud's answers that have come."""
+        still_pending = []
+        for prompts, pending in self._pending:
+            if pending.done():
+                self._judge_answers(prompts, pending.answers())
+            else:
+                still_pending.append((prompts, pending))
+        self._pending = still_pending
+
+    def wait_for_replies(self, seconds: float | None) -> None:
+        """Judges the cloud's answers that come within `seconds`; None: waits for all of them."""
+        end = None if seconds is None else time.monotonic() + seconds
+        for prompts, pending in self._pending:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            self._judge_answers(prompts, pending.answers(left))
+        self._pending = []
+
+    def _judge_answers(self, prompts: np.ndarray, answers: Answers) -> None:
+        verdicts = cloud_verdicts(self._task, [self._examples[q] for q in prompts], answers)
+        self.cloud_correct[prompts] = verdicts.correct
+        self.cloud_known[prompts] = verdicts.known
+
+    def missing(self) -> MissingVerdicts:
+        """Returns the verdicts that were needed and are not known."""
+        unknown = frozenset(self._examples[q].id for q in self.asked if not self.cloud_known[q])
+        return MissingVerdicts(unknown, self._missing)
 
 
 def collect(
-    sample: Sampler,
-    params,
-    text: Text,
-    task: Task,
-    cloud: CachedCloud | None,
-    examples: Sequence[Example],
-    prompts: np.ndarray,
-    prompt_mask: np.ndarray,
-    seed: int,
+    run: Run,
+    sampler: Sampler,
+    params: Params,
+    batch: Batch,
+    *,
     step: int,
-    meanwhile: Callable[[], None] = lambda: None,
     wait: float | None = None,
-    skip: Collection[str] = (),
+    skip: MissingVerdicts = NOTHING_MISSING,
+    while_sampling: Callable[[], None] | None = None,
 ) -> Collected:
-    """Rollout of Q examples, whose prompts are i32[Q, L], under `params` (with axis D), sampled
-    with the key of (seed, step).
+    """Returns the rollout of a batch under `params` (with axis D): sampled, and judged meanwhile.
 
-    Responses are judged, and the cloud is asked on a prompt whose responses have all ended, while
-    the devices sample the rest; without a cloud none is asked, and none is right. `meanwhile` is
-    called once, when they have just begun.
-    wait: seconds after sampling until a verdict is unknown to this batch (None: until it is there
-    or has failed).
-    skip: ids of prompts that are not asked and whose verdict is unknown.
+    Sampling has the key of (config.seed, step). Where the run's algorithm does not need the cloud,
+    it is not asked, and it counts as never right.
+    wait: seconds after sampling until a verdict of the cloud counts as unknown; None: until it is
+    known, or its call has failed.
+    skip: verdicts that are not asked for and count as missing.
+    while_sampling: called once, when the devices have just begun.
     """
-    D, Q, G = jax.local_device_count(), len(examples), sample.settings.group
-    prompts, prompt_mask = parallel.shard((prompts, prompt_mask), D)
-    verdicts = np.zeros((3, Q, G), bool)  # correct, called, formatted
-    texts = np.empty((Q, G), object)
-    cloud_correct, cloud_known, open_rows = np.zeros(Q, bool), np.ones(Q, bool), np.full(Q, G)
-    asked, unsettled, todo = (
-        [],
-        np.zeros(2, int),
-        [meanwhile],
-    )  # unsettled: responses timed out, or else not judged
-    on_their_way: list[tuple[np.ndarray, Pending]] = []  # which prompts, and their answers
-
-    def hear(last: bool) -> None:
-        """Judges the cloud's answers that are there; the last time, waits for the others."""
-        end = None if wait is None else time.monotonic() + wait
-        for entry in list(on_their_way):
-            q, pending = entry
-            if last or pending.done():
-                answers = pending.answers(None if end is None else max(0.0, end - time.monotonic()))
-                cloud_correct[q], cloud_known[q] = cloud_verdicts(
-                    task, [examples[i] for i in q], answers
-                )
-                on_their_way[:] = [other for other in on_their_way if other is not entry]
-
-    def finished(tokens, mask, ended, now):
-        while todo:
-            todo.pop()()
-        tokens, mask, ended, now = (
-            x.reshape(Q, G, *x.shape[3:]) for x in (tokens, mask, ended, now)
-        )
-        if not now.any():
-            return
-        found = judge(
-            task,
-            text,
-            [examples[q] for q in np.nonzero(now)[0]],
-            tokens[now],
-            mask[now],
-            ended[now],
-        )
-        verdicts[:, now] = found[1:4]
-        unsettled[:] += found.timed_out.sum(), found.unjudged.sum()
-        texts[now] = found.texts
-        open_rows[:] -= now.sum(1)
-        correct, called, _ = verdicts
-        needed = np.flatnonzero((open_rows == 0) & now.any(1) & (called.any(1) | ~correct.any(1)))
-        if needed.size and cloud:
-            asked.extend(needed)
-            skipped = np.array([examples[q].id in skip for q in needed])
-            cloud_known[needed[skipped]] = False
-            if len(needed := needed[~skipped]):
-                on_their_way.append(
-                    (needed, cloud.submit(*cloud_prompts(task, [examples[q] for q in needed])))
-                )
-        hear(last=False)
-
-    zeros = np.zeros(D, np.float32)
-    samples = sample(
+    judging = LiveJudging(run, batch.examples, sampler.settings.group, skip, while_sampling)
+    samples = draw(
+        sampler,
         params,
-        prompts,
-        prompt_mask,
-        np.full(D, seed, np.int32),
-        np.full(D, step, np.int32),
-        bias=zeros,
-        finished=finished,
+        batch.prompts,
+        batch.mask,
+        seed=run.config.seed,
+        step=step,
+        finished=judging.judge_responses,
     )
-    hear(last=True)
-    s = sample.settings
-    barred = None
-    if s.solo:
-        disallowed = (jnp.arange(G)[:, None] < s.solo) & (samples.margins > -jnp.inf)
-        barred = jnp.where(disallowed, s.marker.decision_id, -1)
-    correct, called, formatted = verdicts
+    judging.wait_for_replies(wait)
+    D = jax.local_device_count()
+    prompts, prompt_mask = parallel.shard((batch.prompts, batch.mask), D)
     rollout = Rollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
         tokens=samples.tokens,
         logp=samples.logp,
         mask=samples.mask,
-        barred=barred,
-        **parallel.shard(
-            {
-                "correct": correct,
-                "called": called,
-                "formatted": formatted,
-                "cloud_correct": cloud_correct,
-                "cloud_known": cloud_known,
-            },
-            D,
-        ),
+        barred=barred_tokens(sampler, samples),
+        correct=parallel.shard(judging.correct, D),
+        called=parallel.shard(judging.called, D),
+        formatted=parallel.shard(judging.formatted, D),
+        cloud_correct=parallel.shard(judging.cloud_correct, D),
+        cloud_known=parallel.shard(judging.cloud_known, D),
     )
-    cut_off = 1 - np.asarray(samples.ended).mean()
-    unknown = sorted({examples[q].id for q in asked if not cloud_known[q]})
     return Collected(
-        rollout, list(texts.reshape(-1)), cut_off, len(asked), unknown, *map(int, unsettled)
+        rollout=rollout,
+        texts=list(judging.texts.reshape(-1)),
+        cut_off=float(1 - np.asarray(samples.ended).mean()),
+        cloud_asked=len(judging.asked),
+        missing=judging.missing(),
     )
+
+
+def barred_tokens(sampler: Sampler, samples: Samples) -> jax.Array | None:
+    """Returns the token that was disallowed at each place, or -1, i32[D, P, G, T]; None: none was.
+
+    The first `solo` responses of a group may not write the decision token at decision states.
+    """
+    settings = sampler.settings
+    if not settings.solo:
+        return None
+    assert settings.marker.decision_id is not None  # experiment.check_config requires it
+    may_not_call = jnp.arange(settings.group)[:, None] < settings.solo
+    disallowed = may_not_call & (samples.margins > -jnp.inf)
+    return jnp.where(disallowed, settings.marker.decision_id, -1)

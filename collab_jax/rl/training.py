@@ -1,20 +1,28 @@
-"""The training loop: sample, judge, update, and keep the metrics and checkpoints of a run."""
+"""The training loop: sample, judge, update; and what a run writes: metrics and checkpoints."""
 
+import contextlib
 import functools
 import signal
 import sys
 import time
 from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from collab_jax import gapg
-from collab_jax.cloud import BudgetSpent
+from collab_jax.gapg import Rollout, TrainState
+from collab_jax.models.decoder import Params
 from collab_jax.rl import algorithms, experiment, rollout, step
 from collab_jax.rl.experiment import Run
-from collab_jax.rl.unknown import Unknown
+from collab_jax.rl.missing_verdicts import (
+    NOTHING_MISSING,
+    MissingVerdicts,
+    MissingVerdictsFile,
+)
+from collab_jax.rl.rollout import Batch, Collected
 from collab_jax.runtime import metrics, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, mix
@@ -23,49 +31,56 @@ NONFINITE_LIMIT = 10  # updates in a row whose gradient is not finite before the
 
 
 class GracefulStop:
-    """SIGTERM and Ctrl-C: exit at once with status 0, or, inside `with stop:`, when the block asks
-    `requested`.
+    """Handles SIGTERM and Ctrl-C: exits at once with status 0, or after the step that runs.
+
+    Inside `with stop:` a signal only sets `requested`, and the block asks for it.
     """
 
     def __init__(self):
-        self.requested = self._deferred = False
+        self.requested = self._in_block = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
-    def _handle(self, number, frame):
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        if not self._deferred:
+        if not self._in_block:
             sys.exit(0)
 
-    def __enter__(self):
-        self._deferred = True
+    def __enter__(self) -> "GracefulStop":
+        self._in_block = True
         return self
 
-    def __exit__(self, *_):
-        self._deferred = False
+    def __exit__(self, *_: object) -> None:
+        self._in_block = False
+
+
+# --------------------------------------------------------------------------- which prompts
 
 
 def prompt_indices(seed: int, step: int, count: int, total: int) -> np.ndarray:
-    """Which of `total` training prompts step number `step` uses, [count]: a new order each epoch, a
-    function of (seed, step).
+    """Returns which of `total` training prompts step number `step` uses, i64[count].
+
+    A function of (seed, step): each epoch goes through all prompts, in a new order.
     """
-    return _in_order(seed, np.arange(step * count, (step + 1) * count), total)
+    return shuffled_epochs(seed, np.arange(step * count, (step + 1) * count), total)
 
 
-def _in_order(seed: int, place: np.ndarray, total: int) -> np.ndarray:
-    """Which of `total` prompts stand at these places of an endless sequence, in which each epoch
-    has an order of its own.
+def shuffled_epochs(seed: int, places: np.ndarray, total: int) -> np.ndarray:
+    """Returns which of `total` prompts stand at these places of an endless sequence, i64[n].
+
+    The sequence consists of epochs; each has all prompts, in an order of its own.
     """
     orders = {
         epoch: np.random.default_rng([seed, int(epoch)]).permutation(total)
-        for epoch in np.unique(place // total)
+        for epoch in np.unique(places // total)
     }
-    return np.array([orders[p // total][p % total] for p in place], np.int64)
+    return np.array([orders[p // total][p % total] for p in places], np.int64)
 
 
 def chooser(run: Run, examples: list[Example]) -> Callable[[int, int], np.ndarray]:
-    """choose(step, count) -> which of the training examples step number `step` uses, i64[count]; of
-    a mix by its weights.
+    """Returns choose(step, count): which of the training examples a step uses, i64[count].
+
+    The examples of a mix are chosen by the weights of its parts.
     """
     seed, task = run.config.seed, run.task
     if task.weights is None:
@@ -73,16 +88,16 @@ def chooser(run: Run, examples: list[Example]) -> Callable[[int, int], np.ndarra
     pools, weights = mix.pools(task, examples), list(task.weights.values())
 
     def choose(step: int, count: int) -> np.ndarray:
-        return mix.indices(
-            seed, np.arange(step * count, (step + 1) * count), pools, weights, _in_order
-        )
+        places = np.arange(step * count, (step + 1) * count)
+        return mix.indices(seed, places, pools, weights, shuffled_epochs)
 
     return choose
 
 
 def fit_examples(run: Run) -> list[Example]:
-    """`config.eval.fit_prompts` training prompts that no step of this run uses, for routers that
-    are learned.
+    """Returns training prompts that no step of this run uses, for routers that are learned.
+
+    As many as `config.eval.fit_prompts`. Raises UserError where training leaves fewer.
     """
     config = run.config
     if not config.eval.fit_prompts:
@@ -92,15 +107,23 @@ def fit_examples(run: Run) -> list[Example]:
     unused = np.setdiff1d(np.arange(len(examples)), used)
     if len(unused) < config.eval.fit_prompts:
         raise UserError(
-            f"config.eval.fit_prompts={config.eval.fit_prompts}, but training leaves {len(unused)} of {len(examples)} training "
-            "prompts unused: lower it, or raise config.task.train_examples"
+            f"config.eval.fit_prompts={config.eval.fit_prompts}, but training leaves "
+            f"{len(unused)} of {len(examples)} training prompts unused: lower it, or raise "
+            "config.task.train_examples"
         )
     return [examples[i] for i in unused[: config.eval.fit_prompts]]
 
 
-def make_step(run: Run):
-    """The compiled update: step(state, rollout) -> state, metrics, all with axis D; the state is
-    donated.
+# --------------------------------------------------------------------------- the steps
+
+
+Update = Callable[[TrainState, Rollout], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def compile_update(run: Run) -> Update:
+    """Returns update(state, rollout) -> state, metrics, compiled at its first call.
+
+    Arguments and results have the axis D; the state is donated.
     """
     config = run.config
     body = step.make_step(
@@ -115,9 +138,9 @@ def make_step(run: Run):
         average=config.optim.average,
     )
 
-    def keyed(state, rollout):
-        # The filter's key is a function of (seed, step), apart from the samples' keys, and the same
-        # on all devices.
+    def keyed(state: TrainState, rollout: Rollout) -> tuple[TrainState, dict[str, jax.Array]]:
+        # The filter's key is a function of (seed, step), differs from the samples' keys, and is the
+        # same on all devices.
         key = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(config.seed), state.step), 0x66696C74
         )
@@ -126,136 +149,245 @@ def make_step(run: Run):
     return parallel.pmap(keyed, donate=(0,))
 
 
-def check_health(row: dict, run: Run) -> None:
-    """Raises UserError where going on is pointless; the state is saved by then."""
+class TrainingSteps:
+    """The wiring of a run's steps: choose prompts, sample and judge, update, read the metrics.
+
+    update(state, rollout) -> state, metrics is that of `compile_update`.
+    """
+
+    def __init__(self, run: Run):
+        config = run.config
+        self.run, self.examples = run, experiment.examples(run, "train")
+        self._prompts, self._mask = run.text.prompt_batch(
+            [run.task.prompt(e) for e in self.examples], config.prompt_length
+        )
+        self._choose = chooser(run, self.examples)
+        self.sampler = rollout.make_sampler(
+            run.cfg,
+            run.text,
+            config,
+            group=config.group,
+            solo=config.algorithm.solo,
+            temperature=config.temperature,
+        )
+        self.update: Update = compile_update(run)
+        # A replay may lack answers that no step needed, and those that a step did without.
+        prefetches = algorithms.needs_cloud(config) and config.cloud.mode != "replay"
+        self._steps_ahead = config.cloud.prefetch if prefetches else 0
+        self._prefetched = 0  # the cloud has been asked on the prompts of all steps before it
+
+    def batch(self, step: int) -> Batch:
+        """Returns the prompts of step number `step` (from 0)."""
+        chosen = self._choose(step, self.run.config.prompts_per_step)
+        examples = [self.examples[i] for i in chosen]
+        return Batch(examples, self._prompts[chosen], self._mask[chosen])
+
+    def collect(
+        self,
+        params: Params,
+        step: int,
+        *,
+        skip: MissingVerdicts = NOTHING_MISSING,
+        while_sampling: Callable[[], None] | None = None,
+    ) -> Collected:
+        """Returns `rollout.collect` of step number `step`; asks the cloud on coming steps first.
+
+        params has axis D.
+        """
+        config = self.run.config
+        end = min(step + self._steps_ahead, config.train.steps)
+        for coming in range(max(step, self._prefetched), end):
+            prompts, ids = rollout.cloud_prompts(self.run.task, self.batch(coming).examples)
+            self.run.cloud.submit(prompts, ids)
+            self._prefetched = coming + 1
+        return rollout.collect(
+            self.run,
+            self.sampler,
+            params,
+            self.batch(step),
+            step=step,
+            wait=config.cloud.wait,
+            skip=skip,
+            while_sampling=while_sampling,
+        )
+
+    def row(
+        self, step: int, update_metrics: dict[str, jax.Array], collected: Collected
+    ) -> dict[str, Any]:
+        """Returns a step's metrics as plain numbers by name; waits for its update.
+
+        update_metrics has axis D. Of the cloud: what was bought since the last call.
+        """
+        values = parallel.unreplicate(update_metrics)
+        bought = self.run.cloud.take_tally()._asdict()
+        undecided = collected.missing.responses.values()
+        return {
+            "step": step + 1,
+            **{name: value.item() for name, value in values.items()},
+            "cut_off": collected.cut_off,
+            "cloud_asked": collected.cloud_asked,
+            "cloud_unknown": len(collected.missing.prompts),
+            **{f"cloud_{name}": value for name, value in bought.items()},
+            "verifier_timeouts": sum(verdict.timed_out for verdict in undecided),
+            "verifier_failures": sum(verdict.unjudged for verdict in undecided),
+        }
+
+
+# --------------------------------------------------------------------------- what a run writes
+
+
+def save_state(run: Run, step: int, state: TrainState) -> None:
+    """Saves the state (with axis D) before step number `step`, without its frozen parameters.
+
+    Those are in the model's folder. A step that is saved already is left as it is.
+    """
+    if not run.checkpoints.has(step):
+        run.checkpoints.save(step, parallel.unreplicate(state.replace(frozen=None)))
+
+
+def health_problem(row: dict[str, Any], run: Run) -> str | None:
+    """Returns why going on is pointless after a step with these metrics; None where it is not."""
+    saved = f"the state is saved in {run.checkpoints.folder}"
     if row["nonfinite_streak"] >= NONFINITE_LIMIT:
-        raise UserError(
-            f"the gradient was not finite {NONFINITE_LIMIT} steps in a row; the state is saved in {run.checkpoints.folder}: "
+        return (
+            f"the gradient was not finite {NONFINITE_LIMIT} steps in a row; {saved}: "
             "lower config.optim.learning_rate, and check the model's weights"
         )
     if row["empty_d1_streak"] >= run.config.train.empty_d1_limit:
-        raise UserError(
-            f"no prompt was solved on the device {row['empty_d1_streak']} steps in a row, so nothing can be learnt; the state is "
-            f"saved in {run.checkpoints.folder}: warm the model up (python -m collab_jax.sft), or choose easier prompts"
+        return (
+            f"no prompt was solved on the device {row['empty_d1_streak']} steps in a row, so "
+            f"nothing can be learnt; {saved}: warm the model up (python -m collab_jax.sft), or "
+            "choose easier prompts"
         )
+    return None
 
 
-def save(run: Run, step: int, state: gapg.TrainState) -> None:
-    """Keeps the state (with axis D) before step number `step`, without what is frozen: that is the
-    model folder's.
+class StepResult(NamedTuple):
+    """A step whose update has been started, and may still run on the devices."""
+
+    step: int  # from 0
+    metrics: dict[str, jax.Array]  # of the update, with axis D
+    collected: Collected
+    sampled: float  # time.monotonic() when its rollout was complete
+    last: bool  # no step of this process follows
+
+
+class RunLog:
+    """What a run writes beside its updates: metrics, checkpoints, the progress bar, warnings."""
+
+    def __init__(self, steps: TrainingSteps, first: int, bar: tqdm):
+        self._steps, self._run, self._bar = steps, steps.run, bar
+        self._writer = metrics.MetricsWriter(self._run.workdir, first)
+        self._warned: set[str] = set()
+        self._ready = time.monotonic()  # when the devices were done with the latest update
+        self._begun = self._written = first  # steps whose finishing has begun; that have a row
+
+    def finish_step(self, state: TrainState, result: StepResult) -> None:
+        """Writes a step's metrics and, when it is due, the state after it (with axis D).
+
+        It waits for the step's update. A second call for one step does nothing. Raises UserError
+        where going on is pointless; the state is saved by then.
+        """
+        if result.step < self._begun:
+            return
+        self._begun = result.step + 1
+        config = self._run.config
+        row = self._steps.row(result.step, result.metrics, result.collected)
+        now = time.monotonic()
+        row |= {"seconds_rollout": result.sampled - self._ready, "seconds": now - self._ready}
+        self._ready = now
+        self._writer.write(row)
+        self._written = result.step + 1
+        self._bar.set_postfix_str(progress(row, config.budget), refresh=False)
+        self._bar.update()
+        if (message := metrics.collapse_warning(self._writer.rows)) and message not in self._warned:
+            self._warned.add(message)
+            self._bar.write(f"warning, step {result.step + 1}: {message}", file=sys.stderr)
+        problem = health_problem(row, self._run)
+        due = (result.step + 1) % config.train.checkpoint_every == 0
+        if problem or result.last or due:
+            save_state(self._run, result.step + 1, state)
+        if problem:
+            raise UserError(problem)
+
+    def save_after_error(
+        self,
+        error: Exception,
+        step: int,
+        state: TrainState,
+        finish_previous: Callable[[], None],
+    ) -> None:
+        """Saves the state before step number `step`, whose rollout ended with `error`.
+
+        The previous step's metrics are written first, if they are not yet; where that is not
+        possible, no state is saved, since a resumed run would lack them. An error in here becomes a
+        note of `error`.
+        """
+        try:
+            finish_previous()
+            if self._written == step:
+                save_state(self._run, step, state)
+        except Exception as failure:
+            error.add_note(f"the state before step {step + 1} was not saved: {failure}")
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._writer.close()
+
+
+def progress(row: dict[str, Any], budget: float) -> str:
+    """Returns the live figures beside the progress bar."""
+    return (
+        f"reward {row['reward']:.2f}, local {row['local_accuracy']:.0%}, "
+        f"calls {row['call_rate']:.0%} (budget {budget:.0%}), "
+        f"D1/D2/dropped {row['d1']}/{row['d2']}/{row['dropped']}, "
+        f"{row['tokens'] / row['seconds']:.0f} tok/s"
+    )
+
+
+# --------------------------------------------------------------------------- the loop
+
+
+def train(run: Run, stop: GracefulStop | None = None) -> TrainState | None:
+    """Trains to `config.train.steps`; returns the final state with axis D, or None if stopped.
+
+    stop: may ask the run to stop after a step, with the state saved. Where an error ends a rollout,
+    the state before that step is saved and the error is raised; interrupts save nothing.
     """
-    run.checkpoints.save(step, parallel.unreplicate(state.replace(frozen=None)))
-
-
-def train(run: Run, stop: GracefulStop) -> gapg.TrainState | None:
-    """Trains to `config.train.steps`; the final state with axis D, or None where it was asked to
-    stop.
-    """
-    # ------------------------------------------------------------------------------------------------ set-up
-    config, Q = run.config, run.config.prompts_per_step
+    last_step = run.config.train.steps
     state = parallel.replicate(experiment.load_state(run))
     first = int(parallel.unreplicate(state.step))
-    if first >= config.train.steps:
+    if first >= last_step:
         return state
-    examples = experiment.examples(run, "train")
-    prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
-    choose = chooser(run, examples)
-    kinds = {"group": config.group, "solo": config.algorithm.solo}
-    sample = rollout.make_sampler(
-        run.cfg, run.text, config, **kinds, temperature=config.temperature
-    )
-    step = make_step(run)
-    cloud = run.cloud if algorithms.needs_cloud(config) else None
-    unknown = Unknown(run.workdir / "unknown.jsonl")
+    steps, missing = TrainingSteps(run), MissingVerdictsFile(run.workdir)
     run.cloud.take_tally()  # what an evaluation bought is not a step's
-    # A replay may lack what no step needed, and what a step did without.
-    ahead = config.cloud.prefetch if cloud and config.cloud.mode != "replay" else 0
-    prefetched = first  # steps before it whose prompts the cloud has been asked ahead of time
-    writer = metrics.MetricsWriter(run.workdir, first)
-    warned: set[str] = set()
-    ready = time.monotonic()  # when the devices were done with the last update
+    asked_to_stop = False
+    finish_previous: Callable[[], None] = lambda: None  # noqa: E731
     with (
-        stop,
-        tqdm(
-            total=config.train.steps, initial=first, desc="train", unit="step", mininterval=1
-        ) as bar,
+        stop or contextlib.nullcontext(),
+        tqdm(total=last_step, initial=first, desc="train", unit="step", mininterval=1) as bar,
     ):
-
-        def close(
-            i: int, out: dict, collected: rollout.Collected, sampled: float, last: bool
-        ) -> None:
-            """What is left of step `i` when its update runs: its metrics, its checkpoint. Raises
-            where going on is pointless.
-            """
-            nonlocal ready
-            out = parallel.unreplicate(out)  # waits for the update
-            row = {"step": i + 1, **{name: value.item() for name, value in out.items()}}
-            row |= {"cut_off": collected.cut_off, "cloud_asked": collected.cloud_asked}
-            row |= {"cloud_unknown": len(collected.unknown)}
-            row |= {
-                f"cloud_{name}": value for name, value in run.cloud.take_tally()._asdict().items()
-            }
-            row |= {
-                "verifier_timeouts": collected.verifier_timeouts,
-                "verifier_failures": collected.verifier_failures,
-            }
-            row |= {
-                "seconds_rollout": sampled - ready,
-                "seconds": (now := time.monotonic()) - ready,
-            }
-            ready = now
-            writer.write(row)
-            bar.set_postfix_str(progress(row, config.budget), refresh=False)
-            bar.update()
-            if (message := metrics.collapse_warning(writer.rows)) and message not in warned:
-                warned.add(message)
-                bar.write(f"warning, step {i + 1}: {message}", file=sys.stderr)
-            ill = (
-                row["nonfinite_streak"] >= NONFINITE_LIMIT
-                or row["empty_d1_streak"] >= config.train.empty_d1_limit
-            )
-            if ill or last or (i + 1) % config.train.checkpoint_every == 0:
-                save(run, i + 1, state)
-            check_health(row, run)
-
-        previous: Callable[[], None] = lambda: None  # noqa: E731
-        for i in range(first, config.train.steps):
-            # ------------------------------------------------------------------------------ the cloud, ahead of time
-            for j in range(max(i, prefetched), min(i + ahead, config.train.steps)):
-                coming = [examples[k] for k in choose(j, Q)]
-                cloud.submit(*rollout.cloud_prompts(run.task, coming))
-                prefetched = j + 1
-            # ---------------------------------------------------------------------------------------- rollout
-            chosen = choose(i, Q)
-            batch = [examples[j] for j in chosen], *(x[chosen] for x in prompts)
-            late = {"wait": config.cloud.wait, "skip": unknown.at(i)}
-            parts = state.sampling_model, run.text, run.task, cloud, *batch, config.seed, i
+        log = RunLog(steps, first, bar)
+        for i in range(first, last_step):
             try:
-                collected = rollout.collect(sample, *parts, meanwhile=previous, **late)
-            except BudgetSpent:
-                save(run, i, state)
+                # The previous step's metrics and checkpoint are written while the devices sample.
+                collected = steps.collect(
+                    state.sampling_model, i, skip=missing.at(i), while_sampling=finish_previous
+                )
+                missing.write(i, collected.missing)
+            except Exception as error:
+                log.save_after_error(error, i, state, finish_previous)
                 raise
-            unknown.write(i, collected.unknown)
             sampled = time.monotonic()
-            # ----------------------------------------------------------------------------------------- update
-            state, out = step(state, collected.rollout)
-            # -------------------------------------------------------- metrics, checkpoint: during the next rollout
-            asked = stop.requested  # once: a signal may come between the save and the return
-            last = asked or i + 1 == config.train.steps
-            previous = functools.partial(close, i, out, collected, sampled, last)
+            state, update_metrics = steps.update(state, collected.rollout)
+            # Asked once: a signal may come between the save and the return.
+            asked_to_stop = stop is not None and stop.requested
+            last = asked_to_stop or i + 1 == last_step
+            result = StepResult(i, update_metrics, collected, sampled, last)
+            finish_previous = functools.partial(log.finish_step, state, result)
             if last:
-                previous()
-            if asked:
-                writer.close()
-                return None
-    writer.close()
-    unknown.close()
-    return state
-
-
-def progress(row: dict, budget: float) -> str:
-    """The live figures beside the bar."""
-    return (
-        f"reward {row['reward']:.2f}, local {row['local_accuracy']:.0%}, calls {row['call_rate']:.0%} (budget {budget:.0%}), "
-        f"D1/D2/dropped {row['d1']}/{row['d2']}/{row['dropped']}, {row['tokens'] / row['seconds']:.0f} tok/s"
-    )
+                finish_previous()
+                break
+    log.close()
+    missing.close()
+    return None if asked_to_stop else state

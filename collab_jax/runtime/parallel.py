@@ -1,8 +1,8 @@
-"""Devices: the only file that says pmap. A body sees its own device's share and the axis name AXIS;
-nothing else does.
+"""Devices: the only module that names pmap, meshes and shardings.
 
-Arrays that differ by device carry a leading axis D outside the body; state is replicated while a
-run lasts and is always saved without that axis.
+A body sees its own device's share and the axis name AXIS. Arrays that differ by device carry a
+leading axis D outside the body; the state is replicated while a run lasts and is always saved
+without that axis.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,10 @@ AXIS = "devices"
 
 
 def replicate(tree: Any) -> Any:
-    """Every leaf on every local device: [...] -> [D, ...], with the sharding that a pmap's results
-    have.
+    """Returns every leaf on every local device, [D, ...], as a pmap returns its results.
 
-    (Another axis name in the sharding, as flax's `replicate` gives, would compile each function a
-    second time.)
+    The sharding is that of a pmap's results: with another axis name in it, as flax's `replicate`
+    gives, each function would be compiled a second time.
     """
     devices = jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
@@ -32,26 +31,33 @@ def replicate(tree: Any) -> Any:
 
 
 def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
-    """`body` on every local device at once; every argument and result has a leading axis D."""
+    """Returns `body` compiled to run on every local device at once.
+
+    Every argument and result has a leading axis D. donate: arguments whose memory the results may
+    take.
+    """
     return jax.pmap(body, axis_name=AXIS, donate_argnums=donate)
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first device's copy, on the host. Reads its shard: indexing would compile a program for
-    every shape.
+    """Returns the first device's copy of every leaf, on the host.
+
+    Reads that device's shard: indexing would compile a program for every shape.
     """
     return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
 
 
 def shard(tree: Any, devices: int) -> Any:
-    """[n, ...] -> [D, n / D, ...] for every leaf, in order. Raises UserError where D does not
-    divide n.
+    """Returns every leaf [n, ...] as [D, n / D, ...], in order, for D = `devices`.
+
+    Raises UserError where D does not divide n.
     """
 
-    def one(x):
+    def one(x: Any) -> Any:
         if x.shape[0] % devices:
             raise UserError(
-                f"a batch of {x.shape[0]} does not divide over {devices} devices: change the batch size, or config.cpu_devices"
+                f"a batch of {x.shape[0]} does not divide over {devices} devices: change the batch "
+                "size, or config.cpu_devices"
             )
         return x.reshape(devices, -1, *x.shape[1:])
 
@@ -59,5 +65,5 @@ def shard(tree: Any, devices: int) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """[D, n / D, ...] -> [n, ...] on the host: the inverse of `shard`."""
+    """Returns every leaf [D, n / D, ...] as [n, ...] on the host: the inverse of `shard`."""
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), jax.device_get(tree))
