@@ -9,8 +9,9 @@ from tables import make
 
 from collab_jax import evaluate, records, train
 from collab_jax.cloud import CachedCloud, Failure, SimulatedCloud, Store, attempts
+from collab_jax.reports import comparison, summary
 from collab_jax.reports import run as run_report
-from collab_jax.reports import summary
+from collab_jax.reports.comparison import Model
 from collab_jax.rl import evaluation, experiment
 from collab_jax.runtime.errors import UserError
 
@@ -157,6 +158,16 @@ def test_gains_are_over_prompts_known_on_both_sides():
     expected = summary.gains(cut(before), cut(after))
     assert gain["margin_at_0.3"] == expected["margin_at_0.3"]
     assert gain["local_accuracy"]["value"] == pytest.approx(0.4)
+
+
+def test_routers_are_compared_over_the_prompts_whose_verdict_is_known_everywhere():
+    one, other = with_unknown(make(20), [3]), with_unknown(make(20, seed=1), [3, 7])
+    models = {"a": Model([one], [None]), "b": Model([other], [None])}
+    result = comparison.compare(models, resamples=5)
+    cut = lambda t: {name: np.delete(column, [3, 7]) for name, column in t.items()}  # noqa: E731
+    expected = {"a": Model([cut(one)], [None]), "b": Model([cut(other)], [None])}
+    assert (result["prompts"], result["cloud_unknown"]) == (18, 2)
+    assert result["methods"] == comparison.compare(expected, resamples=5)["methods"]
 
 
 def test_known_rows_are_those_of_every_table_or_there_are_none():
