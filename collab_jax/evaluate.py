@@ -4,9 +4,9 @@
 
 evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes
 `eval.parquet` and `eval.json`. One pass decodes naturally, one with the marker disallowed; the
-second one's margin trace holds the call decision at every budget (`sampler.py`). With `--suite` it
-evaluates on other benchmarks (`suite.py`). `records.py` documents the columns. Routers that run the
-model once more (`config.routers.record`) are training's to record.
+second one's margin trace holds the call decision at every budget (`sampler.py`). With `--suite` the
+model is evaluated on other benchmarks (`reports/suite.py`). `records.py` documents the columns.
+Routers that run the model once more (`config.routers.record`) are recorded by training only.
 """
 
 from collab_jax.runtime import process
@@ -22,33 +22,49 @@ from ml_collections import ConfigDict
 from collab_jax import records
 from collab_jax.reports import suite, summary
 from collab_jax.rl import evaluation, experiment
-from collab_jax.runtime import cli, parallel
+from collab_jax.runtime import cli, files, parallel
 from collab_jax.runtime.errors import UserError
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """The command line: evaluates the run in `workdir`."""
+    """Evaluates the run in `workdir` on its held-out prompts; returns the exit status."""
     run = experiment.prepare(config, workdir)
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
     state = parallel.replicate(experiment.load_state(run))
-    table = evaluation.evaluate_state(
-        run, evaluation.greedy_sampler(run), state, evaluation.held_out(run), workdir.name
+    table = evaluation.evaluate(
+        run,
+        evaluation.greedy_sampler(run),
+        state.final_model,
+        evaluation.held_out(run),
+        workdir.name,
     )
     records.write(workdir / "eval.parquet", table)
     figures = {"step": int(state.step[0]), **summary.summary(table)}
-    (workdir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")
-    natural = figures["natural"]
-    print(
-        f"step {figures['step']}, {figures['n']} prompts: local accuracy {figures['local_accuracy']['value']:.1%}, natural calls "
-        f"{natural['call_rate']['value']:.1%}, overall {natural['overall_accuracy']['value']:.1%}; wrote {workdir / 'eval.json'}"
-    )
-    if shared := figures["share_attempt"]:
-        print(
-            f"with the device's attempt the cloud is right on {shared['accuracy_shared']['value']:.1%} of {shared['n']} calls, "
-            f"without on {shared['accuracy']['value']:.1%}, for {shared['extra_input_tokens']:.0f} input tokens more a call"
-        )
+    files.write_text(workdir / "eval.json", json.dumps(figures, indent=2) + "\n")
+    print(f"{in_words(figures)}; wrote {workdir / 'eval.json'}")
     return 0
+
+
+def in_words(figures: dict) -> str:
+    """Returns what to print of eval.json."""
+    natural = figures["natural"]
+    text = (
+        f"step {figures['step']}, {figures['n']} prompts: "
+        f"local accuracy {figures['local_accuracy']['value']:.1%}, "
+        f"natural calls {natural['call_rate']['value']:.1%}, "
+        f"overall {natural['overall_accuracy']['value']:.1%}"
+    )
+    if unknown := figures["cloud_unknown"]["value"]:
+        text += f", without the {unknown:.1%} of the prompts with an unknown cloud verdict"
+    if shared := figures["share_attempt"]:
+        text += (
+            "; with the device's attempt the cloud is right on "
+            f"{shared['accuracy_shared']['value']:.1%} of {shared['n']} calls, without on "
+            f"{shared['accuracy']['value']:.1%}, for {shared['extra_input_tokens']:.0f} input "
+            "tokens more a call"
+        )
+    return text
 
 
 if __name__ == "__main__":
@@ -57,7 +73,7 @@ if __name__ == "__main__":
     )
     cli.run_with_config(
         lambda config, workdir: (
-            suite.main(config, workdir, suite_name.value)
+            suite.evaluate_suite(config, workdir, suite_name.value)
             if suite_name.value
             else main(config, workdir)
         )

@@ -1,11 +1,10 @@
-"""Export: the last checkpoint of a run as a Hugging Face folder, for `transformers`, vLLM and the
-like.
+"""Export: the last checkpoint of a run as a Hugging Face folder, for transformers, vLLM and others.
 
-    python -m collab_jax.export --config configs/countdown_tiny.py --workdir RUN --out FOLDER [--adapter]
+    python -m collab_jax.export --config FILE --workdir RUN --out FOLDER [--adapter]
 
 A run with `config.lora` is merged into its model, or, with --adapter, written as an adapter that
-PEFT and vLLM load. With a model card (README.md) that says how to call it and, where the run has
-its report, what was measured.
+PEFT and vLLM load. The folder gets a model card (README.md) that says how to call the model and,
+where the run has its report, what was measured.
 """
 
 from collab_jax.runtime import process
@@ -22,75 +21,26 @@ from collab_jax.models import hf, lora
 from collab_jax.reports import run as run_report
 from collab_jax.rl import experiment
 from collab_jax.rl.experiment import Run
-from collab_jax.runtime import cli
+from collab_jax.runtime import cli, files
 from collab_jax.runtime.errors import UserError
 
 
-def model_card(run: Run, step: int, adapter: bool) -> str:
-    """README.md of the exported folder."""
-    config, text = run.config, run.text
-    begins = "The call is plain text, which several tokens may begin, so that a server's `logit_bias` does not set the share of calls."
-    if text.decision_id is not None:
-        begins = (
-            f"The call begins with one token, `{text.tokenizer.convert_ids_to_tokens(text.decision_id)}` (id {text.decision_id}); a "
-            "`logit_bias` on it,\nbefore the answer opens, sets the share of calls."
-        )
-    example = json.dumps(config.task.prompt)
-    file = run.workdir / "report.json"
-    measured = "The run had no report: nothing is known of how good it is."
-    if file.exists():
-        figures = json.loads(file.read_text())
-        rows = [line for line in run_report.markdown_table(figures).splitlines() if line]
-        measured = (
-            f"{figures['after']['n']} held-out prompts of {config.task.name}, before and after training "
-            f"({', '.join(f'{key} {value}' for key, value in figures['machine'].items())}):\n\n"
-            + "\n".join(rows)
-        )
-    return f"""---
-base_model: {config.model.path}
-library_name: {"peft" if adapter else "transformers"}
-pipeline_tag: text-generation
-tags: [collab_jax, device-cloud, routing]
----
+def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
+    """Writes the run's last checkpoint to `out` and returns its step.
 
-# {pathlib.Path(config.model.path).name}, which knows when to ask the cloud
-
-Post-trained by collab_jax ({config.task.name}, budget {config.budget:g}, {step} steps, seed {config.seed}) to answer what it can and to
-end with `{text.marker}` where a larger model should answer instead.
-
-## How to call it
-
-Prompt it by its chat template with {example}. A response is `<think> ... </think><answer> ... </answer>`, or it ends with the
-marker: then send the question to the cloud. {begins}
-`python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out FOLDER` finds the bias for a budget and writes
-collab_config.json beside this file.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer, model = (kind.from_pretrained("FOLDER") for kind in (AutoTokenizer, AutoModelForCausalLM)){adapter * "  # needs peft installed"}
-messages = [{{"role": "user", "content": "..."}}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens={config.max_new_tokens}, do_sample=False)[0]))
-```
-
-## What was measured
-
-{measured}
-"""
-
-
-def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
-    """Writes the run's last checkpoint to `out`, a model or its adapter alone; returns its step."""
+    adapter: the adapter alone, else the whole model. Raises UserError where there is no checkpoint,
+    or no adapter, or `out` cannot be written.
+    """
     config = run.config
     step = run.checkpoints.latest()
     if step is None:
         raise UserError(
-            f"{run.workdir} holds no checkpoint: train first, with this --workdir and these settings"
+            f"{run.workdir} holds no checkpoint: train first, with this --workdir and settings"
         )
     if adapter and not config.lora.rank:
         raise UserError(
-            "--adapter: this run trained the whole model (config.lora.rank=0): export it without --adapter"
+            "--adapter: this run trained the whole model (config.lora.rank=0): "
+            "export it without --adapter"
         )
     params = experiment.load_state(run).final_params
     try:
@@ -104,15 +54,89 @@ def write(run: Run, out: pathlib.Path, adapter: bool) -> int:
             hf.save(out, params, hf.read_config(run.folder), config.model.param_dtype, run.folder)
         if not (run.folder / hf.GENERATION).is_file():
             hf.save_generation_config(out, run.text.eos_ids, run.text.pad_id)
-        (out / "README.md").write_text(model_card(run, step, adapter), encoding="utf-8")
+        files.write_text(out / "README.md", model_card(run, step, adapter=adapter))
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
     return step
 
 
+def model_card(run: Run, step: int, *, adapter: bool) -> str:
+    """Returns README.md of the exported folder."""
+    config = run.config
+    name = pathlib.Path(config.model.path).name
+    needs_peft = "  # needs peft installed" if adapter else ""
+    return f"""---
+base_model: {config.model.path}
+library_name: {"peft" if adapter else "transformers"}
+pipeline_tag: text-generation
+tags: [collab_jax, device-cloud, routing]
+---
+
+# {name}, which knows when to ask the cloud
+
+Post-trained by collab_jax ({config.task.name}, budget {config.budget:g}, {step} steps, \
+seed {config.seed}) to answer what it can and to
+end with `{run.text.marker}` where a larger model should answer instead.
+
+## How to call it
+
+Prompt it by its chat template with {json.dumps(config.task.prompt)}. A response is \
+`<think> ... </think><answer> ... </answer>`, or it ends with the
+marker: then send the question to the cloud. {_first_token_of_a_call(run)}
+`python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out FOLDER` finds the \
+bias for a budget and writes
+collab_config.json beside this file.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER"){needs_peft}
+messages = [{{"role": "user", "content": "..."}}]
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**prompt, max_new_tokens={config.max_new_tokens}, do_sample=False)
+print(tokenizer.decode(output[0]))
+```
+
+## What was measured
+
+{_measured(run)}
+"""
+
+
+def _first_token_of_a_call(run: Run) -> str:
+    """Returns which token begins a call, for whoever sets a bias on it."""
+    token_id = run.text.decision_id
+    if token_id is None:
+        return (
+            "The call is plain text, which several tokens may begin, so that a server's "
+            "`logit_bias` does not set the share of calls."
+        )
+    token = run.text.tokenizer.convert_ids_to_tokens(token_id)
+    return (
+        f"The call begins with one token, `{token}` (id {token_id}); a `logit_bias` on it,\n"
+        "before the answer opens, sets the share of calls."
+    )
+
+
+def _measured(run: Run) -> str:
+    """Returns the table of the run's report, where it has one."""
+    file = run.workdir / "report.json"
+    if not file.exists():
+        return "The run had no report: nothing is known of how good it is."
+    report = json.loads(file.read_text())
+    machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    return (
+        f"{report['after']['n']} held-out prompts of {run.config.task.name}, "
+        f"before and after training ({machine}):\n\n{run_report.markdown_table(report)}"
+    )
+
+
 def main(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path, adapter: bool) -> int:
     """Exports the run in `workdir` to the folder `out`: a model, or its adapter alone."""
-    step = write(experiment.prepare(config, workdir), out, adapter)
+    step = export_checkpoint(experiment.prepare(config, workdir), out, adapter=adapter)
     print(f"wrote step {step} to {out}")
     return 0
 

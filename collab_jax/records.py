@@ -112,6 +112,21 @@ def require(records: Records, columns: Sequence[str], purpose: str) -> None:
         )
 
 
+def known(records: Records, also: Sequence[Records] = ()) -> Records:
+    """Returns the rows whose cloud verdict is known, here and in each table of `also`, by id.
+
+    Figures that depend on the cloud are over these: an unknown verdict (a call failed, or its
+    answer could not be judged) says nothing about it. Raises UserError where no row is left.
+    """
+    unknown = {key for table in (records, *also) for key in table["id"][~table["cloud_known"]]}
+    if not unknown:
+        return records
+    rows = np.array([key not in unknown for key in records["id"]])
+    if not rows.any():
+        raise UserError("no cloud verdict is known: nothing can be said about asking the cloud")
+    return {name: column[rows] for name, column in records.items()}
+
+
 def check(records: dict[str, Sequence], name: str) -> Records:
     """The columns (lists or arrays, [n]) in their types, with the defaults filled in.
 

@@ -1,6 +1,6 @@
 """Training: GAPG from a warm-started device model.
 
-    python -m collab_jax.train --config configs/countdown_tiny.py --workdir DIR [--config.KEY=VALUE ...]
+    python -m collab_jax.train --config configs/countdown_tiny.py --workdir DIR [--config.KEY=VALUE]
 
 evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit
 on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json,
@@ -14,13 +14,16 @@ from collab_jax.runtime import process
 process.restart_with_allocator(__name__)
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
 from collab_jax import gapg, records
 from collab_jax.cloud import ledger
+from collab_jax.gapg import TrainState
+from collab_jax.models.sampler import Sampler
+from collab_jax.records import Records
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
 from collab_jax.rl import evaluation, experiment, memory_plan, rollout, training
@@ -28,76 +31,130 @@ from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
 from collab_jax.runtime import cli, metrics, parallel
 from collab_jax.runtime.errors import UserError
+from collab_jax.tasks import Example
 
 
-def costs_of_cloud(run: Run) -> run_report.CloudCosts:
-    """What the cloud has cost: all of it, and the answers to training prompts, whoever bought them."""
-    training, _ = rollout.cloud_prompts(run.task, experiment.examples(run, "train"))
-    of_training = ledger(run.cloud.store, map(run.cloud.key, training))
-    return run_report.CloudCosts(ledger(run.cloud.store), of_training, run.cloud.budget.spent())
+def main(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """Trains the run in `workdir`, evaluates it before and after; returns the exit status."""
+    stop = training.GracefulStop()
+    run = experiment.prepare(config, workdir)
+    print(memory_plan.check_here(run.cfg, config))
+    print(_where_it_stands(run))
+    recorded.check(run)
+    sampler = evaluation.greedy_sampler(run)
+    held_out = evaluation.held_out(run)
+    fit_examples = training.fit_examples(run)
+
+    before = evaluate_before(run, sampler, held_out) if held_out else None
+    state = training.train(run, stop)
+    if state is None:
+        print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
+        return 0
+    if before is None:
+        return 0
+    after = evaluate_after(run, sampler, state, held_out, fit_examples)
+
+    for kind, row in summary.examples_to_show(after):
+        print(f"  {kind}: {after['prompt'][row]} -> {after['natural_text'][row]}")
+    print(
+        run_report.write_report(
+            workdir,
+            config,
+            filter_state=parallel.unreplicate(state.filter),
+            steps=metrics.read(workdir / "metrics.jsonl"),
+            before=before,
+            after=after,
+            cloud_costs=cloud_costs(run),
+            machine=process.machine(),
+        )
+    )
+    return 0
 
 
-def read_or_make(path: pathlib.Path, make: Callable[[], records.Records]) -> records.Records:
-    """The records in `path`, made by `make()` where no earlier start of this run has left them."""
+def evaluate_before(run: Run, sampler: Sampler, held_out: Sequence[Example]) -> Records:
+    """Returns the records of the model that the run starts from, kept in before.parquet."""
+    path = run.workdir / "before.parquet"
+    if not path.exists() and run.checkpoints.latest() is not None:
+        raise UserError(
+            f"{run.workdir} has checkpoints but no before.parquet: restore that file, "
+            "or use another --workdir"
+        )
+
+    def make() -> Records:
+        start = parallel.replicate(experiment.load_state(run))
+        return evaluation.evaluate(run, sampler, start.final_model, held_out, "before")
+
+    return read_or_evaluate(run, path, held_out, make)
+
+
+def evaluate_after(
+    run: Run,
+    sampler: Sampler,
+    state: TrainState,
+    held_out: Sequence[Example],
+    fit_examples: Sequence[Example],
+) -> Records:
+    """Returns the records of the trained model, its routers' scores in them (after.parquet).
+
+    state: with axis D. Learned routers are fitted on the device's verdicts on `fit_examples`
+    (fit.parquet), for which no cloud answer is bought.
+    """
+    fit_on = None
+    if fit_examples:
+        fit_on = read_or_make(
+            run.workdir / "fit.parquet",
+            lambda: evaluation.evaluate(
+                run, sampler, state.final_model, fit_examples, "fit", natural=False, ask_cloud=False
+            ),
+        )
+
+    def make() -> Records:
+        table = evaluation.evaluate(run, sampler, state.final_model, held_out, "after")
+        return recorded.with_routers(run, state, table, [*held_out, *fit_examples], fit_on)
+
+    return read_or_evaluate(run, run.workdir / "after.parquet", held_out, make)
+
+
+def read_or_make(path: pathlib.Path, make: Callable[[], Records]) -> Records:
+    """Returns the records in `path`, which `make()` makes where no earlier start has left any."""
     if not path.exists():
         records.write(path, make())
     return records.read(path)
 
 
-def main(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """The command line."""
-    stop = training.GracefulStop()
-    run = experiment.prepare(config, workdir)
-    print(memory_plan.check_here(run.cfg, config))
-    print(
-        f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
-        f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"
-    )
-    recorded.check(run)
-    before, greedy, held, fit = (
-        None,
-        evaluation.greedy_sampler(run),
-        evaluation.held_out(run),
-        training.fit_examples(run),
-    )
-    if config.eval.prompts:
-        if not (workdir / "before.parquet").exists() and run.checkpoints.latest() is not None:
-            raise UserError(
-                f"{workdir} has checkpoints but no before.parquet: restore that file, or use another --workdir"
-            )
-        start = lambda: parallel.replicate(experiment.load_state(run))  # noqa: E731
-        before = read_or_make(
-            workdir / "before.parquet",
-            lambda: evaluation.evaluate_state(run, greedy, start(), held, "before"),
-        )
-    state = training.train(run, stop)
-    if state is None:
-        print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
-        return 0
-    if before is not None:
-        fit_table = None
-        if fit:  # routers are fitted on the device's verdicts: no cloud answer is bought
-            parts = greedy, state.final_model, run.text, run.task, None, fit, config, "fit"
-            fit_table = read_or_make(
-                workdir / "fit.parquet", lambda: evaluation.evaluate(*parts, natural=False)
-            )
+def read_or_evaluate(
+    run: Run, path: pathlib.Path, examples: Sequence[Example], make: Callable[[], Records]
+) -> Records:
+    """Returns the records of `examples` in `path`, as `read_or_make`, with enough cloud verdicts.
 
-        def final() -> records.Records:
-            table = evaluation.evaluate_state(run, greedy, state, held, "after")
-            return recorded.with_routers(run, state, table, held + fit, fit_table)
+    Where an earlier start left more unknown ones than are allowed now, they are asked for again.
+    """
+    table = read_or_make(path, make)
+    if evaluation.too_many_unknown(run, table):
+        table = evaluation.ask_again(run, table, examples, path.stem)
+        records.write(path, table)
+    return table
 
-        after = read_or_make(workdir / "after.parquet", final)
-        for kind, i in summary.examples_to_show(after):
-            print(f"  {kind}: {after['prompt'][i]} -> {after['natural_text'][i]}")
-        filter_state = parallel.unreplicate(state.filter)
-        rows = metrics.read(workdir / "metrics.jsonl")
-        machine = process.machine()
-        print(
-            run_report.write(
-                workdir, config, filter_state, rows, before, after, costs_of_cloud(run), machine
-            )
-        )
-    return 0
+
+def cloud_costs(run: Run) -> run_report.CloudCosts:
+    """Returns what the store's answers cost: all of them, and those to training prompts."""
+    prompts, _ = rollout.cloud_prompts(run.task, experiment.examples(run, "train"))
+    return run_report.CloudCosts(
+        everything=ledger(run.cloud.store),
+        training=ledger(run.cloud.store, map(run.cloud.key, prompts)),
+        spent=run.cloud.budget.spent(),
+    )
+
+
+def _where_it_stands(run: Run) -> str:
+    """Returns a line on the run: what it is, on which devices, and how far it is."""
+    config = run.config
+    return (
+        f"{run.workdir}: {run.folder.name}, {config.task.name}, "
+        f"budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
+        f"{jax.local_device_count()} {jax.default_backend()} devices, "
+        f"step {run.checkpoints.latest() or 0} of {config.train.steps}"
+    )
 
 
 if __name__ == "__main__":

@@ -222,11 +222,11 @@ def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
 def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
     config, workdir, state = trained
     run = experiment.prepare(config, workdir)
-    assert export.write(run, tmp_path / "merged", adapter=False) == 4
+    assert export.export_checkpoint(run, tmp_path / "merged", adapter=False) == 4
     merged = hf.load(tmp_path / "merged", run.cfg, "float32")
     want = lora.merge(state.frozen, state.final_params, 8.0)
     jax.tree.map(np.testing.assert_array_equal, merged, want)
-    assert export.write(run, tmp_path / "adapter", adapter=True) == 4
+    assert export.export_checkpoint(run, tmp_path / "adapter", adapter=True) == 4
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (said["r"], said["lora_alpha"], said["target_modules"]) == (
         4,
@@ -249,10 +249,10 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
 def test_an_adapter_of_a_run_without_one_is_refused(small, tmp_path, monkeypatch):
     run = experiment.prepare(small(), tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
-        export.write(run, tmp_path / "out", adapter=True)
+        export.export_checkpoint(run, tmp_path / "out", adapter=True)
     monkeypatch.setattr(run.checkpoints, "latest", lambda: 1)
     with pytest.raises(UserError, match="lora.rank=0"):
-        export.write(run, tmp_path / "out", adapter=True)
+        export.export_checkpoint(run, tmp_path / "out", adapter=True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])

@@ -27,10 +27,9 @@ def scene(small, tmp_path_factory):
     state, sample = parallel.replicate(experiment.load_state(run)), evaluation.greedy_sampler(run)
     fit, held = training.fit_examples(run), evaluation.held_out(run)
     device = Device(run, state.params, {e.id: e for e in fit + held})
-    parts = run.text, run.task, run.cloud
     tables = [
-        evaluation.evaluate(sample, state.params, *parts, e, config, "x", natural=False)
-        for e in (fit, held)
+        evaluation.evaluate(run, sample, state.params, examples, "x", natural=False)
+        for examples in (fit, held)
     ]
     return device, *tables
 

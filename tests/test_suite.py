@@ -107,9 +107,7 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
     )  # the simulated cloud knows both tasks
 
     held = evaluation.held_out(run)
-    table = evaluation.evaluate(
-        sample, params, run.text, run.task, run.cloud, held, run.config, "mix", seed=1
-    )
+    table = evaluation.evaluate(run, sample, params, held, "mix", seed=1)
     assert table["task"].tolist() == [
         "math",
         "math",
@@ -164,7 +162,7 @@ def test_the_papers_table_in_one_command(made, workdir):
 
 
 def test_rows_that_the_run_was_trained_on_are_left_out(made, workdir):
-    assert suite.main(made[0], workdir, "mmlu,gsm8k") == 0
+    assert suite.evaluate_suite(made[0], workdir, "mmlu,gsm8k") == 0
     result = json.loads((workdir / "suite-mmlu+gsm8k" / "table.json").read_text())
     assert (
         result["benchmarks"]["mmlu"]["prompts"] == 3
@@ -181,7 +179,7 @@ def test_an_unknown_suite_is_named(made, workdir):
     with pytest.raises(
         UserError, match=r"--suite papers: no 'papers' among the suites \['paper'\] and the tasks"
     ):
-        suite.main(made[0], workdir, "papers")
+        suite.evaluate_suite(made[0], workdir, "papers")
     with pytest.raises(UserError, match="'chess'"):
         suite.benchmarks("math,chess")
 
@@ -210,7 +208,8 @@ def test_intervals_are_of_prompts_not_of_samples():
         assert np.allclose(alone[name], twice[name])
     width = lambda rate: rate["high"] - rate["low"]  # noqa: E731
     counts = {"samples": 1}
-    result = suite.summarize({f"b{i}": (make(100, seed=i), counts) for i in range(4)}, 0.3)
+    tables = {f"b{i}": make(100, seed=i) for i in range(4)}
+    result = suite.summarize(tables, dict.fromkeys(tables, counts), 0.3)
     widths = [width(of["device"]) for of in result["benchmarks"].values()]
     assert width(result["average"]["device"]) == pytest.approx(
         np.mean(widths) / 2, rel=0.2

@@ -66,6 +66,12 @@ def compare(
     its first router where it has none. prices: adds what each budget costs a prompt, in USD,
     seconds and device tokens (`costs.cost_frontier`). Raises UserError for an unknown reference.
     """
+    tables = [table for model in models.values() for table in model.seeds]
+    everything = len(tables[0]["id"])
+    models = {
+        name: model._replace(seeds=[records.known(table, also=tables) for table in model.seeds])
+        for name, model in models.items()
+    }
     methods = score_all(models)
     default = f"{next(iter(models))}: margin"
     reference = reference or (default if default in methods else next(iter(methods)))
@@ -74,6 +80,7 @@ def compare(
     frontiers = measures.frontiers(methods, sorted({*measures.GRID, *budgets}), resamples)
     return {
         "prompts": len(next(iter(models.values())).seeds[0]["id"]),
+        "cloud_unknown": everything - len(next(iter(models.values())).seeds[0]["id"]),
         "seeds": {name: len(model.seeds) for name, model in models.items()},
         "resamples": resamples,
         "budgets": list(budgets),

@@ -1,6 +1,11 @@
-"""One evaluation in figures: what report.json and eval.json hold. Intervals are of 95 %: Wilson's,
-or a bootstrap's. No jax.
+"""The figures of one evaluation, as report.json and eval.json hold them. No jax.
+
+Intervals are of 95 %: Wilson's, or a bootstrap's. Figures that depend on the cloud's verdict are
+over the prompts on which it is known; the others are over all prompts.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +19,55 @@ BUDGETS = (0.1, 0.2, 0.3)
 SUMMARY_ROUTERS = ("margin", "logprob", "random", "perfect")
 
 
+def summary(table: Records) -> dict[str, Any]:
+    """Returns the figures of one evaluation: `before` and `after` of report.json."""
+    known = records.known(table)
+    called = table["natural_called"]
+    completed = int(table["natural_completed"].sum())
+    answered = {name: column[~no_answer(table)] for name, column in table.items()}
+    return {
+        "n": len(table["id"]),
+        "local_accuracy": rate(table["local_correct"]),
+        "cloud_accuracy": rate(known["cloud_correct"]),
+        "natural": {
+            "call_rate": rate(called),
+            # answered on the device, right or wrong
+            "local_share": rate(~called & table["natural_ended"]),
+            "local_correct": rate(~called & table["natural_correct"]),
+            "overall_accuracy": rate(natural_outcomes(known)),
+            # of the calls, the share whose marker free decoding wrote to its end
+            "marker_completed": completed / int(called.sum()) if called.any() else None,
+        },
+        "at_budget": at_budgets(known),
+        "device_tokens": {
+            "local": float(table["tokens"].mean()),
+            # up to the decision token where it called
+            "natural": float(table["natural_tokens"].mean()),
+        },
+        "no_answer": rate(no_answer(table)),
+        "cloud_unknown": rate(~table["cloud_known"]),
+        "share_attempt": shared(table),
+        "auc": _aucs(table),
+        "auc_answered": _aucs(answered),
+        "local_accuracy_by_stratum": {
+            str(s): rate(table["local_correct"][table["stratum"] == s])
+            for s in np.unique(table["stratum"])
+        },
+    }
+
+
+def natural_outcomes(table: Records) -> np.ndarray:
+    """Returns bool[n]: whether the natural pass came to a right answer, its own or the cloud's."""
+    return np.where(table["natural_called"], table["cloud_correct"], table["natural_correct"])
+
+
 def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
-    """Overall accuracy of SUMMARY_ROUTERS by budget, margin's lead over random, and its share of
-    the perfect router's gain.
+    """Returns, by budget, the overall accuracy of each of SUMMARY_ROUTERS and what margin gains.
+
+    Beside them `margin_over_random`, and margin's share of the perfect router's gain over random.
     """
-    f = measures.frontiers(
-        {name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}, BUDGETS
-    )
+    methods = {name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}
+    f = measures.frontiers(methods, BUDGETS)
     share = measures.perfect_share(f.rates, f.accuracy["margin"], f.accuracy["perfect"])
     return {
         str(b): {
@@ -32,55 +79,16 @@ def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
     }
 
 
-def summary(table: Records) -> dict:
-    """The figures of one evaluation, as report.json holds them (`before`, `after`)."""
-    n = len(table["id"])
-    decided = table["natural_called"]
-    answered = {name: column[~no_answer(table)] for name, column in table.items()}
-    free = int(table["natural_completed"].sum())
-    aucs = lambda t: {name: _auc(t, name) for name in ("margin", "logprob")}  # noqa: E731
-    return {
-        "n": n,
-        "local_accuracy": rate(table["local_correct"]),
-        "cloud_accuracy": rate(table["cloud_correct"]),
-        "natural": {
-            "call_rate": rate(decided),
-            "local_share": rate(
-                ~decided & table["natural_ended"]
-            ),  # answered on the device, right or wrong
-            "local_correct": rate(~decided & table["natural_correct"]),
-            "overall_accuracy": rate(
-                np.where(decided, table["cloud_correct"], table["natural_correct"])
-            ),
-            # of the calls, how many free decoding wrote to the end
-            "marker_completed": free / int(decided.sum()) if decided.any() else None,
-        },
-        "at_budget": at_budgets(table),
-        "device_tokens": {
-            "local": float(table["tokens"].mean()),
-            "natural": float(
-                table["natural_tokens"].mean()
-            ),  # up to the decision token where it called
-        },
-        "no_answer": rate(no_answer(table)),
-        "cloud_unknown": rate(~table["cloud_known"]),  # failed calls; they count as wrong
-        "share_attempt": shared(table),
-        "auc": aucs(table),
-        "auc_answered": aucs(answered),
-        "local_accuracy_by_stratum": {
-            str(s): rate(table["local_correct"][table["stratum"] == s])
-            for s in np.unique(table["stratum"])
-        },
-    }
+def shared(table: Records) -> dict[str, Any] | None:
+    """Returns the cloud's accuracy with the device's attempt and without it, over the same calls.
 
-
-def shared(table: Records) -> dict | None:
-    """The cloud's accuracy on what the device handed over, with its attempt and without; None where
-    that was not asked.
+    None where the cloud was not asked with an attempt.
     """
-    if "shared_known" not in table or not table["shared_known"].any():
+    if "shared_known" not in table:
         return None
-    both = table["shared_known"]
+    both = table["shared_known"] & table["cloud_known"]
+    if not both.any():
+        return None
     return {
         "n": int(both.sum()),
         "accuracy": rate(table["cloud_correct"][both]),
@@ -89,38 +97,50 @@ def shared(table: Records) -> dict | None:
     }
 
 
-def _auc(table: Records, router: str) -> float | None:
-    """AUC of "local is wrong", or None where the device is always right, or always wrong."""
-    right = table["local_correct"]
-    return (
-        measures.auc(table, routers.score(router, table))
-        if right.any() and not right.all()
-        else None
-    )
-
-
 def gains(before: Records, after: Records) -> dict[str, Rate]:
-    """Paired differences, after - before, on the same prompts. Raises UserError where the prompts
-    differ.
+    """Returns the paired differences, after - before, on the same prompts.
+
+    Raises UserError where the prompts differ.
     """
     before = records.align(after, before, "after", "before")
-    tables = {"before": before, "after": after}
-    f = measures.frontiers(
-        {name: [(t, routers.score("margin", t))] for name, t in tables.items()}, BUDGETS
-    )
-    gain = lambda budget: estimate(f.at("after", budget) - f.at("before", budget))  # noqa: E731
-    return {"local_accuracy": gain(0), **{f"margin_at_{b}": gain(b) for b in BUDGETS}}
+    known_before, known_after = records.known(before, [after]), records.known(after, [before])
+    local = _gain_at_budgets(before, after, [0])
+    return {
+        "local_accuracy": local[0],
+        **{
+            f"margin_at_{budget}": gain
+            for budget, gain in _gain_at_budgets(known_before, known_after, BUDGETS).items()
+        },
+    }
+
+
+def _gain_at_budgets(
+    before: Records, after: Records, budgets: Sequence[float]
+) -> dict[float, Rate]:
+    """Returns by budget how much better margin is on `after` than on `before`."""
+    methods = {
+        "before": [(before, routers.score("margin", before))],
+        "after": [(after, routers.score("margin", after))],
+    }
+    f = measures.frontiers(methods, budgets)
+    return {b: estimate(f.at("after", b) - f.at("before", b)) for b in budgets}
+
+
+def _aucs(table: Records) -> dict[str, float | None]:
+    """Returns the AUC of "the device is wrong" by router, None where one class is empty."""
+    right = table["local_correct"]
+    if right.all() or not right.any():
+        return {"margin": None, "logprob": None}
+    return {name: measures.auc(table, routers.score(name, table)) for name in ("margin", "logprob")}
 
 
 def examples_to_show(table: Records) -> list[tuple[str, int]]:
-    """(what it shows, row) for a few rows: solved, rightly asked, wrongly asked, wrongly stayed;
-    those that occur.
-    """
-    asked, right = table["natural_called"], table["natural_correct"]
+    """Returns (what it shows, row) for a few rows of the natural pass, of the kinds that occur."""
+    called, right = table["natural_called"], table["natural_correct"]
     kinds = {
-        "solved on the device": ~asked & right,
-        "rightly asked the cloud": asked & ~table["local_correct"] & table["cloud_correct"],
-        "asked, though it would have solved it": asked & table["local_correct"],
-        "stayed, and was wrong": ~asked & ~right,
+        "solved on the device": ~called & right,
+        "rightly asked the cloud": called & ~table["local_correct"] & table["cloud_correct"],
+        "asked, though it would have solved it": called & table["local_correct"],
+        "stayed, and was wrong": ~called & ~right,
     }
     return [(kind, int(np.flatnonzero(rows)[0])) for kind, rows in kinds.items() if rows.any()]

@@ -1,121 +1,141 @@
-"""Evaluation: two greedy passes over held-out prompts, as records, one row a prompt."""
+"""Evaluation: a pass or two over held-out prompts, written down as records, one row a prompt.
+
+One pass decodes with the marker disallowed; its trace of margins holds the call decision at every
+budget (`sampler.py`). The natural pass leaves the marker allowed.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from collab_jax import records
 from collab_jax.cloud import CachedCloud
 from collab_jax.cloud.share import with_attempt
-from collab_jax.gapg import TrainState
+from collab_jax.models.decoder import Params
+from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Text
 from collab_jax.records import Records
 from collab_jax.rl import experiment, rollout
 from collab_jax.rl.experiment import Run
+from collab_jax.rl.rollout import Verdicts
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task
 
+Row = dict[str, Any]  # of the records: a value by column
+
+ROUNDS = 3  # how many times an evaluation asks again for cloud verdicts that are unknown
+UNKNOWN: Row = {
+    "cloud_correct": False,
+    "cloud_known": False,
+    "cloud_tokens": 0,
+    "cloud_usd": 0.0,
+}
+
+
+class Pass(NamedTuple):
+    """One response to each of n prompts, and the verdicts on them."""
+
+    samples: Samples  # on the host, [n, ...], without the axes D and G
+    verdicts: Verdicts
+
+
+def greedy_sampler(run: Run) -> Sampler:
+    """Returns the sampler of greedy evaluations. Make it once: each new one is compiled again."""
+    return rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=0.0)
+
+
+def held_out(run: Run) -> list[Example]:
+    """Returns the first `config.eval.prompts` test prompts."""
+    wanted = run.config.eval.prompts
+    if not wanted:
+        return []
+    examples = experiment.examples(run, "test")[:wanted]
+    if len(examples) < wanted:
+        raise UserError(
+            f"config.eval.prompts={wanted}, but the test split has {len(examples)} that fit"
+        )
+    return examples
+
 
 def evaluate(
-    sample,
-    params,
-    text: Text,
-    task: Task,
-    cloud: CachedCloud | None,
-    examples: list[Example],
-    config: ConfigDict,
+    run: Run,
+    sampler: Sampler,
+    params: Params,
+    examples: Sequence[Example],
     name: str,
+    *,
     natural: bool = True,
+    ask_cloud: bool = True,
     seed: int | None = None,
 ) -> Records:
-    """Records of `examples`; `sample` is a greedy `rollout.make_sampler` of group 1, `params` has
-    axis D.
+    """Returns the records of `examples` under `params` (with axis D); `name` is for messages.
 
-    seed: of a sampler with a temperature. In a drawn response a call is a marker that was written
-    to its end.
+    sampler: of group 1; greedy, or with a temperature and a `seed`. In a drawn response a call is a
+    marker that was written to its end, in a greedy one a crossing of the margin.
+    natural: with the natural pass and its columns.
+    ask_cloud: with the cloud's verdicts; without, none is bought and none is known.
 
-    natural: with the natural pass too, and its columns. cloud None: none is asked, and no verdict
-    of it is known.
+    Raises UserError where more verdicts stay unknown than `config.eval.max_unknown` allows.
     """
-    D, size = jax.local_device_count(), config.eval.batch_size
-    rows: list[dict] = []
+    size = run.config.eval.batch_size
+    rows: list[Row] = []
     with tqdm(total=len(examples), desc=f"evaluate {name}", unit="prompt", mininterval=1) as bar:
         for start in range(0, len(examples), size):
             batch = examples[start : start + size]
-            padded = batch + batch[:1] * (size - len(batch))  # one shape, one compilation
-            prompts = parallel.shard(
-                text.prompt_batch([task.prompt(e) for e in padded], config.prompt_length), D
-            )
-            passes, key = {}, (np.full(D, seed or 0, np.int32), np.full(D, start // size, np.int32))
-            for kind, bias in (("natural", 0.0), ("local", -np.inf))[not natural :]:
-                samples = sample(params, *prompts, *key, bias=np.full(D, bias, np.float32))
-                one = jax.tree.map(lambda x: x[:, 0], parallel.gather(samples))  # padding included
-                passes[kind] = (
-                    one,
-                    rollout.judge(task, text, padded, one.tokens, one.mask, one.ended),
+            passes = _passes(run, sampler, params, batch, start // size, natural, seed)
+            drawn = seed is not None
+            columns = [_row(run.task, e, i, passes, drawn) for i, e in enumerate(batch)]
+            answers = [UNKNOWN] * len(batch)
+            if ask_cloud:
+                answers = cloud_answers(run.task, run.cloud, batch)
+            shared: list[Row] = [{}] * len(batch)
+            if run.config.cloud.share_attempt and ask_cloud and natural and not drawn:
+                shared = shared_answers(
+                    run.task, run.cloud, run.text, batch, passes["natural"].samples
                 )
-            shared, drawn = [{}] * len(batch), seed is not None
-            if config.cloud.share_attempt and natural and not drawn and cloud is not None:
-                shared = shared_answers(task, cloud, text, batch, passes["natural"][0])
-            columns = zip(batch, cloud_answers(task, cloud, batch), shared, strict=True)
-            rows += [_row(task, e, i, passes, drawn) | c | s for i, (e, c, s) in enumerate(columns)]
+            rows += [c | a | s for c, a, s in zip(columns, answers, shared, strict=True)]
             bar.update(len(batch))
-    return records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
+    table = records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
+    return ask_again(run, table, examples, name) if ask_cloud else table
 
 
-def cloud_answers(task: Task, cloud: CachedCloud | None, examples: list[Example]) -> list[dict]:
-    """The cloud's columns of each example; without a cloud nothing is known."""
-    nothing = {"cloud_correct": False, "cloud_known": False, "cloud_tokens": 0, "cloud_usd": 0.0}
-    if cloud is None:
-        return [nothing] * len(examples)
-    correct, known, answers = rollout.ask_cloud(task, cloud, examples)
-    return [
-        {
-            "cloud_correct": c,
-            "cloud_known": k,
-            "cloud_tokens": reply.input_tokens + reply.output_tokens,
-            "cloud_usd": reply.usd,
-        }
-        if reply
-        else nothing
-        for c, k, reply in zip(correct, known, answers.replies, strict=True)
-    ]
-
-
-def shared_answers(
-    task: Task, cloud: CachedCloud, text: Text, examples: list[Example], natural
-) -> list[dict]:
-    """Columns of the cloud's answers with the device's attempt, where the natural pass called.
-
-    The attempt is what was written before the decision token. `shared_extra_tokens`: input tokens
-    more than without it.
-    """
-    calls = [i for i in range(len(examples)) if (natural.margins[i] > 0).any()]
-    firsts = [int((natural.margins[i] > 0).argmax()) for i in calls]
-    attempts = [
-        text.decode(natural.tokens[i : i + 1, :t], natural.mask[i : i + 1, :t])[0]
-        for i, t in zip(calls, firsts, strict=True)
-    ]
-    called = [examples[i] for i in calls]
-    alone, names = rollout.cloud_prompts(task, called)
-    answers = cloud.answer(
-        [with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names
+def _passes(
+    run: Run,
+    sampler: Sampler,
+    params: Params,
+    batch: Sequence[Example],
+    number: int,
+    natural: bool,
+    seed: int | None,
+) -> dict[str, Pass]:
+    """Returns the passes over one batch, by name: "local" and, where wanted, "natural"."""
+    size = run.config.eval.batch_size
+    padded = [*batch, *batch[:1] * (size - len(batch))]  # one shape, one compilation
+    prompts, prompt_mask = run.text.prompt_batch(
+        [run.task.prompt(example) for example in padded], run.config.prompt_length
     )
-    correct, known = rollout.cloud_verdicts(task, called, answers)
-    rows = [
-        {"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples
-    ]
-    without = cloud.answer(alone).replies
-    for i, c, k, reply, bare in zip(calls, correct, known, answers.replies, without, strict=True):
-        if k and bare:
-            extra = reply.input_tokens - bare.input_tokens
-            rows[i] = {"shared_known": True, "shared_correct": c, "shared_extra_tokens": extra}
-    return rows
+    biases = {"natural": 0.0, "local": -np.inf} if natural else {"local": -np.inf}
+    passes = {}
+    for kind, bias in biases.items():
+        drawn = rollout.draw(
+            sampler, params, prompts, prompt_mask, seed=seed or 0, step=number, bias=bias
+        )
+        samples = jax.tree.map(lambda x: x[:, 0], parallel.gather(drawn))  # the padding included
+        verdicts = rollout.judge(
+            run.task, run.text, padded, samples.tokens, samples.mask, samples.ended
+        )
+        passes[kind] = Pass(samples, verdicts)
+    return passes
 
 
-def _row(task: Task, example: Example, i: int, passes, drawn: bool) -> dict:
+def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn: bool) -> Row:
+    """Returns the device's columns of the prompt in row `i` of the passes."""
     local, verdicts = passes["local"]
     row = {
         "id": example.id,
@@ -136,40 +156,115 @@ def _row(task: Task, example: Example, i: int, passes, drawn: bool) -> dict:
         return row
     natural, natural_verdicts = passes["natural"]
     crossing = natural.margins[i] > 0
-    called = bool(natural_verdicts.called[i] if drawn else crossing.any())
+    crossed = bool(crossing.any()) and not drawn
     return row | {
         "natural_text": natural_verdicts.texts[i],
-        "natural_called": called,
+        "natural_called": bool(natural_verdicts.called[i]) if drawn else crossed,
         "natural_completed": bool(natural_verdicts.called[i]),
         "natural_correct": bool(natural_verdicts.correct[i]),
         "natural_ended": bool(natural.ended[i]),
-        "natural_tokens": int(crossing.argmax()) + 1
-        if called and not drawn
-        else int(natural.mask[i].sum()),
+        "natural_tokens": int(crossing.argmax()) + 1 if crossed else int(natural.mask[i].sum()),
     }
 
 
-def greedy_sampler(run: Run):
-    """The sampler of `evaluate_state`; made once, it is compiled once."""
-    return rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=0.0)
+# ---- the cloud's verdicts
 
 
-def held_out(run: Run) -> list[Example]:
-    """The first `config.eval.prompts` test prompts."""
-    if not run.config.eval.prompts:
-        return []
-    examples = experiment.examples(run, "test")[: run.config.eval.prompts]
-    if len(examples) < run.config.eval.prompts:
+def cloud_answers(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -> list[Row]:
+    """Returns the cloud's columns of each example; a failed call is an unknown verdict."""
+    correct, known, answers = rollout.ask_cloud(task, cloud, examples)
+    return [
+        UNKNOWN
+        if reply is None
+        else {
+            "cloud_correct": c,
+            "cloud_known": k,
+            "cloud_tokens": reply.input_tokens + reply.output_tokens,
+            "cloud_usd": reply.usd,
+        }
+        for c, k, reply in zip(correct, known, answers.replies, strict=True)
+    ]
+
+
+def too_many_unknown(run: Run, table: Records) -> bool:
+    """Returns whether more cloud verdicts are unknown than `config.eval.max_unknown` allows."""
+    return float(np.mean(~table["cloud_known"])) > run.config.eval.max_unknown
+
+
+def ask_again(run: Run, table: Records, examples: Sequence[Example], name: str) -> Records:
+    """Returns `table` with its unknown cloud verdicts asked for again, in at most ROUNDS rounds.
+
+    Each round begins when the circuit breaker lets calls through. Nothing else of the table
+    changes. Raises UserError, with the reasons, where too many verdicts stay unknown.
+    """
+    by_id = {example.id: example for example in examples}
+    table = table | {column: table[column].copy() for column in UNKNOWN}
+    earlier = Counter(run.cloud.reasons)
+    for _ in range(ROUNDS):
+        unknown = np.flatnonzero(~table["cloud_known"])
+        if not unknown.size:
+            return table
+        time.sleep(run.cloud.breaker.seconds_left())
+        asked = [by_id[key] for key in table["id"][unknown]]
+        answers = cloud_answers(run.task, run.cloud, asked)
+        for column in UNKNOWN:
+            table[column][unknown] = [row[column] for row in answers]
+    if too_many_unknown(run, table):
+        unknown = [by_id[key] for key in table["id"][~table["cloud_known"]]]
+        reasons = Counter(run.cloud.reasons) - earlier or run.cloud.reasons
         raise UserError(
-            f"config.eval.prompts={run.config.eval.prompts}, but the test split has {len(examples)} that fit"
+            f"{name}: the cloud's verdict is unknown on {len(unknown)} of {len(table['id'])} "
+            f"prompts ({_why_unknown(run, unknown, reasons)}), more than config.eval.max_unknown="
+            f"{run.config.eval.max_unknown:g} allows. No records were written, and what was bought "
+            "is kept: once the cloud answers, or with a larger limit, the same command goes on"
         )
-    return examples
+    return table
 
 
-def evaluate_state(
-    run: Run, sample, state: TrainState, examples: list[Example], name: str
-) -> Records:
-    """Records of `examples` under `state` (with axis D) by a `greedy_sampler`."""
-    return evaluate(
-        sample, state.final_model, run.text, run.task, run.cloud, examples, run.config, name
+def _why_unknown(run: Run, examples: Sequence[Example], reasons: Counter[str]) -> str:
+    """Returns how many of these calls failed and why, and how many answers were not judged."""
+    prompts, _ = rollout.cloud_prompts(run.task, examples)
+    keys = [run.cloud.key(messages) for messages in prompts]
+    stored = run.cloud.store.get_many(keys)
+    unjudged = sum(key in stored for key in keys)
+    failed = len(keys) - unjudged
+    found = []
+    if failed:
+        causes = ", ".join(reason for reason, _ in reasons.most_common(3))
+        found.append(f"{failed} without an answer{causes and ': ' + causes}")
+    if unjudged:
+        found.append(f"{unjudged} with an answer that could not be judged")
+    return "; ".join(found)
+
+
+def shared_answers(
+    task: Task, cloud: CachedCloud, text: Text, examples: Sequence[Example], natural: Samples
+) -> list[Row]:
+    """Returns the columns of the cloud's answers with the device's attempt, where it called.
+
+    natural: the natural pass over `examples`, [n, ...]. The attempt is what was written before the
+    decision token. `shared_extra_tokens`: input tokens more than without it.
+    """
+    calls = [i for i in range(len(examples)) if (natural.margins[i] > 0).any()]
+    firsts = [int((natural.margins[i] > 0).argmax()) for i in calls]
+    attempts = [
+        text.decode(
+            np.asarray(natural.tokens[i : i + 1, :t]), np.asarray(natural.mask[i : i + 1, :t])
+        )[0]
+        for i, t in zip(calls, firsts, strict=True)
+    ]
+    called = [examples[i] for i in calls]
+    alone, names = rollout.cloud_prompts(task, called)
+    answers = cloud.answer(
+        [with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names
     )
+    correct, known = rollout.cloud_verdicts(task, called, answers)
+    without = cloud.answer(alone).replies
+    rows: list[Row] = [
+        {"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples
+    ]
+    for i, c, k, reply, bare in zip(calls, correct, known, answers.replies, without, strict=True):
+        if k and reply and bare:
+            extra = reply.input_tokens - bare.input_tokens
+            rows[i] = {"shared_known": True, "shared_correct": c, "shared_extra_tokens": extra}
+    return rows

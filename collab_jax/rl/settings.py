@@ -1,0 +1,181 @@
+"""Checks of the settings: what no run could use is refused before anything is spent."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from collab_jax.rl import algorithms
+from collab_jax.runtime.errors import UserError
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for settings that no run could use, with what to change."""
+    _check_rollout(config)
+    _check_reward(config)
+    _check_algorithm(config)
+    _check_optim(config)
+    _check_train(config)
+    _check_eval(config)
+    _check_routers(config)
+    _check_number_types(config)
+    _check_batches(config)
+
+
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def _check_rollout(config: ConfigDict) -> None:
+    """The budget, the seed, and how responses are sampled."""
+    _need(
+        0 <= config.budget <= 0.999,
+        f"config.budget={config.budget} must lie in [0, 1), 0.999 at most: the share of queries "
+        "that may go to the cloud",
+    )
+    _need(0 <= config.seed < 2**31, f"config.seed={config.seed} must lie in [0, 2**31)")
+    _need(
+        config.group >= 2,
+        f"config.group={config.group} must be at least 2: a group is compared with itself",
+    )
+    _need(
+        config.temperature > 0,
+        f"config.temperature={config.temperature} must be above 0: training samples",
+    )
+    _need(
+        min(config.prompt_length, config.max_new_tokens) >= 1,
+        "config.prompt_length and max_new_tokens must be at least 1",
+    )
+    _need(
+        min(config.decode.segments, config.decode.slot_counts) >= 1,
+        "config.decode.segments and slot_counts must be at least 1",
+    )
+
+
+def _check_reward(config: ConfigDict) -> None:
+    reward = config.reward
+    _need(
+        reward.alpha_a > reward.alpha_c > reward.alpha_f >= 0 and math.isfinite(reward.alpha_a),
+        f"config.reward: alpha_a={reward.alpha_a} > alpha_c={reward.alpha_c} > "
+        f"alpha_f={reward.alpha_f} >= 0 must hold",
+    )
+
+
+def _check_algorithm(config: ConfigDict) -> None:
+    algorithm = config.algorithm
+    for key, known in algorithms.PARTS.items():
+        _need(
+            algorithm[key] in known,
+            f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}",
+        )
+    _need(
+        0 <= algorithm.control_rate < math.inf,
+        "config.algorithm.control_rate must be finite and at least 0",
+    )
+    _need(
+        algorithm.filter != "zero_variance" or algorithm.control != "lagrangian",
+        "config.algorithm: filter=zero_variance looks at rewards, not at what control=lagrangian "
+        "charges for calls: use filter=none with it",
+    )
+    if algorithm.solo == 0:
+        return
+    solo = f"config.algorithm.solo={algorithm.solo}"
+    _need(
+        2 <= algorithm.solo <= config.group - 2,
+        f"{solo} must be 0, or leave at least two responses of each kind",
+    )
+    _need(
+        algorithm.advantage in ("gapg", "standard"),
+        f"{solo} goes with advantage gapg or standard, whose sizes are alike",
+    )
+    _need(
+        bool(config.text.decision_token),
+        f"{solo} needs a config.text.decision_token: it bars one token",
+    )
+
+
+def _check_optim(config: ConfigDict) -> None:
+    _need(
+        0 <= config.optim.average <= 0.9999,
+        f"config.optim.average={config.optim.average} must lie in [0, 0.9999]: 0 averages nothing",
+    )
+    _need(
+        0 <= config.optim.learning_rate < math.inf,
+        f"config.optim.learning_rate={config.optim.learning_rate} must be finite and at least 0",
+    )
+
+
+def _check_train(config: ConfigDict) -> None:
+    for key in (
+        "steps",
+        "micro_rows",
+        "lengths",
+        "logprob_chunk",
+        "checkpoint_every",
+        "empty_d1_limit",
+    ):
+        _need(
+            config.train[key] >= 1,
+            f"config.train.{key}={config.train[key]} must be at least 1",
+        )
+
+
+def _check_eval(config: ConfigDict) -> None:
+    settings = config.eval
+    _need(
+        min(settings.prompts, settings.fit_prompts) >= 0,
+        "config.eval.prompts and fit_prompts must be at least 0",
+    )
+    _need(
+        settings.prompts > 0 or not settings.fit_prompts,
+        "config.eval.fit_prompts needs config.eval.prompts as well",
+    )
+    _need(
+        settings.samples >= 1 and settings.temperature > 0,
+        f"config.eval.samples={settings.samples} must be at least 1, "
+        f"temperature={settings.temperature} above 0",
+    )
+    _need(
+        0 <= settings.max_unknown < 1,
+        f"config.eval.max_unknown={settings.max_unknown} must lie in [0, 1): figures of the cloud "
+        "need some of its verdicts",
+    )
+
+
+def _check_routers(config: ConfigDict) -> None:
+    _need(
+        min(config.routers.samples, config.routers.epochs) >= 1
+        and 0 < config.routers.learning_rate < math.inf,
+        "config.routers.samples and epochs must be at least 1, learning_rate finite and above 0",
+    )
+    _need(
+        config.eval.prompts > 0 or not config.routers.record,
+        "config.routers.record needs config.eval.prompts as well",
+    )
+
+
+def _check_number_types(config: ConfigDict) -> None:
+    for name in ("model.dtype", "model.param_dtype", "decode.cache_dtype"):
+        value = _setting(config, name)
+        _need(
+            value in ("float32", "bfloat16"),
+            f"config.{name}={value!r}: use 'float32' or 'bfloat16'",
+        )
+
+
+def _check_batches(config: ConfigDict) -> None:
+    devices = jax.local_device_count()
+    for name in ("prompts_per_step", "eval.batch_size", "routers.batch_size"):
+        size = _setting(config, name)
+        _need(
+            size >= 1 and size % devices == 0,
+            f"config.{name}={size} must be a positive multiple of the {devices} devices: "
+            "change it, or config.cpu_devices",
+        )
+
+
+def _setting(config: ConfigDict, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
