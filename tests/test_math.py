@@ -8,12 +8,13 @@ import random
 import re
 import runpy
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import make_task, math, rows
+from collab_jax.tasks import make_task, math, rows, verifier
 from collab_jax.tasks.choice import letter
 from collab_jax.tasks.verifier import Verifier
 
@@ -124,11 +125,12 @@ def test_a_hundred_thousand_characters_cost_nothing(part, tmp_path):
     assert not any(v.correct for v in verdicts) and time.monotonic() - started < 5
 
 
-def test_a_worker_that_is_stuck_is_killed_and_told(monkeypatch, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stuck_or_dead_worker_costs_its_own_answer_alone(monkeypatch, tmp_path, workers):
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import sys, time\n"
-        "time.sleep(2)\n"  # longer than the deadline, which counts from here on
+        "time.sleep(1.5)\n"  # longer than the deadline, which counts from here on
         "print('ready', flush=True)\n"
         "for line in sys.stdin:\n"
         "    if 'stuck' in line: time.sleep(60)\n"
@@ -136,29 +138,57 @@ def test_a_worker_that_is_stuck_is_killed_and_told(monkeypatch, tmp_path):
         "    print(1, flush=True)\n"
     )
     monkeypatch.setattr("collab_jax.tasks.verifier.WORKER", worker)
-    verifier = Verifier(workers=2, deadline=1.0)
-    assert verifier.equal([("a", w) for w in ("fine", "dead", "fine", "stuck", "fine")]) == [
-        True,
-        False,
-        True,
-        None,
-        True,
-    ]
-    assert verifier.equal([("a", "fine")] * 3) == [True] * 3
-    for one in verifier._workers:
+    compare = Verifier(workers=workers, deadline=1.0)
+    pairs = [("a", said) for said in ("fine", "dead", "fine", "stuck", "fine")]
+    assert compare.equal(pairs) == [True, False, True, None, True]
+    assert compare.equal([("a", "fine")] * 3) == [True] * 3
+    for one in compare._workers:
         one.process.kill()
         one.process.wait()
-    assert verifier.equal([("a", "fine")] * 3) == [True] * 3
-    verifier.close()
+    assert compare.equal([("a", "fine")] * 3) == [True] * 3
+    compare.close()
+
+
+def test_an_interrupted_comparison_answers_no_later_one(monkeypatch):
+    compare = Verifier(workers=1)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(verifier._Batch, "_read", interrupted)
+        compare.equal([("x", "x"), ("x", "y")])
+    assert compare.equal([("x", "y"), ("x+x", "2x")]) == [False, True]
+    compare.close()
+
+
+@pytest.mark.parametrize("cloud", [False, True])
+def test_a_comparison_out_of_time_is_told_from_a_wrong_answer(monkeypatch, tmp_path, cloud):
+    """Also where the response is the cloud's, and in a mix."""
+    write(tmp_path / "math_test.jsonl", row(1, answer="x+1"), row(2, answer="x+2"))
+    write(tmp_path / "gsm8k_test.jsonl", row(3))
+    slow = lambda pairs: [None if "x+1" in pair else False for pair in pairs]  # noqa: E731
+    monkeypatch.setattr(verifier, "shared", lambda: SimpleNamespace(equal=slow))
+    settings = config("mix", tmp_path)
+    settings.task.mix = (("math", 1), ("gsm8k", 1))
+    task = make_task(settings)
+    examples = sorted(task.load("test"), key=lambda example: example.id[-1])
+    responses = [answered("1+x"), answered("2+x"), answered("6")]
+    if cloud:
+        responses = [f"So it is <answer>{math.extract(r)}</answer>" for r in responses]
+    verdicts = task.verify(examples, responses)
+    assert [v.correct for v in verdicts] == [False, False, True]
+    assert [v.timed_out for v in verdicts] == [True, False, False]
+    assert not any(v.unjudged for v in verdicts)
 
 
 def test_a_verifier_that_cannot_start_is_told(monkeypatch, tmp_path):
     (tmp_path / "worker.py").write_text("import no_such_module")
     monkeypatch.setattr("collab_jax.tasks.verifier.WORKER", tmp_path / "worker.py")
-    verifier = Verifier(workers=1)
+    compare = Verifier(workers=1)
     with pytest.raises(UserError, match="does not start"):
-        verifier.equal([("a", "b")])
-    verifier.close()
+        compare.equal([("a", "b")])
+    compare.close()
 
 
 # ---- real gold answers

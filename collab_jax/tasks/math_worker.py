@@ -1,8 +1,8 @@
-"""One worker of `verifier.py`: says that it is ready, then compares the pairs it is sent, a line of
-JSON each, by math-verify.
+"""One worker of `verifier.py`: compares the pairs that it is sent, by math-verify.
 
-Run as a script; imports no jax. It may be killed at any moment; a pair that takes too long, or too
-much memory, costs its answer alone.
+Run as a script; imports no jax. It says "ready", then answers each line, a pair as JSON, by 1 or 0.
+It may be killed at any moment; a pair that takes too long, or too much memory, costs its answer
+alone.
 """
 
 import functools
@@ -19,7 +19,11 @@ CONFIG = [LatexExtractionConfig(), ExprExtractionConfig()]
 @functools.lru_cache(4096)  # a gold answer is compared with every response of its group
 def read(answer: str) -> list:
     """What math-verify makes of an answer, written as the content of a box."""
-    return parse(f"\\boxed{{{answer}}}", extraction_config=CONFIG, parsing_timeout=None)
+    return parse(
+        f"\\boxed{{{answer}}}",
+        extraction_config=CONFIG,
+        parsing_timeout=None,  # pyright: ignore[reportArgumentType] (None is its documented "off")
+    )
 
 
 def main() -> None:
@@ -33,9 +37,7 @@ def main() -> None:
         gold, prediction = json.loads(line)
         try:
             same = verify(read(gold), read(prediction), timeout_seconds=None)
-        except (
-            Exception
-        ):  # sympy raises anything on odd input, MemoryError and RecursionError among it
+        except Exception:  # sympy raises anything on odd input, even MemoryError, RecursionError
             same = False
         out.write(f"{int(same)}\n")
         out.flush()
