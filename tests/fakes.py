@@ -52,7 +52,7 @@ class FakeCloud:
 
 
 def cloud_config(**changes) -> ConfigDict:
-    """The common config with a simulated cloud that is never wrong; `changes` are of its `cloud`."""
+    """The common config with a simulated cloud that is never wrong; changes: of its `cloud`."""
     config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
     values = dict(
         model="sim", error_rate=0, seconds=2, usd_per_million_input=0.5, usd_per_million_output=2.0
@@ -85,11 +85,17 @@ def make_table(n: int | None = None, seed: int = 0, **columns) -> records.Record
         )
     size = len(base["margin"])
     base |= dict(
-        id=[f"p{i}" for i in range(size)], prompt=[f"{i} and {i % 7}" for i in range(size)], stratum=["a"] * size,
-        formatted=base["ended"], tokens=[10] * size, natural_tokens=[5] * size,
-        natural_called=[T] * 2 + [F] * (size - 2), natural_completed=[T] + [F] * (size - 1),
-        natural_correct=base["local_correct"], natural_ended=base["ended"],
-    )  # fmt: skip
+        id=[f"p{i}" for i in range(size)],
+        prompt=[f"{i} and {i % 7}" for i in range(size)],
+        stratum=["a"] * size,
+        formatted=base["ended"],
+        tokens=[10] * size,
+        natural_tokens=[5] * size,
+        natural_called=[T] * 2 + [F] * (size - 2),
+        natural_completed=[T] + [F] * (size - 1),
+        natural_correct=base["local_correct"],
+        natural_ended=base["ended"],
+    )
     return records.check(
         {name: list(column) for name, column in (base | columns).items()}, "a test's table"
     )
