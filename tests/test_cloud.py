@@ -1,6 +1,4 @@
-"""The cloud: a fixed share of wrong answers, each prompt bought once, nothing bought is lost, exact
-sums.
-"""
+"""The cloud: wrong on a fixed share, each prompt bought once, nothing lost, exact sums."""
 
 import logging
 import os
@@ -308,9 +306,21 @@ def test_schema_is_version_3(tmp_path):
     assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
     assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert [row[1] for row in db.execute("PRAGMA table_info(answers)")] == [
-        "key", "model", "created", "input_tokens", "output_tokens", "seconds", "usd", "finish_reason", "parameters",
-        "prompt", "text", "reasoning", "checksum", "provider",
-    ]  # fmt: skip
+        "key",
+        "model",
+        "created",
+        "input_tokens",
+        "output_tokens",
+        "seconds",
+        "usd",
+        "finish_reason",
+        "parameters",
+        "prompt",
+        "text",
+        "reasoning",
+        "checksum",
+        "provider",
+    ]
 
 
 def test_file_that_is_no_database(tmp_path):

@@ -1,5 +1,6 @@
-"""Paid calls over real sockets, by the real client, against a server that fails: nothing twice,
-nothing lost, never too much.
+"""Paid calls over real sockets, by the real client, against a server that fails.
+
+Nothing is bought twice, nothing is lost, and never is too much spent.
 """
 
 import logging
@@ -355,8 +356,8 @@ sys.path.insert(0, {root!r})
 from collab_jax.cloud import CachedCloud, Policy, Store, attempts, leases, openai
 leases.LEASE_SECONDS, attempts.BACKOFF_SECONDS = {lease}, (0.01, 0.05)
 client = openai.OpenAICloud(
-    model="m", parameters={{}}, base_url={url!r}, key_env="", prices=(1.0, 2.0), timeouts=(30.0, 30.0, 30.0), workers=4,
-    provider="faulty",
+    model="m", parameters={{}}, base_url={url!r}, key_env="", prices=(1.0, 2.0),
+    timeouts=(30.0, 30.0, 30.0), workers=4, provider="faulty",
 )
 cloud = CachedCloud(client, Store({path!r}), Policy(retries=20))
 answers = cloud.answer([[{{"role": "user", "content": str(i)}}] for i in range({count})])

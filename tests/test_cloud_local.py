@@ -1,6 +1,4 @@
-"""A cloud in this process, from any Hugging Face folder; and the device's attempt handed over to a
-cloud.
-"""
+"""A cloud in this process, and the device's attempt handed over to a cloud."""
 
 import shutil
 import types

@@ -1,4 +1,4 @@
-"""The store: migration, providers, damage that SQLite does not see, export, modes, unknown verdicts."""
+"""The store: migration, providers, unseen damage, export and import, modes, unknown verdicts."""
 
 import dataclasses
 import hashlib
@@ -35,8 +35,8 @@ CREATE TABLE answers (
 )"""
 VERSION_2 = (
     VERSION_1.removesuffix(")") + ", checksum TEXT NOT NULL DEFAULT '')",
-    "CREATE TABLE leases (key TEXT PRIMARY KEY NOT NULL, owner TEXT NOT NULL, expires REAL NOT NULL)"
-    " WITHOUT ROWID",
+    "CREATE TABLE leases (key TEXT PRIMARY KEY NOT NULL, owner TEXT NOT NULL,"
+    " expires REAL NOT NULL) WITHOUT ROWID",
     "CREATE TABLE spent (calls INTEGER NOT NULL, usd REAL NOT NULL)",
     "INSERT INTO spent VALUES (7, 1.75)",
 )
@@ -282,7 +282,8 @@ def test_replay_buys_nothing_and_names_what_is_missing(filled):
     assert texts(replay.answer([prompt(1), prompt(0)])) == ["A:1", "A:0"]
     with pytest.raises(
         CloudError,
-        match=r"'replay': 2 prompts have no answer of fake in .*s.db \(as countdown-8, countdown-9\)",
+        match="'replay': 2 prompts have no answer of fake in .*s.db "
+        r"\(as countdown-8, countdown-9\): import it",
     ):
         replay.answer(
             [prompt(1), prompt("eight"), prompt("nine")],

@@ -337,7 +337,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["cloud"]:
         from collab_jax.bench import cloud
 
-        return cloud.main(argv[1:])
+        return cloud.run_cloud_bench(argv[1:])
     args = parse(argv)
     if args.command == REHEARSE:
         from collab_jax.bench import rehearse

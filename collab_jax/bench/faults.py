@@ -1,8 +1,7 @@
-"""An OpenAI-compatible server on the loopback interface that fails on purpose, to measure the
-cloud's client with.
+"""An OpenAI-compatible server on the loopback interface that fails on purpose.
 
-It counts, for each prompt (the last message's content), how often it was asked and how often a
-reply was sent whole.
+The cloud's client is measured against it. The server counts, for each prompt (the content of the
+last message), how often it was asked and how often a reply was sent whole.
 """
 
 import json
@@ -11,7 +10,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("429", "500", "reset", "truncated", "empty", "stall")
@@ -19,57 +18,50 @@ USAGE = {"prompt_tokens": 10, "completion_tokens": 3}
 
 
 class FaultServer:
-    """answer(content) -> text, or a whole reply as a dict. `share` of the requests meet one of
-    `faults`; `delay` seconds each.
+    """A server that replies with answer(content): a text, or a whole message as a dict.
 
-    A context manager; `url` is the API's base address. Its threads end with the process.
+    share: of the requests, which meet one of `faults`, drawn with `seed`. delay: seconds of every
+    request; stall: of the fault "stall". after: the Retry-After header of a 429. It is a context
+    manager; `url` is the API's base address. Its threads end with the process.
     """
 
     def __init__(
         self,
-        answer: Callable,
+        answer: Callable[[str], str | dict],
         share: float = 0.0,
-        faults=FAULTS,
+        faults: Sequence[str] = FAULTS,
         seed: int = 0,
-        delay=0.0,
-        stall=20.0,
-        after="0",
+        delay: float = 0.0,
+        stall: float = 20.0,
+        after: str = "0",
     ):
-        self.answer, self.share, self.faults, self.delay, self.stall, self.after = (
-            answer,
-            share,
-            faults,
-            delay,
-            stall,
-            after,
-        )
-        self.asked: Counter[str] = Counter()
-        self.whole: Counter[str] = Counter()
-        self.met: Counter[str] = Counter()  # faults
+        self.answer, self.share, self.faults = answer, share, faults
+        self.delay, self.stall, self.after = delay, stall, after
+        self.asked: Counter[str] = Counter()  # requests, by prompt
+        self.whole: Counter[str] = Counter()  # replies sent whole, by prompt
+        self.met: Counter[str] = Counter()  # requests, by fault
         self.keys: set[str] = set()  # Authorization headers
-        self._random, self._lock, self._closing = (
-            random.Random(seed),
-            threading.Lock(),
-            threading.Event(),
-        )
+        self._random = random.Random(seed)
+        self._lock, self._closing = threading.Lock(), threading.Event()
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"faulty": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
-    def __enter__(self):
+    def __enter__(self) -> "FaultServer":
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self._closing.set()
         self._server.shutdown()
         self._server.server_close()
 
     @property
     def requests(self) -> int:
+        """How many there were."""
         return self.asked.total()
 
     def draw(self, content: str, key: str) -> str | None:
-        """The fault that this request meets, or None."""
+        """Counts a request and returns the fault that it meets, or None."""
         with self._lock:
             self.asked[content] += 1
             self.keys.add(key)
@@ -78,6 +70,7 @@ class FaultServer:
             return fault
 
     def pause(self, seconds: float) -> None:
+        """Sleeps, but not beyond the server's end."""
         self._closing.wait(seconds)
 
 
@@ -95,35 +88,37 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_POST(self):
-        s = self.faulty
+    def do_POST(self) -> None:
+        server = self.faulty
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = body["messages"][-1]["content"]
-        fault = s.draw(content, self.headers.get("Authorization", ""))
-        s.pause(s.delay)
-        if fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
-        elif fault == "stall":
-            s.pause(s.stall)
-            self.close_connection = True
-        elif fault in ("empty", None):
-            answer = s.answer(content)
-            message = (
-                answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
-            )
-            choices = (
-                [{"index": 0, "message": message, "finish_reason": "stop"}] if fault is None else []
-            )
-            self._send(
-                200, {"id": "x", "object": "chat.completion", "choices": choices, "usage": USAGE}
-            )
-            s.whole[content] += fault is None
-        elif fault == "truncated":
-            self._send(200, {"id": "x", "choices": [{"message": {"content": "lost"}}]}, cut=30)
-        else:
-            self._send(int(fault), {"error": {"message": f"no, not {content}", "code": None}})
+        fault = server.draw(content, self.headers.get("Authorization", ""))
+        server.pause(server.delay)
+        match fault:
+            case None:
+                answer = server.answer(content)
+                if not isinstance(answer, dict):
+                    answer = {"role": "assistant", "content": answer}
+                self._send_choices([{"index": 0, "message": answer, "finish_reason": "stop"}])
+                server.whole[content] += 1
+            case "empty":
+                self._send_choices([])
+            case "truncated":
+                self._send(200, {"id": "x", "choices": [{"message": {"content": "lost"}}]}, cut=30)
+            case "stall":
+                server.pause(server.stall)
+                self.close_connection = True
+            case "reset":
+                linger = struct.pack("ii", 1, 0)  # on, for 0 s: closing resets the connection
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.close_connection = True
+                self.connection.close()
+            case status:
+                self._send(int(status), {"error": {"message": f"no, not {content}", "code": None}})
+
+    def _send_choices(self, choices: list[dict]) -> None:
+        data = {"id": "x", "object": "chat.completion", "choices": choices, "usage": USAGE}
+        self._send(200, data)
 
     def _send(self, status: int, data: dict, cut: int | None = None) -> None:
         body = json.dumps(data).encode()[:cut]

@@ -3,10 +3,13 @@
 It imports `models` and `runtime`; `tasks`, `rl` and what stands above them import it. The command
 `python -m collab_jax.cloud` is the exception: it sets up a run.
 
-protocol    what a cloud is            simulated, openai, local    the three kinds
-store       every answer bought        leases, budget, attempts    who buys, for how much, when again
-cached      the cloud behind its store, which the rest of the program uses; buyer: its threads
-ledger      what it has cost           transfer, __main__          export, import, verify; commands
+protocol                    what a cloud is
+simulated, openai, local    the three kinds
+store                       every answer ever bought
+buyer                       buys what is missing: leases (who), budget (for how much), attempts (when)
+cached                      a cloud behind its store, which is what the rest of the program uses
+ledger                      what it has cost
+transfer, __main__          export, import, verify; the command line
 """
 
 from collections.abc import Callable

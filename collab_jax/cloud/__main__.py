@@ -44,7 +44,10 @@ FILE = flags.DEFINE_string("file", None, "export, import: the file of JSON lines
 
 
 class CancelOnInterrupt:
-    """A context in which the first Ctrl-C cancels the cloud's orders, and the second acts as usual."""
+    """A context in which the first Ctrl-C cancels what the cloud has not begun to buy.
+
+    The second one acts as usual.
+    """
 
     def __init__(self, cloud: CachedCloud):
         self._cloud = cloud
