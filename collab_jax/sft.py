@@ -65,7 +65,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         hf.save(workdir, params, hf_config, config.model.param_dtype, tokenizer_folder)
     figures = {"steps": config.sft.steps}
     if config.sft.check_prompts:
-        examples = experiment.load_examples(task, text, config, "train")[-config.sft.check_prompts :]
+        examples = experiment.load_examples(task, text, config, "train")[
+            -config.sft.check_prompts :
+        ]
         figures |= warm_start.reach(sample, params, text, task, examples, config)
         print(warm_start.format_reach(figures))
         for warning in warm_start.warnings(figures):
