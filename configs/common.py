@@ -129,9 +129,9 @@ def get_config() -> ConfigDict:
     config.cloud.base_url = (
         "https://api.openai.com/v1"  # openai: of the provider, or of your own server
     )
-    # openai: who serves the model, part of each stored answer's key. The base_url, unless named: a
-    # name keeps the answers while the address changes, as of a mirror, or of your own server.
-    config.cloud.provider = config.cloud.get_oneway_ref("base_url")
+    # The provider is part of each stored answer's key. It is the base_url unless it is named: a name
+    # keeps the answers when the address changes, as to a mirror, or with your own server's host.
+    config.cloud.provider = config.cloud.get_oneway_ref("base_url")  # openai: who serves the model
     config.cloud.key_env = (
         "OPENAI_API_KEY"  # openai: environment variable that holds the key; "": none is needed
     )
