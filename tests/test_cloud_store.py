@@ -23,6 +23,7 @@ from collab_jax.cloud import (
 )
 from collab_jax.cloud.budget import Budget, Spent
 from collab_jax.cloud.store import APPLICATION_ID, checksum, insert, key, row
+from collab_jax.rl import experiment
 from collab_jax.runtime.errors import UserError
 
 REPLY = Reply("a ✓ '", 10, 3, 0.5, 0.25, reasoning="because\n", finish_reason="length")
@@ -148,6 +149,20 @@ def test_two_providers_of_one_model_share_no_answers(tmp_path, monkeypatch):
         with pytest.raises(CloudError, match="provider must name"):
             ask(one, provider="")
         assert one.requests == two.requests == 1
+
+
+def test_a_run_keeps_its_provider_and_may_change_its_address(small, tmp_path):
+    def prepare(url, **changes):
+        settings = (
+            dict(kind="openai", model="deepseek-reasoner", key_env="", base_url=url) | changes
+        )
+        settings = {f"cloud__{name}": value for name, value in settings.items()}
+        return experiment.prepare(small(**settings), tmp_path).cloud.cloud
+
+    assert prepare("http://a/v1/").provider == "http://a/v1"
+    with pytest.raises(UserError, match="cloud.provider='http://a/v1/' then, 'http://b/v1' now"):
+        prepare("http://b/v1")
+    assert prepare("http://b/v1", provider="http://a/v1/").base_url == "http://b/v1"
 
 
 # ---------------------------------------------------------------- damage

@@ -192,7 +192,7 @@ def test_a_prefetch_that_cannot_succeed_says_why(configure, tmp_path, capsys, mo
             commands.prefetch(configure(server, cloud__max_calls=10), tmp_path / "budget")
         assert server.requests == 10
     with pytest.raises(UserError, match="--file"):
-        commands.export(configure(server), tmp_path / "refused")
+        commands.export(configure(server), tmp_path / "budget")
 
 
 def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes_on(

@@ -6,7 +6,8 @@ It imports `models` and `runtime`; `tasks`, `rl` and what stands above them impo
 protocol                    what a cloud is
 simulated, openai, local    the three kinds
 store                       every answer ever bought
-buyer                       buys what is missing: leases (who), budget (for how much), attempts (when)
+buyer                       buys what is missing
+leases, budget, attempts    who buys, for how much, and when again
 cached                      a cloud behind its store, which is what the rest of the program uses
 ledger                      what it has cost
 transfer, __main__          export, import, verify; the command line
