@@ -39,7 +39,7 @@ from collab_jax.routing import measures, routers
 from collab_jax.runtime import markdown, parallel, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
-from collab_jax.tasks import TASKS, Example, named, parts_of
+from collab_jax.tasks import TASKS, Example, task_shares, with_task
 
 SUITES = {"paper": ("math500", "amc23", "aime24", "minerva_math", "agieval_math")}
 SMALL = ("amc23", "aime24")
@@ -116,7 +116,7 @@ def evaluate_benchmark(
     """(records, counts) of one benchmark: sample by sample, ids of several end in #1, #2 ...; state
     with axis D.
     """
-    trained, config = parts_of(run.config), named(run.config, name)
+    trained, config = task_shares(run.config), with_task(run.config, name)
     if name not in trained:
         config.task.update(reward="", judge="")  # they are for the run's own tasks
     bench = experiment.with_config(run, config)
@@ -229,7 +229,7 @@ def main(config: ConfigDict, workdir: pathlib.Path, name: str) -> int:
         "step": int(state.step[0]),
         "budget": config.budget,
         "temperature": config.eval.temperature,
-        "trained_on": sorted(parts_of(config)),
+        "trained_on": sorted(task_shares(config)),
         "machine": process.machine(),
         **summarize(tables, config.budget),
     }
