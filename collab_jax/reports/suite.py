@@ -44,7 +44,7 @@ from collab_jax.routing import measures, routers
 from collab_jax.runtime import files, markdown, parallel, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
-from collab_jax.tasks import TASKS, named, parts_of
+from collab_jax.tasks import TASKS, task_shares, with_task
 
 SUITES = {"paper": ("math500", "amc23", "aime24", "minerva_math", "agieval_math")}
 SMALL = ("amc23", "aime24")
@@ -166,7 +166,7 @@ def evaluate_benchmark(
 
     The records are sample by sample; with several samples the ids end in #1, #2 ...
     """
-    trained, config = parts_of(run.config), named(run.config, name)
+    trained, config = task_shares(run.config), with_task(run.config, name)
     if name not in trained:
         config.task.update(reward="", judge="")  # they are for the run's own tasks
     bench = experiment.with_task_and_cloud_of(run, config)
@@ -219,7 +219,7 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
         "step": int(state.step[0]),
         "budget": config.budget,
         "temperature": config.eval.temperature,
-        "trained_on": sorted(parts_of(config)),
+        "trained_on": sorted(task_shares(config)),
         "machine": process.machine(),
         **summarize(tables, counts, config.budget),
     }

@@ -1,13 +1,15 @@
-"""Tasks: where prompts come from and how a response is judged. One file a task; `TASKS` names them
-all.
+"""Tasks: where prompts come from and how a response is judged.
 
-A task is a small frozen dataclass of functions, made from `config.task` and the marker's text.
-`config.task.name = "mix"` mixes several (`mix.py`). `config.task.reward`, a function of your own
-(`reward.py`), or `config.task.judge`, a language model (`judge.py`), takes the place of a task's
-own verifier.
+One file a task, named in `TASKS`. May import `cloud`, `models` and `runtime`; `rl` and what lies
+above it import this package. A task is a frozen dataclass of functions (`base.Task`), made from
+`config.task` and the marker's text. `config.task.name = "mix"` mixes several (`mix.py`).
+`config.task.reward`, a function of your own (`reward.py`), or `config.task.judge`, a language model
+(`judge.py`), takes the place of a task's own verifier. `jsonl.py` is the one to copy.
 """
 
 import dataclasses
+
+from ml_collections import ConfigDict
 
 from collab_jax.tasks import choice, countdown, jsonl, math, mix, reward
 from collab_jax.tasks.base import Example, Task, TaskError, Verdict
@@ -20,52 +22,66 @@ TASKS = {
 }
 
 
-def parts_of(config) -> dict[str, float]:
-    """The tasks of `config.task`, name -> share of the training prompts. Raises TaskError for an
-    unknown name.
+def task_shares(config: ConfigDict) -> dict[str, float]:
+    """The share of the training prompts of each task of `config.task`, by name.
+
+    Raises TaskError for an unknown name.
     """
     name, pairs = config.task.name, config.task.mix
     if pairs and name != "mix":
         raise TaskError(f"config.task.mix={pairs!r} needs config.task.name=mix, or must be empty")
-    weights = mix.check(pairs) if name == "mix" else {name: 1.0}
-    if unknown := [part for part in weights if part not in TASKS]:
+    shares = mix.shares(pairs) if name == "mix" else {name: 1.0}
+    if unknown := [part for part in shares if part not in TASKS]:
         key = "config.task.mix" if name == "mix" else "config.task.name"
         raise TaskError(f"{key}={unknown[0]!r} is unknown: use one of {sorted([*TASKS, 'mix'])}")
-    return weights
+    return shares
 
 
-def named(config, name: str):
-    """A copy of `config` with the one task `name`."""
+def with_task(config: ConfigDict, name: str) -> ConfigDict:
+    """A copy of `config` with the single task `name`."""
     config = config.copy_and_resolve_references()
     config.task.update(name=name, mix=())
     return config
 
 
-def make_task(config) -> Task:
-    """The task of `config.task`; `judge.judged` then puts a judge into it. Raises TaskError for
-    settings that cannot be.
+def make_task(config: ConfigDict) -> Task:
+    """The task of `config.task`, without its judge, which `judge.judged` puts in.
+
+    Raises TaskError for settings that cannot be.
     """
-    weights = parts_of(config)
+    shares = task_shares(config)
     if config.task.name == "mix":
-        task = mix.make_task({name: _part(named(config, name)) for name in weights}, weights)
+        parts = {name: _single_task(with_task(config, name)) for name in shares}
+        task = mix.make_task(parts, shares)
     else:
-        task = _part(config)
-    if config.task.reward:
-        if config.task.judge:
-            raise TaskError(
-                "config.task.reward and config.task.judge both tell right from wrong: set one of them"
-            )
-        task = dataclasses.replace(
-            task, verify=reward.verifier(config.task.reward, config.text.marker)
+        task = _single_task(config)
+    if not config.task.reward:
+        return task
+    if config.task.judge:
+        raise TaskError(
+            "config.task.reward and config.task.judge both tell right from wrong: set one of them"
         )
-    return task
+    verify = reward.verifier(config.task.reward, config.text.marker)
+    return dataclasses.replace(task, verify=verify)
 
 
-def _part(config) -> Task:
+def _single_task(config: ConfigDict) -> Task:
     """One task, whose examples know its name."""
     task = TASKS[config.task.name](config)
-    load = lambda split: [dataclasses.replace(e, task=task.name) for e in task.load(split)]  # noqa: E731
+
+    def load(split: str) -> list[Example]:
+        return [dataclasses.replace(example, task=task.name) for example in task.load(split)]
+
     return dataclasses.replace(task, load=load)
 
 
-__all__ = ["TASKS", "Example", "Task", "TaskError", "Verdict", "make_task", "named", "parts_of"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "Task",
+    "TaskError",
+    "Verdict",
+    "make_task",
+    "task_shares",
+    "with_task",
+]

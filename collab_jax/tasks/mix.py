@@ -1,41 +1,42 @@
-"""A mix: one task made of several, each with a weight; `config.task.name = "mix"` and
-`config.task.mix` its parts.
+"""A mix: one task made of several, each with a weight.
 
-A weight is a part's share of the training prompts, whatever the size of its data: `pattern` deals
-the places of the training sequence out to the parts, and each part goes through its own prompts in
-its own epochs (`indices`). The test split has every part's, dealt out by weight too, so that its
-beginning is a small mix. Every part has the same `config.task.prompt`. An example says which part
-it belongs to, and its id and stratum begin with that.
+`config.task.name = "mix"`, and `config.task.mix` has its parts. A weight is a part's share of the
+training prompts, whatever the size of its data: `pattern` deals the places of the training sequence
+out to the parts, and each part goes through its own prompts in its own epochs (`indices`). The test
+split has the prompts of every part, dealt out by weight too, so that its beginning is a small mix.
+Every part has the same `config.task.prompt`. An example says which part it belongs to, and its id
+and stratum begin with that.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
+from collab_jax.models.text import Messages
+from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 SLOTS = 1000  # places of a pattern: weights are met to a thousandth
 
 
-def check(pairs) -> dict[str, float]:
-    """`config.task.mix` as name -> share, shares adding up to 1. Raises TaskError for what is not a
-    mix.
+def shares(pairs: Any) -> dict[str, float]:
+    """The share of each part, by name, from the pairs of `config.task.mix`; they add up to 1.
+
+    Raises TaskError for what is not a mix.
     """
     try:
         weights = {str(name): float(weight) for name, weight in pairs}
     except (TypeError, ValueError):
         weights = {}
-    total = sum(weights.values())
-    if (
-        not weights
-        or len(weights) < len(pairs)
-        or not all(w > 0 and math.isfinite(w) for w in weights.values())
-    ):
+    usable = all(weight > 0 and math.isfinite(weight) for weight in weights.values())
+    if not weights or len(weights) < len(pairs) or not usable:
         raise TaskError(
-            f"config.task.mix={pairs!r} must be (task, weight) pairs, weights above 0, as (('math', 3), ('gsm8k', 1))"
+            f"config.task.mix={pairs!r} must be (task, weight) pairs, weights above 0, "
+            "as (('math', 3), ('gsm8k', 1))"
         )
+    total = sum(weights.values())
     if min(weights.values()) * SLOTS < total:
         raise TaskError(
             f"config.task.mix={pairs!r}: a weight must be at least a {SLOTS}th of their sum"
@@ -44,14 +45,14 @@ def check(pairs) -> dict[str, float]:
 
 
 def pattern(weights: Sequence[float]) -> np.ndarray:
-    """Which part each of SLOTS places belongs to, i64[SLOTS]: as many as its weight says, evenly
-    spread.
+    """The part that each of SLOTS places belongs to, i64[SLOTS].
+
+    Each part has as many places as its weight says, evenly spread.
     """
     exact = np.array(weights) / sum(weights) * SLOTS
     counts = np.floor(exact).astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[: SLOTS - counts.sum()]] += (
-        1  # the largest remainders
-    )
+    largest_remainders = np.argsort(counts - exact, kind="stable")[: SLOTS - counts.sum()]
+    counts[largest_remainders] += 1
     places = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
     return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
 
@@ -61,75 +62,67 @@ def indices(
     place: np.ndarray,
     pools: Sequence[np.ndarray],
     weights: Sequence[float],
-    draw: Callable,
+    draw: Callable[[int, np.ndarray, int], np.ndarray],
 ) -> np.ndarray:
-    """The examples at these places of the training sequence, [n]. pools: indices of each part's
-    examples.
+    """The indices of the examples at these places of the training sequence, i64[n].
 
-    draw(seed, place [m], total) -> i64[m]: which of one pool's `total` examples stand at places of
-    its own sequence.
+    place: i64[n]. pools: the indices of each part's examples. draw(seed, place [m], total) ->
+    i64[m]: which of one pool's `total` examples stand at places of that pool's own sequence.
     """
     deal = pattern(weights)
-    before = (deal[:, None] == np.arange(len(pools))).cumsum(
-        0
-    )  # [SLOTS, parts], this place included
-    found = np.empty(len(place), np.int64)
+    # How many of the places up to and with this one each part has, [SLOTS, parts].
+    counts = (deal[:, None] == np.arange(len(pools))).cumsum(0)
+    turn, slot = place // SLOTS, place % SLOTS
+    chosen = np.empty(len(place), np.int64)
     for part, pool in enumerate(pools):
-        mine = deal[place % SLOTS] == part
-        own = place[mine] // SLOTS * before[-1, part] + before[place[mine] % SLOTS, part] - 1
-        found[mine] = pool[draw(seed, own, len(pool))]
-    return found
+        here = deal[slot] == part
+        own_place = turn[here] * counts[-1, part] + counts[slot[here], part] - 1
+        chosen[here] = pool[draw(seed, own_place, len(pool))]
+    return chosen
 
 
 def pools(task: Task, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Indices of the examples of each part, in the order of `task.weights`. Raises TaskError for a
-    part that has none.
+    """The indices of the examples of each part of a mix, in the order of `task.weights`.
+
+    Raises TaskError for a part that has none.
     """
     names = np.array([example.task for example in examples])
-    found = {name: np.flatnonzero(names == name) for name in task.weights}
-    if empty := [name for name, pool in found.items() if not pool.size]:
+    by_part = {name: np.flatnonzero(names == name) for name in task.weights or ()}
+    if empty := [name for name, pool in by_part.items() if not pool.size]:
         raise TaskError(
-            f"no training prompt of {empty[0]!r} is left: raise config.prompt_length, or take it out of the mix"
+            f"no training prompt of {empty[0]!r} is left: "
+            "raise config.prompt_length, or take it out of the mix"
         )
-    return list(found.values())
+    return list(by_part.values())
 
 
 def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
     """The task made of `parts`, by name, with these weights."""
 
     def load(split: str) -> list[Example]:
-        loaded = {
-            name: [
-                dataclasses.replace(
-                    e, id=f"{name}/{e.id}", stratum=f"{name}, {e.stratum}" if e.stratum else name
-                )
-                for e in task.load(split)
-            ]
-            for name, task in parts.items()
-        }
-        places = [
-            (i + 0.5) / weights[name]
-            for name, examples in loaded.items()
-            for i in range(len(examples))
-        ]
-        flat = [example for examples in loaded.values() for example in examples]
-        return [flat[i] for i in np.argsort(places, kind="stable")]
+        examples, places = [], []
+        for name, task in parts.items():
+            for i, e in enumerate(task.load(split)):
+                stratum = f"{name}, {e.stratum}" if e.stratum else name
+                examples.append(dataclasses.replace(e, id=f"{name}/{e.id}", stratum=stratum))
+                places.append((i + 0.5) / weights[name])
+        return [examples[i] for i in np.argsort(places, kind="stable")]
 
     def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
-        found: list = [None] * len(examples)
-        for name in dict.fromkeys(
-            example.task for example in examples
-        ):  # one batch a part, for its worker processes
-            mine = [i for i, example in enumerate(examples) if example.task == name]
-            verdicts = parts[name].verify([examples[i] for i in mine], [responses[i] for i in mine])
-            for i, verdict in zip(mine, verdicts, strict=True):
-                found[i] = verdict
-        return found
+        verdicts: dict[int, Verdict] = {}
+        # One batch for each part, for the sake of its worker processes.
+        for name in dict.fromkeys(example.task for example in examples):
+            rows = [i for i, example in enumerate(examples) if example.task == name]
+            judged = parts[name].verify([examples[i] for i in rows], [responses[i] for i in rows])
+            verdicts.update(zip(rows, judged, strict=True))
+        return [verdicts[i] for i in range(len(examples))]
+
+    solvers = [task.solve_prompt for task in parts.values() if task.solve_prompt]
 
     def solve_prompt(messages: Messages) -> str:
-        for task in parts.values():
+        for solve in solvers:
             try:
-                return task.solve_prompt(messages)
+                return solve(messages)
             except TaskError:
                 continue
         raise TaskError(f"not a prompt of {' or '.join(parts)}")
@@ -144,7 +137,7 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
         prompt=lambda example: parts[example.task].prompt(example),
         cloud_prompt=lambda example: parts[example.task].cloud_prompt(example),
         verify=verify,
-        solve_prompt=solve_prompt if all(task.solve_prompt for task in parts.values()) else None,
+        solve_prompt=solve_prompt if len(solvers) == len(parts) else None,
         gold=gold,
         weights=weights,
     )
