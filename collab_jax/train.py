@@ -44,7 +44,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """The command line."""
     stop = training.GracefulStop()
     run = experiment.prepare(config, workdir)
-    print(memory_plan.check_here(run.cfg, config))
+    print(memory_plan.check_fits_here(run.cfg, config))
     print(
         f"{workdir}: {run.folder.name}, {config.task.name}, budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
         f"{jax.local_device_count()} {jax.default_backend()} devices, step {run.checkpoints.latest() or 0} of {config.train.steps}"

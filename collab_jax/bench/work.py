@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.bench import measure
 from collab_jax.models import decoder, hf, sampler
+from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.models.sampler import Marker, Sampler, Settings
+from collab_jax.models.sampler import Sampler, SamplerSettings
 from collab_jax.rl import algorithms, experiment, optim, rollout, step, training
 from collab_jax.runtime import parallel
 
@@ -152,7 +153,7 @@ def decode(load: Load, cfg: DecoderConfig, params, segments: int, slot_counts: i
     """Sampling of a whole batch; params with axis D. One segment and one slot count: the fixed
     batch.
     """
-    settings = Settings(
+    settings = SamplerSettings(
         group=load.group,
         max_new=load.max_new,
         temperature=1.0,

@@ -16,6 +16,7 @@ import numpy as np
 
 from collab_jax.cloud.protocol import CloudError, Failure, Messages, Reply
 from collab_jax.models import hf, sampler
+from collab_jax.models.decision import Marker
 
 BLOCKS, BLOCK_BYTES = 64, 4096  # of each weights file, which tell models apart
 BUCKET = 64  # prompts are padded to multiples of so many tokens, each of which compiles once
@@ -85,7 +86,7 @@ class LocalCloud:
                 f"the tokenizer in {self.folder} has no chat template or no end of text: use an instruct model"
             )
         params = jax.device_put(hf.load(self.folder, cfg, dtype), jax.local_devices()[0])
-        settings = sampler.Settings(
+        settings = sampler.SamplerSettings(
             group=1,
             max_new=self.sampling["max_tokens"],
             temperature=self.sampling["temperature"],
@@ -94,7 +95,7 @@ class LocalCloud:
             pad_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,
-            marker=sampler.Marker(
+            marker=Marker(
                 -1, ((-2,),)
             ),  # tokens that do not exist: a cloud has nobody to call
             segments=2,

@@ -35,7 +35,7 @@ class Text:
     token stands for all.
     answer_open: token sequences that open the answer; from there on no call is possible.
     plain: where no one token decides (decision_id is None), those that do: the fields of
-    `sampler.PlainMarker`.
+    `decision.PlainMarker`.
     """
 
     tokenizer: PreTrainedTokenizerFast

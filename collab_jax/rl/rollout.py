@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from collab_jax.cloud import Answers, CachedCloud, Messages, Pending
 from collab_jax.gapg import Rollout
 from collab_jax.models import sampler
+from collab_jax.models.decision import Marker, PlainMarker
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.models.sampler import Marker, PlainMarker, Sampler, Samples
+from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Text
 from collab_jax.runtime import parallel
 from collab_jax.tasks import Example, Task, Verdict
@@ -72,7 +73,7 @@ def make_sampler(
     # That one greedy pass holds the decision at every bias, bit for bit, needs both passes to be of
     # the same programs; slots that went away at other columns would part them.
     slot_counts = config.decode.slot_counts if temperature > 0 else 1
-    settings = sampler.Settings(
+    settings = sampler.SamplerSettings(
         group=group,
         max_new=config.max_new_tokens,
         temperature=temperature,
