@@ -39,7 +39,7 @@ import optax
 from collab_jax.models import lora
 from collab_jax.models.decoder import Params
 
-# ------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 
 OUTCOMES = ("correct_formatted", "correct", "called_right", "wrong_formatted", "nothing")
 
@@ -190,7 +190,7 @@ def init_state(
     )
 
 
-# ------------------------------------------------------------------------------------------ reward
+# ------------------------------------------------------------------------------------------- reward
 
 
 def reward(
@@ -220,7 +220,7 @@ def reward(
     )
 
 
-# --------------------------------------------------------------------------------------- gradient
+# ----------------------------------------------------------------------------------------- gradient
 
 
 def advantage(r: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -247,7 +247,7 @@ def loss(logp: jax.Array, mask: jax.Array, advantage: jax.Array, group: int) -> 
     return -jnp.sum(advantage * jnp.sum(logp * mask, axis=-1)) / group
 
 
-# ------------------------------------------------------------------------------------------ filter
+# ------------------------------------------------------------------------------------------- filter
 
 
 def classes(
@@ -319,7 +319,7 @@ def tally(
     )
 
 
-# --------------------------------------------------------------------------------------- algorithm
+# ---------------------------------------------------------------------------------------- algorithm
 
 # (RewardState, correct, called, formatted, cloud_correct) -> r f32[Q, G], RewardState
 Reward = Callable[

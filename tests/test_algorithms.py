@@ -24,7 +24,7 @@ def config(**changes):
     return made
 
 
-# -------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 
 def test_task_reward_gives_a_call_nothing():
@@ -52,7 +52,7 @@ def test_task_reward_is_the_papers_where_nothing_is_called():
     jax.tree.map(np.testing.assert_array_equal, algorithms.task_reward(*batch), gapg.reward(*batch))
 
 
-# ------------------------------------------------------------------------------------------------ advantage
+# ---------------------------------------------------------------------------------------- advantage
 
 
 def test_grpo_advantage_by_hand():
@@ -114,7 +114,7 @@ def test_standard_advantage_of_equal_rewards_is_zero_whatever_rounding_makes_of_
     )
 
 
-# --------------------------------------------------------------------------------------------------- filter
+# ------------------------------------------------------------------------------------------- filter
 
 
 def filtered(prompt_filter, r, correct, cloud, known):
@@ -160,7 +160,7 @@ def test_mixed_filter_lets_no_prompt_that_all_responses_solve_pay_for_another():
     assert keep.all() and (state.d1, state.kept_d2) == (2, 2)
 
 
-# -------------------------------------------------------------------------------------------------- control
+# ------------------------------------------------------------------------------------------ control
 
 
 def controlled(control, rates, budget=0.3):
@@ -195,7 +195,7 @@ def test_no_control_leaves_all_as_it_is():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def test_the_default_is_the_paper():

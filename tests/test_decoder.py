@@ -19,8 +19,9 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 PAD = 0
 LLAMA = DecoderConfig(
-    vocab_size=24, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
-    rope_theta=100.0, norm_eps=1e-5, tied=True, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
+    vocab_size=24, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=4, rope_theta=100.0, norm_eps=1e-5, tied=True,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
 )  # fmt: skip
 QWEN2 = dataclasses.replace(LLAMA, rope_scaling=None, qkv_bias=True, tied=False, num_kv_heads=1)
 QWEN3 = dataclasses.replace(LLAMA, rope_scaling=None, qk_norm=True, head_dim=6, num_kv_heads=4)
@@ -67,7 +68,7 @@ def uncached(params, cfg, tokens, real):
     )
 
 
-# ---------------------------------------------------------------- forward
+# ------------------------------------------------------------------------------------------ forward
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -199,11 +200,11 @@ def test_bfloat16_is_close():
     assert 0 < difference.std() < 0.03 * want.std() and np.abs(difference).max() < 0.15 * want.std()
 
 
-# ---------------------------------------------------------------- log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 def batch():
-    """Two prompts of 4 columns with three responses of 5 each: ragged on the left and on the right."""
+    """Two prompts of 4 columns with three responses of 5 each, ragged on the left and the right."""
     prompt_mask = padded(4, [0, 3])
     mask = np.arange(5) < np.array([[5, 1, 3], [2, 5, 4]])[..., None]
     return (
@@ -283,7 +284,7 @@ def test_chunk_size_changes_neither_value_nor_gradient():
         )
 
 
-# ---------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def test_remat_changes_no_gradient_and_padding_has_none():
@@ -320,9 +321,7 @@ def test_gradient_of_dense_is_that_of_a_matrix_product(features):
     ours = lambda x, kernel, bias: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)  # noqa: E731
     plain = lambda x, kernel, bias: jnp.einsum("bti,io->bto", x, kernel) + bias  # noqa: E731
     np.testing.assert_allclose(ours(x, kernel, bias), plain(x, kernel, bias), atol=1e-5)
-    gradient = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2))(
-        x, kernel, bias
-    )  # noqa: E731
-    got, want = gradient(ours), gradient(plain)
+    gradient = lambda f: jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2))  # noqa: E731
+    got, want = gradient(ours)(x, kernel, bias), gradient(plain)(x, kernel, bias)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

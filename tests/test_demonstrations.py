@@ -49,7 +49,7 @@ def nobody():
     raise AssertionError("no row needs the training examples")
 
 
-# ---------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("name", ["shown.jsonl", "shown.jsonl.gz"])
@@ -101,21 +101,21 @@ def test_files_that_are_not_there_or_cut_short(tmp_path):
             demonstrations.read(path, nobody)
 
 
-def test_what_does_not_fit_is_counted_told_and_left_out(parts, capsys):
+def test_what_is_too_long_is_counted_and_left_out(parts, capsys):
     config, _, text = parts
     call = f"<think>3*4=12,12+5=17 no\n{MARKER}"
     long_prompt = [{"role": "user", "content": "1 2 3 4 5 6 7 8 9=12"}]
     found = [(USER, RIGHT), (USER, call), (USER, "12"), (long_prompt, RIGHT), (USER, LONG * 2)]
-    assert demonstrations.fitting(found, text, config) == found[:3]
+    assert demonstrations.drop_too_long(found, text, config) == found[:3]
     told, left_out = capsys.readouterr().out.splitlines()
-    assert told == "3 demonstrations: 1 answer, 1 call, 1 do neither in form"
+    assert told == "3 demonstrations: 1 answer, 1 call, 1 do neither in the format"
     assert (
         "left out: 1 of 5" in left_out
         and "prompt_length=16" in left_out
         and "1 for responses" in left_out
     )
     with pytest.raises(UserError, match="none of 1 demonstrations fits"):
-        demonstrations.fitting(found[3:4], text, config)
+        demonstrations.drop_too_long(found[3:4], text, config)
 
 
 def test_each_epoch_has_all_of_them_in_an_order_of_its_own():
@@ -129,7 +129,7 @@ def test_each_epoch_has_all_of_them_in_an_order_of_its_own():
     assert drawn != list(itertools.islice(demonstrations.endless(range(7), seed=4), 21))
 
 
-# ---------------------------------------------------------------- the format
+# --------------------------------------------------------------------------------------- the format
 
 BOXED = "We add.\nSo the answer is $\\boxed{12}$."
 
@@ -138,18 +138,38 @@ BOXED = "We add.\nSo the answer is $\\boxed{12}$."
     ("response", "opening", "whole"),
     [
         (RIGHT, "<think>3+4=7,7+5=12 ok</think>", RIGHT),
-        ("<think> a </think>\n\n<answer> 5 </answer>\n", "<think> a </think>\n\n", "<think> a </think>\n\n<answer> 5 </answer>\n"),
-        (BOXED, "<think>We add.\nSo the answer is</think>\n", "<think>We add.\nSo the answer is</think>\n<answer>12</answer>"),
-        ("It is \\[ \\boxed{\\frac{1}{2}} \\]", "<think>It is</think>\n", "<think>It is</think>\n<answer>\\frac{1}{2}</answer>"),
-        ("We add.\n<answer>12</answer> Done.", "<think>We add.</think>\n", "<think>We add.</think>\n<answer>12</answer>"),
-        ("<think>a <think>b</think> <answer>1</answer><answer>2</answer>", "<think>a b 1</think>\n", "<think>a b 1</think>\n<answer>2</answer>"),
+        (
+            "<think> a </think>\n\n<answer> 5 </answer>\n",
+            "<think> a </think>\n\n",
+            "<think> a </think>\n\n<answer> 5 </answer>\n",
+        ),
+        (
+            BOXED,
+            "<think>We add.\nSo the answer is</think>\n",
+            "<think>We add.\nSo the answer is</think>\n<answer>12</answer>",
+        ),
+        (
+            "It is \\[ \\boxed{\\frac{1}{2}} \\]",
+            "<think>It is</think>\n",
+            "<think>It is</think>\n<answer>\\frac{1}{2}</answer>",
+        ),
+        (
+            "We add.\n<answer>12</answer> Done.",
+            "<think>We add.</think>\n",
+            "<think>We add.</think>\n<answer>12</answer>",
+        ),
+        (
+            "<think>a <think>b</think> <answer>1</answer><answer>2</answer>",
+            "<think>a b 1</think>\n",
+            "<think>a b 1</think>\n<answer>2</answer>",
+        ),
         ("\\boxed{3}", "<think></think>\n", "<think></think>\n<answer>3</answer>"),
         ("it is 12", "<think>it is 12</think>\n", None),
         ("<think>a</think><answer>5", "<think>a</think>\n", None),
         ("<think>a</think><answer></answer> \\boxed{}", "<think>a</think>\n", None),
         ("", "<think></think>\n", None),
     ],
-)  # fmt: skip
+)
 def test_a_response_is_brought_into_the_format(response, opening, whole):
     assert demonstrations.well_formed(response) == whole
     assert demonstrations.until_answer(response) == opening
@@ -187,65 +207,57 @@ def test_right_responses_are_kept_once_each_and_a_failure_to_where_it_would_answ
         [["4+5=9\n"]] * 4,
         [RIGHT.replace("answer>", "think>")] * 4,
     ]
-    rows = demonstrations.judged(text, task, [EXAMPLE] * 4, samples_of(text, groups), keep=5)
-    assert [row["right"] for row in rows] == [[RIGHT, OTHER], [], [], []] and rows[0][
-        "failed"
-    ] is None
-    assert rows[1]["failed"] == LONG[: LONG.index("<answer>")]  # the first that answers
-    assert (
-        rows[3]["failed"] == f"<think>{RIGHT[7:22]}3+4+5</think>\n"
-    )  # none answers: the first that ended
-    lines = rows[2]["failed"].removeprefix("<think>").removesuffix("</think>\n").split("\n")
-    assert (
-        lines == ["4+5=9"] * len(lines) and 2 <= len(lines) <= 5
-    )  # half of what was cut off, in full lines
-    few = demonstrations.judged(text, task, [EXAMPLE], samples_of(text, groups[:1]), keep=1)
-    assert few[0]["right"] == [RIGHT]
+    samples = samples_of(text, groups)
+    judged = demonstrations.judge_batch(text, task, [EXAMPLE] * 4, samples, keep=5)
+    assert [row.right for row in judged] == [[RIGHT, OTHER], [], [], []]
+    assert judged[0].failed is None
+    assert judged[1].failed == LONG[: LONG.index("<answer>")]  # the first that answers
+    # None answers: the first that ended.
+    assert judged[3].failed == f"<think>{RIGHT[7:22]}3+4+5</think>\n"
+    # Half of what was cut off, in full lines.
+    assert judged[2].failed is not None
+    lines = judged[2].failed.removeprefix("<think>").removesuffix("</think>\n").split("\n")
+    assert lines == ["4+5=9"] * len(lines) and 2 <= len(lines) <= 5
+    few = demonstrations.judge_batch(text, task, [EXAMPLE], samples_of(text, groups[:1]), keep=1)
+    assert few[0].right == [RIGHT]
 
 
 def test_calls_have_at_most_their_share(parts):
-    def row(i, *right):
-        return {
-            "id": f"train-{i}",
-            "right": list(right),
-            "failed": None if right else f"<think>{i}</think>\n",
-        }
+    def judged(i, *right):
+        failed = None if right else f"<think>{i}</think>\n"
+        return demonstrations.JudgedPrompt(f"train-{i}", list(right), failed)
 
-    rows = [row(i, RIGHT, OTHER) if i % 2 else row(i) for i in range(8)]
-    found = demonstrations.chosen(rows, 0.2, MARKER, seed=0)
-    assert [r["kind"] for r in found].count("call") == 2 and len(found) == 10  # 2 of 10
-    assert [r["id"] for r in found] == sorted(r["id"] for r in found)
-    assert all(
-        r["response"] == f"<think>{r['id'][6:]}</think>\n{MARKER}"
-        for r in found
-        if r["kind"] == "call"
-    )
-    assert found == demonstrations.chosen(rows, 0.2, MARKER, seed=0)
-    drawn = {
-        tuple(
-            r["id"] for r in demonstrations.chosen(rows, 0.2, MARKER, seed) if r["kind"] == "call"
-        )
-        for seed in range(9)
-    }
-    assert len(drawn) > 1
-    assert (
-        len(demonstrations.chosen(rows, 0.0, MARKER, 0)) == 8
-        and len(demonstrations.chosen(rows, 0.9, MARKER, 0)) == 12
-    )
+    def choose(share, seed=0):
+        return demonstrations.choose_demonstrations(prompts, share, MARKER, seed)
+
+    def calls(rows):
+        return [row["id"] for row in rows if row["kind"] == "call"]
+
+    prompts = [judged(i, RIGHT, OTHER) if i % 2 else judged(i) for i in range(8)]
+    rows = choose(0.2)
+    assert len(calls(rows)) == 2 and len(rows) == 10
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    for row in rows:
+        if row["kind"] == "call":
+            assert row["response"] == f"<think>{row['id'][6:]}</think>\n{MARKER}"
+    assert rows == choose(0.2)
+    assert len({tuple(calls(choose(0.2, seed))) for seed in range(9)}) > 1
+    assert len(choose(0.0)) == 8 and len(choose(0.9)) == 12
+    prompts = [judged(0)]
     with pytest.raises(UserError, match="no response to any of 1 training prompts was right"):
-        demonstrations.chosen([row(0)], 0.2, MARKER, 0)
+        choose(0.2)
 
 
-# ---------------------------------------------------------------- sampling, with a stand-in for the model
+# ---------------------------------------------------------- sampling, with a stand-in for the model
 
 
 class Scripted:
-    """Answers the batches by their step, G = 3: even examples right. Dies in batch number `dies`."""
+    """Answers the batches by their step, G = 3: even examples right. Dies in batch `dies`."""
 
     def __init__(self, text, dies=None):
         self.text, self.dies, self.steps = text, dies, []
 
-    def __call__(self, params, prompts, prompt_mask, seed, step, bias):
+    def __call__(self, params, prompts, prompt_mask, seed, step, bias, finished=None):
         assert np.isneginf(bias).all() and (seed == 0).all() and prompts.shape[:2] == (2, 1)
         self.steps.append(int(step[0]))
         if self.dies == self.steps[-1]:
@@ -260,7 +272,7 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
 
     def own(name, scripted, config=config):
         (tmp_path / name).mkdir(exist_ok=True)
-        return demonstrations.own(
+        return demonstrations.write_own_demonstrations(
             scripted, None, text, task, examples, config, tmp_path / name
         ).read_text()
 
@@ -293,7 +305,7 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
     ) and other.steps == [0, 1]
 
 
-# ---------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_path, capsys):
@@ -333,9 +345,8 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
         sft__source="file", sft__demonstrations=str(tmp_path / "own" / "demonstrations.jsonl")
     )
     assert sft.run(file, tmp_path / "file") == 0
-    assert "left out" not in out and json.loads((tmp_path / "file" / "sft.json").read_text()) == {
-        "steps": 2
-    }
+    assert "left out" not in out + capsys.readouterr().out
+    assert json.loads((tmp_path / "file" / "sft.json").read_text()) == {"steps": 2}
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("own", "file")]
     assert weights[0] == weights[1]
 
@@ -351,9 +362,9 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
             {"prompts_per_step": 3},
             "prompts_per_step=3 must be a positive multiple of the 2 devices",
         ),
-        ({"sft__keep": 0}, "config.sft.micro_rows and keep must be at least 1"),
+        ({"sft__keep": 0}, "config.sft.keep must be at least 1"),
         ({"sft__marker_share": 1.0}, "config.sft.marker_share=1.0"),
-        ({"sft__prompts": -1}, "at least 0"),
+        ({"sft__prompts": -1}, "config.sft.prompts must be at least 0"),
         (
             {"task__name": "gsm8k", "task__prompt": "{problem}"},
             "makes no demonstrations: set config.sft.source to self",

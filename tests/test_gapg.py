@@ -20,7 +20,7 @@ T, F = True, False
 KEY = jax.random.key(0)
 NO_REWARD, NO_MASK = jnp.nan, None  # where the paper's own parts do not look
 
-# -------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 
 def test_reward_table_by_hand():
@@ -37,7 +37,7 @@ def test_reward_table_by_hand():
     assert state.counts.sum() == 18
 
 
-# -------------------------------------------------------------------------------------------------- filter
+# ------------------------------------------------------------------------------------------- filter
 
 
 def filter_batch(state, d1, d2, lost=0, unknown=0, seed=0):
@@ -159,7 +159,7 @@ def test_membership_is_by_correctness_not_by_reward():
     assert not keep.any()
 
 
-# ------------------------------------------------------------------------------------- advantage and gradient
+# --------------------------------------------------------------------------- advantage and gradient
 
 
 def test_advantage_is_leave_one_out():
@@ -247,11 +247,11 @@ def test_off_mask_log_probabilities_do_not_count():
     assert gapg.loss(logp, mask, jnp.array([[1.0, -1.0]]), 2) == -(1.0 - 9.0) / 2
 
 
-# ---------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------- step
 
 CFG = DecoderConfig(
-    vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
-    rope_theta=100.0, norm_eps=1e-5, tied=True, initializer_range=0.5,
+    vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1,
+    head_dim=4, rope_theta=100.0, norm_eps=1e-5, tied=True, initializer_range=0.5,
 )  # fmt: skip
 Q, G, L, NEW = 8, 3, 3, 4
 SGD = optax.sgd(1.0)

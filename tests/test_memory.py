@@ -9,21 +9,24 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from collab_jax import gapg, memory, train
+from collab_jax import gapg, train
 from collab_jax.bench import measure
-from collab_jax.models import hf, lora, published, sampler
+from collab_jax.models import decision, hf, lora, published, sampler
 from collab_jax.rl import memory_plan, optim, step
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 
-TINY = dict(
-    model_type="qwen2", num_hidden_layers=2, hidden_size=64, intermediate_size=224, num_attention_heads=4,
-    num_key_value_heads=2, vocab_size=768, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True,
-)  # fmt: skip
-SIZES = {
-    "prompts_per_step": 8, "group": 4, "prompt_length": 24, "max_new_tokens": 57, "decode.segments": 2,
-    "decode.slot_counts": 2, "train.lengths": 1, "train.logprob_chunk": 16, "eval.prompts": 0,
+TINY = {
+    "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 224,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4, "tie_word_embeddings": True,
 }  # fmt: skip
+SIZES = {
+    "prompts_per_step": 8, "group": 4, "prompt_length": 24, "max_new_tokens": 57,
+    "decode.segments": 2, "decode.slot_counts": 2, "train.lengths": 1, "train.logprob_chunk": 16,
+    "eval.prompts": 0,
+}  # fmt: skip
+NO_ADAPTER = memory_plan.Adapter(0, ())
 
 
 def make(changes=(), **architecture):
@@ -38,62 +41,77 @@ def shapes(tree):
 
 
 def trained_and_frozen(cfg, config):
-    return memory_plan._model(
-        cfg, config.lora.rank, tuple(config.lora.targets), config.model.param_dtype
-    )
+    adapter = memory_plan.Adapter(config.lora.rank, tuple(config.lora.targets))
+    return memory_plan.model_shapes(cfg, adapter, config.model.param_dtype)
 
 
 def update_bytes(cfg, config) -> int:
     """What the compiler reserves on one of two devices for an update: arguments and temporaries."""
     optimizer = optim.make_optimizer(lambda _: 0.0, 0.0, 1.0, config.model.param_dtype)
     params, frozen = trained_and_frozen(cfg, config)
-    states = gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
+    reward, prompts_kept = gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
+    averaged = config.optim.average > 0
     state = jax.eval_shape(
-        lambda p: gapg.init_state(p, optimizer, *states, config.optim.average > 0), params
+        lambda p: gapg.init_state(p, optimizer, reward, prompts_kept, averaged), params
     )
     body = step.make_step(
-        cfg, optimizer, gapg.GAPG, axis=parallel.AXIS, micro_rows=config.train.micro_rows, lengths=(config.max_new_tokens,),
-        temperature=1.0, chunk=config.train.logprob_chunk, average=config.optim.average,
-    )  # fmt: skip
-    P, G, L, T = (
-        config.prompts_per_step // 2,
-        config.group,
-        config.prompt_length,
-        config.max_new_tokens,
+        cfg,
+        optimizer,
+        gapg.GAPG,
+        axis=parallel.AXIS,
+        micro_rows=config.train.micro_rows,
+        lengths=(config.max_new_tokens,),
+        temperature=1.0,
+        chunk=config.train.logprob_chunk,
+        average=config.optim.average,
     )
-    array = jax.ShapeDtypeStruct
-    prompts, rows, flags = (
-        (P, L),
-        (P, G, T),
-        {n: array((P, G), bool) for n in ("correct", "called", "formatted")},
-    )
+    P, G = config.prompts_per_step // 2, config.group
+    L, T, array = config.prompt_length, config.max_new_tokens, jax.ShapeDtypeStruct
     batch = gapg.Rollout(
-        array(prompts, jnp.int32), array(prompts, bool), array(rows, jnp.int32), array(rows, jnp.float32), array(rows, bool),
-        **flags, cloud_correct=array((P,), bool), cloud_known=array((P,), bool),
-    )  # fmt: skip
+        prompts=array((P, L), jnp.int32),
+        prompt_mask=array((P, L), bool),
+        tokens=array((P, G, T), jnp.int32),
+        logp=array((P, G, T), jnp.float32),
+        mask=array((P, G, T), bool),
+        correct=array((P, G), bool),
+        called=array((P, G), bool),
+        formatted=array((P, G), bool),
+        cloud_correct=array((P,), bool),
+        cloud_known=array((P,), bool),
+    )
     update_step = parallel.pmap(
         lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,)
     )
     lowered = update_step.lower(shapes(state.replace(frozen=frozen)), shapes(batch))
-    found = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
-    return found.temp_size_in_bytes + found.argument_size_in_bytes
+    used = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
+    return used.temp_size_in_bytes + used.argument_size_in_bytes
 
 
 def sampling_bytes(cfg, config) -> int:
-    """Likewise for the last columns of a response, or for the programs that drop the slots of rows
-    that ended.
-    """
-    settings = sampler.Settings(
-        group=config.group, max_new=config.max_new_tokens, temperature=1.0, top_p=1.0, eos_ids=(1,), pad_id=0,
-        marker=sampler.Marker(3, ((3, 3),)), segments=config.decode.segments, slot_counts=config.decode.slot_counts,
+    """Likewise for the last columns of a response, or for the program that drops ended rows."""
+    settings = sampler.SamplerSettings(
+        group=config.group,
+        max_new=config.max_new_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        eos_ids=(1,),
+        pad_id=0,
+        marker=decision.Marker(3, ((3, 3),)),
+        segments=config.decode.segments,
+        slot_counts=config.decode.slot_counts,
         cache_dtype=config.decode.cache_dtype,
-    )  # fmt: skip
+    )
     P, L, array = config.prompts_per_step // 2, config.prompt_length, jax.ShapeDtypeStruct
-    whole = lora.join(*reversed(trained_and_frozen(cfg, config)))
+    trained, frozen = trained_and_frozen(cfg, config)
+    whole = lora.join(frozen, trained)
     keys = jax.eval_shape(lambda: sampler.prompt_keys(0, 0, jnp.arange(P)))
-    inputs = array((P, L), jnp.int32), array((P, L), bool), keys, array((), jnp.float32)
     context, state = jax.eval_shape(
-        lambda p, *rest: sampler.start(p, cfg, *rest, settings), whole, *inputs
+        lambda *inputs: sampler.start(inputs[0], cfg, *inputs[1:], settings),
+        whole,
+        array((P, L), jnp.int32),
+        array((P, L), bool),
+        keys,
+        array((), jnp.float32),
     )
     context = context.replace(
         past=(state.open,) * (-(-(settings.max_new - 1) // settings.columns) - 1)
@@ -158,9 +176,9 @@ def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
     alone, and masks.
     """
     cfg, _ = make({"train.remat": True})
-    block, _ = memory_plan.backward_bytes(cfg, 0, (), 24, 57)
+    block, _ = memory_plan.backward_bytes(cfg, NO_ADAPTER, 24, 57)
     assert 56 * 64 * 4 <= block <= 1.5 * 56 * 64 * 4
-    bare, _ = memory_plan.backward_bytes(make()[0], 0, (), 24, 57)
+    bare, _ = memory_plan.backward_bytes(make()[0], NO_ADAPTER, 24, 57)
     # Five wide arrays of SiLU and its product, and the scores: much more than that lies between.
     assert bare > 5 * 56 * 224 * 4 + 4 * 56 * (24 + 56) * 4
 
@@ -184,18 +202,16 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_wou
 ):
     cfg, config = make()
     need = memory_plan.plan(cfg, config, 2).total
-    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory_plan.check(
+    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory_plan.check_fits(
         cfg, config, 2, need
     )
     with pytest.raises(
         UserError, match=r"GiB on each of 2 devices.*it fits with --config.train.micro_rows=4\n"
     ):
-        memory_plan.check(cfg, config, 2, need - 1)
-    with pytest.raises(
-        UserError, match="nothing that could be changed makes it fit: use a smaller model"
-    ):
-        memory_plan.check(cfg, config, 2, 1000)
-    monkeypatch.setattr(memory, "limit", lambda: 1000.0)
+        memory_plan.check_fits(cfg, config, 2, need - 1)
+    with pytest.raises(UserError, match="no setting makes it fit: use a smaller model"):
+        memory_plan.check_fits(cfg, config, 2, 1000)
+    monkeypatch.setattr(memory_plan, "device_memory", lambda: 1000.0)
     with pytest.raises(UserError, match="GiB"):  # the command line asks
         train.main(small(), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "0").exists()
@@ -205,9 +221,9 @@ def test_what_is_named_fits_and_nothing_milder_does():
     cfg, config = make()
     for have in (0.8, 0.6, 0.45, 0.3):
         have *= memory_plan.plan(cfg, config, 2).total
-        changes = memory_plan.fitting(cfg, config, 2, have)
+        changes = memory_plan.settings_that_fit(cfg, config, 2, have)
         fits = []
-        for other in memory_plan._choices(config, 2):
+        for other in memory_plan.smaller_settings(config, 2):
             fits.append(
                 memory_plan.plan(
                     *memory_plan.changed(cfg, config, other), other.get("devices", 2)
@@ -222,21 +238,18 @@ def test_what_is_named_fits_and_nothing_milder_does():
 def test_half_precision_remat_smaller_chunks_lora_and_more_devices_need_less():
     cfg, config = make()
     plain = memory_plan.plan(cfg, config, 2)
-    less = lambda part, devices=2, **c: (  # noqa: E731
-        sum(
-            getattr(
-                memory_plan.plan(*make({k.replace("__", "."): v for k, v in c.items()}), devices),
-                part,
-            ).values()
-        )
-        < sum(getattr(plain, part).values())
-    )
+
+    def less(part, devices=2, **changes):
+        other = make({key.replace("__", "."): value for key, value in changes.items()})
+        needed = memory_plan.plan(*other, devices)
+        return sum(getattr(needed, part).values()) < sum(getattr(plain, part).values())
+
     assert less("sampling", decode__cache_dtype="bfloat16") and less("sampling", devices=4)
     assert less("update", train__remat=True) and less("update", train__logprob_chunk=8)
     assert less("held", lora__rank=2) and less(
         "held", model__param_dtype="bfloat16", model__dtype="bfloat16"
     )
-    assert memory_plan.limit() > 2**28
+    assert memory_plan.device_memory() > 2**28
 
 
 def test_published_shapes_have_the_sizes_of_their_names():
@@ -255,21 +268,33 @@ def test_published_shapes_have_the_sizes_of_their_names():
     assert found == pytest.approx(want, abs=1e-3)  # but for norms and biases
 
 
+def command(module, *flags):
+    """The process of one of the commands, when it has ended."""
+    line = [sys.executable, "-m", f"collab_jax.{module}", "--config=configs/countdown_tiny.py"]
+    return subprocess.run([*line, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
 def test_the_command_line_plans_for_devices_that_are_not_there():
-    command = [
-        sys.executable,
-        "-m",
-        "collab_jax.memory",
-        "--config",
-        "configs/countdown_tiny.py",
-        "--devices=8",
-    ]
-    run = lambda *more: subprocess.run(
-        [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )  # noqa: E731
-    done = run("--gib=16", "--config.group=64")
+    done = command("memory", "--devices=8", "--gib=16", "--config.group=64")
     assert done.returncode == 0 and "on each of 8 devices" in done.stdout, done.stderr
-    done = run("--gib=0.001")
-    assert done.returncode == 1 and done.stderr.startswith("error: this run needs about"), (
-        done.stderr
+    done = command("memory", "--devices=8", "--gib=0.001")
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: this run needs about"), done.stderr
+
+
+@pytest.mark.parametrize("flag", ["gib", "devices"])
+def test_flags_of_the_plan_are_unknown_to_other_commands(tmp_path, flag):
+    done = command("train", f"--workdir={tmp_path / 'run'}", f"--{flag}=1")
+    assert done.returncode == 1, done.stderr
+    assert f"Unknown command line flag '{flag}'" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_importing_the_command_defines_no_flag():
+    code = (
+        "from absl import flags; before = set(flags.FLAGS); import collab_jax.memory; "
+        "print(sorted(set(flags.FLAGS) - before))"
     )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    new = done.stdout.strip()
+    assert done.returncode == 0 and "'gib'" not in new and "'devices'" not in new, done.stderr

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from collab_jax.models import decoder, hf, sampler
+from collab_jax.models import decision, decoder, hf, sampler
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 KINDS = ("llama", "qwen2", "qwen3", "llama-untied-biases", "qwen2-tied", "qwen3-untied-biases")
@@ -68,9 +68,9 @@ def test_golden_logits_and_greedy_continuation(kind):
 
     tokens, real = left_padded(golden)
     keys = sampler.prompt_keys(0, 0, np.arange(len(tokens)))
-    settings = sampler.Settings(
+    settings = sampler.SamplerSettings(
         group=1, max_new=golden["greedy"].shape[1], temperature=0.0, top_p=1.0, eos_ids=(-1,), pad_id=0,
-        marker=sampler.Marker(0, ((-2,),)), segments=1, slot_counts=1, cache_dtype="float32",
+        marker=decision.Marker(0, ((-2,),)), segments=1, slot_counts=1, cache_dtype="float32",
     )  # fmt: skip
     samples = sampler.sample(params, cfg, tokens, real, keys, settings=settings)
     np.testing.assert_array_equal(samples.tokens[:, 0], golden["greedy"])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from collab_jax.models import decoder, logprobs, sampler
+from collab_jax.models import decision, decoder, logprobs, sampler
+from collab_jax.models.decision import Marker, PlainMarker
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.models.sampler import Marker, PlainMarker, Settings
+from collab_jax.models.sampler import SamplerSettings
 
 # Compiling is most of the time here; this halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -27,19 +28,19 @@ PAD, EOS, OTHER_EOS, DECISION, ANSWER, _, A, B = range(8)
 V, L, T, G = 20, 5, 12, 3
 DISALLOWED = np.float32(-np.inf)
 CFG = DecoderConfig(
-    vocab_size=V, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
-    rope_theta=100.0, norm_eps=1e-5, tied=False,
+    vocab_size=V, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=4, rope_theta=100.0, norm_eps=1e-5, tied=False,
 )  # fmt: skip
 GREEDY = dict(
-    group=1, max_new=T, temperature=0.0, top_p=1.0, eos_ids=(EOS, OTHER_EOS), pad_id=PAD, marker=Marker(DECISION, ((ANSWER,),)),
-    segments=2, slot_counts=2, cache_dtype="float32",
+    group=1, max_new=T, temperature=0.0, top_p=1.0, eos_ids=(EOS, OTHER_EOS), pad_id=PAD,
+    marker=Marker(DECISION, ((ANSWER,),)), segments=2, slot_counts=2, cache_dtype="float32",
 )  # fmt: skip
 SAMPLED = {**GREEDY, "group": G, "temperature": 0.8}
 
 
 def run(params, cfg, prompts, real, keys, beta=0.0, **settings):
     return sampler.sample(
-        params, cfg, prompts, real, keys, beta, settings=Settings(**settings), wrap=wrap
+        params, cfg, prompts, real, keys, beta, settings=SamplerSettings(**settings), wrap=wrap
     )
 
 
@@ -113,8 +114,8 @@ def opened_before(samples):
 
 # A decoder with nothing but the last token: logits after token i are row i of a table.
 CHAIN = DecoderConfig(
-    vocab_size=16, hidden_size=16, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
-    rope_theta=100.0, norm_eps=0.0, tied=False,
+    vocab_size=16, hidden_size=16, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1,
+    head_dim=2, rope_theta=100.0, norm_eps=0.0, tied=False,
 )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def walk(**steps):
     return table
 
 
-# ---------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------ what is drawn
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.5, float(DISALLOWED)])
@@ -281,14 +282,14 @@ def test_first_token_frequencies_of_a_nucleus():
 def test_nucleus_by_hand():
     p = np.array([[0.15, 0.5, 0.05, 0.3]])
     logits = jnp.log(p) + 7
-    kept = lambda top_p: np.flatnonzero(np.isfinite(sampler.nucleus(logits, top_p)[0])).tolist()  # noqa: E731
+    kept = lambda top_p: np.flatnonzero(np.isfinite(decision.nucleus(logits, top_p)[0])).tolist()  # noqa: E731
     assert kept(0.45) == [1]
     assert kept(0.6) == kept(0.79) == [1, 3]
     assert kept(0.81) == kept(0.94) == [0, 1, 3]
     assert kept(0.96) == [0, 1, 2, 3]
     assert kept(1e-9) == kept(0.0) == [1]  # the best always stays
     np.testing.assert_array_equal(
-        sampler.nucleus(logits, 0.6)[0, jnp.array([1, 3])], logits[0, jnp.array([1, 3])]
+        decision.nucleus(logits, 0.6)[0, jnp.array([1, 3])], logits[0, jnp.array([1, 3])]
     )
 
 
@@ -296,13 +297,13 @@ def test_nucleus_with_disallowed_tokens_and_large_logits():
     logits = jnp.array(
         [[-jnp.inf, 80.0, 79.0, -1e30, -jnp.inf], [1e4, 0.0, -1e4, -jnp.inf, 9999.0]]
     )
-    kept = np.isfinite(sampler.nucleus(logits, 0.9))
+    kept = np.isfinite(decision.nucleus(logits, 0.9))
     np.testing.assert_array_equal(
         kept, [[False, True, True, False, False], [True, False, False, False, True]]
     )
 
 
-# ---------------------------------------------------------------- when it ends
+# ------------------------------------------------------------------------------------- when it ends
 
 
 def recording(ran):
@@ -339,17 +340,24 @@ CLOCK = dict(_8=9, _9=10, _10=EOS)  # from 8: over after three tokens
     ids=["cut off", "over"],
 )
 def test_columns_end_with_the_last_row_and_slots_with_most_rows(long, last):
-    """Of 32 rows, 28 are over after three tokens, so a quarter of the slots holds the other four."""
+    """Of 32 rows, 28 are over after three tokens: a quarter of the slots holds the other four."""
     tokens = np.array([8] * 13 + [5] * 4 + [8] * 15, np.int32)[:, None]
-    settings = Settings(**{**CHAIN_SETTINGS, "slot_counts": 3})
+    settings = SamplerSettings(**{**CHAIN_SETTINGS, "slot_counts": 3})
     ran, reported = [], []
-    one = sampler.Sampler(
-        CHAIN, settings, lambda p, *a: sampler.start(p, CHAIN, *a, settings), recording(ran)
-    )
+    begin = lambda params, *inputs: sampler.start(params, CHAIN, *inputs, settings)  # noqa: E731
+    one = sampler.Sampler(CHAIN, settings, begin, recording(ran))
+
+    def finished(tokens, mask, ended, now):
+        reported.append((now[:, 0], mask[:, 0].sum(-1), ended[:, 0]))
+
     samples = one(
-        chain_params(walk(**CLOCK, **long)), tokens, tokens >= 0, keys(32), bias=np.float32(0),
-        finished=lambda tokens, mask, ended, now: reported.append((now[:, 0], mask[:, 0].sum(-1), ended[:, 0])),
-    )  # fmt: skip
+        chain_params(walk(**CLOCK, **long)),
+        tokens,
+        tokens >= 0,
+        keys(32),
+        bias=np.float32(0),
+        finished=finished,
+    )
     length = np.where(tokens[:, 0] == 5, 6 if last == 7 else T, 3)
     np.testing.assert_array_equal(np.asarray(samples.mask[:, 0]).sum(-1), length)
     np.testing.assert_array_equal(samples.ended[:, 0], length < T)
@@ -401,7 +409,7 @@ def test_pad_that_is_also_an_eos():
     assert samples.mask.sum(-1).tolist() == [2, 1] and samples.ended.all()
 
 
-# ---------------------------------------------------------------- the marker and its margins
+# ----------------------------------------------------------------------- the marker and its margins
 
 
 def test_disallowed_marker_is_never_written_at_a_decision_state():
@@ -482,26 +490,26 @@ def test_call_at():
         [[-3.0, -1.0, -2.0, -np.inf], [-np.inf] * 4, [-5.0, -9.0, -4.0, -0.5]], np.float32
     )
     for array in (margins, jnp.asarray(margins)):
-        assert sampler.call_at(array, 0.0).tolist() == [-1, -1, -1]
-        assert sampler.call_at(array, 1.0).tolist() == [
+        assert decision.call_at(array, 0.0).tolist() == [-1, -1, -1]
+        assert decision.call_at(array, 1.0).tolist() == [
             -1,
             -1,
             3,
         ]  # a margin of exactly -beta does not call
-        assert sampler.call_at(array, 2.5).tolist() == [1, -1, 3]
-        assert sampler.call_at(array, 4.5).tolist() == [0, -1, 2]
-        assert sampler.call_at(array, np.inf).tolist() == [0, -1, 0]
-        assert sampler.call_at(array, -np.inf).tolist() == [-1, -1, -1]
+        assert decision.call_at(array, 2.5).tolist() == [1, -1, 3]
+        assert decision.call_at(array, 4.5).tolist() == [0, -1, 2]
+        assert decision.call_at(array, np.inf).tolist() == [0, -1, 0]
+        assert decision.call_at(array, -np.inf).tolist() == [-1, -1, -1]
 
 
-# ---------------------------------------------------------------- the frontier
+# ------------------------------------------------------------------------------------- the frontier
 
 
 def check_frontier(base, decoded, beta):
     """What the disallowed pass says of every row at `beta` is what decoding with it does. Returns
     the calls, bool[P].
     """
-    crossing = sampler.call_at(base.margins, beta)
+    crossing = decision.call_at(base.margins, beta)
     at_decision = (decoded.tokens == DECISION) & decoded.mask & ~opened_before(decoded)
     called = at_decision.any(-1)
     np.testing.assert_array_equal(called, crossing >= 0)
@@ -523,7 +531,7 @@ def test_one_disallowed_pass_holds_the_decision_at_every_bias():
     shares, crossings = [], set()
     for beta in [0.0, 1e9, -1e9, *(-between).tolist()]:
         shares.append(check_frontier(base, greedy(beta), beta).mean())
-        crossings |= set(sampler.call_at(base.margins, beta).tolist())
+        crossings |= set(decision.call_at(base.margins, beta).tolist())
     assert {0.0, 1.0} < set(shares) and len(
         set(shares)
     ) >= 4  # nobody, everybody, and some shares between
@@ -550,7 +558,7 @@ def test_a_tie_does_not_call_whichever_token_comes_first():
     table[:, 9] = 8.0
     base = chain_run(table, [5], DISALLOWED)
     beta = -base.margins[0, 0]
-    assert sampler.call_at(base.margins, beta).tolist() == [-1]
+    assert decision.call_at(base.margins, beta).tolist() == [-1]
     assert (chain_run(table, [5], beta).tokens == 9).all()
 
 
@@ -558,13 +566,13 @@ def test_call_at_holds_the_bias_as_the_device_does():
     """0.7 as float64 is above float32's 0.7, which is what the device adds."""
     margins = np.array([[-0.7]], np.float32)
     assert (
-        sampler.call_at(margins, 0.7).tolist()
-        == sampler.call_at(margins, np.float64(0.7)).tolist()
+        decision.call_at(margins, 0.7).tolist()
+        == decision.call_at(margins, np.float64(0.7)).tolist()
         == [-1]
     )
 
 
-# ---------------------------------------------------------------- a marker in plain text
+# --------------------------------------------------------------------------- a marker in plain text
 
 STEMS, AFTER = (8, 9, 10, A, 12), (B, 13, 14, 15)
 PLAIN = Marker(None, ((ANSWER,),), PlainMarker(anywhere=(DECISION,), stems=STEMS, after=AFTER))
@@ -605,7 +613,7 @@ def test_one_disallowed_pass_holds_the_plain_decision_at_every_bias():
     steps = np.unique(base.margins[np.isfinite(base.margins)])
     called_after, shares = set(), set()
     for beta in [0.0, 1e9, *(-steps[:: len(steps) // 6] + 1e-4).tolist()]:
-        decoded, crossing = plain(beta), np.asarray(sampler.call_at(base.margins, beta))
+        decoded, crossing = plain(beta), np.asarray(decision.call_at(base.margins, beta))
         table = (
             np.take_along_axis(deciding(decoded), decoded.tokens[..., None], -1)[..., 0]
             & decoded.mask
@@ -638,12 +646,12 @@ def test_plain_marker_without_a_token_that_decides_at_once():
         np.testing.assert_allclose(samples.margins[0, 0, :3], [-np.inf, 4.0 - 10.0, -np.inf])
 
 
-# ---------------------------------------------------------------- other machines
+# ----------------------------------------------------------------------------------- other machines
 
 
 @pytest.mark.parametrize("settings", [GREEDY, {**SAMPLED, "top_p": 0.9}], ids=["greedy", "sampled"])
 def test_lowers_for_tpu_and_cuda(settings):
-    s = Settings(**settings)
+    s = SamplerSettings(**settings)
 
     def program(params, tokens, real, step, beta):
         keys = sampler.prompt_keys(0, step, jnp.arange(8))

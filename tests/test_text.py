@@ -20,7 +20,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collab_jax.models import text as text_lib
-from collab_jax.models.sampler import PlainMarker
+from collab_jax.models.decision import PlainMarker
 from collab_jax.tasks import base
 
 MARKER = "<unknown> I need external assistance </unknown>"

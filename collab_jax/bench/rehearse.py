@@ -142,7 +142,7 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         name, config = config.model.path, config.copy_and_resolve_references()
         architecture = architecture_of(config, layers)
         cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
-        plan = memory_plan.check_here(cfg, config)
+        plan = memory_plan.check_fits_here(cfg, config)
         made = make_folder(config, architecture, folder / "model")
         config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
         run = experiment.prepare(config, folder / "run")

@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.bench import measure
 from collab_jax.models import decoder, hf, sampler
+from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.models.sampler import Marker, Sampler, Settings
+from collab_jax.models.sampler import Sampler, SamplerSettings
 from collab_jax.rl import algorithms, experiment, optim, rollout, step, training
 from collab_jax.runtime import parallel
 
@@ -160,7 +161,7 @@ class Decode:
         self, load: Load, cfg: DecoderConfig, params: Params, segments: int, slot_counts: int
     ):
         self._load, self._cfg, self._params, self._seed = load, cfg, params, 0
-        settings = Settings(
+        settings = SamplerSettings(
             group=load.group,
             max_new=load.max_new,
             temperature=1.0,

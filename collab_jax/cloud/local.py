@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from collab_jax.cloud.protocol import CloudError, Failure, Reply
 from collab_jax.models import hf, sampler
+from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.text import Messages
 
@@ -114,7 +115,7 @@ class LocalCloud:
                 "instruct model"
             )
         pad_id = tokenizer.pad_token_id
-        settings = sampler.Settings(
+        settings = sampler.SamplerSettings(
             group=1,
             max_new=self.sampling["max_tokens"],
             temperature=self.sampling["temperature"],
@@ -122,7 +123,7 @@ class LocalCloud:
             eos_ids=end_ids(self.folder, tokenizer.eos_token_id),
             pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
             # Tokens that do not exist: a cloud has nobody to call.
-            marker=sampler.Marker(-1, ((-2,),)),
+            marker=Marker(-1, ((-2,),)),
             segments=2,
             slot_counts=3,
             cache_dtype=dtype,

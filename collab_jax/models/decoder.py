@@ -1,10 +1,9 @@
-"""The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward` with an explicit KV cache, in
-segments.
+"""The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward`, with an explicit KV cache.
 
-Linen declares names and shapes only; callers see functions of (params, cfg, ...). Submodule names
-mirror Hugging Face's (`layers_3/self_attn/q_proj/kernel`), so that import and export are one rename
-rule (`hf.py`). The three families differ in three switches of `DecoderConfig`: `qkv_bias`
-(Qwen2.5), `qk_norm` (Qwen3) and `rope_scaling` (Llama 3.x).
+The cache comes in segments. Linen declares names and shapes only; callers see functions of (params,
+cfg, ...). Submodule names mirror Hugging Face's (`layers_3/self_attn/q_proj/kernel`), so that
+import and export are one rename rule (`hf.py`). The three families differ in three switches of
+`DecoderConfig`: `qkv_bias` (Qwen2.5), `qk_norm` (Qwen3) and `rope_scaling` (Llama 3.x).
 
 Axis letters are those of `gapg.py`: B rows, S columns of the cache, t new columns of one call, N
 query heads, K kv heads, H head, E width, V vocabulary.
@@ -13,7 +12,7 @@ query heads, K kv heads, H head, E width, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -25,7 +24,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling, as `rope_type: llama3` of config.json."""
+    """Llama 3's scaling of the frequencies: `rope_type: llama3` in config.json."""
 
     factor: float
     low_freq_factor: float
@@ -35,7 +34,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and constants of a decoder; hashable, so it is a static argument of jitted functions."""
+    """Shape and constants of a decoder; hashable, to be a static argument of jitted functions.
+
+    dtype is that of the computation and the cache; params keep the type they come in. lora_scale =
+    alpha / rank multiplies the product of an adapter's matrices, where params have them (lora.py).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -54,25 +57,24 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     initializer_range: float = 0.02
     remat: bool = False  # recompute each block in the backward pass
-    dtype: str = "float32"  # of the computation and the cache; params keep the dtype they come in
-    lora_scale: float = 1.0  # alpha / rank, of the product of the adapter's matrices where params have them (lora.py)
+    dtype: str = "float32"
+    lora_scale: float = 1.0
 
 
-@flax.struct.dataclass
-class Segment:
-    """Keys and values of some columns, one pair a layer. Keys lie with their columns last: both
-    products of one query with a cache then run along memory (three times as fast on a CPU).
+class Segment(flax.struct.PyTreeNode):
+    """Keys and values of some columns, one pair for each layer.
 
-    k: [R, K, H, S]; v: [R, K, S, H]. R divides the rows B of whatever attends to it: row r serves
-    the B / R rows from r * B / R on, so that a group holds its prompt once.
+    R divides the rows B of whatever attends to the segment: row r serves the B / R rows from
+    r * B / R on, so that a group holds its prompt once. Keys lie with their columns last: then both
+    products of one query with a cache run along memory (three times as fast on a CPU).
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[jax.Array, ...]  # [R, K, H, S]
+    v: tuple[jax.Array, ...]  # [R, K, S, H]
 
 
 def empty_segment(cfg: DecoderConfig, rows: int, columns: int, dtype: str) -> Segment:
-    """Zeros for `rows` = R and `columns` = S."""
+    """A segment of zeros for `rows` = R and `columns` = S."""
     R, K, H = rows, cfg.num_kv_heads, cfg.head_dim
     return Segment(
         k=tuple(jnp.zeros((R, K, H, columns), dtype) for _ in range(cfg.num_layers)),
@@ -81,14 +83,15 @@ def empty_segment(cfg: DecoderConfig, rows: int, columns: int, dtype: str) -> Se
 
 
 def take_rows(segment: Segment, index: jax.Array, rows: int) -> Segment:
-    """The rows that serve rows `index` i32[n] of B = `rows`: [R, ...] -> [n, ...]."""
+    """The segment's rows that serve rows `index` i32[n] of B = `rows`: [R, ...] -> [n, ...]."""
     shared = rows // segment.k[0].shape[0]
     return jax.tree.map(lambda x: x[index // shared], segment)
 
 
 def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
-    """Inverse wavelengths f32[H/2] in radians per position, Llama-3 scaling applied (Llama 3.1
-    report; transformers' `llama3`).
+    """Inverse wavelengths f32[H/2] in radians per position, with Llama 3's scaling applied.
+
+    (Llama 3.1 report; transformers' `llama3`.)
     """
     freq = cfg.rope_theta ** (-jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
     scaling = cfg.rope_scaling
@@ -97,15 +100,15 @@ def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
     wavelength = 2 * jnp.pi / freq
     context = scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = jnp.clip(
-        (context / wavelength - low) / (high - low), 0.0, 1.0
-    )  # 0: long waves, scaled; 1: short, kept
+    # 0: long waves, which are scaled; 1: short ones, which are kept.
+    smooth = jnp.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
     return freq * (smooth + (1 - smooth) / scaling.factor)
 
 
 def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Rotates x [B, t, heads, H] by sin, cos f32[B, t, 1, 1, H/2]; the two halves of H are the
-    pairs (Hugging Face's layout).
+    """x [B, t, heads, H] rotated by the angles of sin, cos f32[B, t, 1, 1, H/2].
+
+    The two halves of H are the pairs (Hugging Face's layout).
     """
     halves = x.reshape(*x.shape[:-1], 2, -1).astype(jnp.float32)
     signed = jnp.concatenate([-sin, sin], axis=-2)
@@ -115,11 +118,13 @@ def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
+    """x [..., E] divided by the root of its mean square, times `scale`."""
+
     eps: float
     dtype: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
@@ -132,11 +137,14 @@ def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _project_backward(saved, dy):
+def _project_backward(
+    saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients by x and by the kernel, from dy [..., O]."""
     x, kernel = saved
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     # The kernel's gradient needs one of the two transposed in memory. XLA's CPU compiler fuses what
-    # made that operand into the strided copy; left to itself it picks the wide one (the MLP's),
+    # made that operand into the strided copy; left to itself it picks the wide one (in the MLP),
     # which cost a sixth of an update.
     if rows.shape[1] <= drows.shape[1]:
         dkernel = rows.T @ drows
@@ -149,12 +157,14 @@ _project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_b
 
 
 class Dense(nn.Module):
+    """x [..., I] projected to `features`; with an adapter, the product of its matrices is added."""
+
     cfg: DecoderConfig
     features: int
     bias: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         init, dtype = nn.initializers.normal(self.cfg.initializer_range), self.cfg.dtype
         y = _project(x, self.param("kernel", init, (x.shape[-1], self.features)).astype(dtype))
         if self.has_variable("params", "lora_a"):
@@ -168,16 +178,15 @@ class Dense(nn.Module):
 
 
 def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Softmax attention of q [B, t, K, n, H], n query heads to each kv head, over all columns of
-    `pieces` -> [B, t, K, n, H].
+    """Softmax attention of q [B, t, K, n, H] over all columns of `pieces` -> [B, t, K, n, H].
 
-    A piece is (k [R, K, H, S], v [R, K, S, H], mask bool[B, t, S]), of one segment. Query heads
-    that share a kv head, and rows that share a segment's row, become rows of one product: nothing
-    is copied for them.
+    There are n query heads to each kv head. A piece is (k [R, K, H, S], v [R, K, S, H], mask
+    bool[B, t, S]) of one segment. Query heads that share a kv head, and rows that share a segment's
+    row, become rows of one product: nothing is copied for them.
     """
     B, t, K, n, H = q.shape
 
-    def scores(k, mask):
+    def scores(k: jax.Array, mask: jax.Array) -> jax.Array:
         """f32[R, K, g, n, t, S], for the g = B / R rows of each row of the segment."""
         R, _, _, S = k.shape
         rows = q.reshape(R, B // R, t, K, n, H).transpose(0, 3, 1, 4, 2, 5).reshape(R, K, -1, H)
@@ -190,7 +199,7 @@ def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array
         )
         return jnp.where(mask, s, jnp.finfo(jnp.float32).min)
 
-    def by_row(x):
+    def by_row(x: jax.Array) -> jax.Array:
         """[R, K, g, n, t, ...] -> [B, K, n, t, ...]."""
         R, _, g = x.shape[:3]
         return jnp.moveaxis(x, 2, 1).reshape(R * g, K, n, *x.shape[4:])
@@ -198,7 +207,8 @@ def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array
     all_scores = [scores(k, mask) for k, _, mask in pieces]
     best = functools.reduce(jnp.maximum, (by_row(s.max(-1)) for s in all_scores))  # [B, K, n, t]
     best = jax.lax.stop_gradient(best)
-    total, y = 0.0, 0.0
+    total: Any = 0.0
+    y: Any = 0.0
     for s, (_, v, _) in zip(all_scores, pieces, strict=True):
         R, _, g = s.shape[:3]
         w = jnp.exp(s - jnp.moveaxis(best.reshape(R, g, K, n, t), 1, 2)[..., None])
@@ -211,14 +221,28 @@ def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array
     return y.transpose(0, 3, 1, 2, 4)
 
 
+KV = tuple[jax.Array, jax.Array]  # keys and values of one layer, of one segment
+
+
 class Attention(nn.Module):
+    """Self-attention of one layer."""
+
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, rope, mask, past, open, index):
-        """x [B, t, E], rope (sin, cos), mask bool[B, t, S]; past: a (k, v) of this layer for each
-        segment; open: one more, in which t columns are written at `index`, or None -> [B, t, E],
-        (k, v): `open` after that, or the t columns.
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        past: Sequence[KV],
+        open: KV | None,
+        index: int | jax.Array,
+    ) -> tuple[jax.Array, KV]:
+        """What x [B, t, E] attends to, [B, t, E], and the keys and values of its t columns.
+
+        rope is (sin, cos), mask bool[B, t, S]; past has the keys and values of each segment. With
+        `open`, one more segment, the t columns are written to it at `index`, and it is returned.
         """
         cfg = self.cfg
         B, t, _ = x.shape
@@ -243,10 +267,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The gated feed-forward part of a layer, [..., E] -> [..., E]."""
+
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.cfg
         gate = Dense(cfg, cfg.intermediate_size, cfg.mlp_bias, name="gate_proj")(x)
         up = Dense(cfg, cfg.intermediate_size, cfg.mlp_bias, name="up_proj")(x)
@@ -254,22 +280,43 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer; arguments and results are those of `Attention`."""
+
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, *context):
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        past: Sequence[KV],
+        open: KV | None,
+        index: int | jax.Array,
+    ) -> tuple[jax.Array, KV]:
         norm = functools.partial(RMSNorm, self.cfg.norm_eps, self.cfg.dtype)
-        y, kv = Attention(self.cfg, name="self_attn")(norm(name="input_layernorm")(x), *context)
+        attention = Attention(self.cfg, name="self_attn")
+        y, kv = attention(norm(name="input_layernorm")(x), rope, mask, past, open, index)
         x = x + y
         x = x + MLP(self.cfg, name="mlp")(norm(name="post_attention_layernorm")(x))
         return x, kv
 
 
 class Decoder(nn.Module):
+    """The whole decoder without its head; see `forward`."""
+
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, past, open, index):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        past: tuple[Segment, ...],
+        open: Segment | None,
+        index: int | jax.Array,
+    ) -> tuple[jax.Array, Segment]:
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
         x = nn.Embed(
@@ -279,16 +326,16 @@ class Decoder(nn.Module):
             embedding_init=init,
             name="embed_tokens",
         )(tokens)
-        angle = positions[:, :, None, None, None].astype(jnp.float32) * rope_frequencies(
-            cfg
-        )  # [B, t, 1, 1, H/2]
+        angle = positions[:, :, None, None, None].astype(jnp.float32)
+        angle = angle * rope_frequencies(cfg)  # [B, t, 1, 1, H/2]
         rope = jnp.sin(angle), jnp.cos(angle)
         block = nn.remat(Block) if cfg.remat else Block
         kv = []
         for i in range(cfg.num_layers):
-            layer = [(segment.k[i], segment.v[i]) for segment in past]
-            mine = None if open is None else (open.k[i], open.v[i])
-            x, layer_kv = block(cfg, name=f"layers_{i}")(x, rope, mask, layer, mine, index)
+            layer_past = [(segment.k[i], segment.v[i]) for segment in past]
+            layer_open = None if open is None else (open.k[i], open.v[i])
+            layer = block(cfg, name=f"layers_{i}")
+            x, layer_kv = layer(x, rope, mask, layer_past, layer_open, index)
             kv.append(layer_kv)
         x = RMSNorm(cfg.norm_eps, cfg.dtype, name="norm")(x)
         if self.is_initializing() and not cfg.tied:
@@ -302,7 +349,8 @@ class Decoder(nn.Module):
 def init(cfg: DecoderConfig, key: jax.Array) -> Params:
     """Random f32 parameters, normal with standard deviation `cfg.initializer_range`."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, one, one, jnp.ones((1, 1, 1), bool), (), None, 0)["params"]
+    variables = Decoder(cfg).init(key, one, one, jnp.ones((1, 1, 1), bool), (), None, 0)
+    return cast(Params, variables["params"])
 
 
 def forward(
@@ -315,24 +363,25 @@ def forward(
     open: Segment | None = None,
     index: int | jax.Array = 0,
 ) -> tuple[jax.Array, Segment]:
-    """Final hidden states of `tokens`, and the segment with their keys and values.
+    """(hidden [B, t, E] of `tokens` after the last norm, the segment with their keys and values).
 
     tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]), which columns each token sees:
-    those of `past`, in order, then those of `open`, where this call writes columns index .. index +
-    t - 1, or else these t themselves. Returns hidden [B, t, E] after the last norm, and `open` so
-    written, or a segment of the t columns.
+    those of `past`, in order, then those of `open`, to whose columns index .. index + t - 1 this
+    call writes; without `open`, these t themselves. The segment is `open` after that, or one of the
+    t columns.
     """
-    return Decoder(cfg).apply({"params": params}, tokens, positions, mask, past, open, index)
+    out = Decoder(cfg).apply({"params": params}, tokens, positions, mask, past, open, index)
+    return cast(tuple[jax.Array, Segment], out)
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """f32[..., V] from hidden [..., E]."""
+    """Logits f32[..., V] from hidden [..., E]."""
     head = params["embed_tokens"]["embedding"].T if cfg.tied else params["lm_head"]["kernel"]
     return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def causal_mask(real: jax.Array) -> jax.Array:
-    """bool[B, S, S] from real bool[B, S]: each column sees itself and the real columns before it."""
+    """bool[B, S, S] from real bool[B, S]: a column sees itself and the real columns before it."""
     S = real.shape[1]
     return jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :] | jnp.eye(S, dtype=bool)
 
@@ -345,8 +394,9 @@ def positions_of(real: jax.Array) -> jax.Array:
 def prefill(
     params: Params, cfg: DecoderConfig, prompts: jax.Array, prompt_mask: jax.Array
 ) -> tuple[jax.Array, Segment]:
-    """(hidden state of each prompt's last token [P, E], its segment) of prompts i32[P, L] padded on
-    the left.
+    """(hidden state of each prompt's last token [P, E], segment of the prompts).
+
+    prompts i32[P, L] are padded on the left, where prompt_mask bool[P, L] is False.
     """
     hidden, segment = forward(
         params, cfg, prompts, positions_of(prompt_mask), causal_mask(prompt_mask)

@@ -18,18 +18,16 @@ def token_logprobs(
     chunk: int,
     barred: jax.Array | None = None,
 ) -> jax.Array:
-    """log p(target) f32[B, T] from hidden [B, T, E], `chunk` columns at a time.
+    """log p(target) f32[B, T] of targets i32[B, T], from hidden [B, T, E].
 
-    barred: i32[B, T], a token that was disallowed there, or -1; None: none was.
-
-    Where there are several chunks they are rematerialised in the backward pass, so that at most [B,
-    chunk, V] logits exist.
+    It is computed `chunk` columns at a time. Several chunks are computed again in the backward
+    pass, so that at most [B, chunk, V] logits exist. barred i32[B, T]: the token that was
+    disallowed at each place, or -1; None where nothing was.
     """
 
-    def one(hidden, targets, barred):
-        rows = hidden.reshape(
-            -1, hidden.shape[-1]
-        )  # XLA's CPU compiler takes half as long again for [B, chunk, V]
+    def one(hidden: jax.Array, targets: jax.Array, barred: jax.Array | None) -> jax.Array:
+        # In rows, since XLA's CPU compiler takes half as long again for [B, chunk, V].
+        rows = hidden.reshape(-1, hidden.shape[-1])
         scaled = decoder.logits(params, cfg, rows) / temperature
         if barred is not None:
             scaled = jnp.where(
@@ -41,8 +39,11 @@ def token_logprobs(
     T = targets.shape[1]
     if T > chunk:
         one = jax.checkpoint(one)
-    cut = lambda x, i: None if x is None else x[:, i : i + chunk]  # noqa: E731
-    parts = [one(cut(hidden, i), cut(targets, i), cut(barred, i)) for i in range(0, T, chunk)]
+    parts = []
+    for i in range(0, T, chunk):
+        columns = slice(i, i + chunk)
+        cut = None if barred is None else barred[:, columns]
+        parts.append(one(hidden[:, columns], targets[:, columns], cut))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -54,12 +55,11 @@ def continued_hidden(
     prompt_mask: jax.Array,
     responses: jax.Array,
 ) -> jax.Array:
-    """Hidden states [B, T, E] that predict the tokens of responses i32[B, T]: before each of them,
-    after the one before.
+    """The hidden states [B, T, E] that predict the tokens of responses i32[B, T].
 
     last [P, E], prompt and prompt_mask bool[P, L] are of P prompts that `prefill` has computed,
     each with B / P responses that lie together. Padding after a response changes nothing before it,
-    so no mask is needed; there, the result is anything.
+    so no mask is needed; the result there has no meaning.
     """
     B, T = responses.shape
     repeat = functools.partial(jnp.repeat, repeats=B // prompt_mask.shape[0], axis=0)
@@ -86,8 +86,9 @@ def continued_logprobs(
     chunk: int,
     barred: jax.Array | None = None,
 ) -> jax.Array:
-    """log pi(token | what came before) f32[B, T] of responses i32[B, T]: `continued_hidden`, then
-    `token_logprobs`.
+    """log pi(token | what came before) f32[B, T] of responses i32[B, T] to prefilled prompts.
+
+    The arguments are those of `continued_hidden` and of `token_logprobs`.
     """
     hidden = continued_hidden(params, cfg, last, prompt, prompt_mask, responses)
     return token_logprobs(params, cfg, hidden, responses, temperature, chunk, barred)
@@ -102,8 +103,10 @@ def response_logprobs(
     temperature: float,
     chunk: int,
 ) -> jax.Array:
-    """`continued_logprobs`, f32[B, T], from prompts i32[P, L] padded on the left and their mask
-    bool[P, L].
+    """log pi(token | what came before) f32[B, T] of responses i32[B, T] to prompts i32[P, L].
+
+    The prompts are padded on the left, where prompt_mask bool[P, L] is False; each has B / P
+    responses that lie together.
     """
     last, prompt = decoder.prefill(params, cfg, prompts, prompt_mask)
     return continued_logprobs(params, cfg, last, prompt, prompt_mask, responses, temperature, chunk)

@@ -1,16 +1,18 @@
-"""What the method is compared with, behind `gapg.py`'s signatures: plain functions, named by the
-keys of `config.algorithm`.
+"""What the method is compared with: plain functions with the signatures of `gapg.py`'s.
 
-    Task-Tuning Only                      reward=task          advantage=grpo  filter=none
-    Collaboration-Aware Tuning (paper)    reward=hierarchical  advantage=grpo  filter=none  (or advantage=dr_grpo)
-    GAPG (paper)                          reward=hierarchical  advantage=gapg  filter=d1d2
-    DA-GRPO (arXiv 2602.00166)            reward=hierarchical  advantage=grpo  filter=none  control=lagrangian
+`config.algorithm` names them, each by a key of `PARTS`:
 
-Our own parts: `standard`, GRPO's advantage without its mean over tokens; `solo`, responses of a
-group that may not call and are measured against each other alone (`by_kind`).
+    Task-Tuning Only           reward=task          advantage=grpo  filter=none
+    Collaboration-Aware        reward=hierarchical  advantage=grpo  filter=none
+    Tuning (paper)               (or advantage=dr_grpo)
+    GAPG (paper)               reward=hierarchical  advantage=gapg  filter=d1d2
+    DA-GRPO (2602.00166)       reward=hierarchical  advantage=grpo  filter=none  control=lagrangian
 
-With one update for each fresh batch the probability ratio of GRPO and Dr. GRPO is 1 and its clip
-idle; a KL term is left out.
+Our own are `standard`, GRPO's advantage without its mean over tokens, and `solo`: responses of a
+group that may not call, and that are compared with each other alone (`by_kind`).
+
+With one update for each fresh batch the probability ratio of GRPO and Dr. GRPO is 1, and its clip
+never acts; a KL term is left out.
 """
 
 from collections.abc import Callable
@@ -20,9 +22,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from collab_jax import gapg
-from collab_jax.gapg import Algorithm, FilterState, RewardState
+from collab_jax.gapg import Advantage, Algorithm, Control, FilterState, RewardState
 
-# --------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 
 def task_reward(
@@ -32,60 +34,57 @@ def task_reward(
     formatted: jax.Array,
     cloud_correct: jax.Array,
 ) -> tuple[jax.Array, RewardState]:
-    """`gapg.reward` as if the cloud were never right: r f32[Q, G], and a call earns nothing."""
+    """r f32[Q, G]: `gapg.reward` as if the cloud were never right, so that a call earns nothing."""
     return gapg.reward(state, correct, called, formatted, jnp.zeros_like(cloud_correct))
 
 
-# ------------------------------------------------------------------------------------------------ advantage
+# ---------------------------------------------------------------------------------------- advantage
 
 
 def grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
-    """GRPO's (arXiv 2402.03300) f32[Q, G]: (r_i - mean) / (std + 1e-6) over the group, each
-    response by its tokens' mean.
+    """GRPO's advantage f32[Q, G] (arXiv 2402.03300): (r_i - mean) / (std + 1e-6) over the group.
 
-    r f32[Q, G], mask bool[Q, G, T].
+    Each response counts by the mean over its tokens. r f32[Q, G], mask bool[Q, G, T].
     """
     return standard_advantage(r, mask) / jnp.maximum(mask.sum(axis=2), 1)
 
 
-def standard_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
+def standard_advantage(r: jax.Array, mask: jax.Array | None) -> jax.Array:
     """(r_i - mean) / (std + 1e-6) over the group, f32[Q, G]: GRPO's without its mean over tokens.
 
-    r f32[Q, G]; the mask does not matter. A group that earned the same all over has none, whatever
-    rounding makes of its mean.
+    r f32[Q, G]; the mask does not matter. A group of equal rewards gives exactly 0, whatever
+    rounding makes of their mean.
     """
     del mask
     A = (r - r.mean(axis=1, keepdims=True)) / (r.std(axis=1, keepdims=True) + 1e-6)
     return jnp.where((r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A)
 
 
-def by_kind(advantage: Callable, solo: int) -> Callable:
-    """`advantage` among the responses that may call, GAPG's among the first `solo` of each group,
-    which may not.
+def by_kind(advantage: Advantage, solo: int) -> Advantage:
+    """`advantage` among the responses that may call; GAPG's among the first `solo`, which may not.
 
-    So the ones learn when to call and the others to solve, as task tuning does; neither is measured
-    against the other.
+    So the ones learn when to call and the others learn to solve, as in task tuning; neither kind is
+    compared with the other. With solo = 0 it is `advantage` itself.
     """
 
     def both(r: jax.Array, mask: jax.Array) -> jax.Array:
-        own = gapg.advantage(r[:, :solo], mask[:, :solo])
-        return jnp.concatenate([own, advantage(r[:, solo:], mask[:, solo:])], axis=1)
+        alone = gapg.advantage(r[:, :solo], mask[:, :solo])
+        return jnp.concatenate([alone, advantage(r[:, solo:], mask[:, solo:])], axis=1)
 
     return both if solo else advantage
 
 
 def dr_grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
-    """Dr. GRPO's (arXiv 2503.20783) f32[Q, G]: (r_i - mean) / T, tokens summed and divided by the
-    limit T.
+    """Dr. GRPO's advantage f32[Q, G] (arXiv 2503.20783): (r_i - mean) / T; tokens are summed.
 
-    r f32[Q, G], mask bool[Q, G, T]. So it is `gapg.advantage` times (G - 1) / (G T): the same
-    direction.
+    r f32[Q, G], mask bool[Q, G, T]. It is `gapg.advantage` times (G - 1) / (G T), so it has the
+    same direction.
     """
     G = r.shape[1]
     return gapg.advantage(r, mask) * ((G - 1) / (G * mask.shape[2]))
 
 
-# --------------------------------------------------------------------------------------------------- filter
+# ------------------------------------------------------------------------------------------- filter
 
 
 def no_filter(
@@ -96,7 +95,7 @@ def no_filter(
     cloud_known: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
-    """Keeps every prompt whose verdicts are known; the totals go on, so that runs compare."""
+    """keep bool[Q]: every prompt whose verdict is known; totals are counted, to compare runs."""
     del r, key
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
     keep = jnp.broadcast_to(cloud_known, d1.shape)
@@ -111,10 +110,10 @@ def zero_variance_filter(
     cloud_known: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
-    """Drops the groups whose rewards r f32[Q, G] are all equal (DAPO, arXiv 2503.14476, without its
-    resampling).
+    """keep bool[Q]: every prompt but those whose rewards r f32[Q, G] are all equal.
 
-    They have no gradient; what changes is the number of prompts that the rest is divided by.
+    As in DAPO (arXiv 2503.14476), without its resampling. Such groups have no gradient; what
+    changes is the number of prompts that the gradient of the others is divided by.
     """
     del key
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
@@ -130,23 +129,22 @@ def mixed_filter(
     cloud_known: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, FilterState]:
-    """`gapg.prompt_filter` with another D1: prompts with right and wrong responses. One that all
-    responses solve is dropped.
+    """keep bool[Q]: as `gapg.prompt_filter`, but without the prompts that all responses solve.
 
     Such a prompt has no gradient, but in the paper's D1 it pays for D2 prompts; here it does not.
     """
     del r
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)
     keep, carry = gapg.within_quota(state, d1 & ~correct.all(axis=1), d2, key)
-    # The totals' D1 is the paper's, as with every filter.
+    # The totals count D1 as the other filters do.
     return keep, gapg.tally(state, d1, d2, keep, correct.any(axis=1)).replace(carry=carry)
 
 
-# -------------------------------------------------------------------------------------------------- control
+# ------------------------------------------------------------------------------------------ control
 
 
-def lagrangian(rate: float) -> Callable:
-    """Control of DA-GRPO (arXiv 2602.00166): price <- max(0, price + rate * (call rate - budget))."""
+def lagrangian(rate: float) -> Control:
+    """DA-GRPO's control (arXiv 2602.00166): price <- max(0, price + rate (call rate - budget))."""
 
     def control(
         reward: RewardState, filter: FilterState, call_rate: jax.Array
@@ -157,9 +155,10 @@ def lagrangian(rate: float) -> Callable:
     return control
 
 
-def dual_alpha_c(rate: float) -> Callable:
-    """alpha_c <- alpha_c + rate * (budget - call rate), kept in [alpha_f, alpha_a]: the budget from
-    both sides.
+def dual_alpha_c(rate: float) -> Control:
+    """The control alpha_c <- alpha_c + rate (budget - call rate), kept in [alpha_f, alpha_a].
+
+    So it brings the call rate to the budget from both sides.
     """
 
     def control(
@@ -172,7 +171,7 @@ def dual_alpha_c(rate: float) -> Callable:
     return control
 
 
-# ---------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 PARTS: dict[str, dict[str, Callable]] = {
     "reward": {"hierarchical": gapg.reward, "task": task_reward},
@@ -199,14 +198,14 @@ PARTS: dict[str, dict[str, Callable]] = {
 def make_algorithm(config: ConfigDict) -> Algorithm:
     """The Algorithm that `config.algorithm` names."""
     part = {name: functions[config.algorithm[name]] for name, functions in PARTS.items()}
-    control = part["control"](config.algorithm.control_rate)
     return Algorithm(
-        part["reward"], by_kind(part["advantage"], config.algorithm.solo), part["filter"], control
+        reward=part["reward"],
+        advantage=by_kind(part["advantage"], config.algorithm.solo),
+        prompt_filter=part["filter"],
+        control=part["control"](config.algorithm.control_rate),
     )
 
 
 def needs_cloud(config: ConfigDict) -> bool:
-    """Whether training depends on the cloud's verdicts; task tuning does not, and then none is
-    bought.
-    """
+    """Whether training depends on the cloud's verdicts. Task tuning does not, and buys none."""
     return config.algorithm.reward != "task" or config.algorithm.filter in ("d1d2", "mixed")

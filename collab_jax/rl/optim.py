@@ -1,8 +1,6 @@
-"""The optimizer: AdamW behind a global-norm clip, with a linear warm-up; parameters in float32, or
-compensated bfloat16.
-"""
+"""The optimizer: AdamW behind a global-norm clip, for parameters in float32 or in bfloat16."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,9 @@ import optax
 def make_schedule(
     learning_rate: float, warmup_steps: int, decay_steps: int | None
 ) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over `warmup_steps`, then constant, or cosine to 0 at
-    `decay_steps`.
+    """The learning rate by step: linear from 0 over `warmup_steps`, then constant.
+
+    With decay_steps, a cosine to 0 at that step follows the warm-up instead.
     """
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
     if decay_steps is None:
@@ -27,11 +26,12 @@ def make_schedule(
 def make_optimizer(
     schedule: optax.Schedule, weight_decay: float, clip_norm: float, param_dtype: str = "float32"
 ) -> optax.GradientTransformation:
-    """Clip to `clip_norm`, then AdamW (no decay on vectors: norms and biases), for parameters of
-    `param_dtype`.
+    """Clips to `clip_norm`, then AdamW, for parameters of `param_dtype`.
+
+    Vectors (norms and biases) have no weight decay.
     """
 
-    def matrices(params):
+    def matrices(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=matrices, mu_dtype=param_dtype)
@@ -40,37 +40,37 @@ def make_optimizer(
 
 
 class Compensated(NamedTuple):
-    """State of `compensated`: the inner optimizer's, and what rounding has kept from each parameter
-    so far, in its type.
-    """
+    """The state of `compensated`."""
 
-    inner: optax.OptState
-    owed: optax.Params
+    inner: optax.OptState  # of the inner optimizer
+    owed: optax.Params  # what rounding has kept from each parameter so far, in its type
 
 
 def compensated(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` for parameters of few bits: Kahan's summation (Zamirai et al. 2020, "Revisiting
-    BFloat16 Training").
+    """`inner` for parameters of few bits, with Kahan's summation.
 
-    Beside a weight of 0.02 bfloat16 rounds a step of 5e-6 away, for ever; here it is owed and paid
-    with those that follow. The inner optimizer sees float32, so the second moment, of which a step
-    changes a thousandth, is float32 too.
+    (Zamirai et al. 2020, "Revisiting BFloat16 Training".) Beside a weight of 0.02, bfloat16 rounds
+    every step of 5e-6 away; here such a step is owed, and paid together with those that follow. The
+    inner optimizer sees float32, so the second moment, of which a step changes a thousandth, is
+    float32 too.
     """
 
-    def wide(tree):
+    def wide(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def rounded(x, dtype):
-        # To `dtype` and back would be no rounding on an accelerator, where XLA leaves such pairs
-        # out.
+    def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        # Conversion to `dtype` and back would not round on an accelerator: XLA leaves such pairs
+        # out there.
         return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
-    def init(params):
+    def init(params: optax.Params) -> Compensated:
         return Compensated(inner.init(wide(params)), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params):
-        updates, inner_state = inner.update(wide(grads), state.inner, wide(params))
-        wanted = jax.tree.map(jnp.add, updates, wide(state.owed))
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Compensated]:
+        inner_updates, inner_state = inner.update(wide(updates), state.inner, wide(params))
+        wanted = jax.tree.map(jnp.add, inner_updates, wide(state.owed))
         # Exact: both ends are numbers of the parameter's type, and optax adds their difference in
         # float32.
         paid = jax.tree.map(lambda p, w: rounded(p + w, p.dtype) - p, params, wanted)

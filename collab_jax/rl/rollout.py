@@ -24,8 +24,9 @@ from ml_collections import ConfigDict
 from collab_jax.cloud import Answers, CachedCloud, Pending
 from collab_jax.gapg import Rollout
 from collab_jax.models import sampler
+from collab_jax.models.decision import Marker, PlainMarker
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.models.sampler import Marker, PlainMarker, Sampler, Samples
+from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Messages, Text
 from collab_jax.rl import algorithms
 from collab_jax.rl.experiment import Run
@@ -99,7 +100,7 @@ def make_sampler(
     # One greedy pass holds the decision at every bias, bit for bit, only where all passes run the
     # same programs; if slots were given up at different columns, the programs would differ.
     slot_counts = config.decode.slot_counts if temperature > 0 else 1
-    settings = sampler.Settings(
+    settings = sampler.SamplerSettings(
         group=group,
         max_new=config.max_new_tokens,
         temperature=temperature,
