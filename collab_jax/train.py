@@ -38,7 +38,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Trains the run in `workdir`, evaluates it before and after; returns the exit status."""
     stop = training.GracefulStop()
     run = experiment.prepare(config, workdir)
-    print(memory_plan.check_here(run.cfg, config))
+    print(memory_plan.check_fits_here(run.cfg, config))
     print(_where_it_stands(run))
     recorded.check(run)
     sampler = evaluation.greedy_sampler(run)

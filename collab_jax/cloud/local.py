@@ -30,7 +30,7 @@ class Loaded(NamedTuple):
     tokenizer: Any
     cfg: DecoderConfig
     params: Params
-    settings: sampler.Settings
+    settings: sampler.SamplerSettings
 
 
 class Written(NamedTuple):

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax.models.sampler import PlainMarker
+from collab_jax.models.decision import PlainMarker
 from collab_jax.runtime.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
