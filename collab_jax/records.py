@@ -1,37 +1,37 @@
-"""Records: what the device and the cloud answered to each prompt, one row a prompt, from our
-evaluation or anybody's.
+"""Records: what the device and the cloud answered, one row a prompt, from any evaluation.
 
-    column             type       unit     meaning
-    -----------------  ---------  -------  ------------------------------------------------------------------------
-    id                 str                 required: the prompt's name, once in a table
-    local_correct      bool                required: the device's own answer is right (marker disallowed)
-    cloud_correct      bool                required: the cloud's answer is right; False where it is not known
-    task               str                 name of the task; default ""
-    stratum            str                 difficulty class, within which the AUC is reported too; default ""
-    prompt             str                 what was asked
-    text               str                 the device's response
-    ended              bool                the response was not cut off; default True
-    formatted          bool                it is well formed; default True
-    unjudged           bool                the verifier could not tell whether it is right: it counts as wrong
-    cloud_known        bool                the call did not fail, and its answer could be judged; default True
-    tokens             int        tokens   of the device's response, EOS in
-    ms                 float      ms       the device took for it
-    cloud_tokens       int        tokens   of the cloud's call, input + output
-    cloud_usd          float      USD      price of the cloud's call
-    shared_correct     bool                with the device's attempt beside the prompt, where the natural pass called
-    shared_known       bool                that call did not fail, nor the one without
-    shared_extra_tokens  int      tokens   of its input, more than without
-    logp               float      nats     summed log-probability of the response
-    margin             float      logits   max_t m_t, the trained decision (`sampler.py`)
-    margins            f32 list   logits   the trace m_t, one a token, -inf off decision states
-    natural_text       str                 of the pass with the marker allowed: the response
-    natural_called     bool                the decision token came at a decision state (drawn ones: the whole marker did)
-    natural_completed  bool                and free decoding finished the marker
-    natural_correct    bool                the answer is right
-    natural_ended      bool                the response was not cut off
-    natural_tokens     int        tokens   up to the decision token where it called, else all
-    score_<router>     float               a router: higher means "send it to the cloud"; infinities are allowed
-    tokens_<router>    float      tokens   device tokens the router itself spent (more samples, a check of its own)
+    column             type      unit    meaning
+    -----------------  --------  ------  --------------------------------------------------------
+    id                 str               required: the prompt's name, once in a table
+    local_correct      bool              required: the device is right with the marker disallowed
+    cloud_correct      bool              required: the cloud is right; False where not known
+    task               str               name of the task; default ""
+    stratum            str               difficulty class; each also has its own AUC; default ""
+    prompt             str               what was asked
+    text               str               the device's response
+    ended              bool              the response was not cut off; default True
+    formatted          bool              it is well formed; default True
+    unjudged           bool              the verifier could not judge it: it counts as wrong
+    cloud_known        bool              the call succeeded, its answer was judged; default True
+    tokens             int       tokens  of the device's response, EOS in
+    ms                 float     ms      the device took for it
+    cloud_tokens       int       tokens  of the cloud's call, input + output
+    cloud_usd          float     USD     price of the cloud's call
+    shared_correct     bool              the cloud is right when it sees the natural pass's attempt
+    shared_known       bool              that call and the one without the attempt succeeded
+    shared_extra_tokens  int     tokens  of that call's input, more than without
+    logp               float     nats    summed log-probability of the response
+    margin             float     logits  max_t m_t, the trained decision (`sampler.py`)
+    margins            f32 list  logits  the trace m_t, one a token, -inf off decision states
+    natural_text       str               of the pass with the marker allowed: the response
+    natural_called     bool              the decision token came at a decision state; for a marker
+                                         of several tokens, the whole marker came
+    natural_completed  bool              and free decoding finished the marker
+    natural_correct    bool              the answer is right
+    natural_ended      bool              the response was not cut off
+    natural_tokens     int       tokens  up to the decision token where it called, else all
+    score_<router>     float             higher means "send it to the cloud"; may be infinite
+    tokens_<router>    float     tokens  device tokens that the router itself spent
 
 Columns without a default may be absent; what needs them says so. A router that is more than
 arithmetic on these columns (agreement of samples, self-verification, learned on text or hidden
@@ -45,16 +45,19 @@ or 1/0. With the three required columns and one score any table can be compared.
 import csv
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 
 Records = dict[str, np.ndarray]  # a column each, [n]; str and lists as objects
+Column = Sequence[Any] | np.ndarray
 
 REQUIRED = ("id", "local_correct", "cloud_correct")
 DEFAULTS = {"task": "", "stratum": "", "ended": True, "formatted": True, "cloud_known": True}
@@ -87,28 +90,25 @@ TYPES = {
     "natural_ended": "bool",
     "natural_tokens": "int",
 }
-_PREFIXES = {"score_": "float", "tokens_": "float"}
 
 
 def type_of(column: str) -> str | None:
-    """The type of a column in the table above; None for a column it does not know."""
-    return TYPES.get(column) or next(
-        (kind for prefix, kind in _PREFIXES.items() if column.startswith(prefix)), None
-    )
+    """The type of a column in the module's table; None for a column that is not there."""
+    return TYPES.get(column) or ("float" if column.startswith(("score_", "tokens_")) else None)
 
 
 def scores(records: Records) -> dict[str, np.ndarray]:
     """The recorded routers: name -> f64[n], of the columns `score_<name>`."""
-    return {
-        name.removeprefix("score_"): c for name, c in records.items() if name.startswith("score_")
-    }
+    columns = [column for column in records if column.startswith("score_")]
+    return {column.removeprefix("score_"): records[column] for column in columns}
 
 
 def require(records: Records, columns: Sequence[str], purpose: str) -> None:
     """Raises UserError where an optional column that `purpose` reads is absent."""
     if missing := [name for name in columns if name not in records]:
         raise UserError(
-            f"{purpose}: the records have no column {' and no '.join(missing)}; record it, or leave this out"
+            f"{purpose}: the records have no column {' and no '.join(missing)}; record it, or "
+            "leave this out"
         )
 
 
@@ -127,17 +127,18 @@ def known(records: Records, also: Sequence[Records] = ()) -> Records:
     return {name: column[rows] for name, column in records.items()}
 
 
-def check(records: dict[str, Sequence], name: str) -> Records:
+def check(records: Mapping[str, Column], name: str) -> Records:
     """The columns (lists or arrays, [n]) in their types, with the defaults filled in.
 
-    Raises UserError, naming `name` (the file), columns and rows (from 1, without a header), for a
-    missing column, columns of unequal length, no rows, an id that is empty or occurs twice, and a
-    value that is not of its column's type (NaN).
+    Raises UserError for a missing column, columns of unequal length, no rows, an id that is empty
+    or occurs twice, and a value that is not of its column's type (NaN). The message names `name`
+    (the file), columns and rows (from 1, without a header).
     """
     if missing := [column for column in REQUIRED if column not in records]:
         raise UserError(
-            f"{name} has no column {' and no '.join(missing)} (it has {', '.join(records) or 'none'}): "
-            f"records need {', '.join(REQUIRED)}, see collab_jax/records.py"
+            f"{name} has no column {' and no '.join(missing)} (it has "
+            f"{', '.join(records) or 'none'}): records need {', '.join(REQUIRED)}, see "
+            "collab_jax/records.py"
         )
     n = len(records["id"])
     if odd := [f"{column} {len(values)}" for column, values in records.items() if len(values) != n]:
@@ -158,49 +159,43 @@ def check(records: dict[str, Sequence], name: str) -> Records:
 def align(
     a: Records, b: Records, a_name: str = "the first table", b_name: str = "the second table"
 ) -> Records:
-    """`b` with its rows in the order of `a`. Raises UserError, with counts and examples, where the
-    prompts differ.
+    """`b` with its rows in the order of `a`.
+
+    Raises UserError, with counts and examples, where the prompts differ.
     """
     row = {key: i for i, key in enumerate(b["id"])}
     only_a, only_b = [key for key in a["id"] if key not in row], sorted(row.keys() - set(a["id"]))
     if only_a or only_b:
-        parts = [
+        unshared = [
             f"{len(only)} only in {name} (as {', '.join(map(repr, only[:3]))})"
             for name, only in ((a_name, only_a), (b_name, only_b))
             if only
         ]
         shared = len(a["id"]) - len(only_a)
         raise UserError(
-            f"{a_name} and {b_name} are of other prompts: {shared} ids in both, {', '.join(parts)}; "
-            "evaluate both on the same prompts, or keep the rows they share"
+            f"{a_name} and {b_name} are of other prompts: {shared} ids in both, "
+            f"{', '.join(unshared)}; evaluate both on the same prompts, or keep the rows they share"
         )
     order = np.array([row[key] for key in a["id"]])
     same = {column: values[order] for column, values in b.items()}
     for column in ({"prompt", "task", "stratum"} & set(a)) & set(b):
         if (differ := np.flatnonzero(a[column] != same[column])).size:
             raise UserError(
-                f"{a_name} and {b_name} have {differ.size} ids with another {column} (as {a['id'][differ[0]]!r}): "
-                "the same id must name the same prompt"
+                f"{a_name} and {b_name} have {differ.size} ids with another {column} (as "
+                f"{a['id'][differ[0]]!r}): the same id must name the same prompt"
             )
     return same
 
 
 def read(path: pathlib.Path) -> Records:
-    """The checked records of a .parquet, .jsonl or .csv file. Raises UserError where it is not one
-    (see `check`).
-    """
+    """The records of a .parquet, .jsonl or .csv file. Raises UserError as `check` does."""
     path = pathlib.Path(path)
     reader, _ = _format(path)
     try:
         columns = reader(path)
     except UserError:
         raise
-    except (
-        OSError,
-        ValueError,
-        csv.Error,
-        pa.ArrowException,
-    ) as error:  # ValueError: JSON and Unicode as well
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:  # ValueError: JSON, UTF-8
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"cannot read {path} ({reason}): is it there, and complete? Else write it again"
@@ -209,21 +204,17 @@ def read(path: pathlib.Path) -> Records:
 
 
 def write(path: pathlib.Path, records: Records) -> None:
-    """Records to a .parquet, .jsonl or .csv file, complete or not at all."""
+    """Writes records to a .parquet, .jsonl or .csv file, complete or not at all."""
     path = pathlib.Path(path)
     _, writer = _format(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        writer(beside, records)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with files.replacing(path) as scratch:
+        writer(scratch, records)
 
 
 # ---- types: each returns (column [n], good bool[n])
 
 
-def _typed(name: str, column: str, values: Sequence, ids: np.ndarray) -> np.ndarray:
+def _typed(name: str, column: str, values: Column, ids: np.ndarray) -> np.ndarray:
     kind = type_of(column)
     if kind is None:
         return values if isinstance(values, np.ndarray) else _objects(values)
@@ -233,11 +224,11 @@ def _typed(name: str, column: str, values: Sequence, ids: np.ndarray) -> np.ndar
     return parsed
 
 
-def _strings(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _strings(values: Column) -> tuple[np.ndarray, np.ndarray]:
     return _objects(["" if v is None else str(v) for v in values]), np.ones(len(values), bool)
 
 
-def _bools(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _bools(values: Column) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(values, np.ndarray) and values.dtype == bool:
         return values, np.ones(len(values), bool)
     words = np.array([str(v).strip().lower() for v in values])
@@ -245,7 +236,7 @@ def _bools(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
     return true, true | np.isin(words, ("false", "0", "0.0"))
 
 
-def _floats(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _floats(values: Column) -> tuple[np.ndarray, np.ndarray]:
     try:
         parsed = np.asarray(values, np.float64)  # None becomes NaN
     except (TypeError, ValueError):
@@ -262,28 +253,26 @@ def _float(value) -> float:
         return np.nan
 
 
-def _ints(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _ints(values: Column) -> tuple[np.ndarray, np.ndarray]:
     parsed, _ = _floats(values)
     good = np.isfinite(parsed) & (parsed == np.floor(parsed)) & (parsed >= 0)
     return np.where(good, parsed, 0).astype(np.int64), good
 
 
-def _traces(values: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _traces(values: Column) -> tuple[np.ndarray, np.ndarray]:
     parsed = [_trace(v) for v in values]
     return _objects(parsed), np.array([p is not None for p in parsed], bool)
 
 
 def _trace(value) -> np.ndarray | None:
-    try:
-        trace = np.asarray(
-            json.loads(value) if isinstance(value, str) else value, np.float32
-        )  # null becomes NaN
+    try:  # null becomes NaN
+        trace = np.asarray(json.loads(value) if isinstance(value, str) else value, np.float32)
     except (TypeError, ValueError):
         return None
     return np.where(np.isnan(trace), np.float32(-np.inf), trace) if trace.ndim == 1 else None
 
 
-_PARSERS: dict[str, tuple[Callable[[Sequence], tuple[np.ndarray, np.ndarray]], str]] = {
+_PARSERS: dict[str, tuple[Callable[[Column], tuple[np.ndarray, np.ndarray]], str]] = {
     "str": (_strings, "text"),
     "bool": (_bools, "true or false (or 1 or 0)"),
     "int": (_ints, "a whole number from 0"),
@@ -292,23 +281,25 @@ _PARSERS: dict[str, tuple[Callable[[Sequence], tuple[np.ndarray, np.ndarray]], s
 }
 
 
-def _objects(values: Sequence) -> np.ndarray:
-    """object[n]; numpy would make lists of equal length a matrix, and pad every text to the
-    longest.
+def _objects(values: Column) -> np.ndarray:
+    """The values as object[n].
+
+    numpy itself would make a matrix of lists of equal length, and pad every text to the longest.
     """
     column = np.empty(len(values), object)
-    column[:] = values
+    column[:] = list(values)
     return column
 
 
 def _refuse(
-    name: str, column: str, values: Sequence, bad: np.ndarray, what: str, ids: np.ndarray
+    name: str, column: str, values: Column, bad: np.ndarray, what: str, ids: np.ndarray
 ) -> None:
     if (rows := np.flatnonzero(bad)).size:
         i = int(rows[0])
         raise UserError(
-            f"{name}: {column} is {what} in {rows.size} of {len(ids)} rows (row {i + 1}, id {ids[i]!r}: "
-            f"{str(values[i])[:40]!r}); mend or remove these rows{'' if column in REQUIRED else ', or the column'}"
+            f"{name}: {column} is {what} in {rows.size} of {len(ids)} rows (row {i + 1}, id "
+            f"{ids[i]!r}: {str(values[i])[:40]!r}); mend or remove these rows"
+            f"{'' if column in REQUIRED else ', or the column'}"
         )
 
 
@@ -317,8 +308,9 @@ def _refuse_duplicates(name: str, ids: np.ndarray) -> None:
         first: dict[str, int] = {}
         i = next(i for i, key in enumerate(ids) if first.setdefault(key, i) != i)
         raise UserError(
-            f"{name}: {len(ids) - len(unique)} of {len(ids)} rows repeat an id (rows {first[ids[i]] + 1} and {i + 1}: "
-            f"{ids[i]!r}); keep one row a prompt, and each seed or method in a file of its own"
+            f"{name}: {len(ids) - len(unique)} of {len(ids)} rows repeat an id (rows "
+            f"{first[ids[i]] + 1} and {i + 1}: {ids[i]!r}); keep one row a prompt, and each seed "
+            "or method in a file of its own"
         )
 
 
@@ -333,20 +325,20 @@ def _format(path: pathlib.Path) -> tuple[Callable, Callable]:
     return _FORMATS[path.suffix]
 
 
-def _read_parquet(path: pathlib.Path) -> dict[str, Sequence]:
+def _read_parquet(path: pathlib.Path) -> dict[str, Column]:
     table = pq.read_table(path)
     return {column: _from_arrow(table[column].combine_chunks()) for column in table.column_names}
 
 
-def _from_arrow(column: pa.Array) -> Sequence:
+def _from_arrow(column: pa.Array) -> Column:
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-        return (
-            np.split(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1])
-            if len(column)
-            else []
-        )
+        if not len(column):
+            return []
+        # pyarrow makes its compute functions at import, where no checker sees them.
+        lengths = pc.list_value_length(column)  # pyright: ignore[reportAttributeAccessIssue]
+        counts = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
+        return np.split(column.flatten().to_numpy(zero_copy_only=False), np.cumsum(counts)[:-1])
     if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
         return column.to_numpy(zero_copy_only=False)
     return column.to_pylist()
@@ -358,28 +350,25 @@ def _write_parquet(path: pathlib.Path, records: Records) -> None:
     encoding = {"id": "DELTA_BYTE_ARRAY"} | {
         name: "BYTE_STREAM_SPLIT" for name, c in records.items() if c.dtype == np.float32
     }
-    others = [name for name in records if name not in encoding]
+    others: Any = [name for name in records if name not in encoding]  # pyarrow's type says bool
     pq.write_table(table, path, compression="zstd", use_dictionary=others, column_encoding=encoding)
 
 
-def _read_jsonl(path: pathlib.Path) -> dict[str, Sequence]:
+def _read_jsonl(path: pathlib.Path) -> dict[str, Column]:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                rows.append(_json_object(path, number, line))
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise UserError(f"{path}: line {number} is not JSON ({error})") from None
+                if not isinstance(rows[-1], dict):
+                    raise UserError(
+                        f"{path}: line {number} is not a JSON object: write one object a prompt"
+                    )
     names = list(dict.fromkeys(name for row in rows for name in row))
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _json_object(path: pathlib.Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}: line {number} is not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: line {number} is not a JSON object: write one object a prompt")
-    return row
 
 
 def _write_jsonl(path: pathlib.Path, records: Records) -> None:
@@ -388,7 +377,7 @@ def _write_jsonl(path: pathlib.Path, records: Records) -> None:
             file.write(json.dumps(dict(zip(records, row, strict=True)), ensure_ascii=False) + "\n")
 
 
-def _read_csv(path: pathlib.Path) -> dict[str, Sequence]:
+def _read_csv(path: pathlib.Path) -> dict[str, Column]:
     csv.field_size_limit(2**31 - 1)  # a long trace is one cell
     with path.open(encoding="utf-8-sig", newline="") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[]]
@@ -409,7 +398,7 @@ def _write_csv(path: pathlib.Path, records: Records) -> None:
 
 
 def _plain(column: np.ndarray) -> list:
-    """The column as Python values; a trace as a list with None for -inf, which JSON cannot write."""
+    """The column as Python values, a trace as a list with None for -inf (JSON has no infinity)."""
     if column.dtype != object:
         return column.tolist()
     return [

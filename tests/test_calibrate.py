@@ -5,6 +5,7 @@ and under shift.
 import itertools
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -474,7 +475,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(calibrate.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         collab_config.write(tmp_path, config(0.05))
     assert collab_config.read(path) == config()
@@ -535,7 +536,7 @@ def records(tmp_path):
     [
         (
             ["--rate", "0.3"],
-            "promised: call rate at most 30.0% on prompts like these, on average over calibration sets;",
+            "promised: call rate at most 30.0% on prompts like these, on average over calibration",
         ),
         (
             ["--rate", "0.3", "--delta", "0.05"],

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from fakes import make_table as make
+from PIL import Image
 
 from collab_jax import compare, records
 from collab_jax.reports import comparison
@@ -105,7 +106,10 @@ def test_command_line_without_jax_from_anybodys_csv(tmp_path):
         "id,local_correct,cloud_correct,score_ours\n"
         + "".join(f"q{i},{i % 2},1,{-i}\n" for i in range(20))
     )
-    block = "import sys; sys.modules.update(jax=None, transformers=None, flax=None); from collab_jax import compare; "
+    block = (
+        "import sys; sys.modules.update(jax=None, transformers=None, flax=None)\n"
+        "from collab_jax import compare\n"
+    )
     words = ["--records", f"theirs={theirs}", "--out", str(tmp_path / "out"), "--resamples", "30"]
     done = subprocess.run(
         [sys.executable, "-c", block + f"sys.exit(compare.main({words!r}))"],
@@ -119,7 +123,12 @@ def test_command_line_without_jax_from_anybodys_csv(tmp_path):
         "theirs: ours" in (tmp_path / "out" / "compare.md").read_text()
         and "theirs: ours" in done.stdout
     )
-    assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
+    drawn = (tmp_path / "out" / "frontier.svg").read_text()
+    assert [drawn.count(f"<!-- theirs: {name} -->") for name in ("random", "perfect", "ours")] == [
+        1
+    ] * 3
+    with Image.open(tmp_path / "out" / "frontier.png") as image:
+        assert image.size == (960, 660)
 
 
 def test_fit_tables_go_with_records(tmp_path):

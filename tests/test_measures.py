@@ -103,7 +103,9 @@ def test_sent_counts_by_hand_and_their_balance():
         "harmed": 1,
         "missed": 0,
     }
-    assert measures.sent_counts(r, np.zeros(5), 0.2) == pytest.approx({"sent": 1, "rescued": 0.4, "harmed": 0.2, "missed": 1.6})  # fmt: skip
+    assert measures.sent_counts(r, np.zeros(5), 0.2) == pytest.approx(
+        {"sent": 1, "rescued": 0.4, "harmed": 0.2, "missed": 1.6}
+    )
     r, score = random_records(200)
     c = measures.sent_counts(r, score, 0.3)
     assert measures.replay(r, score, 0.3).sum() == pytest.approx(
@@ -221,7 +223,9 @@ def test_every_row_twice_changes_no_figure():
     (x, y), (xx, yy) = curve(r, score), curve(two, twice)
     assert yy == pytest.approx(y, abs=1e-12) and np.array_equal(x, xx)
     assert measures.auc(two, twice) == pytest.approx(measures.auc(r, score))
-    assert measures.sent_counts(two, twice, 0.3) == pytest.approx({k: 2 * v for k, v in measures.sent_counts(r, score, 0.3).items()})  # fmt: skip
+    counts = measures.sent_counts(r, score, 0.3)
+    doubled = {name: 2 * count for name, count in counts.items()}
+    assert measures.sent_counts(two, twice, 0.3) == pytest.approx(doubled)
 
 
 def test_the_ends_are_the_device_and_the_cloud_and_the_middle_is_replay():
@@ -351,5 +355,13 @@ def test_other_prompts_are_refused():
     r = records()
     other = records(id=["p0", "p1", "p2", "p3", "q"])
     turned = {name: column[::-1] for name, column in r.items()}
-    refused(r"b \(seed 1 of 1\) is not of the prompts of a, .* 2 ids in one of the two only; align", measures.frontiers, {"a": [(r, SCORE)], "b": [(other, SCORE)]})  # fmt: skip
-    refused(r"a \(seed 2 of 2\) is not .* or not in their order: 5 and 5 prompts, 0 ids", measures.frontiers, {"a": [(r, SCORE), (turned, SCORE)]})  # fmt: skip
+    refused(
+        r"b \(seed 1 of 1\) is not of the prompts of a, .* 2 ids in one of the two only; align",
+        measures.frontiers,
+        {"a": [(r, SCORE)], "b": [(other, SCORE)]},
+    )
+    refused(
+        r"a \(seed 2 of 2\) is not .* or not in their order: 5 and 5 prompts, 0 ids",
+        measures.frontiers,
+        {"a": [(r, SCORE), (turned, SCORE)]},
+    )

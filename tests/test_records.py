@@ -23,9 +23,15 @@ TRACES = [
 def table(**columns):
     """Three prompts, every kind of column."""
     base = dict(
-        id=["a", "b", "07"], local_correct=[True, False, True], cloud_correct=[True, True, False], tokens=[3, 0, 1],
-        text=['said "x",\n then é', "", " "], logp=[-0.1, -1 / 3, -2e-9], score_x=[0.25, INF, -INF], note=["n", "m", ""],
-    )  # fmt: skip
+        id=["a", "b", "07"],
+        local_correct=[True, False, True],
+        cloud_correct=[True, True, False],
+        tokens=[3, 0, 1],
+        text=['said "x",\n then é', "", " "],
+        logp=[-0.1, -1 / 3, -2e-9],
+        score_x=[0.25, INF, -INF],
+        note=["n", "m", ""],
+    )
     margins = np.empty(3, object)
     margins[:] = TRACES
     return records.check(base | {"margins": margins} | columns, "here")
@@ -73,14 +79,15 @@ def test_the_docstring_holds_every_column_with_its_type():
     )
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("x.csv", "\ufeffid,local_correct,cloud_correct,score_mine\n1,TRUE,1,0.5\n007,False,0,-2\n\n"),
-        ("x.jsonl", '{"id": 1, "local_correct": true, "cloud_correct": 1, "score_mine": 0.5}\n\n'
-                    '{"id": "007", "local_correct": false, "cloud_correct": 0, "score_mine": -2}\n'),
-    ],
-)  # fmt: skip
+FOREIGN_CSV = "\ufeffid,local_correct,cloud_correct,score_mine\n1,TRUE,1,0.5\n007,False,0,-2\n\n"
+FOREIGN_JSONL = """\
+{"id": 1, "local_correct": true, "cloud_correct": 1, "score_mine": 0.5}
+
+{"id": "007", "local_correct": false, "cloud_correct": 0, "score_mine": -2}
+"""
+
+
+@pytest.mark.parametrize("name, text", [("x.csv", FOREIGN_CSV), ("x.jsonl", FOREIGN_JSONL)])
 def test_a_foreign_table_of_three_columns_and_a_score_just_works(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     r = records.read(tmp_path / name)
@@ -94,7 +101,14 @@ def test_a_foreign_table_of_three_columns_and_a_score_just_works(tmp_path, name,
 
 
 def test_a_foreign_parquet_with_integer_verdicts_nulls_and_lists(tmp_path):
-    rows = {"id": [1, 2], "local_correct": [0, 1], "cloud_correct": [1.0, 0.0], "text": ["x", None], "margins": [[1.0, None], None], "score_r": [1, 2]}  # fmt: skip
+    rows = {
+        "id": [1, 2],
+        "local_correct": [0, 1],
+        "cloud_correct": [1.0, 0.0],
+        "text": ["x", None],
+        "margins": [[1.0, None], None],
+        "score_r": [1, 2],
+    }
     pq.write_table(pa.table(rows), tmp_path / "x.parquet")
     r = records.read(tmp_path / "x.parquet")
     assert r["local_correct"].tolist() == [False, True] and r["cloud_correct"].tolist() == [
@@ -108,18 +122,36 @@ def test_a_foreign_parquet_with_integer_verdicts_nulls_and_lists(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"id": ["a", "b", "a"]}, r"here: 1 of 3 rows repeat an id \(rows 1 and 3: 'a'\); keep one row a prompt"),
+        (
+            {"id": ["a", "b", "a"]},
+            r"here: 1 of 3 rows repeat an id \(rows 1 and 3: 'a'\); keep one row a prompt",
+        ),
         ({"id": ["a", None, "c"]}, r"here: id is empty in 1 of 3 rows \(row 2"),
-        ({"local_correct": ["yes", True, "0"]}, r"here: local_correct is not true or false.* in 1 of 3 rows \(row 1, id 'a': 'yes'\)"),
-        ({"cloud_correct": [1, None, 2]}, r"cloud_correct is not true or false.* in 2 of 3 rows \(row 2, id 'b': 'None'\)"),
-        ({"score_x": [0.0, np.nan, 1.0]}, r"here: score_x is not a number in 1 of 3 rows \(row 2, id 'b': 'nan'\).*or the column"),
-        ({"score_y": ["1", "high", ""]}, r"score_y is not a number in 2 of 3 rows \(row 2, id 'b': 'high'\)"),
+        (
+            {"local_correct": ["yes", True, "0"]},
+            r"here: local_correct is not true or false.* in 1 of 3 rows \(row 1, id 'a': 'yes'\)",
+        ),
+        (
+            {"cloud_correct": [1, None, 2]},
+            r"cloud_correct is not true or false.* in 2 of 3 rows \(row 2, id 'b': 'None'\)",
+        ),
+        (
+            {"score_x": [0.0, np.nan, 1.0]},
+            r"score_x is not a number in 1 of 3 rows \(row 2, id 'b': 'nan'\).*or the column",
+        ),
+        (
+            {"score_y": ["1", "high", ""]},
+            r"score_y is not a number in 2 of 3 rows \(row 2, id 'b': 'high'\)",
+        ),
         ({"score_y": [[1], [2], [3]]}, "score_y is not a number in 3 of 3 rows"),
         ({"tokens": [1.5, 2, -1]}, r"tokens is not a whole number from 0 in 2 of 3 rows \(row 1"),
-        ({"margins": [[0.5], "[1, 2", [[1]]]}, r"margins is not a list of numbers in 2 of 3 rows \(row 2"),
+        (
+            {"margins": [[0.5], "[1, 2", [[1]]]},
+            r"margins is not a list of numbers in 2 of 3 rows \(row 2",
+        ),
         ({"tokens": [1, 2]}, "here has columns of unequal length: id 3, tokens 2"),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_are_refused_with_file_row_and_reason(change, message):
     with pytest.raises(UserError, match=message):
         table(**change)
@@ -183,7 +215,11 @@ def test_align_reorders():
 
 
 def test_align_refuses_other_prompts():
-    with pytest.raises(UserError, match=r"A and B are of other prompts: 2 ids in both, 1 only in A \(as '07'\), 1 only in B \(as 'z'\)"):  # fmt: skip
+    message = (
+        r"A and B are of other prompts: 2 ids in both, 1 only in A \(as '07'\), "
+        r"1 only in B \(as 'z'\)"
+    )
+    with pytest.raises(UserError, match=message):
         records.align(table(), table(id=["a", "z", "b"]), "A", "B")
     part = {name: column[:2] for name, column in table().items()}
     with pytest.raises(

@@ -6,7 +6,7 @@ import pytest
 from collab_jax.models import decoder
 from collab_jax.reports import comparison
 from collab_jax.rl import evaluation, experiment, training
-from collab_jax.routing import agreement, classifier, hidden, measures, recorded
+from collab_jax.routing import agreement, classifier, hidden, measures, recorded, verification
 from collab_jax.routing.device import Device, batches
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -43,15 +43,15 @@ def test_batches_go_through_all_rows_once():
 
 
 @pytest.mark.parametrize(
-    ("response", "found"),
+    ("response", "text"),
     [
         ("<think> x </think><answer> 1 + 2 </answer>", "1+2"),
         ("<think> x </think><answer></answer>", ""),
         ("<think> 1+2", None),
     ],
 )
-def test_answers_agree_without_white_space(response, found):
-    assert agreement.answer(response) == found
+def test_answers_agree_without_white_space(response, text):
+    assert agreement.answer(response) == text
 
 
 def test_agreement_is_a_share_of_the_samples_and_counts_their_tokens(scene):
@@ -67,7 +67,7 @@ def test_agreement_is_a_share_of_the_samples_and_counts_their_tokens(scene):
 def test_last_hidden_is_that_of_one_pass_over_the_whole_row(scene):
     device, _, table = scene
     cfg, text, params = device.run.cfg, device.run.text, parallel.unreplicate(device.params)
-    prompt = text.prompt_ids(device.run.task.prompt(device.of(table)[0]))
+    prompt = text.prompt_ids(device.run.task.prompt(device.examples_of(table)[0]))
     response = text.response_ids(table["text"][0])
     whole = np.array([prompt + response[:-1]])
     real = np.ones(whole.shape, bool)
@@ -89,6 +89,12 @@ def test_a_classifier_learns_what_the_prompt_tells(scene):
     assert measures.auc(hard(table), score) > 0.8 and (tokens == 0).all()
 
 
+def test_a_question_with_braces_in_its_parts_is_filled_in_once():
+    template = "Q: {prompt} A: {response}?"
+    filled = verification.question(template, "{response} and {x}", "{prompt}")
+    assert filled == "Q: {response} and {x} A: {prompt}?"
+
+
 def test_verification_is_the_odds_of_no_against_yes(scene):
     device, _, table = scene
     score, tokens = recorded.RECORDED["verification"](device, None, table)
@@ -106,11 +112,11 @@ def test_verification_is_the_odds_of_no_against_yes(scene):
 def test_records_get_the_columns_and_compare_reads_them(scene):
     device, fit_on, table = scene
     names = ("hidden", "verification")
-    found = recorded.record(names, device, fit_on, table)
-    assert set(found) - set(table) == {
+    with_columns = recorded.record(names, device, fit_on, table)
+    assert set(with_columns) - set(table) == {
         f"{kind}_{name}" for kind in ("score", "tokens") for name in names
     }
-    result = comparison.compare({"m": comparison.Model([found], [fit_on])}, resamples=2)
+    result = comparison.compare({"m": comparison.Model([with_columns], [fit_on])}, resamples=2)
     assert {"m: hidden", "m: verification", "m: margin"} <= set(result["methods"])
 
 
@@ -120,13 +126,11 @@ def test_a_router_that_fails_costs_itself_alone(scene, monkeypatch, capsys):
     nan = lambda *_: (np.full(n, np.nan), np.zeros(n))  # noqa: E731
     monkeypatch.setitem(recorded.RECORDED, "agreement", nan)
     one_class = dict(fit_on, local_correct=np.ones(len(fit_on["id"]), bool))
-    found = recorded.record(("hidden", "agreement", "verification"), device, one_class, table)
-    assert set(found) - set(table) == {"score_verification", "tokens_verification"}
-    told = capsys.readouterr().err
-    assert (
-        "hidden is left out: a router cannot be fitted" in told
-        and "agreement is left out: 24 scores are NaN" in told
-    )
+    columns = recorded.record(("hidden", "agreement", "verification"), device, one_class, table)
+    assert set(columns) - set(table) == {"score_verification", "tokens_verification"}
+    warnings = capsys.readouterr().err
+    assert "hidden is left out: a router cannot be fitted" in warnings
+    assert "agreement is left out: 24 scores are NaN" in warnings
 
 
 @pytest.mark.parametrize(

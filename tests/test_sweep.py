@@ -68,8 +68,8 @@ if not (folder / "before.parquet").exists():
     (folder / "evaluated").touch()
 shutil.copy(table, folder / "after.parquet")
 shutil.copy(pathlib.Path(table).with_name("fit.parquet"), folder)
-row = dict(local_accuracy=0.5, call_rate=0.25, reward=1 / 3, cloud_bought=2, seconds=30.0, tokens=500000)
-row["entropy"] = 1.5
+row = dict(local_accuracy=0.5, call_rate=0.25, reward=0.625, cloud_bought=2)
+row |= dict(seconds=30.0, tokens=500000, entropy=1.5)
 with (folder / "metrics.jsonl").open("w") as file:
     for i in range(3):
         file.write(json.dumps({"step": i + 1} | row) + "\\n")
@@ -251,9 +251,7 @@ def test_what_is_published_has_each_text_once_and_nothing_that_is_remade(
     assert "tokens" in columns_of(to, "before")["b/seed-0"]  # a run that starts there reports it
     assert not {"natural_text", "text", "margins", "tokens"} & after["a/seed-5"]
     rows = metrics.read(to / "b" / "seed-0" / "metrics.jsonl")
-    assert (
-        len(rows) == 3 and rows[0].keys() == set(publish.METRICS) and rows[0]["reward"] == 0.333333
-    )
+    assert len(rows) == 3 and rows[0].keys() == set(publish.METRICS) and rows[0]["reward"] == 0.625
     drawn = json.loads((to / "compare.json").read_text())["methods"]
     shown = {name for name, method in drawn.items() if "frontier" in method}
     assert "b: random" in shown and "a: margin" in shown and "a: random" not in shown
@@ -267,8 +265,14 @@ def test_figures_are_published_in_few_colours(tmp_path, stand_in, monkeypatch):
         with Image.open(to / name) as small, Image.open(out / name) as whole:
             assert small.size == whole.size and small.mode == "P"
             difference = np.array(small.convert("RGB"), int) - np.array(whole.convert("RGB"), int)
-        assert np.abs(difference).mean() < 1
+        assert np.abs(difference).mean() < 2  # of 255
         assert (to / name).stat().st_size < 0.6 * (out / name).stat().st_size
+
+
+def test_metrics_are_rounded_and_counts_are_not():
+    row = {"step": 3, "reward": 1 / 3, "tokens": 1234567, "seconds": 0.1234567, "entropy": 1.5}
+    kept = {"step": 3, "reward": 0.333333, "tokens": 1234567, "seconds": 0.123457}
+    assert publish._rounded([publish._only(publish.METRICS, row)]) == [kept]
 
 
 def test_numbers_become_narrow_only_where_nothing_is_lost():
@@ -278,7 +282,8 @@ def test_numbers_become_narrow_only_where_nothing_is_lost():
 
 def test_a_stop_lets_the_run_save(tmp_path, stand_in):
     script = (
-        "import sys; sys.path.insert(0, 'tests'); import test_sweep as t; from collab_jax import sweep\n"
+        "import sys; sys.path.insert(0, 'tests'); import test_sweep as t\n"
+        "from collab_jax import sweep\n"
         "from collab_jax.rl import sweeps\n"
         "sweeps.load = lambda path: t.TWO\n"
         "words = [sys.executable, '-c', t.TRAIN]\n"

@@ -7,7 +7,7 @@ and remakes with the same figures what is not kept (report.html, compare.html, S
 import json
 import pathlib
 import shutil
-from collections.abc import Set
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,16 @@ from collab_jax.rl import sweeps
 from collab_jax.rl.sweeps import Sweep
 from collab_jax.runtime import files, metrics
 
-COLOURS = 64  # of a published PNG: enough for lines and bands, at a quarter of the bytes
+COLOURS = 32  # of a published PNG: enough for lines and bands, at a quarter of the bytes
+DIGITS = 6  # after the point, of published metrics and of the comparison's figures
 # Columns of metrics.jsonl that the training figure and the table of its cost read.
 METRICS = ("step", "local_accuracy", "call_rate", "reward", "tokens", "cloud_bought", "seconds")
-# Columns of records that are left out: texts and traces are most of a table's bytes, and the others
-# are read only where `compare` is given prices, or in the report of a single run.
+# Of report.json: what it takes to know the run and its cost. Its other figures are of its records.
+REPORT = ("machine", "budget", "steps", "seconds", "filter_dropped", "filter", "cloud")
+# Columns of records that are most of a table's bytes.
 TEXTS = {"margins", "text", "natural_text", "prompt"}
+# Columns that are read only where `compare` is given prices, or in the report of a single run; so
+# are those of what routers spent, tokens_NAME.
 DETAILS = {
     "tokens",
     "cloud_tokens",
@@ -36,26 +40,29 @@ DETAILS = {
 
 
 def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
-    """Writes to `to` the report of `out`, and of each finished run what that report is made of."""
+    """Writes to `to` the report of `out`, and of each finished run what that report is made of.
+
+    Each prompt is kept once, with the first run: `reports.sweep.models` gives it to the other
+    tables, by id. So are the start's records, which runs that begin there share.
+    """
     done = [job.folder for job in sweeps.jobs(sweep, out) if job.done]
     fitted = [folder for folder in done if (folder / "fit.parquet").exists()]
     for folder in done:
         target = to / folder.relative_to(out)
         target.mkdir(parents=True, exist_ok=True)
-        # Each prompt is kept once: `reports.sweep.models` gives it to the other tables, by id.
-        first, first_fitted = folder == done[0], folder in fitted[:1]
-        _copy_table(folder, target, "after", {"margins", "text"} if first else TEXTS | DETAILS)
-        if first:  # of all runs that start from the same model
-            _copy_table(folder, target, "before", TEXTS)
-        _copy_table(
-            folder, target, "fit", (TEXTS - {"prompt"} if first_fitted else TEXTS) | DETAILS
-        )
-        rows = metrics.read(folder / "metrics.jsonl")
-        metrics.write_packed(target / "metrics.jsonl", [_short(row) for row in rows])
+        first = folder == done[0]
+        if first:
+            _copy_table(folder / "before.parquet", target, texts=(), details=True)
+        shown = ("prompt", "natural_text") if first else ()
+        _copy_table(folder / "after.parquet", target, texts=shown, details=first)
+        prompts = ("prompt",) if folder in fitted[:1] else ()
+        _copy_table(folder / "fit.parquet", target, texts=prompts, details=False)
+        rows = [_only(METRICS, row) for row in metrics.read(folder / "metrics.jsonl")]
+        metrics.write_packed(target / "metrics.jsonl", _rounded(rows))
         shutil.copy(folder / "config.json", target)
         report = json.loads((folder / "report.json").read_text())
-        report.pop("config", None)  # stands in config.json
-        _write_json(target / "report.json", report)  # the last file: a run that has it is finished
+        # The last file: a run that has it is finished.
+        _write_json(target / "report.json", _only(REPORT, report))
     _publish_comparison(out, to)
 
 
@@ -65,7 +72,7 @@ def _publish_comparison(out: pathlib.Path, to: pathlib.Path) -> None:
     for name, method in result["methods"].items():
         if not comparison.is_drawn(name, result):
             method.pop("frontier", None)
-    _write_json(to / "compare.json", result)
+    _write_json(to / "compare.json", _rounded(result))
     for name in ("report.md", "compare.md"):
         shutil.copy(out / name, to)
     for name in ("frontier.png", "training.png"):
@@ -74,13 +81,19 @@ def _publish_comparison(out: pathlib.Path, to: pathlib.Path) -> None:
             small.save(scratch, "PNG", optimize=True)
 
 
-def _copy_table(source: pathlib.Path, to: pathlib.Path, name: str, left_out: Set[str]) -> None:
-    """Copies NAME.parquet, if there is one, without some columns and in the narrowest types."""
-    path = source / f"{name}.parquet"
-    if path.exists():
-        table = records.read(path)
-        kept = {column: _narrow(v) for column, v in table.items() if column not in left_out}
-        records.write(to / path.name, kept)
+def _copy_table(path: pathlib.Path, to: pathlib.Path, texts: Sequence[str], details: bool) -> None:
+    """Copies a table, if it is there, in the narrowest types: of TEXTS, only the columns `texts`.
+
+    details: whether to keep DETAILS.
+    """
+    if not path.exists():
+        return
+    kept = {}
+    for column, values in records.read(path).items():
+        is_detail = column in DETAILS or column.startswith("tokens_")
+        if (column not in TEXTS or column in texts) and (details or not is_detail):
+            kept[column] = _narrow(values)
+    records.write(to / path.name, kept)
 
 
 def _narrow(column: np.ndarray) -> np.ndarray:
@@ -91,13 +104,17 @@ def _narrow(column: np.ndarray) -> np.ndarray:
     return narrow if np.array_equal(narrow.astype(np.float64), column) else column
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics with the columns METRICS, to six digits after the point."""
-    return {
-        key: round(row[key], 6) if isinstance(row[key], float) else row[key]
-        for key in METRICS
-        if key in row
-    }
+def _only(keys: Sequence[str], row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in keys if key in row}
+
+
+def _rounded(value: Any) -> Any:
+    """The value with every number that has a point rounded to DIGITS after it."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, DIGITS) if isinstance(value, float) else value
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

@@ -135,7 +135,9 @@ def demonstration_stream(
     path = pathlib.Path(config.sft.demonstrations).expanduser()
     if config.sft.source == "self":
         assert sampler is not None and params is not None
-        examples = experiment.load_examples(task, text, config, "train")[: config.sft.prompts or None]
+        examples = experiment.load_examples(task, text, config, "train")[
+            : config.sft.prompts or None
+        ]
         path = demonstrations.write_own_demonstrations(
             sampler, parallel.replicate(params), text, task, examples, config, workdir
         )

@@ -1,6 +1,4 @@
-"""Agreement of samples: the device answers some times more; where it answers otherwise, it is
-unsure (CARGO's idea).
-"""
+"""Agreement of samples: a device that answers differently when asked again is unsure (CARGO)."""
 
 import jax
 import numpy as np
@@ -14,18 +12,18 @@ from collab_jax.tasks import base
 
 def answer(response: str) -> str | None:
     """The answer without white space, by which two responses agree; None where there is none."""
-    found = base.answer_of(response)
-    return None if found is None else "".join(found.split())
+    text = base.answer_of(response)
+    return None if text is None else "".join(text.split())
 
 
 def score(
     device: Device, fit_on: Records | None, records: Records
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minus the share of `config.routers.samples` sampled responses (marker disallowed) whose
-    answer is the recorded one's.
+    """Minus the share of sampled responses that agree with the recorded one, and device tokens.
 
-    (f64[n], device tokens f64[n]). A response without an answer agrees with none. Answers are
-    compared as text: two ways to write one answer differ.
+    Both are f64[n]. `config.routers.samples` responses are sampled with the marker disallowed; they
+    agree where their answers are the same text, so two ways to write one answer differ. A response
+    without an answer agrees with none.
     """
     del fit_on
     run, config, D = device.run, device.run.config, jax.local_device_count()
@@ -34,16 +32,17 @@ def score(
     sample = rollout.make_sampler(
         run.cfg, run.text, config, group=k, temperature=config.temperature
     )
-    examples = device.of(records)
-    prompts = run.text.prompt_batch([run.task.prompt(e) for e in examples], config.prompt_length)
-    agrees, tokens = [], []
-    for i, (rows, count) in enumerate(batches(len(examples), size)):
-        key = np.full(D, config.seed, np.int32), np.full(D, i, np.int32)
-        shares = parallel.shard(tuple(x[rows] for x in prompts), D)
-        samples = sample(device.params, *shares, *key, bias=np.full(D, -np.inf, np.float32))
+    prompts, mask = device.prompts_of(records)
+    shares, tokens = [], []
+    for i, (rows, count) in enumerate(batches(len(prompts), size)):
+        samples = rollout.draw(
+            sample, device.params, prompts[rows], mask[rows],
+            seed=config.seed, step=i, bias=-np.inf,
+        )  # fmt: skip
         samples = parallel.gather(samples)
-        for row, written, mask in zip(rows[:count], samples.tokens, samples.mask, strict=False):
-            mine, others = answer(records["text"][row]), map(answer, run.text.decode(written, mask))
-            agrees.append(np.mean([mine is not None and other == mine for other in others]))
-            tokens.append(mask.sum())
-    return -np.array(agrees), np.array(tokens, float)
+        for row, written, real in zip(rows[:count], samples.tokens, samples.mask, strict=False):
+            recorded = answer(str(records["text"][row]))
+            answers = [answer(response) for response in run.text.decode(written, real)]
+            shares.append(np.mean([recorded is not None and a == recorded for a in answers]))
+            tokens.append(real.sum())
+    return -np.array(shares), np.array(tokens, float)

@@ -1,5 +1,5 @@
-"""A bias of the decision token for a call rate or an accuracy, from margins on held-out prompts;
-and the rule that holds a rate under shift. Pure functions, no jax.
+"""The decision token's bias for a call rate or an accuracy, from margins on held-out prompts, and
+the rule that holds a rate when prompts change. Pure functions, no jax.
 
 A prompt is called when margin + bias > 0, and always when its response has no answer (cut off, or
 not well formed): no bias changes that, so its score is +inf. Where such responses alone exceed the
@@ -24,10 +24,11 @@ from scipy import stats
 
 from collab_jax.runtime.errors import UserError
 
-LIMIT = 1e4  # no two logits are this far apart: this bias calls all that can be called, its negative only what must be
-PLACING = (
-    10  # one prompt in so many places the thresholds that the others test, for a promised accuracy
-)
+# No two logits are this far apart: this bias calls all that can be called, its negative only what
+# must be.
+LIMIT = 1e4
+# For a promised accuracy one prompt in so many places the thresholds that the others test.
+PLACING = 10
 GRID = np.linspace(1, 0, 101)  # call rates of those thresholds, in the order of the tests
 
 
@@ -37,12 +38,10 @@ class Calibration(NamedTuple):
     bias: float  # float32
     target: str  # "rate" or "accuracy"
     value: float  # of the target
-    delta: (
-        float | None
-    )  # the promise fails in at most this share of calibrations; None: none is made
+    delta: float | None  # the promise fails in at most this share of calibrations; None: no promise
     n: int  # calibration prompts
     called: int  # of these, by this bias
-    k: int  # the threshold is at the k-th largest score or above, below the next larger: called + 1 without ties
+    k: int  # the threshold lies between the k-th largest score and the next larger one
     rate: float  # expected call rate
     low: float  # of its 95 % interval
     high: float
@@ -51,7 +50,7 @@ class Calibration(NamedTuple):
 
 
 class Tracker(NamedTuple):
-    """The online rule: its bias, and what stays the same."""
+    """The state of the online rule: its bias, and what stays the same."""
 
     bias: float
     budget: float  # share of prompts to call
@@ -63,12 +62,11 @@ class Tracker(NamedTuple):
 def bias_for_rate(
     margins: np.ndarray, answered: np.ndarray, rate: float, delta: float | None = None
 ) -> Calibration:
-    """The bias that calls a share `rate` of prompts, from margins f[n] (-inf allowed) and answered
-    bool[n].
+    """The bias that calls a share `rate` of prompts.
 
-    The share of prompts above the k-th largest of n scores is Beta(k, n - k + 1) distributed where
-    scores are continuous, and stochastically smaller where they tie (order statistics of uniforms;
-    Vovk, arXiv 1209.2673).
+    It comes from margins f[n] (-inf allowed) and answered bool[n]. The share of prompts above the
+    k-th largest of n scores is Beta(k, n - k + 1) distributed where scores are continuous, and
+    stochastically smaller where they tie (order statistics of uniforms; Vovk, arXiv 1209.2673).
 
     Without delta, k is the largest with k / (n + 1) <= rate: over all calibration sets, the mean
     call rate is at most `rate`; this one's may be above, see the interval. With delta, k is the
@@ -90,13 +88,26 @@ def bias_for_rate(
         )
     if k <= unanswered:
         raise UserError(
-            f"{unanswered} of {n} calibration responses ({unanswered / n:.1%}) have no answer and go to the cloud whatever "
-            f"the bias: a rate of {rate:g}{_with(delta)} is out of reach, {_lowest_rate(unanswered, n, delta):.1%} is the "
-            "lowest; or leave these to the margin too, with --margin_only (answered = all True)"
+            f"{unanswered} of {n} calibration responses ({unanswered / n:.1%}) have no answer and "
+            f"go to the cloud whatever the bias: a rate of {rate:g}{_with(delta)} is out of reach, "
+            f"{_lowest_rate(unanswered, n, delta):.1%} is the lowest; or leave these to the margin "
+            "too, with --margin_only (answered = all True)"
         )
     called = int((scores > scores[k - 1]).sum())
     threshold = _between(scores[k - 1], scores[called - 1] if called else np.inf)
-    return Calibration(-threshold, "rate", float(rate), delta, n, called, k, *_rate(called, n))
+    expected, low, high = _rate(called, n)
+    return Calibration(
+        bias=-threshold,
+        target="rate",
+        value=float(rate),
+        delta=delta,
+        n=n,
+        called=called,
+        k=k,
+        rate=expected,
+        low=low,
+        high=high,
+    )
 
 
 def bias_for_accuracy(
@@ -107,16 +118,16 @@ def bias_for_accuracy(
     accuracy: float,
     delta: float | None = None,
 ) -> Calibration:
-    """The bias with the fewest calls whose overall accuracy reaches `accuracy`; margins f[n], the
-    others bool[n].
+    """The bias with the fewest calls whose overall accuracy reaches `accuracy`.
 
-    Without delta: the fewest calls that reach it on these prompts, a choice made on what measures
-    it, so a little optimistic. With delta, the true accuracy is below `accuracy` with probability
-    <= delta: thresholds are tested from calling everything downwards, each by its exact
-    (Clopper-Pearson) lower bound at 1 - delta, up to the first that fails (fixed-sequence testing;
-    Angelopoulos et al., Learn then Test, arXiv 2110.01052). That holds for thresholds chosen
-    without the prompts that test them, so every tenth prompt, in the order given, only places them,
-    at call rates 1, 0.99, ..., 0. The interval of the call rate does not account for the choice.
+    margins are f[n], the others bool[n]. Without delta: the fewest calls that reach it on these
+    prompts, a choice made on what measures it, so a little optimistic. With delta, the true
+    accuracy is below `accuracy` with probability <= delta: thresholds are tested from calling
+    everything downwards, each by its exact (Clopper-Pearson) lower bound at 1 - delta, up to the
+    first that fails (fixed-sequence testing; Angelopoulos et al., Learn then Test, arXiv
+    2110.01052). That holds for thresholds chosen without the prompts that test them, so every tenth
+    prompt, in the order given, only places them, at call rates 1, 0.99, ..., 0. The interval of the
+    call rate does not account for the choice.
 
     Raises UserError for bad input, where the accuracy is out of reach, and for fewer prompts than
     the bound takes.
@@ -127,41 +138,43 @@ def bias_for_accuracy(
     _check_share("accuracy", accuracy)
     _check_share("delta", delta)
     if delta is None:
-        threshold, measured, bound = *_measured_threshold(scores, local, cloud, accuracy), None
+        threshold, measured = _measured_threshold(scores, local, cloud, accuracy)
+        bound = None
     else:
         threshold, measured, bound = _promised_threshold(scores, local, cloud, accuracy, delta)
     n, called = len(scores), int((scores > threshold).sum())
+    expected, low, high = _rate(called, n)
     return Calibration(
-        -threshold,
-        "accuracy",
-        float(accuracy),
-        delta,
-        n,
-        called,
-        called + 1,
-        *_rate(called, n),
-        measured,
-        bound,
+        bias=-threshold,
+        target="accuracy",
+        value=float(accuracy),
+        delta=delta,
+        n=n,
+        called=called,
+        k=called + 1,
+        rate=expected,
+        low=low,
+        high=high,
+        accuracy=measured,
+        accuracy_low=bound,
     )
 
 
 def calls(bias: float, margins: np.ndarray, answered: np.ndarray) -> np.ndarray:
-    """bool[n]: the prompts that go to the cloud under a bias, from margins f[n] and answered
-    bool[n].
-    """
+    """Which prompts go to the cloud under a bias, bool[n]; margins f[n], answered bool[n]."""
     return _scores(margins, answered) > np.float32(-bias)
 
 
 def track(state: Tracker, called: bool) -> Tracker:
-    """The state after a served prompt, called or not (for whatever reason): bias <- bias - step *
-    (called - budget).
+    """The state after a served prompt: bias <- bias - step * (called - budget).
 
-    Quantile tracking (Gibbs and Candes, arXiv 2106.00072; Angelopoulos et al., arXiv 2307.16895).
-    It needs no assumption on the prompts: as long as the bias meets no limit, the T updates add up
-    to mean(called) - budget = (first bias - last bias) / (step * T), which is at most (high - low)
-    / (step * T) in size. If margins alone decide and lie in [a, b], and the first bias in [-b, -a],
-    the bias stays in [-b - step, -a + step] and |mean(called) - budget| <= (b - a + step) / (step *
-    T): a call lowers it only from above -b, no call raises it only from below -a.
+    called: whether it went to the cloud, for whatever reason. Quantile tracking (Gibbs and Candes,
+    arXiv 2106.00072; Angelopoulos et al., arXiv 2307.16895). It needs no assumption on the prompts:
+    as long as the bias meets no limit, the T updates add up to mean(called) - budget = (first bias
+    - last bias) / (step * T), which is at most (high - low) / (step * T) in size. If margins alone
+    decide and lie in [a, b], and the first bias in [-b, -a], the bias stays in [-b - step, -a +
+    step] and |mean(called) - budget| <= (b - a + step) / (step * T): a call lowers it only from
+    above -b, no call raises it only from below -a.
 
     The limits matter in a run of responses that the bias does not decide (without an answer, or
     without a decision state): else it would run away, and would take as long to come back.
@@ -184,7 +197,7 @@ def tracker(margins: np.ndarray, answered: np.ndarray, bias: float, budget: floa
     spread = highest - lowest
     if not spread > 0:
         raise UserError(
-            "the answered calibration prompts' margins do not differ: no bias holds a rate on these"
+            "the answered calibration prompts' margins do not differ: no bias holds a rate on them"
         )
     low, high = -highest - spread, -lowest + spread
     return Tracker(min(max(float(bias), low), high), budget, spread / 50, low, high)
@@ -200,11 +213,12 @@ def _with(delta: float | None) -> str:
 
 
 def _column(name: str, values: np.ndarray, n: int) -> np.ndarray:
-    """bool[n]."""
+    """The values, bool[n]. Raises UserError where they are anything else."""
     values = np.asarray(values)
     if values.dtype != bool or values.shape != (n,):
         raise UserError(
-            f"{name} must be one True or False for each of {n} margins: it is {values.dtype}{values.shape}"
+            f"{name} must be one True or False for each of {n} margins: it is "
+            f"{values.dtype}{values.shape}"
         )
     return values
 
@@ -214,7 +228,8 @@ def _scores(margins: np.ndarray, answered: np.ndarray) -> np.ndarray:
     margins = np.asarray(margins)
     if margins.dtype.kind not in "fiu" or margins.ndim != 1 or not len(margins):
         raise UserError(
-            f"margins must be a list of numbers, one a prompt: they are {margins.dtype}{margins.shape}"
+            "margins must be a list of numbers, one a prompt: they are "
+            f"{margins.dtype}{margins.shape}"
         )
     answered = _column("answered", answered, len(margins))
     if np.isnan(margins).any():
@@ -230,13 +245,9 @@ def _scores(margins: np.ndarray, answered: np.ndarray) -> np.ndarray:
 
 def _rank(n: int, rate: float, delta: float | None) -> int:
     """k as in `bias_for_rate`; 0 where there is none."""
-    if delta is None:
-        return min(
-            int(rate * (n + 1) + 1e-9), n
-        )  # rounding shall not cost a prompt: 0.29 * 100 is 28.999...
-    below = int(
-        stats.binom.ppf(delta, n, rate)
-    )  # counts whose tail is below delta: 0 ... below - 1
+    if delta is None:  # rounding shall not cost a prompt: 0.29 * 100 is 28.999...
+        return min(int(rate * (n + 1) + 1e-9), n)
+    below = int(stats.binom.ppf(delta, n, rate))  # counts with a tail below delta: 0 ... below - 1
     return below + int(stats.binom.cdf(below, n, rate) <= delta * (1 + 1e-9))
 
 
@@ -251,12 +262,8 @@ def _lowest_rate(unanswered: int, n: int, delta: float | None) -> float:
     if unanswered == n:
         return 1.0
     k = unanswered + 1
-    return (
-        math.ceil(
-            1000 * (k / (n + 1) if delta is None else stats.beta.ppf(1 - delta, k, n - unanswered))
-        )
-        / 1000
-    )
+    rate = k / (n + 1) if delta is None else stats.beta.ppf(1 - delta, k, n - unanswered)
+    return math.ceil(1000 * rate) / 1000
 
 
 def _between(below: float, above: float) -> float:
@@ -266,48 +273,50 @@ def _between(below: float, above: float) -> float:
     if np.isinf(above):
         return float(below)
     middle = np.float32((float(below) + float(above)) / 2)
-    return float(
-        middle if middle < above else below
-    )  # of neighbouring numbers, the middle may round to the larger
+    # Of neighbouring numbers, the middle may round to the larger.
+    return float(middle if middle < above else below)
 
 
 def _rate(called: int, n: int) -> tuple[float, float, float]:
-    """(expected, low, high): half way between Beta(called, .) and Beta(called + 1, .), and the 95 %
-    interval of both.
+    """(expected, low, high) of the call rate, with a 95 % interval.
 
-    The interval is Clopper and Pearson's for `called` of n.
+    Expected is half way between the means of Beta(called, .) and Beta(called + 1, .); the interval
+    is that of both, Clopper and Pearson's for `called` of n.
     """
     low = float(stats.beta.ppf(0.025, called, n - called + 1)) if called else 0.0
     high = float(stats.beta.ppf(0.975, called + 1, n - called)) if called < n else 1.0
     return (called + 0.5) / (n + 1), low, high
 
 
-def _measured_threshold(scores, local, cloud, accuracy: float) -> tuple[float, float]:
-    """(threshold, its accuracy on these prompts): the fewest calls that reach it."""
+def _measured_threshold(
+    scores: np.ndarray, local: np.ndarray, cloud: np.ndarray, accuracy: float
+) -> tuple[float, float]:
+    """(threshold with the fewest calls that reach `accuracy`, its accuracy) on these prompts."""
     n, order = len(scores), np.argsort(-scores, kind="stable")
     gain = np.cumsum(cloud[order].astype(int) - local[order])  # of calling the first 1, 2, ..., n
     correct = local.sum() + np.concatenate([[0], gain])  # [n + 1]
     above = np.concatenate([[np.inf], scores[order]])  # [n + 1], the lowest score that is called
     below = np.concatenate([scores[order], [-np.inf]])  # and the highest that is not
-    possible = np.flatnonzero(
-        above > below
-    )  # no threshold parts equal scores, +inf and -inf among them
+    # No threshold parts equal scores, +inf and -inf among them.
+    possible = np.flatnonzero(above > below)
     reached = possible[correct[possible] >= accuracy * n - 1e-9]
     if not len(reached):
         best = possible[correct[possible].argmax()]
         raise UserError(
-            f"no call rate reaches an accuracy of {accuracy:g} on these {n} prompts: the highest is "
-            f"{correct[best] / n:.1%}, at {best / n:.1%} calls"
+            f"no call rate reaches an accuracy of {accuracy:g} on these {n} prompts: the highest "
+            f"is {correct[best] / n:.1%}, at {best / n:.1%} calls"
         )
-    calls = reached[0]
-    return _between(below[calls], above[calls]), float(correct[calls] / n)
+    fewest = reached[0]
+    threshold = _between(float(below[fewest]), float(above[fewest]))
+    return threshold, float(correct[fewest] / n)
 
 
 def _promised_threshold(
-    scores, local, cloud, accuracy: float, delta: float
+    scores: np.ndarray, local: np.ndarray, cloud: np.ndarray, accuracy: float, delta: float
 ) -> tuple[float, float, float]:
-    """(threshold, its accuracy on the testing prompts, its lower bound): the last of the sequence
-    that passes.
+    """(threshold, its accuracy on the testing prompts, that accuracy's lower bound).
+
+    It is the last of the sequence that passes.
     """
     placing = np.arange(len(scores)) % PLACING == PLACING - 1
     thresholds = _thresholds(scores[placing])
@@ -324,29 +333,32 @@ def _promised_threshold(
                 f"; if that holds, about {_prompts_for_accuracy(share, accuracy, delta)} are needed"
             )
         raise UserError(
-            f"an accuracy of {accuracy:g} cannot be promised{_with(delta)} from {len(scores)} prompts: calling everything "
-            f"reaches {share:.1%} on them, of which {bound[0]:.1%} can be promised{needed}"
+            f"an accuracy of {accuracy:g} cannot be promised{_with(delta)} from {len(scores)} "
+            f"prompts: calling everything reaches {share:.1%} on them, of which {bound[0]:.1%} can "
+            f"be promised{needed}"
         )
     last = passed - 1
     return float(thresholds[last]), float(correct[last] / n), float(bound[last])
 
 
 def _thresholds(scores: np.ndarray) -> np.ndarray:
-    """f32[grid]: thresholds that call about the shares GRID of scores [m]; the first calls all, the
-    last what must be.
+    """Thresholds f32[grid] that call about the shares GRID of scores [m].
+
+    The first calls all, the last only what must be called.
     """
     falling = -np.sort(-scores)
     not_called = np.concatenate([falling, [-np.inf]])[np.rint(GRID * len(falling)).astype(int)]
     above = np.array(
         [np.min(falling, where=falling > below, initial=np.inf) for below in not_called]
     )
-    inner = [_between(b, a) for b, a in zip(not_called, above, strict=True)]
+    inner = [_between(float(b), float(a)) for b, a in zip(not_called, above, strict=True)]
     return np.array([-LIMIT, *inner[1:-1], LIMIT], np.float32)
 
 
 def _prompts_for_accuracy(share: float, accuracy: float, delta: float) -> int:
-    """About how many prompts it takes, those that place thresholds included, if a `share` >
-    accuracy of them is correct.
+    """About how many prompts it takes if a `share` > accuracy of them is correct.
+
+    The prompts that place thresholds are included.
     """
     n = 1
     while stats.beta.ppf(delta, share * n, n - share * n + 1) < accuracy:

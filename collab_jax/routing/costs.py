@@ -1,6 +1,4 @@
-"""What routing costs, from records alone: device tokens before a call, money and latency over all
-budgets. No jax.
-"""
+"""What routing costs, from records alone: device tokens, money and latency. No jax."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +9,19 @@ import numpy as np
 from collab_jax.records import Records, require
 from collab_jax.routing.measures import GRID, calls, rank, sent, sent_of
 
-Reads = Literal[
-    "prompt", "response", "trace"
-]  # what a router has read when it decides; see `device_tokens`
+# What a router has read when it decides; see `device_tokens`.
+Reads = Literal["prompt", "response", "trace"]
 
 
 def device_tokens(records: Records, score: np.ndarray, budget: float, reads: Reads) -> np.ndarray:
-    """Expected device tokens f64[n] at a budget, without what the router itself spends
-    (`tokens_<router>`).
+    """Expected device tokens f64[n] at a budget, without what the router itself spends.
 
-    A router that reads the "prompt" spends none on what it sends. One that reads the "response"
-    spends all of `tokens` on everything. One that reads the "trace" (the trained marker) stops at
-    the first token whose margin reaches the lowest score that is still sent, that token included,
-    else at the end: its score must be max_t m_t, in the units of `margins`. What has no answer may
-    rank above all margins; it runs to the end unless its trace crosses.
+    That is in the column `tokens_<router>`. A router that reads the "prompt" spends none on what it
+    sends. One that reads the "response" spends all of `tokens` on everything. One that reads the
+    "trace" (the trained marker) stops at the first token whose margin reaches the lowest score that
+    is still sent, that token included, else at the end: its score must be max_t m_t, in the units
+    of `margins`. A response without an answer may rank above all margins; it runs to the end unless
+    its trace crosses.
     """
     return _device_tokens(records, score, reads)(sent(score, budget))
 
@@ -55,11 +52,10 @@ def _device_tokens(
 
 @dataclass(frozen=True)
 class Prices:
-    """What calls and device tokens cost. None: as recorded, in `cloud_usd` (of each call) and `ms`
-    (of each response).
+    """What calls and device tokens cost.
 
-    A call costs usd_per_call + usd_per_million_tokens * cloud_tokens / 1e6; giving either replaces
-    `cloud_usd`.
+    None means as recorded: in `cloud_usd` (of each call) and `ms` (of each response). A call costs
+    usd_per_call + usd_per_million_tokens * cloud_tokens / 1e6; giving either replaces `cloud_usd`.
     """
 
     cloud_seconds: float  # latency of a call, on top of the device's time before it
@@ -102,10 +98,9 @@ def cost_frontier(
     prices: Prices,
     reads: Reads,
     own_tokens: np.ndarray | float = 0.0,
-    budgets: Sequence[float] = GRID,
+    budgets: Sequence[float] | np.ndarray = GRID,
 ) -> CostFrontier:
-    """What each budget costs with a router that `reads` so much (`device_tokens`), and what it
-    brings.
+    """What each budget costs and brings, with a router that `reads` so much (`device_tokens`).
 
     own_tokens f64[n]: device tokens the router itself spends on every prompt (column
     `tokens_<router>`), which take as long as those of the response. Raises UserError where a column
@@ -113,12 +108,18 @@ def cost_frontier(
     """
     ranking, spent = rank(score), _device_tokens(records, score, reads)
     usd, seconds_a_token = prices.call_usd(records), prices.token_ms(records) / 1e3
-    rows = []
-    for budget in budgets:
-        p = sent_of(ranking, calls(budget, len(score)))
+    means = np.empty((4, len(budgets)))  # of accuracy, USD, seconds, tokens
+    for i, budget in enumerate(budgets):
+        p = sent_of(ranking, int(calls(budget, len(score))))
         tokens = spent(p) + own_tokens
         right = p * records["cloud_correct"] + (1 - p) * records["local_correct"]
-        rows.append((right, p * usd, tokens * seconds_a_token + p * prices.cloud_seconds, tokens))
+        seconds = tokens * seconds_a_token + p * prices.cloud_seconds
+        means[:, i] = right.mean(), (p * usd).mean(), seconds.mean(), tokens.mean()
+    accuracy, mean_usd, mean_seconds, mean_tokens = means
     return CostFrontier(
-        np.asarray(budgets, float), *np.array([[x.mean() for x in row] for row in rows]).T
+        budgets=np.asarray(budgets, float),
+        accuracy=accuracy,
+        usd=mean_usd,
+        seconds=mean_seconds,
+        device_tokens=mean_tokens,
     )

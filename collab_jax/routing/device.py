@@ -1,7 +1,7 @@
 """What a router that needs the device model is given."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,33 +14,39 @@ from collab_jax.tasks import Example
 
 
 class Device(NamedTuple):
-    """A trained model and the prompts its records are of."""
+    """A trained model, and the examples that its records are about."""
 
     run: Run
     params: Params  # with axis D
     examples: dict[str, Example]  # by id
 
-    def of(self, records: Records) -> list[Example]:
+    def examples_of(self, records: Records) -> list[Example]:
         """The examples of the rows."""
         return [self.examples[key] for key in records["id"]]
 
+    def prompts_of(self, records: Records) -> tuple[np.ndarray, np.ndarray]:
+        """(prompts i32[n, L], mask bool[n, L]) of the rows."""
+        messages = [self.run.task.prompt(example) for example in self.examples_of(records)]
+        return self.run.text.prompt_batch(messages, self.run.config.prompt_length)
+
 
 def batches(rows: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(row numbers i64[size], how many of them count) that go through all rows; the last batch is
-    filled up with row 0.
+    """(row numbers i64[size], how many of them count) for all rows, in order.
+
+    The last batch is filled up with row 0, which does not count there.
     """
     for start in range(0, rows, size):
-        found = np.arange(start, min(start + size, rows))
-        yield np.pad(found, (0, size - len(found))), len(found)
+        numbers = np.arange(start, min(start + size, rows))
+        yield np.pad(numbers, (0, size - len(numbers))), len(numbers)
 
 
-def by_batch(body, inputs: tuple[np.ndarray, ...], size: int) -> np.ndarray:
-    """body(*arrays with axis D) -> array with axis D, over all rows of `inputs`, `size` at a time:
-    [n, ...] on the host.
+def by_batch(body: Callable[..., Any], inputs: tuple[np.ndarray, ...], size: int) -> np.ndarray:
+    """The rows [n, ...], on the host, that body gives for the rows of `inputs`, `size` at a time.
+
+    body: (*arrays with axis D) -> array with axis D. inputs: arrays [n, ...]; D must divide size.
     """
-    D, found = jax.local_device_count(), []
+    D, outputs = jax.local_device_count(), []
     for rows, count in batches(len(inputs[0]), size):
-        found.append(
-            parallel.gather(body(*parallel.shard(tuple(x[rows] for x in inputs), D)))[:count]
-        )
-    return np.concatenate(found)
+        shares = parallel.shard(tuple(x[rows] for x in inputs), D)
+        outputs.append(parallel.gather(body(*shares))[:count])
+    return np.concatenate(outputs)

@@ -1,5 +1,6 @@
-"""A router learned on the model's last hidden state: logistic regression on what it knows when its
-response is written.
+"""A router learned on the model's last hidden state.
+
+It is a logistic regression on what the model knows once its response is written.
 """
 
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from collab_jax.runtime import parallel
 
 
 def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Probability f64[n] that the device is wrong, from its state after the response's last token
-    but EOS; no tokens of its own.
+    """Probability that the device is wrong, and device tokens, which are none; both f64[n].
+
+    It is read from the state after the response's last token but EOS.
     """
     cfg = device.run.cfg
     compiled = parallel.pmap(lambda params, *rows: last_hidden(params, cfg, *rows))
@@ -28,17 +30,14 @@ def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray
 
 
 def _features(device: Device, compiled: Callable, records: Records) -> np.ndarray:
-    """f32[n, E]. The recorded text is tokenized again; a response that was cut off counts up to the
-    cut.
+    """The hidden states f32[n, E].
+
+    The recorded text is tokenized again; a response that was cut off counts up to the cut.
     """
     run, T = device.run, device.run.config.max_new_tokens
-    prompts, mask = run.text.prompt_batch(
-        [run.task.prompt(e) for e in device.of(records)], run.config.prompt_length
-    )
-    responses, last = (
-        np.full((len(prompts), T), run.text.pad_id, np.int32),
-        np.zeros(len(prompts), np.int32),
-    )
+    prompts, mask = device.prompts_of(records)
+    responses = np.full((len(prompts), T), run.text.pad_id, np.int32)
+    last = np.zeros(len(prompts), np.int32)
     for i, text in enumerate(records["text"]):
         ids = run.text.response_ids(text)[:T]
         responses[i, : len(ids)], last[i] = ids, len(ids) - 1
@@ -57,10 +56,10 @@ def last_hidden(
     responses: jax.Array,
     last: jax.Array,
 ) -> jax.Array:
-    """Hidden state f32[B, E] that predicts token number `last` i32[B] of responses i32[B, T] to
-    prompts i32[B, L].
+    """Hidden state f32[B, E] that predicts token number `last` i32[B] of each response.
+
+    prompts i32[B, L] with mask bool[B, L]; responses i32[B, T].
     """
-    hidden = logprobs.continued_hidden(
-        params, cfg, *decoder.prefill(params, cfg, prompts, mask), mask, responses
-    )
-    return hidden[jnp.arange(len(last)), last].astype(jnp.float32)
+    hidden, cache = decoder.prefill(params, cfg, prompts, mask)
+    states = logprobs.continued_hidden(params, cfg, hidden, cache, mask, responses)
+    return states[jnp.arange(len(last)), last].astype(jnp.float32)

@@ -1,12 +1,11 @@
-"""What a router is worth, from records alone: rates, frontiers with intervals, RouteLLM's figures,
-ranking. No jax.
+"""What a router is worth, from records alone: rates, frontiers, RouteLLM's figures. No jax.
 
 A router is a score f64[n], higher meaning "send it to the cloud"; only its order counts. At a
-budget b the floor(b * n) highest go; the cloud's verdict counts for these, the device's own for the
-others, and every rate's denominator is n. Where the budget cuts through equal scores, each of them
-goes with the same probability, and every figure is the exact expectation over that draw. So nothing
-depends on the order of rows, nothing is drawn, and the two routers everybody needs have closed
-forms as scores: random is a constant score, the perfect router is `perfect_score`.
+budget b the floor(b * n) highest are sent; the cloud's verdict counts for these, the device's own
+for the others, and every rate's denominator is n. Where the budget cuts through equal scores, each
+of them is sent with the same probability, and every figure is the exact expectation over that draw.
+So nothing depends on the order of rows, nothing is drawn, and two routers have closed forms as
+scores: random is a constant score, the perfect router is `perfect_score`.
 
 Sources: Wilson 1927 (interval of a rate); RouteLLM, arXiv 2406.18665, section 3.2 and its
 evaluation code (PGR, APGR, CPT); Efron & Tibshirani 1993 (percentile bootstrap); Owen 2007, "The
@@ -23,9 +22,8 @@ from scipy import stats
 from collab_jax.records import Records
 from collab_jax.runtime.errors import UserError
 
-Rate = dict[
-    str, float | None
-]  # value, low, high: a figure with its 95 % interval; None where it is not defined
+# A figure "value" with its 95 % interval "low" to "high"; None where one is not defined.
+Rate = dict[str, float | None]
 
 GRID = np.arange(101) / 100  # the budgets of a frontier
 _TAIL = 0.025
@@ -35,7 +33,7 @@ _TAIL = 0.025
 
 
 def rate(outcomes: np.ndarray) -> Rate:
-    """Share of True of bool[n], with Wilson's interval."""
+    """The share of True in bool[n], with Wilson's interval."""
     k, n = int(outcomes.sum()), len(outcomes)
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")
     return {"value": k / n, "low": float(interval.low), "high": float(interval.high)}
@@ -45,15 +43,16 @@ def rate(outcomes: np.ndarray) -> Rate:
 
 
 class Ranking(NamedTuple):
-    """A score's order: what the budget is spent on, first to last."""
+    """A score's order: the prompts that a budget is spent on, first to last."""
 
     order: np.ndarray  # i64[n], rows from the highest score
     ends: np.ndarray  # i64[g], where each group of equal scores ends in `order` (exclusive)
 
 
 def rank(score: np.ndarray, name: str = "the score") -> Ranking:
-    """The order of a score f[n]. Raises UserError where it holds NaN; infinities rank like any
-    number.
+    """The order of a score f[n]; infinities rank like any number.
+
+    Raises UserError where it holds NaN.
     """
     score = _numbers(score, name)
     order = np.argsort(-score, kind="stable")
@@ -65,26 +64,29 @@ def _numbers(score: np.ndarray, name: str) -> np.ndarray:
     score = np.asarray(score, float)
     if (rows := np.flatnonzero(np.isnan(score))).size:
         raise UserError(
-            f"{name} is NaN in {rows.size} of {len(score)} rows (first: row {rows[0] + 1}): a router must rank every prompt"
+            f"{name} is NaN in {rows.size} of {len(score)} rows (first: row {rows[0] + 1}): a "
+            "router must rank every prompt"
         )
     return score
 
 
-def calls(budget, n: int):
-    """floor(budget * n), i64[...]: the prompts of n that a budget (share of prompts, in [0, 1])
-    pays for.
+def calls(budget: float | Sequence[float] | np.ndarray, n: int) -> np.ndarray:
+    """The number of n prompts that each budget pays for, floor(budget * n), i64[...].
+
+    A budget is a share of all prompts; raises UserError where it is not in [0, 1].
     """
-    budget = np.asarray(budget, float)
-    if not ((budget >= 0) & (budget <= 1)).all():
-        raise UserError(f"a budget is a share of all prompts, from 0 to 1: got {budget}")
-    return np.floor(budget * n + 1e-9).astype(np.int64)  # 0.29 * 100 is 28.999999999999996
+    shares = np.asarray(budget, float)
+    if not ((shares >= 0) & (shares <= 1)).all():
+        raise UserError(f"a budget is a share of all prompts, from 0 to 1: got {shares}")
+    return np.floor(shares * n + 1e-9).astype(np.int64)  # 0.29 * 100 is 28.999999999999996
 
 
 def sent(score: np.ndarray, budget: float) -> np.ndarray:
-    """Probability f64[n] that each prompt goes to the cloud at a budget: 1, 0, or between where
-    equal scores are cut.
+    """Probability f64[n] that each prompt is sent to the cloud at a budget.
+
+    It is 1 or 0, or between where the budget cuts through equal scores.
     """
-    return sent_of(rank(score), calls(budget, len(score)))
+    return sent_of(rank(score), int(calls(budget, len(score))))
 
 
 def sent_of(ranking: Ranking, count: int) -> np.ndarray:
@@ -96,24 +98,24 @@ def sent_of(ranking: Ranking, count: int) -> np.ndarray:
 
 
 def replay(records: Records, score: np.ndarray, budget: float) -> np.ndarray:
-    """Expected outcomes f64[n] at a budget: the probability that each prompt ends up answered
-    correctly.
-    """
+    """Probability f64[n] that each prompt is answered correctly in the end, at a budget."""
     p = sent(score, budget)
     return p * records["cloud_correct"] + (1 - p) * records["local_correct"]
 
 
 def perfect_score(records: Records) -> np.ndarray:
-    """The perfect router: first what only the cloud gets right, last what only the device does. No
-    score does better.
+    """The perfect router's score f64[n]; no score does better.
+
+    What only the cloud gets right comes first, what only the device gets right last.
     """
     return records["cloud_correct"].astype(float) - records["local_correct"]
 
 
 def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str, float]:
-    """Expected numbers of prompts at a budget: sent; rescued (sent, only the cloud is right);
-    harmed (sent, only the device is right); missed (kept, only the cloud is right). accuracy * n =
-    local correct + rescued - harmed.
+    """Expected numbers of prompts at a budget: sent, rescued, harmed, missed.
+
+    rescued: sent, and only the cloud is right; harmed: sent, and only the device is right; missed:
+    kept, and only the cloud is right. accuracy * n = local correct + rescued - harmed.
     """
     p, local, cloud = sent(score, budget), records["local_correct"], records["cloud_correct"]
     return {
@@ -128,23 +130,25 @@ def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str,
 
 
 def auc(records: Records, score: np.ndarray) -> float:
-    """Probability that a prompt the device gets wrong outranks one it gets right, ties as half (the
-    area under the ROC).
+    """Probability that a prompt the device gets wrong outranks one it gets right.
 
-    Raises UserError where the device is right on every prompt, or on none.
+    Ties count as half: it is the area under the ROC curve. Raises UserError where the device is
+    right on every prompt, or on none.
     """
     value = _auc(~records["local_correct"], score)
     if value is None:
         one = "right" if records["local_correct"].all() else "wrong"
         raise UserError(
-            f"the AUC of 'local is wrong' needs both classes: local_correct says {one} on all {len(score)} prompts"
+            f"the AUC of 'local is wrong' needs both classes: local_correct says {one} on all "
+            f"{len(score)} prompts"
         )
     return value
 
 
 def auc_by_stratum(records: Records, score: np.ndarray) -> dict[str, float | None]:
-    """The AUC within each stratum, None where one holds a single class. A router that only tells
-    strata apart has 0.5.
+    """The AUC within each stratum, None where one holds a single class.
+
+    A router that only tells strata apart has 0.5.
     """
     wrong, stratum = ~records["local_correct"], records["stratum"]
     return {str(s): _auc(wrong[stratum == s], score[stratum == s]) for s in np.unique(stratum)}
@@ -182,34 +186,32 @@ class Frontiers(NamedTuple):
         near = np.flatnonzero(np.isclose(self.budgets, budget, rtol=0, atol=1e-9))
         if not near.size:
             raise UserError(
-                f"the frontiers were not computed at a budget of {budget:g}: ask for it in `budgets`"
+                f"the frontiers were not computed at a budget of {budget:g}: ask for it in "
+                "`budgets`"
             )
         return int(near[0])
 
 
-Runs = Sequence[
-    tuple[Records, np.ndarray]
-]  # a method: (records, score f64[n]) of each of its seeds
+Runs = Sequence[tuple[Records, np.ndarray]]  # of a method: (records, score f64[n]) of each seed
 
 
 def frontiers(
     methods: Mapping[str, Runs],
-    budgets: Sequence[float] = GRID,
+    budgets: Sequence[float] | np.ndarray = GRID,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Frontiers:
-    """Accuracy of every method at every budget (0 and 1 are added), with a two-level bootstrap:
-    seeds, then prompts.
+    """Accuracy of every method at every budget (0 and 1 are added), with a two-level bootstrap.
 
-    All tables hold the same prompts in the same order (`records.align`). A method's frontier is the
-    mean of its seeds'. One resample draws n of the n prompts, with replacement, and seeds of each
-    method. As the prompts are the same in every seed, one draw of them serves all seeds and
-    methods: S seeds do not make S * n prompts. Of S seeds S - 1 are drawn, which makes the variance
-    of their mean unbiased (S draws would give (S - 1) / S of it: half, for two seeds). With one
-    seed nothing is known of the spread over seeds: the interval is over prompts only, for this very
-    model. Methods with equally many seeds draw the same ones, so seed s of one is paired with seed
-    s of the other. The draws depend on n, S and `seed` only: another method in the table changes no
-    interval.
+    It draws seeds, then prompts. All tables hold the same prompts in the same order
+    (`records.align`). A method's frontier is the mean of its seeds'. One resample draws n of the n
+    prompts, with replacement, and seeds of each method. As the prompts are the same in every seed,
+    one draw of them serves all seeds and methods: S seeds do not make S * n prompts. Of S seeds S -
+    1 are drawn, which makes the variance of their mean unbiased (S draws would give (S - 1) / S of
+    it: half, for two seeds). With one seed nothing is known of the spread over seeds: the interval
+    is over prompts only, for this very model. Methods with equally many seeds draw the same ones,
+    so seed s of one is paired with seed s of the other. The draws depend on n, S and `seed` only:
+    another method in the table changes no interval.
 
     Raises UserError where the prompts differ, a score holds NaN or has not one number a prompt, or
     nothing is given.
@@ -217,37 +219,39 @@ def frontiers(
     n = _same_prompts(methods)
     if resamples < 1:
         raise UserError(f"resamples={resamples}: an interval needs some, 1000 for two digits")
-    budgets = np.unique([0.0, 1.0, *budgets])
-    counts = calls(budgets, n)
-    runs = {name: [_run(name, *run) for run in table] for name, table in methods.items()}
+    points = np.unique([0.0, 1.0, *budgets])
+    counts = calls(points, n)
+    runs = {
+        name: [_run(name, records, score) for records, score in seeds]
+        for name, seeds in methods.items()
+    }
     rng = np.random.default_rng([seed, 0])
     seed_rng = {
         size: np.random.default_rng([seed, size])
-        for size in sorted({len(table) for table in runs.values()})
+        for size in sorted({len(seeds) for seeds in runs.values()})
     }
-    accuracy = {name: np.empty((1 + resamples, len(budgets))) for name in runs}
+    accuracy = {name: np.empty((1 + resamples, len(points))) for name in runs}
+    times, weights = np.ones(n, np.int32), {size: np.ones(size) for size in seed_rng}
     for r in range(1 + resamples):
-        times = (np.bincount(rng.integers(n, size=n), minlength=n) if r else np.ones(n)).astype(
-            np.int32
-        )
-        drawn = {
-            s: g.multinomial(max(s - 1, 1), np.full(s, 1 / s)) if r else np.ones(s)
-            for s, g in seed_rng.items()
-        }
-        for name, table in runs.items():
-            weights = drawn[len(table)]
+        if r:  # row 0 has each prompt and each seed once
+            times = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.int32)
+            weights = {
+                size: draw.multinomial(max(size - 1, 1), np.full(size, 1 / size))
+                for size, draw in seed_rng.items()
+            }
+        for name, seeds in runs.items():
+            weight = weights[len(seeds)]
             curves = [
-                w * _accuracy(run, times, counts)
-                for w, run in zip(weights, table, strict=True)
-                if w
+                w * _accuracy(run, times, counts) for w, run in zip(weight, seeds, strict=True) if w
             ]
-            accuracy[name][r] = sum(curves) / weights.sum()
-    return Frontiers(budgets, counts / n, accuracy)
+            accuracy[name][r] = sum(curves) / weight.sum()
+    return Frontiers(points, counts / n, accuracy)
 
 
 class _Run(NamedTuple):
-    """One seed of a method; 32 bits hold every count and halve the memory that a resample walks
-    through.
+    """One seed of a method.
+
+    32 bits hold every count, and halve the memory that a resample walks through.
     """
 
     ranking: Ranking
@@ -261,18 +265,18 @@ def _run(name: str, records: Records, score: np.ndarray) -> _Run:
     )
     if np.shape(score) != local.shape:
         raise UserError(
-            f"the score of {name} has shape {np.shape(score)}: it must be one number for each of {len(local)} prompts"
+            f"the score of {name} has shape {np.shape(score)}: it must be one number for each of "
+            f"{len(local)} prompts"
         )
     ranking = rank(score, f"the score of {name}")
     return _Run(ranking, local, (cloud - local)[ranking.order])
 
 
 def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Accuracy f64[K] with the counts[K] highest sent, of a resample that holds row i times[i]
-    times, i32[n].
+    """Accuracy f64[K] of a resample, where the counts[K] highest are sent.
 
-    Repeated rows are equal scores, and within equal scores the expected gain is linear in how many
-    of them are sent.
+    The resample holds row i times[i] times, i32[n]. Repeated rows are equal scores, and within
+    equal scores the expected gain is linear in how many of them are sent.
     """
     order, ends = run.ranking
     ordered = times[order]
@@ -280,9 +284,8 @@ def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
     gained = np.zeros(len(order) + 1, np.int32)
     np.cumsum(ordered, out=total[1:])
     np.cumsum(ordered * run.gain, out=gained[1:])
-    group = np.searchsorted(
-        ends, np.searchsorted(total[1:], counts), side="right"
-    )  # in which each count is reached
+    # The group of equal scores in which each count is reached.
+    group = np.searchsorted(ends, np.searchsorted(total[1:], counts), side="right")
     start, end = np.where(group > 0, ends[group - 1], 0), ends[group]
     share = (counts - total[start]) / np.maximum(total[end] - total[start], 1)
     gain = gained[start] + share * (gained[end] - gained[start])
@@ -290,8 +293,9 @@ def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _same_prompts(methods: Mapping[str, Runs]) -> int:
-    """Number of prompts; raises UserError unless every table of every method has the same ids in
-    the same order.
+    """The number of prompts.
+
+    Raises UserError unless every table of every method has the same ids in the same order.
     """
     if not methods or not all(methods.values()):
         raise UserError(
@@ -304,8 +308,9 @@ def _same_prompts(methods: Mapping[str, Runs]) -> int:
             if not np.array_equal(records["id"], first):
                 differ = len(set(records["id"]) ^ set(first))
                 raise UserError(
-                    f"{name} (seed {i + 1} of {len(table)}) is not of the prompts of {first_name}, or not in their order: "
-                    f"{len(records['id'])} and {len(first)} prompts, {differ} ids in one of the two only; align the records"
+                    f"{name} (seed {i + 1} of {len(table)}) is not of the prompts of {first_name}, "
+                    f"or not in their order: {len(records['id'])} and {len(first)} prompts, "
+                    f"{differ} ids in one of the two only; align the records"
                 )
     return len(first)
 
@@ -313,8 +318,8 @@ def _same_prompts(methods: Mapping[str, Runs]) -> int:
 def estimate(values: np.ndarray) -> Rate:
     """A figure f64[1 + R] with its 95 % interval: percentiles of the resamples.
 
-    Where a resample leaves the figure undefined (NaN) it counts against both ends, and an end that
-    gets there is None.
+    A resample that leaves the figure undefined (NaN) counts as beyond both ends; an end that falls
+    on such resamples is None.
     """
     value, draws = float(values[0]), values[1:]
     low = np.quantile(np.where(np.isnan(draws), -np.inf, draws), _TAIL, method="inverted_cdf")
@@ -330,8 +335,9 @@ def _known(x: float) -> float | None:
 
 
 def random_frontier(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """f64[..., K] of sending as many prompts at random: the line from the device's accuracy to the
-    cloud's.
+    """Accuracy f64[..., K] of sending as many prompts at random.
+
+    It is the line from the device's accuracy to the cloud's.
     """
     return (1 - rates) * accuracy[..., :1] + rates * accuracy[..., -1:]
 
@@ -342,10 +348,10 @@ def area(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
 
 
 def pgr(accuracy: np.ndarray) -> np.ndarray:
-    """Performance gap recovered f64[..., K]: (accuracy - device's) / (cloud's - device's), RouteLLM
-    section 3.2.
+    """Performance gap recovered f64[..., K] (RouteLLM, section 3.2).
 
-    NaN where the cloud is no better than the device: there is no gap. May pass 1, and fall below 0.
+    It is (accuracy - device's) / (cloud's - device's): NaN where the cloud is no better than the
+    device: there is no gap. May pass 1, and fall below 0.
     """
     device, cloud = accuracy[..., :1], accuracy[..., -1:]
     gap = np.where(cloud - device > 1e-12, cloud - device, np.nan)
@@ -353,37 +359,34 @@ def pgr(accuracy: np.ndarray) -> np.ndarray:
 
 
 def hull(accuracy: np.ndarray) -> np.ndarray:
-    """The monotone hull f64[..., K]: the best at this call rate or a smaller one (a running
-    maximum), since nobody who may spend a budget has to. It is not the concave hull. The ends,
-    device alone and cloud alone, are in it.
+    """The monotone hull f64[..., K]: the best at this call rate or a smaller one.
+
+    It is a running maximum, since nobody who may spend a budget has to; not the concave hull. The
+    ends, device alone and cloud alone, are in it.
     """
     return np.maximum.accumulate(accuracy, axis=-1)
 
 
 def apgr(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """RouteLLM's average PGR f64[...]: the mean over all call rates of the hull's PGR, 0.5 for
-    random.
+    """RouteLLM's average PGR f64[...]: the mean over all call rates of the hull's PGR.
 
-    RouteLLM defines the integral and approximates it by ten call rates; here it is the curve's own
-    area. The hull is ours (without it: `area(rates, pgr(accuracy))`); on few prompts its running
-    maximum adds a little that is noise.
+    It is 0.5 for random. RouteLLM defines the integral and approximates it by ten call rates; here
+    it is the curve's own area. The hull is ours (without it: `area(rates, pgr(accuracy))`); on few
+    prompts its running maximum adds a little that is noise.
     """
     return area(rates, hull(pgr(accuracy)))
 
 
 def cpt(rates: np.ndarray, accuracy: np.ndarray, share: float) -> np.ndarray:
-    """RouteLLM's call-performance threshold f64[...]: the smallest call rate at which the hull's
-    PGR is `share`.
+    """RouteLLM's call-performance threshold f64[...], a call rate.
 
-    Linear between call rates, as in RouteLLM's code; `share` in (0, 1], so random's is `share`. NaN
-    where PGR is.
+    It is the smallest one at which the hull's PGR is `share`: linear between call rates, as in
+    RouteLLM's code; `share` in (0, 1], so random's is `share`. NaN where PGR is.
     """
     if not 0 < share <= 1:
         raise UserError(f"CPT is of a share of the gap, above 0 and up to 1: got {share}")
     curve = hull(pgr(accuracy))
-    after = np.argmax(curve >= share - 1e-12, axis=-1)[
-        ..., None
-    ]  # at least 1: the curve starts at 0
+    after = np.argmax(curve >= share - 1e-12, axis=-1)[..., None]  # 1 or more: curve[0] is 0
     before = np.maximum(after - 1, 0)
     y0, y1 = np.take_along_axis(curve, before, -1), np.take_along_axis(curve, after, -1)
     with np.errstate(invalid="ignore"):
@@ -392,10 +395,10 @@ def cpt(rates: np.ndarray, accuracy: np.ndarray, share: float) -> np.ndarray:
 
 
 def perfect_share(rates: np.ndarray, accuracy: np.ndarray, perfect: np.ndarray) -> np.ndarray:
-    """Share f64[..., K] of the perfect router's gain over random; `perfect` f64[..., K] is its
-    frontier on these records.
+    """Share f64[..., K] of the perfect router's gain over random that a frontier reaches.
 
-    NaN where the perfect router gains nothing.
+    perfect f64[..., K]: the perfect router's frontier on the same records. NaN where it gains
+    nothing.
     """
     random = random_frontier(rates, accuracy)
     gain = np.where(perfect - random > 1e-12, perfect - random, np.nan)

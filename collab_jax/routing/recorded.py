@@ -1,8 +1,7 @@
-"""The routers that need the device model, by name: what they find is kept in the records, for
-`compare` to read.
+"""The routers that need the device model, by name: their scores are kept in the records.
 
 Each is a function (Device, records to fit on or None, records to route) -> (score f64[n], device
-tokens it spent f64[n]).
+tokens it spent f64[n]). `compare` reads the columns.
 """
 
 import sys
@@ -18,7 +17,7 @@ from collab_jax.routing.device import Device
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example
 
-RECORDED: dict[str, Callable] = {
+RECORDED: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "agreement": agreement.score,
     "hidden": hidden.score,
     "classifier": classifier.score,
@@ -28,8 +27,9 @@ LEARNED = ("hidden", "classifier")  # fitted on records of other prompts
 
 
 def check(run: Run) -> None:
-    """Raises UserError, before anything is spent, where a router of `config.routers.record` could
-    not be recorded.
+    """Raises UserError where a router of `config.routers.record` could not be recorded.
+
+    To be called before anything is spent.
     """
     names, fit_prompts = run.config.routers.record, run.config.eval.fit_prompts
     if unknown := sorted(set(names) - set(RECORDED)):
@@ -50,8 +50,8 @@ def record(
 ) -> Records:
     """`records` with the columns score_NAME and tokens_NAME of each router.
 
-    One that fails, or ranks by NaN, is told and left out: what it would have said is not worth the
-    evaluation.
+    A router that fails, or that scores by NaN, is left out with a warning: the evaluation is worth
+    more than its column.
     """
     columns = {}
     for name in names:
@@ -73,8 +73,9 @@ def record(
 def with_routers(
     run: Run, state: TrainState, table: Records, examples: list[Example], fit_on: Records | None
 ) -> Records:
-    """`table` with the columns of `config.routers.record` under `state` (with axis D); `examples`
-    are those of both tables.
+    """`table` with the columns of `config.routers.record` under `state`, which has the axis D.
+
+    examples: those of both tables.
     """
-    device = Device(run, state.final_model, {e.id: e for e in examples})
+    device = Device(run, state.final_model, {example.id: example for example in examples})
     return record(run.config.routers.record, device, fit_on, table)

@@ -1,24 +1,27 @@
-"""Routers: every way to decide which prompts go to the cloud is one score for each, higher meaning
-"send it".
+"""Routers: every way to decide which prompts go to the cloud is one score for each prompt.
 
-A router is fitted on records of prompts that are not the ones it is judged on (most need none and
-ignore them), and then scores any records. No jax here: what a router needs of a model is a column
-of the records (`records.py`). The routers that run the model again (`recorded.py`) leave their
-score in `score_NAME`, what they spent in `tokens_NAME`; a router that is not here can be recorded
-the same way.
+A higher score means "send it". A router is fitted on records of prompts that are not the ones it is
+judged on (most need none and ignore them), and then scores any records. No jax here: what a router
+needs of a model is a column of the records (`records.py`). The routers that run the model again
+(`recorded.py`) leave their score in `score_NAME` and what they spent in `tokens_NAME`; a router
+that is not in ROUTERS can be recorded the same way.
 
-| name | decides from | device tokens on a prompt that is sent |
-|---|---|---|
-| random | nothing; its expectation in closed form | none |
-| features_linear, features_trees | the prompt's text, by logistic regression or boosted trees fitted on other prompts | none |
-| logprob | the log-probability of the response | all |
-| margin | the trained marker | up to its crossing |
-| margin_logprob | both, by logistic regression fitted on other prompts | all |
-| hidden | the model's last hidden state, by logistic regression fitted on other prompts | all |
-| agreement | how many of `routers.samples` more responses agree | all, and those responses |
-| verification | the model's opinion of its own response | all, and the question |
-| classifier | the prompt, by a decoder fine-tuned on other prompts | none; a decoder runs on every prompt |
-| perfect | both verdicts: what no router can know | all |
+| name            | decides from                         | device tokens of a prompt it sends   |
+|-----------------|--------------------------------------|--------------------------------------|
+| random          | nothing (expectation in closed form) | none                                 |
+| features_linear | the prompt's text, by regression     | none                                 |
+| features_trees  | the prompt's text, by boosted trees  | none                                 |
+| logprob         | the response's log-probability       | all                                  |
+| margin          | the trained marker                   | up to its crossing                   |
+| margin_logprob  | both, by regression                  | all                                  |
+| hidden          | the last hidden state, by regression | all                                  |
+| agreement       | how many more responses agree        | all, and those responses             |
+| verification    | the model's opinion of its response  | all, and the question                |
+| classifier      | the prompt, by a fine-tuned decoder  | none; a decoder runs on every prompt |
+| perfect         | both verdicts (none can know them)   | all                                  |
+
+Regressions (logistic), trees and the decoder are fitted on other prompts; `agreement` samples
+`config.routers.samples` more responses.
 """
 
 from collections.abc import Callable
@@ -30,16 +33,13 @@ from collab_jax.records import Records, require, scores
 from collab_jax.routing import costs, learned, measures, response
 from collab_jax.runtime.errors import UserError
 
-Score = Callable[[Records], np.ndarray]  # -> f64[n]
-
 
 class Router(NamedTuple):
-    """score: of the records to route, or, where `learned`, of (records to fit on, records to
-    route).
-    """
+    """One way to route."""
 
     title: str
-    score: Callable
+    # (records to route) -> f64[n], or, where `learned`, (records to fit on, records to route).
+    score: Callable[..., np.ndarray]
     needs: tuple[str, ...]  # columns
     reads: costs.Reads
     learned: bool = False
@@ -78,8 +78,10 @@ def router_of(name: str) -> Router:
 
 
 def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndarray:
-    """f64[n] of a router of ROUTERS, or of the recorded column `score_NAME`. Raises UserError for
-    what it lacks.
+    """The score f64[n] of a router of ROUTERS, or of the recorded column `score_NAME`.
+
+    Raises UserError for an unknown name, a column that is missing, and records to fit on that are
+    missing or hold prompts of `records`.
     """
     if name not in ROUTERS and name not in scores(records):
         raise UserError(
@@ -94,32 +96,31 @@ def score(name: str, records: Records, fit_on: Records | None = None) -> np.ndar
     require(fit_on, router.needs, f"fitting router {name}")
     if set(fit_on["id"]) & set(records["id"]):
         raise UserError(
-            f"router {name} would be fitted on prompts that it is judged on: give records of other prompts"
+            f"router {name} would be fitted on prompts that it is judged on: give records of other "
+            "prompts"
         )
     return router.score(fit_on, records)
 
 
 def possible(records: Records, fit_on: Records | None = None) -> list[str]:
-    """The routers that these records have all the columns for, in ROUTERS' order, then the other
-    recorded ones.
+    """The routers that these records have all the columns for.
 
-    Learned ones are among them where some prompts of `fit_on` are right on the device, and some
-    wrong.
+    They come in ROUTERS' order, then the other recorded ones. A learned one is among them where
+    some answered prompts of `fit_on` are right on the device, and some wrong.
     """
-    own = {name for name, router in ROUTERS.items() if f"score_{name}" not in router.needs}
-    if taken := sorted(set(scores(records)) & own):
+    computed = {name for name, router in ROUTERS.items() if f"score_{name}" not in router.needs}
+    if taken := sorted(set(scores(records)) & computed):
         raise UserError(
-            f"the column score_{taken[0]} has the name of a router of ours: call it score_my_{taken[0]}"
+            f"the column score_{taken[0]} has the name of a router that is computed here: call it "
+            f"score_my_{taken[0]}"
         )
-    found = [
-        name
-        for name, router in ROUTERS.items()
-        if set(router.needs) <= set(records)
-        and (
-            not router.learned
-            or fit_on
-            and set(router.needs) <= set(fit_on)
-            and learned.has_classes(fit_on)
-        )
-    ]
-    return found + [name for name in scores(records) if name not in ROUTERS]
+    known = [name for name, router in ROUTERS.items() if _is_possible(router, records, fit_on)]
+    return known + [name for name in scores(records) if name not in ROUTERS]
+
+
+def _is_possible(router: Router, records: Records, fit_on: Records | None) -> bool:
+    if not set(router.needs) <= set(records):
+        return False
+    if not router.learned:
+        return True
+    return bool(fit_on) and set(router.needs) <= set(fit_on) and learned.has_classes(fit_on)
