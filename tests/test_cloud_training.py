@@ -1,5 +1,6 @@
-"""Training and the cloud's command line against a server that fails: the same parameters, bit for
-bit, or an exact resume.
+"""Training and the cloud's command line against a server that fails.
+
+The parameters are the same, bit for bit, as with a healthy server, or a resume is exact.
 """
 
 import os
@@ -11,9 +12,8 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from test_runs import saved, told
+from fakes import comparable_metrics, saved_state
 
-from collab_jax import train
 from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import __main__ as commands
 from collab_jax.cloud import attempts, ledger
@@ -23,24 +23,12 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import countdown
 
 
-class NoStop:
-    """`training.GracefulStop` without its signal handlers."""
-
-    requested = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
 def solve(content):
     return countdown.solve_prompt([{"role": "user", "content": content}])
 
 
 def once(make):
-    """`make` at its first call, and what that gave at every other."""
+    """Returns `make`, but that every later call returns what the first one made."""
     made = []
 
     def get(*args, **kwargs):
@@ -52,15 +40,16 @@ def once(make):
 
 @pytest.fixture(scope="module", autouse=True)
 def shared():
-    """No long pauses, flags with their defaults, and programs that are compiled once, as all runs
-    here have one shape.
+    """No long pauses, flags with their defaults, and programs that are compiled once.
+
+    All runs here have one shape.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
     quick = pytest.MonkeyPatch()
     quick.setattr(attempts, "BACKOFF_SECONDS", (0.01, 0.05))
     quick.setattr(rollout, "make_sampler", once(rollout.make_sampler))
-    quick.setattr(train, "make_step", once(training.make_step))
+    quick.setattr(training, "compile_update", once(training.compile_update))
     quick.setenv("NO_PROXY", "127.0.0.1")
     yield
     quick.undo()
@@ -86,7 +75,7 @@ def test_prefetched_behind_faults_equals_healthy_bit_for_bit(
 ):
     with FaultServer(solve) as healthy:
         run = experiment.prepare(configure(healthy), tmp_path / "healthy")
-        training.train(run, NoStop())
+        training.train(run)
         assert 0 < healthy.requests == ledger(run.cloud.store).calls  # what was needed, once
 
     with FaultServer(
@@ -103,17 +92,19 @@ def test_prefetched_behind_faults_equals_healthy_bit_for_bit(
         assert commands.status(config, folder) == commands.verify(config, folder) == 0
         assert "train: 0 of 64 prompts have no answer" in capsys.readouterr().out
         before = faulty.requests
-        training.train(experiment.prepare(config, folder), NoStop())
+        training.train(experiment.prepare(config, folder))
         assert faulty.requests == before
-    jax.tree.map(np.testing.assert_array_equal, saved(folder, 4), saved(tmp_path / "healthy", 4))
-    assert told(folder) == told(tmp_path / "healthy")
+    jax.tree.map(
+        np.testing.assert_array_equal, saved_state(folder, 4), saved_state(tmp_path / "healthy", 4)
+    )
+    assert comparable_metrics(folder) == comparable_metrics(tmp_path / "healthy")
 
 
 def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
     faults = ("429", "500", "reset", "truncated", "empty")
     with FaultServer(solve, share=0.3, faults=faults, delay=0.05) as server:
         config = configure(server, cloud__wait=0.0, cloud__retries=0)
-        training.train(experiment.prepare(config, tmp_path / "straight"), NoStop())
+        training.train(experiment.prepare(config, tmp_path / "straight"))
         rows = metrics.read(tmp_path / "straight" / "metrics.jsonl")
         assert sum(row["cloud_unknown"] for row in rows) > 0 and len(rows) == 4
 
@@ -123,10 +114,10 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
         replay = configure(
             server, cloud__wait=0.0, cloud__retries=0, cloud__mode="replay", cloud__prefetch=1
         )
-        training.train(experiment.prepare(replay, tmp_path / "replayed"), NoStop())
-        unknown = (tmp_path / "resumed" / "unknown.jsonl").read_bytes()
-        (tmp_path / "resumed" / "unknown.jsonl").write_bytes(
-            unknown + b'{"step": 9, "id'
+        training.train(experiment.prepare(replay, tmp_path / "replayed"))
+        written = (tmp_path / "resumed" / "missing_verdicts.jsonl").read_bytes()
+        (tmp_path / "resumed" / "missing_verdicts.jsonl").write_bytes(
+            written + b'{"step": 9, "id'
         )  # as a kill leaves it
         run = experiment.prepare(config, tmp_path / "resumed")
         server.share = 0.0
@@ -134,15 +125,15 @@ def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
         run.cloud.answer(
             [run.task.cloud_prompt(e) for e in everything]
         )  # by now all of it is known
-        training.train(run, NoStop())
+        training.train(run)
     for name in ("resumed", "replayed"):
         jax.tree.map(
             np.testing.assert_array_equal,
-            saved(tmp_path / name, 4),
-            saved(tmp_path / "straight", 4),
+            saved_state(tmp_path / name, 4),
+            saved_state(tmp_path / "straight", 4),
         )
-        assert told(tmp_path / name) == told(tmp_path / "straight")
-    assert (tmp_path / "resumed" / "unknown.jsonl").read_bytes() == unknown
+        assert comparable_metrics(tmp_path / name) == comparable_metrics(tmp_path / "straight")
+    assert (tmp_path / "resumed" / "missing_verdicts.jsonl").read_bytes() == written
 
 
 def test_ctrl_c_keeps_what_is_paid_and_the_same_command_continues(
@@ -204,9 +195,9 @@ def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes
         with pytest.raises(
             UserError, match="3 calls of config.cloud.max_calls=3.* the same command goes on"
         ):
-            training.train(run, NoStop())
+            training.train(run)
         assert server.requests == 3 and run.checkpoints.latest() is not None
         again = experiment.prepare(
             configure(server, **limits | {"cloud__max_calls": 300}), tmp_path
         )
-        assert training.train(again, NoStop()) is not None and again.checkpoints.latest() == 4
+        assert training.train(again) is not None and again.checkpoints.latest() == 4
