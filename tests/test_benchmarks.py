@@ -1,10 +1,9 @@
-"""Benchmarks as TFDS data sets: made-up sources over HTTP, read into rows, kept on disk; JSON lines
-come first.
-"""
+"""Benchmarks as TFDS data sets: made-up sources over HTTP, read into rows, kept on disk."""
 
 import functools
 import http.server
 import json
+import re
 import threading
 import zipfile
 
@@ -15,19 +14,51 @@ from collab_jax.tasks import benchmarks, rows
 
 AOPS = "https://artofproblemsolving.com/wiki/index.php"
 LINES = {
-    "math500": [{"problem": "p", "solution": "s", "answer": "5", "subject": "Algebra", "level": 2, "unique_id": "test/algebra/7.json"}],
-    "amc23": [{"id": 0, "problem": "p", "answer": 27.0, "url": f"{AOPS}/2023_AMC_12A_Problems/Problem_1"}],
-    "aime24": [{"id": 60, "problem": "p", "answer": "025", "url": f"{AOPS}/2024_AIME_II_Problems/Problem_10"}],
-    "minerva_math": [{"problem": "p", "solution": r"So \boxed{1.6} \mathrm{~cm}", "type": "Stars", "idx": 4}],
-    "agieval_math": [{"question": "p", "answer": " 3 ", "other": {"solution": "s", "level": 5, "type": "Algebra"}}],
-}  # fmt: skip
+    "math500": {
+        "problem": "p",
+        "solution": "s",
+        "answer": "5",
+        "subject": "Algebra",
+        "level": 2,
+        "unique_id": "test/algebra/7.json",
+    },
+    "amc23": {
+        "id": 0,
+        "problem": "p",
+        "answer": 27.0,
+        "url": f"{AOPS}/2023_AMC_12A_Problems/Problem_1",
+    },
+    "aime24": {
+        "id": 60,
+        "problem": "p",
+        "answer": "025",
+        "url": f"{AOPS}/2024_AIME_II_Problems/Problem_10",
+    },
+    "minerva_math": {
+        "problem": "p",
+        "solution": r"So \boxed{1.6} \mathrm{~cm}",
+        "type": "Stars",
+        "idx": 4,
+    },
+    "agieval_math": {
+        "question": "p",
+        "answer": " 3 ",
+        "other": {"solution": "s", "level": 5, "type": "Algebra"},
+    },
+}
 ROWS = {
-    "math500": {"id": "math500/algebra/7", "answer": "5", "type": "Algebra", "level": 2, "math_test_id": "math_test/algebra/7"},
+    "math500": {
+        "id": "math500/algebra/7",
+        "answer": "5",
+        "type": "Algebra",
+        "level": 2,
+        "math_test_id": "math_test/algebra/7",
+    },
     "amc23": {"id": "amc23/2023-12A-1", "answer": "27"},
     "aime24": {"id": "aime24/II-10", "answer": "25"},
     "minerva_math": {"id": "minerva_math/4", "answer": "1.6", "type": "Stars"},
     "agieval_math": {"id": "agieval_math/0", "answer": "3", "level": 5},
-}  # fmt: skip
+}
 
 
 def math_row(solution, level="Level 3"):
@@ -44,8 +75,8 @@ def sources(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
-    for name, lines in LINES.items():
-        place(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, line in LINES.items():
+        place(name).write_text(json.dumps(line) + "\n")
     with zipfile.ZipFile(place("math"), "w") as archive:
         folder = "agents-e8c4/src/agents/datasets/data/math"
         archive.writestr("agents-e8c4/README.md", "")
@@ -53,9 +84,8 @@ def sources(tmp_path, monkeypatch):
             f"{folder}/train/algebra/10.json", math_row(r"\boxed{ 1 } or \fbox{\{2\}}", "Level ?")
         )
         archive.writestr(f"{folder}/train/algebra/9.json", math_row(r"It is \boxed 7$."))
-        archive.writestr(
-            f"{folder}/train/algebra/517.json", math_row(r"\boxed{11}")
-        )  # also a test row
+        also_a_test_row = "algebra/517"
+        archive.writestr(f"{folder}/train/{also_a_test_row}.json", math_row(r"\boxed{11}"))
         archive.writestr(f"{folder}/test/prealgebra/177.json", math_row(r"\boxed{12}"))
     with zipfile.ZipFile(place("mmlu"), "w") as archive:
         table = "question,choice0,choice1,choice2,choice3,answer\n" + '"a, b?",1,2,3,4,3\n' * 4
@@ -95,25 +125,24 @@ def test_every_source_becomes_rows_once_and_for_all(sources, tmp_path):
         (row,) = read(name)
         assert row["problem"] == "p" and {key: row[key] for key in expected} == expected
     nine, ten = read("math_train")
-    assert (nine["id"], nine["answer"], nine["level"], nine.get("boxed_all")) == (
-        "math_train/algebra/9",
-        "7",
-        3,
-        None,
-    )
-    assert (ten["id"], ten["answer"], ten["level"], ten["boxed_all"]) == ("math_train/algebra/10", r"\{2\}", None, ["1", r"\{2\}"])  # fmt: skip
+    assert (nine["id"], nine["answer"], nine["level"]) == ("math_train/algebra/9", "7", 3)
+    assert (ten["id"], ten["answer"], ten["level"]) == ("math_train/algebra/10", r"\{2\}", None)
+    assert "boxed_all" not in nine and ten["boxed_all"] == ["1", r"\{2\}"]
     assert [row["answer"] for row in read("math_test")] == ["6"]
     mmlu = rows.read(folder, "mmlu_test", ("answer", "choices"))
     assert [row["id"] for row in mmlu][3:5] == ["mmlu/anatomy/3", "mmlu/high_school_mathematics/0"]
-    assert (mmlu[0]["problem"], mmlu[0]["choices"], mmlu[0]["answer"]) == (
-        "a, b?",
-        ["1", "2", "3", "4"],
-        "D",
-    )
+    assert (mmlu[0]["problem"], mmlu[0]["answer"]) == ("a, b?", "D")
+    assert mmlu[0]["choices"] == ["1", "2", "3", "4"]
     assert [row["id"] for row in mmlu if row.get("math_train_id")] == [
         "mmlu/high_school_mathematics/3"
     ]
-    assert read("gsm8k_test") == [{"id": "gsm8k/tfds-test-0", "problem": "test", "answer": "1200", "solution": "so\n#### 1,200"}]  # fmt: skip
+    [word_problem] = read("gsm8k_test")
+    assert word_problem == {
+        "id": "gsm8k/tfds-test-0",
+        "problem": "test",
+        "answer": "1200",
+        "solution": "so\n#### 1,200",
+    }
     sources.shutdown()
     assert read("math_train") == [nine, ten]  # no second download
 
@@ -125,17 +154,13 @@ def test_every_source_becomes_rows_once_and_for_all(sources, tmp_path):
 
 def test_a_source_that_cannot_be_had_names_the_fix(sources, tmp_path, monkeypatch):
     monkeypatch.setitem(benchmarks.SOURCES, "amc23", "moved/away.jsonl")
-    with pytest.raises(UserError, match=r"no amc23.jsonl or amc23.jsonl.gz in .*data set amc23 cannot be built.*config.task.data_dir"):  # fmt: skip
+    says = r"no amc23.jsonl or amc23.jsonl.gz in .*data set amc23 cannot be built.*task.data_dir"
+    with pytest.raises(UserError, match=says):
         rows.read(tmp_path / "data", "amc23")
 
 
 def test_the_sources_are_pinned_and_every_data_set_has_a_reader():
-    assert (
-        set(benchmarks.READERS)
-        == set(benchmarks.SOURCES)
-        == {name for name, _ in benchmarks.SPLITS.values()} - {"gsm8k"}
-    )
+    data_sets = {name for name, _ in benchmarks.SPLITS.values()}
+    assert set(benchmarks.READERS) == set(benchmarks.SOURCES) == data_sets - {"gsm8k"}
     for source in benchmarks.SOURCES.values():
-        assert any(
-            len(part) == 40 and int(part, 16) for part in source.split("/") if len(part) == 40
-        )
+        assert re.search(r"/[0-9a-f]{40}(/|$)", source)  # a commit

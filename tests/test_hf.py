@@ -1,4 +1,4 @@
-"""Hugging Face folders: out and in again bit for bit, and each way a folder can be wrong is named."""
+"""Hugging Face folders: out and in again bit for bit; each way one can be wrong is named."""
 
 import dataclasses
 import json
@@ -15,10 +15,19 @@ from collab_jax.models import decoder, hf
 from collab_jax.runtime.errors import UserError
 
 LLAMA = dict(
-    model_type="llama", hidden_act="silu", vocab_size=12, hidden_size=8, intermediate_size=10, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    model_type="llama",
+    hidden_act="silu",
+    vocab_size=12,
+    hidden_size=8,
+    intermediate_size=10,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
     rope_parameters=dict(rope_type="default", rope_theta=100.0),
-)  # fmt: skip
+)
 UNTIED = {**LLAMA, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
 QWEN3 = {**LLAMA, "model_type": "qwen3"}
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"

@@ -110,14 +110,20 @@ def test_merging_by_hand():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"targets": ("q_proj", "w_q")}, "names 'w_q': this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
+        (
+            {"targets": ("q_proj", "w_q")},
+            "'w_q': this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
         ({"targets": ("lm_head",)}, "names 'lm_head': this model has"),
         ({"targets": ()}, "empty: name some of down_proj"),
         ({"rank": -1}, r"rank=-1 must lie in 0 \(off\) to 16"),
-        ({"rank": 17, "targets": ("gate_proj",)}, r"rank=17 .* 16, the smaller side of gate_proj \[16, 24\]"),
+        (
+            {"rank": 17, "targets": ("gate_proj",)},
+            r"rank=17 .* 16, the smaller side of gate_proj \[16, 24\]",
+        ),
         ({"alpha": 0.0}, "alpha=0.0 must be finite and above 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_name_what_there_is(change, says):
     cfg = hf.config_from_hf(hf.read_config(GOLDEN / "llama"))
     with pytest.raises(UserError, match=says):

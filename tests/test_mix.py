@@ -1,7 +1,6 @@
-"""Tasks of one's own and of others: mixes by weight, a JSON lines task, a reward by file and name,
-a model as judge.
-"""
+"""Mixes by weight, a task of one's own from JSON lines, a reward of one's own, a judge."""
 
+import dataclasses
 import json
 import operator
 import runpy
@@ -54,7 +53,8 @@ def folder(tmp_path):
                 for i in range(count)
             ]
             write(tmp_path / f"{name}_{split}.jsonl", rows)
-    write(tmp_path / "test.jsonl", [{"id": "a", "problem": "A capital?", "answer": "New  Delhi", "type": "towns"}, {"id": "b", "problem": "A poem!"}])  # fmt: skip
+    town = {"id": "a", "problem": "A capital?", "answer": "New  Delhi", "type": "towns"}
+    write(tmp_path / "test.jsonl", [town, {"id": "b", "problem": "A poem!"}])
     return tmp_path
 
 
@@ -128,11 +128,12 @@ def test_a_mix_verifies_one_batch_for_each_task(folder):
     calls = []
 
     def part(name):
+        def verify(examples, responses):
+            calls.append((name, list(responses)))
+            return [RIGHT] * len(examples)
+
         task = make_task(config(folder, name))
-        verify = lambda examples, responses: (
-            calls.append((name, list(responses))) or [RIGHT] * len(examples)
-        )  # noqa: E731
-        return task.__class__(name, task.load, task.prompt, task.cloud_prompt, verify)
+        return dataclasses.replace(task, verify=verify, solve_prompt=None)
 
     task = mix.make_task({n: part(n) for n in ("math", "gsm8k")}, {"math": 0.5, "gsm8k": 0.5})
     examples = [Example("x", "", None, n) for n in ("math", "gsm8k", "math")]
@@ -186,8 +187,15 @@ def test_the_template_task(folder):
     town, poem = task.load("test")
     assert (town.task, town.stratum, task.gold(poem)) == ("jsonl", "towns", None)
     assert task.prompt(town)[0]["content"] == "Solve: A capital?"
-    verdicts = task.verify([town, town, town], [answered("new delhi"), answered("Delhi"), MARKER])
-    assert verdicts == [RIGHT, WRONG, CALLED]
+    responses = [
+        answered("new delhi"),
+        answered("\nNew\u00a0\r\n DELHI\n"),
+        answered("Delhi"),
+        MARKER,
+    ]
+    assert task.verify([town] * 4, responses) == [RIGHT, RIGHT, WRONG, CALLED]
+    verdicts = task.verify([poem, poem], [answered("Roses"), MARKER])
+    assert verdicts == [UNJUDGED, CALLED]  # there is no answer, so nobody knows
     lines = (ROOT / "collab_jax" / "tasks" / "jsonl.py").read_text().splitlines()
     assert len(lines) < 40
 
@@ -213,10 +221,11 @@ def test_a_reward_of_ones_own(folder, tmp_path):
     (tmp_path / "mine.py").write_text(REWARD)
     of = lambda name: make_task(config(folder, "jsonl", reward=f"{tmp_path}/mine.py:{name}"))  # noqa: E731
     town, poem = of("picky").load("test")  # without answers too
-    assert of("picky").verify([town, town, poem, poem], [answered("New!"), answered("x"), answered("New"), MARKER]) == [
-        RIGHT, WRONG, UNJUDGED, CALLED
-    ]  # fmt: skip
-    assert of("long").verify([town, town], ["x" * 50, "x" * 49]) == [Verdict(True, False, False), Verdict(False, False, False)]  # fmt: skip
+    responses = [answered("New!"), answered("x"), answered("New"), MARKER]
+    verdicts = of("picky").verify([town, town, poem, poem], responses)
+    assert verdicts == [RIGHT, WRONG, UNJUDGED, CALLED]
+    verdicts = of("long").verify([town, town], ["x" * 50, "x" * 49])
+    assert verdicts == [Verdict(True, False, False), Verdict(False, False, False)]
     with pytest.raises(
         UserError,
         match=r"mine.py:broken: example 'a', line 11: KeyError: 'points': mend the function",
@@ -237,9 +246,7 @@ def test_a_reward_of_ones_own(folder, tmp_path):
 
 
 class Fake:
-    """A cloud that judges: yes to what holds "good", no to "bad", nothing for "down", else a
-    speech.
-    """
+    """A cloud that judges: yes to "good", no to "bad", no reply to "down", a speech to the rest."""
 
     model, provider, parameters, batch, workers = "fake", "", {}, 100, 1
 
@@ -264,7 +271,8 @@ def test_a_model_as_judge(folder, tmp_path):
     task, fake = make_task(config(folder, "jsonl", judge="fake")), Fake()
     verify = judge.verify_by(task, CachedCloud(fake, Store(tmp_path / "c.sqlite")), MARKER)
     town, poem = task.load("test")
-    responses = [answered(a) for a in ("good", "bad", "down", "so so", "good")] + [MARKER, "<think> good", answered(" "), answered("good" * 9999)]  # fmt: skip
+    responses = [answered(a) for a in ("good", "bad", "down", "so so", "good")]
+    responses += [MARKER, "<think> good", answered(" "), answered("good" * 9999)]
     verdicts = verify([town, town, town, poem, poem, town, town, town, town], responses)
     nothing = Verdict(False, False, False)
     assert verdicts == [RIGHT, WRONG, UNJUDGED, UNJUDGED, RIGHT, CALLED, nothing, WRONG, WRONG]
@@ -284,7 +292,8 @@ def test_a_judge_by_config_and_a_cloud_answer_that_it_cannot_judge(folder, tmp_p
     task, store = make_task(settings), Store(tmp_path / "c.sqlite")
     judged = judge.judged(settings, task, store.path)
     town, poem = task.load("test")
-    assert judged.verify([town, town, poem], [answered("NEW DELHI"), answered("Delhi"), answered("x")]) == [RIGHT, WRONG, UNJUDGED]  # fmt: skip
+    responses = [answered("NEW DELHI"), answered("Delhi"), answered("x")]
+    assert judged.verify([town, town, poem], responses) == [RIGHT, WRONG, UNJUDGED]
     assert {row[0] for row in store.query("SELECT DISTINCT model FROM answers")} == {
         "simulated-judge"
     }

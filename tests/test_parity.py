@@ -1,6 +1,4 @@
-"""The decoder's numbers are transformers': golden files of tiny checkpoints, and live where torch
-is installed.
-"""
+"""The decoder's numbers are transformers': golden files, and live where torch is installed."""
 
 import functools
 import pathlib
@@ -48,9 +46,7 @@ def left_padded(golden):
 
 
 def logit_error(params, cfg, golden) -> float:
-    """Largest difference from the golden logits, all rows in one batch with ragged padding on the
-    left.
-    """
+    """Largest difference from the golden logits, all rows in one batch, padded on the left."""
     tokens, real = left_padded(golden)
     ours = np.asarray(all_logits(params, cfg, tokens, real))
     error = [
@@ -69,9 +65,17 @@ def test_golden_logits_and_greedy_continuation(kind):
     tokens, real = left_padded(golden)
     keys = sampler.prompt_keys(0, 0, np.arange(len(tokens)))
     settings = sampler.SamplerSettings(
-        group=1, max_new=golden["greedy"].shape[1], temperature=0.0, top_p=1.0, eos_ids=(-1,), pad_id=0,
-        marker=decision.Marker(0, ((-2,),)), segments=1, slot_counts=1, cache_dtype="float32",
-    )  # fmt: skip
+        group=1,
+        max_new=golden["greedy"].shape[1],
+        temperature=0.0,
+        top_p=1.0,
+        eos_ids=(-1,),
+        pad_id=0,
+        marker=decision.Marker(0, ((-2,),)),
+        segments=1,
+        slot_counts=1,
+        cache_dtype="float32",
+    )
     samples = sampler.sample(params, cfg, tokens, real, keys, settings=settings)
     np.testing.assert_array_equal(samples.tokens[:, 0], golden["greedy"])
 
@@ -93,9 +97,7 @@ def test_golden_files_have_what_is_odd():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_live_there_and_back(kind, tmp_path):
-    """A fresh checkpoint read by us, written by us, read by transformers: the same logits all the
-    way.
-    """
+    """A fresh checkpoint, read and written by us, read by transformers: always the same logits."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 

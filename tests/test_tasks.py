@@ -1,6 +1,4 @@
-"""How a response is read: called, correct and formatted, by the table of design section 2, and bad
-task settings.
-"""
+"""How a response is read: called, correct and formatted; bad task settings are refused."""
 
 import random
 import runpy
@@ -10,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from collab_jax.models.text import TAGS
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import TASKS, Example, Task, TaskError, Verdict, base, make_task
 
@@ -84,7 +83,7 @@ def test_correct_and_well_formed(response):
         "<think>so</think> hence <answer>1+2+3</answer>",
         "<think>so</think><answer>1+2+3</answer>.",
         "<think>so</think><answer>1+2+3</answer><eos>",
-        f"<think>so</think><answer>1+2+3</answer>{MARKER}",  # answer and marker: the answer came first
+        f"<think>so</think><answer>1+2+3</answer>{MARKER}",  # the answer came first
         f"<think>so</think><answer>1+2+3</answer>\n{MARKER}\n",
         f"{MARKER}<think>so</think><answer>1+2+3</answer>",
         "<THINK>so</THINK><answer>1+2+3</answer>",
@@ -199,22 +198,14 @@ def test_answer_of(response, answer):
 # ---------------------------------------------------------------- fuzz
 
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-PIECES = [
-    *TAGS,
-    *TAGS,
-    *TAGS,
-    MARKER,
-    MARKER,
-    "1+2+3",
-    "1*2*3",
-    "9",
-    " ",
-    "\n",
-    "so",
-    "<answer",
-    "</unknown>",
-]
+PIECES = [*TAGS * 3, MARKER, MARKER]
+PIECES += ["1+2+3", "1*2*3", "9", " ", "\n", "so", "<answer", "</unknown>"]
+GOOD_PIECES = (
+    ["<think>", "so", "</think>", "<answer>", "1+2+3", "</answer>"],
+    ["<think>", "so", "</think>", "<answer>", "9", "</answer>"],
+    ["<think>", "so", "</think>", MARKER],
+    ["<think>", MARKER],
+)
 
 
 def read(pieces):
@@ -222,7 +213,7 @@ def read(pieces):
     solid = [piece for piece in pieces if not piece.isspace()]
     called = "<answer>" not in pieces and solid[-1:] == [MARKER]
     order = [piece for piece in solid if piece in TAGS]
-    formatted = order == TAGS and solid[0] == TAGS[0] and solid[-1] == TAGS[-1]
+    formatted = order == [*TAGS] and solid[0] == TAGS[0] and solid[-1] == TAGS[-1]
     formatted = formatted and solid.index("<answer>") == solid.index("</think>") + 1
     closed = [
         i for i, piece in enumerate(pieces) if piece == "<answer>" and "</answer>" in pieces[i:]
@@ -239,22 +230,7 @@ def responses(n):
         if i % 2:
             yield rng.choices(PIECES, k=rng.randint(0, 9))
             continue
-        pieces = list(
-            rng.choice(
-                [
-                    [
-                        "<think>",
-                        "so",
-                        "</think>",
-                        "<answer>",
-                        rng.choice(["1+2+3", "9"]),
-                        "</answer>",
-                    ],
-                    ["<think>", "so", "</think>", MARKER],
-                    ["<think>", MARKER],
-                ]
-            )
-        )
+        pieces = list(rng.choice(GOOD_PIECES))
         for _ in range(rng.choice((0, 1, 1, 2, 3))):
             if pieces and rng.random() < 0.4:
                 moved = pieces.pop(rng.randrange(len(pieces)))

@@ -1,12 +1,9 @@
-"""Text <-> tokens: what is explicit is found, what is absent is named, and a response survives the
-round trip.
-"""
-
-from types import SimpleNamespace
+"""Text <-> tokens: what is named is found or refused, and a response survives the round trip."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tokenizers import (
     AddedToken,
     Regex,
@@ -20,19 +17,23 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collab_jax.models import text as text_lib
-from collab_jax.models.decision import PlainMarker
 from collab_jax.tasks import base
 
 MARKER = "<unknown> I need external assistance </unknown>"
-WORDS = (
-    "<think>", "</think>", "<answer>", "</answer>", "<unknown>", " I need external assistance ", "</unknown>",
-    " ", "\n", "<", "+", "=", "<|reserved_5|>", *"0123456789",
-)  # fmt: skip
+WORDS = (*text_lib.TAGS, "<unknown>", " I need external assistance ", "</unknown>")
+WORDS += (" ", "\n", "<", "+", "=", "<|reserved_5|>", *"0123456789")
 CONFIG = dict(marker=MARKER, decision_token="<unknown>", pad="<pad>", eos=("<eos>",))
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+BPE_CONFIG = dict(decision_token="<|reserved_5|>", pad="<|pad|>", eos=("<|end|>", "<|eot|>"))
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+)
 # How GPT-2, Llama 3 and Qwen2.5 cut text before BPE; the last two join a sign with the letters
 # after it.
-_MODERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MODERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CUTS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": _MODERN % r"\p{N}{1,3}",
@@ -81,19 +82,11 @@ def bpe_folder(request, tmp_path_factory):
 
 
 def load(folder, **changes) -> text_lib.Text:
-    return text_lib.load(folder, SimpleNamespace(**{**CONFIG, **changes}))
+    return text_lib.load(folder, ConfigDict(CONFIG | changes))
 
 
 def load_bpe(folder, **changes) -> text_lib.Text:
-    return load(
-        folder,
-        **{
-            "pad": "<|pad|>",
-            "eos": ("<|end|>", "<|eot|>"),
-            "decision_token": "<|reserved_5|>",
-            **changes,
-        },
-    )
+    return load(folder, **BPE_CONFIG | changes)
 
 
 def prompt(content):
@@ -118,11 +111,8 @@ def test_every_token_is_explicit(words_folder):
     text = load(words_folder)
     ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     assert (text.pad_id, text.eos_ids, text.decision_id) == (0, (1,), ids["<unknown>"])
-    assert text.marker_ids == (
-        ids["<unknown>"],
-        ids[" I need external assistance "],
-        ids["</unknown>"],
-    )
+    words = ("<unknown>", " I need external assistance ", "</unknown>")
+    assert text.marker_ids == tuple(ids[word] for word in words)
     assert text.answer_open == ((ids["<answer>"],),)
     assert load(words_folder, eos=("<eos>", "\n")).eos_ids == (1, ids["\n"])
 
@@ -137,10 +127,8 @@ def test_every_token_is_explicit(words_folder):
     ],
 )
 def test_token_not_in_the_vocabulary_is_named(words_folder, bpe_folder, key, value, token):
-    for loader, folder in (
-        (load, words_folder),
-        (load_bpe, bpe_folder),
-    ):  # with an unknown-token, and without
+    # The first tokenizer has an unknown-token, the second has none.
+    for loader, folder in ((load, words_folder), (load_bpe, bpe_folder)):
         with pytest.raises(text_lib.TextError) as raised:
             loader(folder, **{key: value})
         assert f"config.text.{key}={token!r} is not one token" in str(raised.value)
@@ -262,6 +250,9 @@ def test_text_outside_the_words_is_unknown(words_folder):
 
 # ---------------------------------------------------------------- where an answer opens
 
+CONTEXTS = ["", " ", "so ", "so", "\n", "\n\n", "</think>", "</think>\n", "</think>\n\n"]
+CONTEXTS += ["it is.", "12"]  # what may stand before a tag
+
 
 def opened_at(text, response) -> int | None:
     """How many tokens of the response are written when the sampler sees an answer open."""
@@ -272,29 +263,12 @@ def opened_at(text, response) -> int | None:
     return None
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
-        "",
-        " ",
-        "so ",
-        "\n",
-        "\n\n",
-        "</think>",
-        "<think> 12</think>",
-        "</think>\n",
-        "</think>\n\n",
-        "it is.",
-        "12",
-    ],
-)
+@pytest.mark.parametrize("before", [*CONTEXTS, "<think> 12</think>"])
 @pytest.mark.parametrize("after", ["5</answer>", " 5", "\n5"])
 def test_answer_of_several_tokens_is_seen_to_open(bpe_folder, before, after):
     text = load_bpe(bpe_folder)
-    assert (
-        text.tokenizer.convert_tokens_to_ids("<answer>") is None
-        and max(map(len, text.answer_open)) > 1
-    )
+    assert text.tokenizer.convert_tokens_to_ids("<answer>") is None
+    assert max(map(len, text.answer_open)) > 1
     n = opened_at(text, f"{before}<answer>{after}")
     assert n is not None
     written = text.tokenizer.decode(text.response_ids(f"{before}<answer>{after}")[:n])
@@ -319,34 +293,16 @@ def test_answer_as_one_added_token(bpe_folder, tmp_path):
 
 # ---------------------------------------------------------------- a marker in plain text
 
-CONTEXTS = [
-    "",
-    " ",
-    "so ",
-    "so",
-    "\n",
-    "\n\n",
-    "</think>",
-    "</think>\n",
-    "</think>\n\n",
-    "it is.",
-    "12",
-    "x <",
-    "<<",
-]
-
 
 def decides(text, ids) -> list[bool]:
     """Which of the tokens decide a call, each after the one before."""
-    table = PlainMarker(*text.plain).deciding(jnp.array([-1, *ids[:-1]]), len(text.tokenizer))
+    table = text.plain.deciding(jnp.array([-1, *ids[:-1]]), len(text.tokenizer))
     return np.asarray(table)[np.arange(len(ids)), ids].tolist()
 
 
-@pytest.mark.parametrize("before", CONTEXTS)
+@pytest.mark.parametrize("before", [*CONTEXTS, "x <", "<<"])
 def test_plain_marker_is_decided_where_it_parts_from_the_tags(bpe_folder, before):
-    """By the first token that leaves "<u" or more of the marker at the end of the text, however BPE
-    cuts it there.
-    """
+    """By the first token that leaves "<u" or more of the marker at the end of the text."""
     text = load_bpe(bpe_folder, decision_token="")
     assert text.decision_id is None and text.marker_ids[-1] != text.marker_ids[0]
     ids = text.response_ids(before + MARKER)[:-1]
@@ -374,11 +330,8 @@ def test_no_one_token_begins_the_plain_marker_everywhere(bpe_folder):
 
 def test_plain_marker_of_one_word_is_decided_by_that_word_alone(words_folder):
     text = load(words_folder, decision_token="")
-    assert text.plain == (
-        (load(words_folder).decision_id,),
-        (text.tokenizer.convert_tokens_to_ids("<"),),
-        (),
-    )
+    opening = text.tokenizer.convert_tokens_to_ids("<")
+    assert text.plain == ((load(words_folder).decision_id,), (opening,), ())
 
 
 @pytest.mark.parametrize("marker", ["<ask> the cloud", "<answer>?", "<"])
@@ -390,19 +343,28 @@ def test_plain_marker_that_begins_like_a_tag(bpe_folder, marker):
 # ---------------------------------------------------------------- chat templates
 
 LLAMA3 = (
-    "{{- bos_token }}{%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
-    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set messages = messages[1:] %}"
+    "{{- bos_token }}"
+    "{%- if date_string is not defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system = messages[0]['content'] %}{%- set messages = messages[1:] %}"
     "{%- else %}{%- set system = '' %}{%- endif %}"
-    "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' + system + '<|eot|>' }}"
-    "{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{{- 'Today Date: ' + date_string + '\n\n' + system + '<|eot|>' }}"
+    "{%- for m in messages %}"
+    "{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- m['content'] | trim + '<|eot|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 QWEN25 = (
-    "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{%- endif %}"
-    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{%- endfor %}"
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{%- endif %}"
+    "{%- for m in messages %}"
+    "{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-FAMILIES = {
+FAMILIES = {  # template, special tokens, those with a name
     "llama3": (
         LLAMA3,
         ["<|bos|>", "<|start_header_id|>", "<|end_header_id|>"],
@@ -411,20 +373,18 @@ FAMILIES = {
     "qwen2.5": (QWEN25, ["<|im_start|>", "<|im_end|>"], {}),
 }
 HI = "<think> is it 12?"
-WANTED = {
-    (
-        "llama3",
-        False,
-    ): "<|bos|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot|>",
-    (
-        "llama3",
-        True,
-    ): "<|bos|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\nBe brief.<|eot|>",
+LLAMA3_START = "<|bos|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n"
+PROMPT_START = {  # by family and whether there is a system prompt
+    ("llama3", False): f"{LLAMA3_START}<|eot|>",
+    ("llama3", True): f"{LLAMA3_START}Be brief.<|eot|>",
     ("qwen2.5", False): "<|im_start|>system\nYou are helpful.<|im_end|>\n",
     ("qwen2.5", True): "<|im_start|>system\nBe brief.<|im_end|>\n",
 }
-REST = {
-    "llama3": f"<|start_header_id|>user<|end_header_id|>\n\n{HI}<|eot|><|start_header_id|>assistant<|end_header_id|>\n\n",
+PROMPT_END = {
+    "llama3": (
+        f"<|start_header_id|>user<|end_header_id|>\n\n{HI}<|eot|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
     "qwen2.5": f"<|im_start|>user\n{HI}<|im_end|>\n<|im_start|>assistant\n",
 }
 
@@ -434,15 +394,11 @@ REST = {
     ("bpe_folder", "family"), [(name, name) for name in FAMILIES], indirect=["bpe_folder"]
 )
 def test_chat_template_of_each_family(bpe_folder, tmp_path, family, system):
-    """Special tokens, system prompt and generation prompt are the template's; Llama's BOS stands
-    once, its date still.
-    """
+    """Special tokens and prompts are the template's; Llama's BOS stands once, its date is fixed."""
     template, special, names = FAMILIES[family]
     tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": special, **names})
-    if (
-        names
-    ):  # as Llama's own: a post-processor writes BOS before what is encoded with special tokens
+    if names:  # as Llama's: a post-processor writes BOS before text encoded with special tokens
         bos = tokenizer.convert_tokens_to_ids("<|bos|>")
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
@@ -455,10 +411,9 @@ def test_chat_template_of_each_family(bpe_folder, tmp_path, family, system):
     theirs = text.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, date_string=text_lib.DATE
     )
-    assert text.tokenizer.decode(ids) == theirs == WANTED[family, system] + REST[family]
+    assert text.tokenizer.decode(ids) == theirs == PROMPT_START[family, system] + PROMPT_END[family]
     for token in special:
         assert ids.count(text.tokenizer.convert_tokens_to_ids(token)) == theirs.count(token) > 0
     assert ids.count(text.tokenizer.convert_tokens_to_ids("<|bos|>")) == (1 if names else 0)
-    assert text.response_ids("so")[:-1] == text.tokenizer.encode(
-        "so", add_special_tokens=False
-    )  # none in a response
+    plain = text.tokenizer.encode("so", add_special_tokens=False)
+    assert text.response_ids("so")[:-1] == plain  # no special token in a response

@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,16 +21,30 @@ from safetensors.flax import save_file
 from collab_jax.models import decoder, published
 from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.files import replacing, write_text
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", GENERATION,
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    GENERATION,
+)
 REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+)
+SHARD_BYTES = 5_000_000_000  # of a safetensors file; a larger model is several, with an index
+INDEX = "model.safetensors.index.json"
 
 
 class FolderError(UserError):
@@ -39,8 +54,10 @@ class FolderError(UserError):
 def locate(
     path: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 ) -> pathlib.Path:
-    """A local folder, a model bundled with the package (by name), or a snapshot of a hub repository
-    (`org/name`): these `files`.
+    """The folder of the model at `path`, which has these `files`.
+
+    path: a local folder, the name of a model that is bundled with the package, or a hub repository
+    (`org/name`), of which a snapshot is downloaded. Raises FolderError where there is none.
     """
     for folder in (pathlib.Path(path).expanduser(), ASSETS / path):
         if (folder / "config.json").is_file():
@@ -59,24 +76,26 @@ def locate(
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(files)))
     except errors.GatedRepoError:
         raise FolderError(
-            f"{path!r} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN, or give a local folder"
+            f"{path!r} is gated: accept its licence at https://huggingface.co/{path} "
+            "and set HF_TOKEN, or give a local folder"
         ) from None
     except errors.RepositoryNotFoundError:
         raise FolderError(
-            f"the hub has no {path!r}, or it is private: check the spelling, set HF_TOKEN, or give a local folder"
+            f"the hub has no {path!r}, or it is private: "
+            "check the spelling, set HF_TOKEN, or give a local folder"
         ) from None
-    except (
-        Exception
-    ) as error:  # the hub's errors are many (gated, misspelt, offline); each is the user's to mend
+    except Exception as error:  # the hub's errors are many; each is the user's to mend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FolderError(
-            f"cannot download {path!r} ({reason}): check the name and access, or give a local folder"
+            f"cannot download {path!r} ({reason}): "
+            "check the name and access, or give a local folder"
         ) from None
 
 
 def architecture(path: str) -> dict:
-    """The contents of config.json of the model at `path`, without its weights; of some published
-    models without a download.
+    """The contents of config.json of the model at `path`, for which no weights are downloaded.
+
+    For the models of `published.py` nothing is.
     """
     if path in published.CONFIGS and not pathlib.Path(path).exists():
         return published.CONFIGS[path]
@@ -100,25 +119,9 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
     if hf.get("use_sliding_window"):
         raise FolderError("use_sliding_window is not supported: set it to false in config.json")
     _require(hf, REQUIRED)
-    # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them
-    # at the top.
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise FolderError(
-            f"rope type {rope_type!r} is not supported: only 'default' and 'llama3' are"
-        )
-    theta = rope.get("rope_theta", hf.get("rope_theta"))
-    if theta is None:
-        raise FolderError("config.json names no rope_theta")
-    scaling = None
-    if rope_type == "llama3":
-        names = [f.name for f in dataclasses.fields(RopeScaling)]
-        _require(rope, names)
-        scaling = RopeScaling(**{name: rope[name] for name in names})
-    bias = bool(
-        hf.get("attention_bias", False)
-    )  # Qwen2.5 has it on q, k, v always; Llama and Qwen3 on o too, if set
+    theta, scaling = _rope(hf)
+    # Qwen2.5 has biases on q, k and v always; Llama and Qwen3, where they are set, on o too.
+    bias = bool(hf.get("attention_bias", False))
     heads = hf["num_attention_heads"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -128,7 +131,7 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        rope_theta=float(theta),
+        rope_theta=theta,
         norm_eps=float(hf["rms_norm_eps"]),
         tied=bool(hf.get("tie_word_embeddings", False)),
         qkv_bias=kind == "qwen2" or bias,
@@ -140,6 +143,28 @@ def config_from_hf(hf: dict, dtype: str = "float32", remat: bool = False) -> Dec
         remat=remat,
         dtype=dtype,
     )
+
+
+def _rope(hf: dict) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) of the rotary embedding.
+
+    transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them at
+    the top.
+    """
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise FolderError(
+            f"rope type {rope_type!r} is not supported: only 'default' and 'llama3' are"
+        )
+    theta = rope.get("rope_theta", hf.get("rope_theta"))
+    if theta is None:
+        raise FolderError("config.json names no rope_theta")
+    if rope_type == "default":
+        return float(theta), None
+    names = [f.name for f in dataclasses.fields(RopeScaling)]
+    _require(rope, names)
+    return float(theta), RopeScaling(**{name: rope[name] for name in names})
 
 
 def _to_hf_name(path: tuple[str, ...]) -> str:
@@ -154,83 +179,75 @@ def _to_hf_name(path: tuple[str, ...]) -> str:
 def read_config(folder: pathlib.Path) -> dict:
     """The contents of config.json."""
     try:
-        found = json.loads((folder / "config.json").read_text())
+        contents = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise FolderError(f"cannot read {folder / 'config.json'}: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(contents, dict):
         raise FolderError(
             f"{folder / 'config.json'} is not an object with settings: fetch it again"
         )
-    return found
+    return contents
+
+
+def _flat(params: Params) -> dict[tuple[str, ...], Any]:
+    """Parameters by their path."""
+    return traverse_util.flatten_dict(params)
 
 
 def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
-    """The folder's parameters as `param_dtype`, on the host. Raises FolderError where they are not
-    exactly those of `cfg`.
+    """The folder's parameters as `param_dtype`, on the host.
+
+    Raises FolderError where they are not exactly those of `cfg`.
     """
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    wanted = {
-        _to_hf_name(path): (path, leaf.shape)
-        for path, leaf in traverse_util.flatten_dict(shapes).items()
-    }
+    wanted = {_to_hf_name(path): (path, leaf.shape) for path, leaf in _flat(shapes).items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FolderError(f"{folder} holds no .safetensors file")
-    found: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
     for file in files:
         try:
-            with safe_open(file, framework="flax") as weights:
-                for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
+            with safe_open(file, framework="flax") as stored:
+                for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
                     if name == "lm_head.weight" and cfg.tied:
                         continue  # some exporters write the tied head twice
                     if name not in wanted:
                         raise FolderError(f"{file}: unknown weight {name!r}")
-                    if name in found:
+                    if name in weights:
                         raise FolderError(f"{file}: weight {name!r} stands in two files")
-                    value = np.asarray(weights.get_tensor(name))
+                    value = np.asarray(stored.get_tensor(name))
                     path, shape = wanted[name]
                     value = value.T if path[-1] == "kernel" else value
                     if value.shape != shape:
                         raise FolderError(
-                            f"{file}: weight {name!r} has shape {value.shape}, config.json says {shape}"
+                            f"{file}: weight {name!r} has shape {value.shape}, "
+                            f"config.json says {shape}"
                         )
-                    found[name] = value.astype(param_dtype)
+                    weights[name] = value.astype(param_dtype)
         except (SafetensorError, OSError) as error:
             raise FolderError(
                 f"cannot read {file} ({error}): it may be cut short; fetch it again"
             ) from None
-    if missing := sorted(set(wanted) - set(found)):
-        raise FolderError(
-            f"{folder}: missing weight {missing[0]!r}"
-            + f" and {len(missing) - 1} more" * (len(missing) > 1)
-        )
-    return traverse_util.unflatten_dict({wanted[name][0]: value for name, value in found.items()})
-
-
-SHARD_BYTES = (
-    5_000_000_000  # of a safetensors file; a larger model is written as several, with an index
-)
-INDEX = "model.safetensors.index.json"
+    if missing := sorted(set(wanted) - set(weights)):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FolderError(f"{folder}: missing weight {missing[0]!r}{others}")
+    return traverse_util.unflatten_dict({wanted[name][0]: w for name, w in weights.items()})
 
 
 def save(
     folder: pathlib.Path, params: Params, hf_config: dict, dtype: str, tokenizer: pathlib.Path
 ) -> None:
-    """Writes config.json, the weights (one safetensors file, or shards with an index) and the
-    tokenizer files of `tokenizer`.
+    """Writes a model folder: config.json, the weights and the tokenizer files of `tokenizer`.
 
-    The kernels are transposed to Hugging Face's [out, in], a shard at a time; each file is written
-    beside and moved into place, and weights of an earlier export that are not among them are
-    removed.
+    The weights are one safetensors file, or shards with an index; the kernels are transposed to
+    Hugging Face's [out, in], a shard at a time. Each file is written beside its place and moved
+    there, and weights of an earlier export that are not among these files are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {
-        _to_hf_name(path): (path, value)
-        for path, value in traverse_util.flatten_dict(params).items()
-    }
-    shards = _shards(
-        {name: value.size * jax.numpy.dtype(dtype).itemsize for name, (_, value) in flat.items()}
-    )
+    flat = {_to_hf_name(path): (path, value) for path, value in _flat(params).items()}
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    sizes = {name: value.size * itemsize for name, (_, value) in flat.items()}
+    shards = _shards(sizes)
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -240,21 +257,22 @@ def save(
             path, value = flat[name]
             value = np.ascontiguousarray(np.asarray(value).T if path[-1] == "kernel" else value)
             weights[name] = jax.numpy.asarray(value, dtype)
-        temporary = folder / f"{file}.tmp"
-        save_file(weights, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes it for the owner alone
-        temporary.rename(folder / file)
+        with replacing(folder / file) as scratch:
+            save_file(weights, scratch, metadata={"format": "pt"})
+            scratch.chmod(0o644)  # safetensors makes it for the owner alone
     for stale in {path.name for path in folder.glob("model*.safetensors")} - set(files):
         (folder / stale).unlink()
     (folder / INDEX).unlink(missing_ok=True)
     if len(shards) > 1:
-        total = sum(value.size for _, value in flat.values()) * jax.numpy.dtype(dtype).itemsize
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": dict(sorted(places.items())),
+        }
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     config = {**hf_config, "dtype": dtype}
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(tokenizer, folder)
 
 
@@ -266,15 +284,16 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def save_generation_config(folder: pathlib.Path, eos_ids: Sequence[int], pad_id: int) -> None:
-    """Writes generation_config.json: every token that ends a response, without which servers run on
-    to their limit.
+    """Writes generation_config.json, which names every token that ends a response.
+
+    Without it servers run on to their limit.
     """
     generation = {"do_sample": False, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
-    (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+    write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
 
 
 def _shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Weights' names, in order, cut where SHARD_BYTES would be passed."""
+    """The names of the weights in order, in groups of at most SHARD_BYTES (or of one weight)."""
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, size in sizes.items():

@@ -1,15 +1,16 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA"): a projection's kernel W [in, out] acts as W + alpha /
-rank * A B.
+"""Low-rank adapters (Hu et al. 2021, "LoRA").
 
-A [in, rank] and B [rank, out] are leaves `lora_a` and `lora_b` beside `kernel`, so an adapter is a
-tree of the model's shape that holds these leaves alone, and `join` of base and adapter is what the
-decoder computes with. Whoever trains differentiates by the adapter and joins inside; gradient,
-optimizer state, average and checkpoint then have its leaves only.
+The kernel W [in, out] of a projection acts as W + alpha / rank * A B. A [in, rank] and B [rank,
+out] are leaves `lora_a` and `lora_b` beside `kernel`, so an adapter is a tree of the model's shape
+that holds these leaves alone, and `join` of base and adapter is what the decoder computes with. A
+training step differentiates by the adapter and joins inside; gradient, optimizer state, average and
+checkpoint then have its leaves only.
 """
 
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,22 +21,28 @@ from safetensors.numpy import save_file
 from collab_jax.models import decoder
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.files import replacing, write_text
+
+
+def _flat(params: Params) -> dict[tuple[str, ...], Any]:
+    """Parameters by their path."""
+    return traverse_util.flatten_dict(params)
 
 
 def _kernels(cfg: DecoderConfig) -> dict[tuple[str, ...], tuple[int, int]]:
     """Shape [in, out] of each projection in a block, by path."""
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    flat = traverse_util.flatten_dict(shapes)
     return {
         path[:-1]: leaf.shape
-        for path, leaf in flat.items()
+        for path, leaf in _flat(shapes).items()
         if path[-1] == "kernel" and len(path) > 2
     }
 
 
 def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
-    """`cfg` with the scale of `config.lora`. Raises UserError where its modules or its rank do not
-    go with the model.
+    """`cfg` with the scale of the adapter that `config.lora` describes.
+
+    Raises UserError where its targets or its rank do not go with the model.
     """
     if settings.rank == 0:
         return cfg
@@ -47,7 +54,8 @@ def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
         )
     if not settings.targets:
         raise UserError(
-            f"config.lora.targets is empty: name some of {', '.join(known)}, or set config.lora.rank=0"
+            f"config.lora.targets is empty: name some of {', '.join(known)}, "
+            "or set config.lora.rank=0"
         )
     path, shape = min(
         ((p, s) for p, s in kernels.items() if p[-1] in settings.targets),
@@ -55,8 +63,8 @@ def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
     )
     if not 1 <= settings.rank <= min(shape):
         raise UserError(
-            f"config.lora.rank={settings.rank} must lie in 0 (off) to {min(shape)}, the smaller side of {path[-1]} "
-            f"{list(shape)}, the smallest of the targets"
+            f"config.lora.rank={settings.rank} must lie in 0 (off) to {min(shape)}, "
+            f"the smaller side of {path[-1]} {list(shape)}, the smallest of the targets"
         )
     if not 0 < settings.alpha < float("inf"):
         raise UserError(f"config.lora.alpha={settings.alpha} must be finite and above 0")
@@ -64,7 +72,10 @@ def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
 
 
 def init(cfg: DecoderConfig, settings: ConfigDict, key: jax.Array, dtype: str) -> Params:
-    """An adapter that changes nothing yet: A uniform with variance 1 / (3 in), as in PEFT, B zero."""
+    """An adapter that changes nothing yet: A is uniform, with variance 1 / (3 in), and B is zero.
+
+    As PEFT begins.
+    """
     flat = {}
     for path, (rows, columns) in _kernels(cfg).items():
         if path[-1] in settings.targets:
@@ -81,40 +92,34 @@ def join(frozen: Params | None, trained: Params) -> Params:
     """The tree that the decoder computes with; nothing is copied. frozen None: all is trained."""
     if frozen is None:
         return trained
-    flat = traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trained)
-    return traverse_util.unflatten_dict(flat)
+    return traverse_util.unflatten_dict(_flat(frozen) | _flat(trained))
 
 
 def merge(base: Params, adapter: Params, scale: float) -> Params:
     """`base` with scale * A B added to its kernels, in their type; on the host."""
-    flat = traverse_util.flatten_dict(base)
-    for path, a in traverse_util.flatten_dict(adapter).items():
+    flat, added = _flat(base), _flat(adapter)
+    for path, a in added.items():
         if path[-1] == "lora_a":
-            b = traverse_util.flatten_dict(adapter)[*path[:-1], "lora_b"]
+            b = added[*path[:-1], "lora_b"]
             kernel = flat[*path[:-1], "kernel"]
             product = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
-            flat[*path[:-1], "kernel"] = (np.asarray(kernel, np.float32) + scale * product).astype(
-                kernel.dtype
-            )
+            merged = np.asarray(kernel, np.float32) + scale * product
+            flat[*path[:-1], "kernel"] = merged.astype(kernel.dtype)
     return traverse_util.unflatten_dict(flat)
 
 
 def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str) -> None:
-    """Writes the adapter as PEFT reads it; `base` is the folder or hub name of the model that it
-    belongs to.
-    """
+    """Writes the adapter as PEFT reads it. base: the folder or hub name of the model it is for."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
-    for path, value in traverse_util.flatten_dict(adapter).items():
-        layer, *modules, leaf = path
-        name = ".".join(
-            [layer.replace("_", "."), *modules, {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]]
-        )
-        weights[f"base_model.model.model.{name}.weight"] = np.ascontiguousarray(
-            np.asarray(value, np.float32).T
-        )
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it for the owner alone
+    for (layer, *modules, leaf), value in _flat(adapter).items():
+        matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
+        name = ".".join([layer.replace("_", "."), *modules, matrix])
+        transposed = np.ascontiguousarray(np.asarray(value, np.float32).T)
+        weights[f"base_model.model.model.{name}.weight"] = transposed
+    with replacing(folder / "adapter_model.safetensors") as scratch:
+        save_file(weights, scratch, metadata={"format": "pt"})
+        scratch.chmod(0o644)  # safetensors makes it for the owner alone
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -127,4 +132,4 @@ def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str)
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

@@ -1,17 +1,37 @@
-"""Published architectures: what config.json of each model says, so that a run can be planned and
-rehearsed without a download.
+"""Published architectures: what config.json of each model says.
+
+So a run can be planned and rehearsed without a download.
 """
 
 _LLAMA = {
-    "model_type": "llama", "hidden_act": "silu", "vocab_size": 128256, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
-    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 8192},
-    "max_position_embeddings": 131072, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 128256,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 _QWEN = {
-    "model_type": "qwen2", "hidden_act": "silu", "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "max_position_embeddings": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+}
 
 
 def _sizes(

@@ -125,7 +125,7 @@ def _answer_open(tokenizer: PreTrainedTokenizerFast, opening: str) -> tuple[tupl
 
     One token where the vocabulary has it, else one sequence for each way that BPE may split it.
     """
-    whole = tokenizer.convert_tokens_to_ids(opening)
+    whole = cast(int | None, tokenizer.convert_tokens_to_ids(opening))
     if whole is not None and whole != tokenizer.unk_token_id:
         return ((whole,),)
     stem, sequences = opening[:-1], set()  # without ">", which BPE joins with whatever follows

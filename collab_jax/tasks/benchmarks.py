@@ -1,10 +1,10 @@
-"""The benchmarks as TFDS data sets: downloaded from their public sources once, and built without
-TensorFlow.
+"""The benchmarks as TFDS data sets, downloaded from their public sources once.
 
-Used where `config.task.data_dir` has no NAME.jsonl(.gz) (`rows.py`): the data set is then built
-below that folder on first use, from GitHub, at the commits named here. GSM8K is TFDS's own; the
-others are `Benchmark`, a config each. Rows have the same fields as in JSON lines. MATH's training
-split leaves out the nine rows that cannot be trained on honestly, of 7,500.
+They are built without TensorFlow, and used where `config.task.data_dir` has no NAME.jsonl(.gz)
+(`rows.py`): the data set is then built below that folder on first use, from GitHub, at the commits
+named here. GSM8K is TFDS's own; the others are configs of `Benchmark`. Rows have the same fields as
+in JSON lines. MATH's training split leaves out the nine rows, of 7,500, that cannot be trained on
+honestly.
 """
 
 import contextlib
@@ -24,13 +24,20 @@ from collab_jax.tasks.base import TaskError
 RAW, ARCHIVE = "https://raw.githubusercontent.com", "https://codeload.github.com"
 _QWEN = "QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
 SOURCES = {  # config -> where its file is, below RAW or (a whole repository, as zip) ARCHIVE
-    "math": "aiwaves-cn/agents/zip/e8c4e3c2d19739d3dff59e577d1c97090cc15f59",  # the 12,500 files of the MATH release
-    "math500": "ZubinGou/math-evaluation-harness/db77bc6bb2a17c90ed2d63e88ebd8c40a82858c5/data/math_oai/test.jsonl",
+    # the 12,500 files of the MATH release
+    "math": "aiwaves-cn/agents/zip/e8c4e3c2d19739d3dff59e577d1c97090cc15f59",
+    "math500": (
+        "ZubinGou/math-evaluation-harness/db77bc6bb2a17c90ed2d63e88ebd8c40a82858c5"
+        "/data/math_oai/test.jsonl"
+    ),
     "amc23": f"{_QWEN}/amc23/test.jsonl",
     "aime24": f"{_QWEN}/aime24/test.jsonl",
     "minerva_math": f"{_QWEN}/minerva_math/test.jsonl",
-    "agieval_math": "ruixiangcui/AGIEval/5c77d073fda993f1652eaae3cf5d04cc5fd21d40/data/v1/math.jsonl",
-    "mmlu": "HaeChan0305/MLILAB-FedLLM/zip/d92730e8bacd7b3a61e551e015e40588e10234b4",  # CSV files of 57 subjects
+    "agieval_math": (
+        "ruixiangcui/AGIEval/5c77d073fda993f1652eaae3cf5d04cc5fd21d40/data/v1/math.jsonl"
+    ),
+    # CSV files of 57 subjects
+    "mmlu": "HaeChan0305/MLILAB-FedLLM/zip/d92730e8bacd7b3a61e551e015e40588e10234b4",
 }
 SPLITS = {  # name of a file of JSON lines -> (data set, split)
     **{
@@ -44,16 +51,18 @@ SPLITS = {  # name of a file of JSON lines -> (data set, split)
     },
     "mmlu_test": ("mmlu", "test"),
 }
-NOT_TRAINED = (  # of MATH's training split: the same problem as a test row, and (the last two) an empty answer
-    "algebra/517", "algebra/2197", "algebra/2733", "geometry/490", "geometry/6032", "geometry/25086", "prealgebra/43",
-    "number_theory/7115", "number_theory/7117",
+# Of MATH's training split: the same problem as a test row, and (the last two) an empty answer.
+NOT_TRAINED = (
+    "algebra/517", "algebra/2197", "algebra/2733", "geometry/490", "geometry/6032",
+    "geometry/25086", "prealgebra/43", "number_theory/7115", "number_theory/7117",
 )  # fmt: skip
 BOX_IS_NO_ANSWER = {"prealgebra/177": "6"}  # of MATH's test split: there \boxed is an operation
 # Rows of MMLU's high-school mathematics that are problems of MATH's training split.
 IN_MATH_TRAIN = frozenset((
-    3, 12, 13, 20, 22, 26, 28, 31, 33, 34, 35, 39, 43, 45, 46, 49, 51, 53, 56, 59, 63, 68, 74, 75, 83, 91, 101, 103, 104,
-    105, 115, 116, 117, 119, 121, 122, 131, 132, 136, 141, 142, 146, 150, 156, 159, 160, 165, 170, 171, 178, 186, 190, 191,
-    194, 195, 198, 202, 203, 206, 208, 218, 223, 228, 229, 230, 232, 238, 240, 251, 257, 259, 261, 265, 268,
+    3, 12, 13, 20, 22, 26, 28, 31, 33, 34, 35, 39, 43, 45, 46, 49, 51, 53, 56, 59, 63, 68, 74, 75,
+    83, 91, 101, 103, 104, 105, 115, 116, 117, 119, 121, 122, 131, 132, 136, 141, 142, 146, 150,
+    156, 159, 160, 165, 170, 171, 178, 186, 190, 191, 194, 195, 198, 202, 203, 206, 208, 218, 223,
+    228, 229, 230, 232, 238, 240, 251, 257, 259, 261, 265, 268,
 ))  # fmt: skip
 
 
@@ -61,47 +70,41 @@ IN_MATH_TRAIN = frozenset((
 
 
 def boxes(solution: str) -> list[str]:
-    r"""The contents of every \boxed{...} and \fbox{...}, and of \boxed without braces: what a
-    solution answers.
-    """
-    found = []
+    r"""The contents of every \boxed{...} and \fbox{...}, and of \boxed without braces."""
+    contents = []
     for match in re.finditer(r"\\(?:boxed|fbox)\s*", solution):
         after = solution[match.end() :]
         if not after.startswith("{"):
-            found.append(re.match(r"[^\s$]*", after)[0])
+            contents.append(re.split(r"[\s$]", after, maxsplit=1)[0])
             continue
         depth = 0
         for end, c in enumerate(after):
             depth += {"{": 1, "}": -1}.get(c, 0) if after[end - 1 : end] != "\\" else 0
             if depth == 0:
-                found.append(after[1:end].strip())
+                contents.append(after[1:end].strip())
                 break
-    return found
+    return contents
 
 
 def _math(path: pathlib.Path, split: str) -> Iterator[dict]:
     with zipfile.ZipFile(path) as archive:
-        places = [
-            name.split("/")
-            for name in archive.namelist()
-            if f"/datasets/data/math/{split}/" in name
-        ]
-        for *folder, kind, file in sorted(
-            (p for p in places if p[-1]), key=lambda p: (p[-2], int(p[-1].split(".")[0]))
-        ):
-            key = f"{kind}/{file.removesuffix('.json')}"
+        names = [n for n in archive.namelist() if f"/datasets/data/math/{split}/" in n]
+        files = [pathlib.PurePosixPath(n) for n in names if not n.endswith("/")]
+        for file in sorted(files, key=lambda f: (f.parent.name, int(f.stem.split(".")[0]))):
+            key = f"{file.parent.name}/{file.name.removesuffix('.json')}"
             if split == "train" and key in NOT_TRAINED:
                 continue
-            row = json.loads(archive.read("/".join([*folder, kind, file])))
+            row = json.loads(archive.read(str(file)))
             answers = boxes(row["solution"])
+            answer = answers[-1]
+            if split == "test":
+                answer = BOX_IS_NO_ANSWER.get(key, answer)
             level = row["level"].removeprefix("Level ")
             several = {"boxed_all": list(dict.fromkeys(answers))} if len(set(answers)) > 1 else {}
             yield {
                 "id": f"math_{split}/{key}",
                 "problem": row["problem"],
-                "answer": BOX_IS_NO_ANSWER.get(key, answers[-1])
-                if split == "test"
-                else answers[-1],
+                "answer": answer,
                 "solution": row["solution"],
                 "level": int(level) if level.isdigit() else None,
                 "type": row["type"],
@@ -190,24 +193,28 @@ def _mmlu(path: pathlib.Path, split: str) -> Iterator[dict]:
 
 
 READERS = {
-    "math": _math, "math500": _math500, "amc23": _amc23, "aime24": _aime24, "minerva_math": _minerva_math,
-    "agieval_math": _agieval_math, "mmlu": _mmlu,
-}  # fmt: skip
+    "math": _math,
+    "math500": _math500,
+    "amc23": _amc23,
+    "aime24": _aime24,
+    "minerva_math": _minerva_math,
+    "agieval_math": _agieval_math,
+    "mmlu": _mmlu,
+}
 
 
 # ---- TFDS
 
 
 class Benchmark(tfds.core.GeneratorBasedBuilder):
-    """Questions with an answer each, in the order of their source; `fields` holds all further
-    fields as JSON.
-    """
+    """Questions and answers in the order of their source; `fields` has the rest as JSON."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name=name, description=source) for name, source in SOURCES.items()
     ]
+    builder_config: tfds.core.BuilderConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {name: tfds.features.Text() for name in ("id", "problem", "answer", "fields")}
@@ -218,53 +225,53 @@ class Benchmark(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         name = self.builder_config.name
         source = SOURCES[name]
-        path = dl_manager.download(f"{ARCHIVE if '/zip/' in source else RAW}/{source}")
-        return {
-            split: self._generate_examples(path, split)
-            for of, split in SPLITS.values()
-            if of == name
-        }
+        url = f"{ARCHIVE if '/zip/' in source else RAW}/{source}"
+        path = pathlib.Path(dl_manager.download(url))
+        splits = [split for data_set, split in SPLITS.values() if data_set == name]
+        return {split: self._generate_examples(path, split) for split in splits}
 
-    def _generate_examples(self, path, split):
-        for i, row in enumerate(READERS[self.builder_config.name](pathlib.Path(path), split)):
+    def _generate_examples(self, path: pathlib.Path, split: str) -> Iterator[tuple[int, dict]]:
+        for i, row in enumerate(READERS[self.builder_config.name](path, split)):
             plain = {name: row.pop(name) for name in ("id", "problem", "answer")}
             yield i, {**plain, "fields": json.dumps(row)}
 
 
-def read(folder: pathlib.Path, name: str) -> list[dict]:
-    """The rows of a key of SPLITS from the data set below `folder`, which is downloaded and built
-    where it is not there.
+def _builder(name: str, folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+    if name == "gsm8k":
+        return tfds.builder("gsm8k", data_dir=folder, file_format="array_record")
+    return Benchmark(config=name, data_dir=folder, file_format="array_record")
 
-    Raises TaskError where that cannot be done.
+
+def read(folder: pathlib.Path, name: str) -> list[dict]:
+    """The rows of a key of SPLITS, from the data set below `folder`.
+
+    The data set is downloaded and built where it is not there. Raises TaskError where that fails.
     """
-    dataset, split = SPLITS[name]
+    data_set, split = SPLITS[name]
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            kind = {"data_dir": folder, "file_format": "array_record"}
-            builder = (
-                tfds.builder("gsm8k", **kind)
-                if dataset == "gsm8k"
-                else Benchmark(config=dataset, **kind)
-            )
+            builder = _builder(data_set, folder)
             if not builder.is_prepared():
                 print(
-                    f"building the data set {dataset} below {folder} from its source",
+                    f"building the data set {data_set} below {folder} from its source",
                     file=sys.stderr,
                 )
             builder.download_and_prepare()
-        found = list(builder.as_data_source(split))
+        # A decorator of TFDS hides the signature.
+        records = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
     except Exception as error:  # no network, a moved source, a full disk, damaged files: many kinds
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise TaskError(
-            f"no {name}.jsonl or {name}.jsonl.gz in {folder}, and the data set {dataset} cannot be built there ({cause}): "
-            "set config.task.data_dir to a folder that has one of them, or connect this machine to the internet once"
+            f"no {name}.jsonl or {name}.jsonl.gz in {folder}, and the data set {data_set} cannot "
+            f"be built there ({cause}): set config.task.data_dir to a folder that has one of them, "
+            "or connect this machine to the internet once"
         ) from error
-    rows = [{key: value.decode() for key, value in row.items()} for row in found]
-    if dataset == "gsm8k":
+    rows = [{key: value.decode() for key, value in record.items()} for record in records]
+    if data_set == "gsm8k":
         return [
             {
                 "id": f"gsm8k/tfds-{split}-{i}",

@@ -158,10 +158,9 @@ def load(split: str, task: ConfigDict) -> list[Example]:
             builder = _prepared(settings, data_dir)
         except OSError:  # perhaps another process was first: its data set is there now
             builder = _prepared(settings, data_dir)
-        problems = [
-            (tuple(map(int, row["numbers"])), int(row["target"]))
-            for row in builder.as_data_source(split)
-        ]
+        # A decorator of TFDS hides the signature.
+        rows = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
+        problems = [(tuple(map(int, row["numbers"])), int(row["target"])) for row in rows]
     except TaskError:
         raise
     except OSError as error:
