@@ -1,6 +1,4 @@
-"""The decoder: caching, padding, chunks, recomputation and number formats change how it computes,
-never what.
-"""
+"""The decoder: caching, padding, chunks, remat and number formats never change what it computes."""
 
 import dataclasses
 import functools
@@ -216,7 +214,8 @@ def batch():
 
 
 def direct_logprobs(params, cfg, prompts, prompt_mask, tokens, mask, temperature):
-    """One response at a time, no padding, no cache: log-softmax of the logits before each token.
+    """Log-softmax of the logits before each token: one response at a time, no padding, no cache.
+
     NaN off the mask.
     """
     want = np.full(tokens.shape, np.nan, np.float32)
@@ -310,9 +309,7 @@ def test_remat_changes_no_gradient_and_padding_has_none():
 
 @pytest.mark.parametrize("features", [3, 16], ids=["narrow", "wide"])
 def test_gradient_of_dense_is_that_of_a_matrix_product(features):
-    """Both ways of the hand-written backward pass: the kernel with fewer and with more columns than
-    rows.
-    """
+    """Both ways of the backward pass: a kernel with fewer and with more columns than rows."""
     layer = decoder.Dense(LLAMA, features, bias=True)
     draw = np.random.default_rng(6)
     x, kernel, bias = (

@@ -1,6 +1,4 @@
-"""Demonstrations: files are read or refused by line; the model's own are right, in the format, and
-the same each time.
-"""
+"""Demonstrations: files are read, or refused by line; the model's own are right and repeatable."""
 
 import gzip
 import itertools

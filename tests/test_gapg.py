@@ -41,9 +41,7 @@ def test_reward_table_by_hand():
 
 
 def filter_batch(state, d1, d2, lost=0, unknown=0, seed=0):
-    """Runs the filter on a batch of d1 solved, d2 cloud-only, `lost` unsolvable, and `unknown`
-    prompts, in that order.
-    """
+    """Filters a batch: d1 solved, d2 cloud-only, `lost` unsolvable, `unknown` prompts, in order."""
     correct = np.zeros((d1 + d2 + lost + unknown, 2), bool)
     correct[:d1, 1] = True
     cloud = np.array([F] * d1 + [T] * d2 + [F] * (lost + unknown))
@@ -214,10 +212,11 @@ def test_gradient_is_unbiased_by_enumeration():
 
 
 def test_filter_changes_the_expected_gradient_by_a_hand_value():
-    """Responses: right (r 2), called (r 1/2), wrong (r 0), 1/3 each, G = 2, budget 0. The filter
-    drops the groups without a right response; of these only {called, wrong} has a gradient: 2/9 of
-    all groups, each with -(1/2)(1/2 * 2/3 + 1/2 * 1/3) = -1/4 on the logit of `called`. So the
-    filter takes 2/9 * (-1/4) = -1/18 away.
+    """The filter takes 2/9 * (-1/4) = -1/18 away from the logit of `called`.
+
+    Responses: right (r 2), called (r 1/2), wrong (r 0), 1/3 each; G = 2, budget 0. The filter drops
+    the groups without a right response. Among these only {called, wrong} has a gradient: it is 2/9
+    of all groups, each with -(1/2)(1/2 * 2/3 + 1/2 * 1/3) = -1/4 on that logit.
     """
     theta, rewards = jnp.zeros(3), jnp.array([2.0, 0.5, 0.0])
 
@@ -323,9 +322,7 @@ def stepped():
 
 
 def test_step_is_the_gradient_of_the_kept_prompts(stepped):
-    """SGD with rate 1 shows the gradient; it equals the loss over the kept prompts divided by their
-    number.
-    """
+    """SGD with rate 1 shows the gradient: that of the loss over the kept prompts, per prompt."""
     new, metrics = stepped
     old, batch = start(), rollout()
     keep, _ = gapg.prompt_filter(
@@ -375,9 +372,7 @@ def test_micro_batches_and_lengths_change_nothing(stepped, settings):
 
 
 def test_averaged_weights_by_hand():
-    """With a decay of 1/2 the weights after step 1 weigh 1/3 of the average, those after step 2
-    2/3, the start nothing.
-    """
+    """With a decay of 1/2, step 1 weighs 1/3 of the average, step 2 2/3, and the start nothing."""
     averaged = start().replace(average=start().params)
     one, _ = one_step(rollout(), state=averaged, average=0.5)
     two, _ = one_step(rollout(), state=one, average=0.5)
@@ -469,9 +464,7 @@ def test_non_finite_gradient_is_skipped_and_counted():
 
 
 def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
-    """Under GRPO's division a rounded mean of eight times 0.2 gave every response an advantage of
-    -0.015.
-    """
+    """GRPO's division once made an advantage of -0.015 of a rounded mean of eight times 0.2."""
     same = rollout().replace(
         correct=np.zeros((Q, G), bool),
         called=np.zeros((Q, G), bool),

@@ -172,8 +172,9 @@ def test_the_plan_of_sampling_is_what_the_compiler_reserves(changes, architectur
 
 
 def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
-    """The compiler for a CPU undoes remat, so that this is what can be said: of a block x [T, E]
-    alone, and masks.
+    """A block keeps x [T, E] alone, and masks.
+
+    More cannot be said here: the compiler for a CPU undoes remat.
     """
     cfg, _ = make({"train.remat": True})
     block, _ = memory_plan.backward_bytes(cfg, NO_ADAPTER, 24, 57)

@@ -53,8 +53,9 @@ def test_bfloat16_parameters_take_small_steps_that_plain_rounding_loses(grads):
 
 
 def test_rounding_is_an_operation_that_no_compiler_leaves_out():
-    """XLA may drop a conversion to bfloat16 and back (xla_allow_excess_precision, on accelerators);
-    nothing were owed then.
+    """A conversion to bfloat16 and back would not do: XLA may drop it, and nothing would be owed.
+
+    (xla_allow_excess_precision, on accelerators.)
     """
     optimizer = optim.make_optimizer(lambda _: 1e-3, 0.0, 1.0, "bfloat16")
     params = {"w": jnp.ones((2, 3), jnp.bfloat16)}

@@ -1,5 +1,6 @@
-"""The sampler: what it draws and reports equals what the decoder says; one disallowed pass holds
-every budget's decision.
+"""The sampler: what it draws and reports equals what the decoder says.
+
+One pass with the marker disallowed holds the decision at every budget.
 """
 
 import functools
@@ -140,8 +141,9 @@ def chain_run(table, starts, beta=0.0):
 
 
 def walk(**steps):
-    """The table of the walk given as _from=to, by a logit of 10; the decision token has 1
-    everywhere.
+    """The table of the walk given as _from=to, by a logit of 10.
+
+    The decision token has 1 everywhere.
     """
     table = np.zeros((16, 16))
     table[:, DECISION] = 1.0
@@ -235,8 +237,9 @@ def test_seed_step_index_and_group_member_each_change_the_samples():
 
 
 def check_frequencies(drawn, logp, scaled, top_p) -> int:
-    """Tokens [n] come as the softmax of scaled [V], cut at top_p, says: within 5 standard
-    deviations. Returns its size.
+    """Tokens [n] come as often as the softmax of scaled [V], cut at top_p, says; returns its size.
+
+    Within 5 standard deviations.
     """
     p = np.asarray(jax.nn.softmax(scaled)).astype(np.float64)
     order = np.argsort(-p)
@@ -506,8 +509,9 @@ def test_call_at():
 
 
 def check_frontier(base, decoded, beta):
-    """What the disallowed pass says of every row at `beta` is what decoding with it does. Returns
-    the calls, bool[P].
+    """What the disallowed pass says of each row at `beta` is what decoding does; returns bool[P].
+
+    These are the calls.
     """
     crossing = decision.call_at(base.margins, beta)
     at_decision = (decoded.tokens == DECISION) & decoded.mask & ~opened_before(decoded)
@@ -540,9 +544,7 @@ def test_one_disallowed_pass_holds_the_decision_at_every_bias():
 
 
 def test_the_decision_at_the_very_edge():
-    """A calibrated bias is minus a margin that occurred: exactly there it does not call, one float
-    higher it does.
-    """
+    """At a bias of minus a margin that occurred there is no call; one float higher there is."""
     base = greedy()
     for i, margin in enumerate(base.margins.max(-1)):
         below, above = -margin, np.nextafter(-margin, np.float32(np.inf))
@@ -551,9 +553,7 @@ def test_the_decision_at_the_very_edge():
 
 
 def test_a_tie_does_not_call_whichever_token_comes_first():
-    """The decision token's number is below the rival's: the first of two equal logits would be a
-    call.
-    """
+    """The decision token comes before its rival: the first of two equal logits would be a call."""
     table = np.zeros((16, 16))
     table[:, 9] = 8.0
     base = chain_run(table, [5], DISALLOWED)

@@ -319,13 +319,9 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, Segment]:
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
-        x = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            dtype=cfg.dtype,
-            embedding_init=init,
-            name="embed_tokens",
-        )(tokens)
+        size = cfg.vocab_size, cfg.hidden_size
+        embed = nn.Embed(*size, dtype=cfg.dtype, embedding_init=init, name="embed_tokens")
+        x = embed(tokens)
         angle = positions[:, :, None, None, None].astype(jnp.float32)
         angle = angle * rope_frequencies(cfg)  # [B, t, 1, 1, H/2]
         rope = jnp.sin(angle), jnp.cos(angle)
@@ -339,9 +335,8 @@ class Decoder(nn.Module):
             kv.append(layer_kv)
         x = RMSNorm(cfg.norm_eps, cfg.dtype, name="norm")(x)
         if self.is_initializing() and not cfg.tied:
-            self.param(
-                "lm_head", lambda key: {"kernel": init(key, (cfg.hidden_size, cfg.vocab_size))}
-            )
+            shape = cfg.hidden_size, cfg.vocab_size
+            self.param("lm_head", lambda key: {"kernel": init(key, shape)})
         k, v = zip(*kv, strict=True)
         return x, Segment(k=k, v=v)
 
