@@ -53,9 +53,9 @@ def get_config() -> ConfigDict:
 
     config.task.prompt = (
         "Using the numbers {numbers}, each exactly once, and the operators + - * / and "
-        "parentheses, write an expression that equals {target}. Reason inside <think> </think>, then give the "
-        "expression alone inside <answer> </answer>. If you cannot find one, end with <unknown> I "
-        "need external assistance </unknown> instead of an answer."
+        "parentheses, write an expression that equals {target}. Reason inside <think> </think>, "
+        "then give the expression alone inside <answer> </answer>. If you cannot find one, end "
+        "with <unknown> I need external assistance </unknown> instead of an answer."
     )
     config.task.train_examples = 5000
     config.task.test_examples = 1000

@@ -63,8 +63,8 @@ def get_config() -> ConfigDict:
     config.task.data_dir = "data"
     config.task.prompt = (
         "{problem}\n\nReason step by step inside <think> </think>, then give the final answer "
-        "alone inside <answer> </answer>. If you cannot solve it, end with <unknown> I need external "
-        "assistance </unknown> instead of an answer."
+        "alone inside <answer> </answer>. If you cannot solve it, end with <unknown> I need "
+        "external assistance </unknown> instead of an answer."
     )
 
     config.optim.learning_rate = 5e-6
