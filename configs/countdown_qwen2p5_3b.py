@@ -1,32 +1,42 @@
-"""The paper's Countdown run (arXiv 2509.24050): Qwen2.5-3B-Instruct, G = 8, 32 prompts a step, 800
-steps, lr 5e-6, 256 prompt and 720 response tokens, rewards 2.0 / 0.5 / 0.2, 5,000 training and
-1,000 test prompts, 30 % calls.
+r"""The paper's Countdown run on Qwen2.5-3B-Instruct, budget 30 % (arXiv 2509.24050).
 
-    python -m collab_jax.sft       --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/start
-    python -m collab_jax.train     --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start
-    python -m collab_jax.evaluate  --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start
-    python -m collab_jax.export    --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/run --config.model.path=runs/qwen/start --out runs/qwen/model
-    python -m collab_jax.calibrate --records runs/qwen/run/eval.parquet --rate 0.3 --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" --out runs/qwen/model
+G = 8, 32 prompts a step, 800 steps, learning rate 5e-6, 256 prompt tokens, 720 response tokens,
+rewards 2.0 / 0.5 / 0.2, 5,000 training prompts, 1,000 test prompts.
 
-`launch/gpu.sh configs/countdown_qwen2p5_3b.py runs/qwen` (or tpu_vm.sh) is all of it, installation
-and resuming included. Not run yet: it needs accelerators (parameters and Adam's moments in float32
-alone are 37 GB) and the weights from the hub. The call is one token of Qwen2.5's vocabulary that
-its text models never use, rendered as the marker. The warm start is ours: the model's own right
-answers to 1,024 training prompts, and calls where it has none, bring the token and the format
-within reach of sampling; its sft.json tells whether they are.
+    python -m collab_jax.sft --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/start
+    python -m collab_jax.train --config configs/countdown_qwen2p5_3b.py \
+        --workdir runs/qwen/run --config.model.path=runs/qwen/start
+    python -m collab_jax.evaluate --config configs/countdown_qwen2p5_3b.py \
+        --workdir runs/qwen/run --config.model.path=runs/qwen/start
+    python -m collab_jax.export --config configs/countdown_qwen2p5_3b.py \
+        --workdir runs/qwen/run --config.model.path=runs/qwen/start \
+        --out runs/qwen/model
+    python -m collab_jax.calibrate --records runs/qwen/run/eval.parquet --rate 0.3 \
+        --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" \
+        --out runs/qwen/model
+
+`launch/gpu.sh configs/countdown_qwen2p5_3b.py runs/qwen` (or tpu_vm.sh) does all of this, and
+installs and resumes too. Not run yet: it needs accelerators (parameters and Adam's moments in
+float32 alone are 37 GB) and the weights from the hub. The call is one token of Qwen2.5's vocabulary
+that its text models never use, rendered as the marker. The warm start is ours, not the paper's: it
+shows the model its own right answers to 1,024 training prompts, and calls where it has none, until
+sampling finds the token and the format; its sft.json says whether it does.
 
 Memory, as `python -m collab_jax.memory --config configs/countdown_qwen2p5_3b.py --devices N --gib
-SIZE` plans it: 67.3 GiB on one GPU of 80 or 140 GB. Not on a v5e-8 (66.6 GiB on each device, all of
-it but the batch is on each); there with --config.lora.rank=16.
+SIZE` plans it: 67.3 GiB, on one GPU of 80 or 140 GB. It does not fit on a v5e-8 (66.6 GiB on each
+device, as each holds everything but the other devices' share of the batch); with
+--config.lora.rank=16 it does.
 """
 
 import pathlib
 import runpy
 
+from ml_collections import ConfigDict
+
 common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common["get_config"]()
     config.budget = 0.3
     config.prompt_length = 256
@@ -42,9 +52,10 @@ def get_config():
     config.text.eos = ("<|im_end|>", "<|endoftext|>")
 
     config.task.prompt = (
-        "Using the numbers {numbers}, each exactly once, and the operators + - * / and parentheses, write an expression that "
-        "equals {target}. Reason inside <think> </think>, then give the expression alone inside <answer> </answer>. If you "
-        "cannot find one, end with <unknown> I need external assistance </unknown> instead of an answer."
+        "Using the numbers {numbers}, each exactly once, and the operators + - * / and "
+        "parentheses, write an expression that equals {target}. Reason inside <think> </think>, "
+        "then give the expression alone inside <answer> </answer>. If you cannot find one, end "
+        "with <unknown> I need external assistance </unknown> instead of an answer."
     )
     config.task.train_examples = 5000
     config.task.test_examples = 1000

@@ -1,20 +1,25 @@
-"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from random weights.
+r"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from random weights.
 
-    python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir collab_jax/assets/countdown-tiny
+    python -m collab_jax.sft --config configs/countdown_tiny_sft.py \
+        --workdir collab_jax/assets/countdown-tiny
 
-Expected after 1,200 steps (20 to 35 minutes on two cores): last loss 0.175 nats a token; greedy,
-with the marker disallowed, 65 % of prompts with three numbers and 30 % of those with four are
-solved. Left to itself it calls on 9 % and gives wrong answers to half of the prompts: 35 % that it
-calls wrong itself, 16 % that it calls right.
+Expected after 1,200 steps (20 to 35 minutes on two cores): last loss 0.175 nats a token. Greedy,
+with the marker disallowed, it solves 65 % of the prompts with three numbers and 30 % of those with
+four. In natural decoding it calls on 9 % of the prompts and answers half of them wrong: on 35 % it
+says itself that its answer is wrong (`no`), on 16 % that it is right (`ok`).
 """
 
 import pathlib
 import runpy
 
+from ml_collections import ConfigDict
+
 common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
-_WORDS = [*"0123456789+-*/()=, \n", " ok", " no"]
-_WORDS += [
+_WORDS = [
+    *"0123456789+-*/()=, \n",
+    " ok",
+    " no",
     "<think>",
     "</think>",
     "<answer>",
@@ -25,7 +30,7 @@ _WORDS += [
 ]
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common["get_config"]()
     config.task.share_of_three = 0.5  # more easy ones than training has, to learn arithmetic from
     config.sft.steps = 1200

@@ -1,41 +1,50 @@
-"""Mathematics on Qwen2.5-1.5B-Instruct, budget 30 %: the paper's task (MATH-lighteval: 7.5K
-training, 5K test problems).
+r"""Mathematics on Qwen2.5-1.5B-Instruct, budget 30 %.
 
-Target, read from secondary notes and not from the paper: at 30 % calls 80.4 % on average over its
-five maths benchmarks (task tuning alone 56.1, naive offloading 67.2, collaboration-aware tuning
-61.5, a router 70.9, the cloud 93.8).
+The paper's task: MATH-lighteval, 7.5K training and 5K test problems. Target, read from secondary
+notes and not from the paper: at 30 % calls 80.4 % on average over its five maths benchmarks (task
+tuning alone 56.1, naive offloading 67.2, collaboration-aware tuning 61.5, a router 70.9, the cloud
+93.8).
 
-    python -m collab_jax.sft       --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/start
-    python -m collab_jax.train     --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
-    python -m collab_jax.evaluate  --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
-    python -m collab_jax.evaluate  --suite paper --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
-    python -m collab_jax.export    --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start --out runs/math_qwen/model
-    python -m collab_jax.calibrate --records runs/math_qwen/run/eval.parquet --rate 0.3 --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" --out runs/math_qwen/model
+    python -m collab_jax.sft --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/start
+    python -m collab_jax.train --config configs/math_qwen2p5_1p5b.py \
+        --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
+    python -m collab_jax.evaluate --config configs/math_qwen2p5_1p5b.py \
+        --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
+    python -m collab_jax.evaluate --suite paper --config configs/math_qwen2p5_1p5b.py \
+        --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
+    python -m collab_jax.export --config configs/math_qwen2p5_1p5b.py \
+        --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start \
+        --out runs/math_qwen/model
+    python -m collab_jax.calibrate --records runs/math_qwen/run/eval.parquet --rate 0.3 \
+        --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" \
+        --out runs/math_qwen/model
 
-`launch/gpu.sh configs/math_qwen2p5_1p5b.py runs/math_qwen` (or tpu_vm.sh) is all of it,
-installation and resuming included. The first command fetches the weights from the hub;
-math_train.jsonl and math_test.jsonl (or .gz) are read from `data`, or, where they are not there,
-MATH is downloaded and built there. The cloud is simulated from the right answers until you name
-yours (docs/cloud.md).
+`launch/gpu.sh configs/math_qwen2p5_1p5b.py runs/math_qwen` (or tpu_vm.sh) does all of this, and
+installs and resumes too. The first command fetches the weights from the hub; math_train.jsonl and
+math_test.jsonl (or .gz) are read from `data`, or, where they are not there, MATH is downloaded and
+built there. The cloud is simulated from the right answers until you name yours (docs/cloud.md).
 
-The paper's, as far as known here: model, data, budget; G = 8, 32 prompts a step, learning rate 5e-6
-and the rewards are those of its Countdown run. Ours: prompt, lengths, number of steps, the warm
-start, the call as one unused token of the vocabulary. The warm start needs no data written by
-people: the model's own right answers, and calls where it has none (`sft.source`). Its sft.json
-tells whether calls occur before any training is paid for. Not run yet.
+From the paper, as far as it is known here: model, data, budget; G = 8, 32 prompts a step, learning
+rate 5e-6 and the rewards are those of its Countdown run. Ours: prompt, lengths, number of steps,
+the warm start, the call as one unused token of the vocabulary. The warm start needs no data written
+by people: it takes the model's own right answers, and calls where it has none (`sft.source`). Its
+sft.json says, before any training is paid for, whether calls occur. Not run yet.
 
 Memory, as `python -m collab_jax.memory --config configs/math_qwen2p5_1p5b.py --devices N --gib
-SIZE` plans it: 34.4 GiB on one GPU of 80 or 140 GB. Not on a v5e-8 (33.5 GiB on each device: all
-but the batch is on each); there with --config.lora.rank=16.
+SIZE` plans it: 34.4 GiB, on one GPU of 80 or 140 GB. It does not fit on a v5e-8 (33.5 GiB on each
+device, as each holds everything but the other devices' share of the batch); with
+--config.lora.rank=16 it does.
 """
 
 import pathlib
 import runpy
 
+from ml_collections import ConfigDict
+
 common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = common["get_config"]()
     config.budget = 0.3
     config.prompt_length = 384
@@ -53,8 +62,9 @@ def get_config():
     config.task.name = "math"
     config.task.data_dir = "data"
     config.task.prompt = (
-        "{problem}\n\nReason step by step inside <think> </think>, then give the final answer alone inside <answer> </answer>. "
-        "If you cannot solve it, end with <unknown> I need external assistance </unknown> instead of an answer."
+        "{problem}\n\nReason step by step inside <think> </think>, then give the final answer "
+        "alone inside <answer> </answer>. If you cannot solve it, end with <unknown> I need "
+        "external assistance </unknown> instead of an answer."
     )
 
     config.optim.learning_rate = 5e-6

@@ -72,3 +72,15 @@ def test_bfloat16_state_is_bfloat16_but_for_the_second_moment():
     updates, after = optimizer.update({"w": jnp.ones((2, 3))}, state, params)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
     assert optax.apply_updates(params, updates)["w"].dtype == jnp.bfloat16
+
+
+def test_the_first_update_has_a_share_of_the_learning_rate_and_the_warm_up_ends_at_its_peak():
+    rates = lambda schedule, steps: [float(schedule(jnp.int32(i))) for i in steps]  # noqa: E731
+    constant = optim.make_schedule(8.0, 4, decay_steps=None)
+    assert rates(constant, range(6)) == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]
+    cosine = optim.make_schedule(8.0, 4, decay_steps=8)
+    assert rates(cosine, range(9)) == pytest.approx(
+        [2, 4, 6, 8, 8, 4 + 2 * 2**0.5, 4, 4 - 2 * 2**0.5, 0], abs=1e-6
+    )
+    for warmup_steps in (0, 1):
+        assert rates(optim.make_schedule(8.0, warmup_steps, None), range(3)) == [8.0] * 3

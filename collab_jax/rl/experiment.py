@@ -73,7 +73,7 @@ def make_workdir(workdir: pathlib.Path) -> None:
         raise _not_writable(workdir, error) from None
 
 
-def claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes config.json, or raises UserError where `workdir` holds a run with other settings."""
     file = workdir / "config.json"
     if not file.exists():
@@ -209,7 +209,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     cfg = lora.configure(cfg, config.lora)
     text = text_lib.load(folder, config.text)
     task, cloud = task_and_cloud(config, store_path(config, workdir))
-    claim_workdir(config, workdir)
+    claim(config, workdir)
     if config.task.reward:
         source = pathlib.Path(config.task.reward.rpartition(":")[0]).expanduser()
         lines = source.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -10,11 +10,15 @@ import optax
 def make_schedule(
     learning_rate: float, warmup_steps: int, decay_steps: int | None
 ) -> optax.Schedule:
-    """The learning rate by step: linear from 0 over `warmup_steps`, then constant.
+    """Returns the learning rate by step, from 0: a linear warm-up, then constant or a cosine.
 
-    With decay_steps, a cosine to 0 at that step follows the warm-up instead.
+    Step i of the warm-up has (i + 1) / warmup_steps of `learning_rate`: an update with a rate of 0
+    would spend a batch on nothing. The cosine comes to 0 at `decay_steps`.
     """
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+
+    def warmup(step):
+        return learning_rate * (step + 1) / max(warmup_steps, 1)
+
     if decay_steps is None:
         return optax.join_schedules(
             [warmup, optax.constant_schedule(learning_rate)], [warmup_steps]
