@@ -207,9 +207,7 @@ class Decode:
         )
 
 
-def decode(
-    load: Load, cfg: DecoderConfig, params: Params, segments: int, slot_counts: int
-) -> Case:
+def decode(load: Load, cfg: DecoderConfig, params: Params, segments: int, slot_counts: int) -> Case:
     """Returns the sampling of a whole batch; params with axis D.
 
     One segment and one slot count make it the loop with a fixed batch.
