@@ -54,7 +54,11 @@ def test_the_clock_ends_nine_rows_in_ten_at_a_quarter_and_the_peers_read_the_sam
     useful = case.run()
     short = (rows * 16 - useful) / 12  # a short row has 4 tokens, a long one 16
     assert short == int(short) and abs(short / rows - 0.9) < 0.1
-    assert case.flop() > 0 and case.bytes() > 0
+    lengths = np.array([4] * int(short) + [16] * (rows - int(short)))
+    flop = measure.forward_flop(cfg, np.zeros(64), np.full(64, 3), logits=False)
+    flop += measure.forward_flop(cfg, 2.0, lengths, logits=True)
+    assert case.flop() == pytest.approx(flop)
+    assert case.bytes() == pytest.approx(measure.decode_bytes(cfg, 64, 3, lengths, 4, 4))
     work.save(LOAD, params, tmp_path)
     again = hf.load(tmp_path, hf.config_from_hf(hf.read_config(tmp_path)), "float32")
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -82,7 +86,8 @@ def test_interleaved_runs_take_turns_and_ratios_are_of_one_round():
     finally:
         measure.PAUSE = before
     assert "".join(order) == "aabb" + "ab" * 3
-    assert len(timings["a"].seconds) == 3 and timings["a"].rate > 0
+    assert len(timings["a"].seconds) == 3 and timings["a"].work == [2.0] * 3
+    assert timings["a"].rate == 6 / sum(timings["a"].seconds)
     a = measure.Timing(0.0, [1.0, 2.0, 4.0], [6.0, 6.0, 6.0])
     b = measure.Timing(0.0, [1.0, 4.0, 4.0], [2.0, 2.0, 2.0])
     assert measure.ratio(a, b)["median"] == 3.0 and a.median == 2.0 and a.rate == 18 / 7
@@ -124,7 +129,13 @@ def test_command_line_writes_a_table_and_json(tmp_path):
     assert "decode tiny long_tail: ours is" in out.stdout and "ceilings: matmul" in out.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     case = figures["figures"]["decode tiny fixed: ours"]
-    assert len(case["seconds"]) == 2 and case["tokens_per_s"] > 0 and 0 < case["matmul_share"] < 1
+    seconds = case["seconds"]  # two rounds of 2 x 2 responses of 8 tokens
+    assert len(seconds) == 2 and case["tokens_per_s"] == pytest.approx(2 * 32 / sum(seconds))
+    cfg, _ = work.make_model(LOAD._replace(lengths="fixed"))
+    flop = measure.forward_flop(cfg, np.zeros(2), np.full(2, 4), logits=False)
+    flop += measure.forward_flop(cfg, 3.0, np.full(4, 8), logits=True)
+    ceiling = figures["ceilings"]["matmul_flop_s"]
+    assert case["matmul_share"] == pytest.approx(flop / seconds[-1] / ceiling)
     assert figures["machine"]["devices"].startswith("2 x")
 
 
@@ -150,6 +161,12 @@ def bare(tmp_path):
     return tmp_path
 
 
+def number(text):
+    """The inverse of `measure.number`."""
+    text = text.strip()
+    return float(text[:-1]) * 1000 if text.endswith("k") else float(text)
+
+
 def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare):
     sizes = {
         "prompts_per_step": 2,
@@ -170,14 +187,14 @@ def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare
     ]
     assert len(steps) == 2
     for _, rollout_s, _, update_s, share, tokens, rate, asked, drift, _ in steps:
-        assert (
-            float(rollout_s) > 0
-            and float(update_s) > 0
-            and float(rate.strip().removesuffix("k")) > 0
+        assert 2 * 2 * 7 <= int(tokens) <= 2 * 2 * 8 and int(asked) == 2
+        assert 0 <= float(drift) < 0.01
+        seconds, tolerance = float(rollout_s) + float(update_s), 0.01  # each rounded to 0.01
+        low, high = (
+            int(tokens) / (seconds + tolerance),
+            int(tokens) / max(seconds - tolerance, 1e-3),
         )
-        assert (
-            2 * 2 * 7 <= int(tokens) <= 2 * 2 * 8 and int(asked) == 2 and 0 <= float(drift) < 0.01
-        )
+        assert 0.99 * low <= number(rate) <= 1.01 * high  # three digits
         assert share.strip().endswith("%")
 
 

@@ -18,7 +18,7 @@ from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import __main__ as commands
 from collab_jax.cloud import attempts, ledger
 from collab_jax.rl import experiment, rollout, training
-from collab_jax.runtime import metrics
+from collab_jax.runtime import metrics, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import countdown
 
@@ -98,6 +98,17 @@ def test_prefetched_behind_faults_equals_healthy_bit_for_bit(
         np.testing.assert_array_equal, saved_state(folder, 4), saved_state(tmp_path / "healthy", 4)
     )
     assert comparable_metrics(folder) == comparable_metrics(tmp_path / "healthy")
+
+
+def test_the_cloud_is_asked_on_the_prompts_of_coming_steps(configure, tmp_path):
+    with FaultServer(solve) as server:
+        run = experiment.prepare(configure(server, cloud__prefetch=3), tmp_path)
+        steps = training.TrainingSteps(run)
+        steps.collect(parallel.replicate(experiment.load_state(run)).sampling_model, 1)
+        coming = [example for step in (1, 2, 3) for example in steps.batch(step).examples]
+        prompts, ids = rollout.cloud_prompts(run.task, coming)
+        assert None not in run.cloud.answer(prompts, ids).replies
+        assert server.requests == len(set(ids)) == 3 * run.config.prompts_per_step
 
 
 def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
