@@ -133,7 +133,9 @@ def demonstration_stream(
         )
     path = pathlib.Path(config.sft.demonstrations).expanduser()
     if config.sft.source == "self":
-        examples = experiment.load_examples(task, text, config, "train")[: config.sft.prompts or None]
+        examples = experiment.load_examples(task, text, config, "train")[
+            : config.sft.prompts or None
+        ]
         path = demonstrations.own(
             sample, parallel.replicate(params), text, task, examples, config, workdir
         )
