@@ -9,7 +9,10 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """Returns the config. A comment stands beside its key, or above it."""
+    """Returns the config; a comment stands beside its key, or above it.
+
+    A long function, so that all keys stand in one list.
+    """
     config = ConfigDict()
     # of sampling, the order of prompts and the filter's draw; in a warm start, of weights and data
     config.seed = 0

@@ -33,17 +33,33 @@ TAGS = (
     "</unknown>",
 )
 ARCHITECTURE = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 128,
-}  # fmt: skip
-SIZES = {"math_train": 9, "gsm8k_train": 5, "math_test": 6, "gsm8k_test": 6, "math500": 5, "amc23": 3, "aime24": 2, "minerva_math": 4, "agieval_math": 5}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 128,
+}
+SIZES = {
+    "math_train": 9,
+    "gsm8k_train": 5,
+    "math_test": 6,
+    "gsm8k_test": 6,
+    "math500": 5,
+    "amc23": 3,
+    "aime24": 2,
+    "minerva_math": 4,
+    "agieval_math": 5,
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(config, folder): a random model that knows each character, and a few rows of every
-    benchmark.
-    """
+    """(config, folder) of a random model that knows each character, and rows of each benchmark."""
     folder = tmp_path_factory.mktemp("suite")
     characters = sorted(set(string.printable) - set("\r\x0b\x0c"))
     text_lib.word_tokenizer([*TAGS, *characters], "<pad>", "<eos>", "<unk>").save_pretrained(
@@ -72,13 +88,26 @@ def made(tmp_path_factory):
     ]
     (folder / "mmlu_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = SMALL | {
-        "model.path": str(folder / "model"), "task.name": "mix", "task.mix": (("math", 3), ("gsm8k", 1)),
-        "task.data_dir": str(folder), "task.prompt": "{problem}", "budget": 0.4, "prompt_length": 20, "max_new_tokens": 8,
-        "eval.prompts": 8, "eval.batch_size": 8, "eval.samples": 3, "eval.temperature": 1.0, "decode.slot_counts": 1,
-    }  # fmt: skip
+        "model.path": str(folder / "model"),
+        "task.name": "mix",
+        "task.mix": (("math", 3), ("gsm8k", 1)),
+        "task.data_dir": str(folder),
+        "task.prompt": "{problem}",
+        "budget": 0.4,
+        "prompt_length": 20,
+        "max_new_tokens": 8,
+        "eval.prompts": 8,
+        "eval.batch_size": 8,
+        "eval.samples": 3,
+        "eval.temperature": 1.0,
+        "decode.slot_counts": 1,
+    }
+    common = str(ROOT / "configs" / "common.py")
     (folder / "config.py").write_text(
-        f"import runpy\ndef get_config():\n    config = runpy.run_path({str(ROOT / 'configs' / 'common.py')!r})['get_config']()\n"
-        f"    config.update_from_flattened_dict({settings!r})\n    return config\n"
+        f"import runpy\n\ndef get_config():\n"
+        f"    config = runpy.run_path({common!r})['get_config']()\n"
+        f"    config.update_from_flattened_dict({settings!r})\n"
+        "    return config\n"
     )
     return runpy.run_path(str(folder / "config.py"))["get_config"]().lock(), folder
 
@@ -127,10 +156,9 @@ def workdir(made, tmp_path_factory):
 
 
 def test_the_papers_table_in_one_command(made, workdir):
-    done = subprocess.run(
-        [sys.executable, "-m", "collab_jax.evaluate", "--suite", "paper", "--config", str(made[1] / "config.py"), "--workdir", str(workdir)],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "collab_jax.evaluate", "--suite", "paper"]
+    command += ["--config", str(made[1] / "config.py"), "--workdir", str(workdir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     out = workdir / "suite-paper"
     result = json.loads((out / "table.json").read_text())
@@ -147,7 +175,9 @@ def test_the_papers_table_in_one_command(made, workdir):
         assert (
             set(table["task"]) == {name} and len(set(table["id"])) == of["prompts"] * of["samples"]
         )
-        assert of["device"]["value"] == table["local_correct"].mean() and of["cloud"]["value"] == pytest.approx(table["cloud_correct"].mean())  # fmt: skip
+        assert of["device"]["value"] == table["local_correct"].mean()
+        assert table["cloud_known"].all()
+        assert of["cloud"]["value"] == pytest.approx(table["cloud_correct"].mean())
         assert of["calls"]["value"] == pytest.approx(table["natural_called"].mean())
     drawn = records.read(out / "amc23.parquet")
     assert drawn["id"].tolist() == [f"amc23/{i}#{s}" for s in (1, 2, 3) for i in range(3)]
@@ -217,3 +247,20 @@ def test_intervals_are_of_prompts_not_of_samples():
     assert result["benchmarks"]["b1"]["device"] == measures.estimate(
         suite.figures([make(100, seed=1)], 0.3, 1)["device"]
     )
+
+
+def test_figures_of_the_cloud_are_over_known_verdicts_and_a_note_says_how_many_are_not():
+    table = make()  # local T F F T F, cloud T T F F T, calls on 0 and 1
+    known = np.array([True, False, True, True, True])
+    table |= {"cloud_known": known, "cloud_correct": table["cloud_correct"] & known}
+    at = {name: values[0] for name, values in suite.figures([table], 0.25, seed=0).items()}
+    assert at["device"] == pytest.approx(0.4) and at["calls"] == pytest.approx(0.4)
+    # Of the four known ones: the cloud is right on 0 and 4, local on 0 and 3; one call rescues 4.
+    assert at["cloud"] == pytest.approx(0.5) and at["overall"] == pytest.approx(0.5)
+    assert at["margin"] == pytest.approx(0.75)
+    figure = {"prompts": 5, "samples": 1, "seen_in_training": 0, "too_long": 0, "unjudged": 2}
+    figure["cloud_unknown"] = 1
+    result = {"benchmarks": {"amc23": figure}, "trained_on": ["math"]}
+    first, second = suite.notes("x", result)
+    assert first.startswith("amc23: the cloud's verdict is not known on 1 of 5 responses")
+    assert second == "amc23: 2 of 5 responses could not be judged; they count as wrong."
