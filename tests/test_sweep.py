@@ -245,8 +245,8 @@ def test_what_is_published_has_each_text_once_and_nothing_that_is_remade(
     assert {path.name for path in (to / "b" / "seed-1").iterdir()} == run
     assert {path.name for path in (to / "b" / "seed-0").iterdir()} == run | {"before.parquet"}
     after, fit = columns_of(to, "after"), columns_of(to, "fit")
-    assert {name for name, kept in after.items() if "prompt" in kept} == {"b/seed-0"}
-    assert {name for name, kept in fit.items() if "prompt" in kept} == {"b/seed-0"}
+    assert {name for name, columns in after.items() if "prompt" in columns} == {"b/seed-0"}
+    assert {name for name, columns in fit.items() if "prompt" in columns} == {"b/seed-0"}
     assert {"natural_text", "tokens"} <= after["b/seed-0"] and "margins" not in after["b/seed-0"]
     assert "tokens" in columns_of(to, "before")["b/seed-0"]  # a run that starts there reports it
     assert not {"natural_text", "text", "margins", "tokens"} & after["a/seed-5"]
@@ -267,6 +267,18 @@ def test_figures_are_published_in_few_colours(tmp_path, stand_in, monkeypatch):
             difference = np.array(small.convert("RGB"), int) - np.array(whole.convert("RGB"), int)
         assert np.abs(difference).mean() < 2  # of 255
         assert (to / name).stat().st_size < 0.6 * (out / name).stat().st_size
+
+
+def test_of_tables_with_some_prompts_in_common_each_prompt_is_kept_once():
+    first = make(4, id=list("abcd"), prompt=["A", "B", "C", "D"])
+    second = make(4, id=list("cdef"), prompt=["C", "D", "E", "F"])
+    kept = publish._without_prompts(second, {"a", "b", "c", "d"})
+    assert kept["prompt"].tolist() == ["", "", "E", "F"]
+    assert "prompt" not in publish._without_prompts(second, set("cdef"))
+    tables = sweep_report._with_prompts([kept, first])
+    assert [table["prompt"].tolist() for table in tables] == [list("CDEF"), list("ABCD")]
+    (alone,) = sweep_report._with_prompts([kept])
+    assert alone["prompt"].tolist() == ["", "", "E", "F"]  # as far as it is known
 
 
 def test_metrics_are_rounded_and_counts_are_not():

@@ -7,29 +7,31 @@ and remakes with the same figures what is not kept (report.html, compare.html, S
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from collab_jax import records
+from collab_jax.records import Records
 from collab_jax.reports import comparison
 from collab_jax.rl import sweeps
 from collab_jax.rl.sweeps import Sweep
 from collab_jax.runtime import files, metrics
 
-COLOURS = 32  # of a published PNG: enough for lines and bands, at a quarter of the bytes
+COLOURS = 128  # of a published PNG: enough for lines and bands, at a quarter of the bytes
 DIGITS = 6  # after the point, of published metrics and of the comparison's figures
 # Columns of metrics.jsonl that the training figure and the table of its cost read.
 METRICS = ("step", "local_accuracy", "call_rate", "reward", "tokens", "cloud_bought", "seconds")
 # Of report.json: what it takes to know the run and its cost. Its other figures are of its records.
 REPORT = ("machine", "budget", "steps", "seconds", "filter_dropped", "filter", "cloud")
-# Columns of records that are most of a table's bytes.
-TEXTS = {"margins", "text", "natural_text", "prompt"}
+# Columns of records that are most of a table's bytes, and that no report shows.
+TEXTS = {"margins", "text"}
 # Columns that are read only where `compare` is given prices, or in the report of a single run; so
 # are those of what routers spent, tokens_NAME.
 DETAILS = {
+    "natural_text",
     "tokens",
     "cloud_tokens",
     "cloud_usd",
@@ -42,21 +44,21 @@ DETAILS = {
 def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
     """Writes to `to` the report of `out`, and of each finished run what that report is made of.
 
-    Each prompt is kept once, with the first run: `reports.sweep.models` gives it to the other
-    tables, by id. So are the start's records, which runs that begin there share.
+    The first run has its natural responses and the start's records; runs that begin there share
+    them. Each prompt is kept once: `reports.sweep.models` gives it to the other tables, by id.
     """
     done = [job.folder for job in sweeps.jobs(sweep, out) if job.done]
-    fitted = [folder for folder in done if (folder / "fit.parquet").exists()]
+    with_prompt: set[str] = set()  # ids
     for folder in done:
         target = to / folder.relative_to(out)
         target.mkdir(parents=True, exist_ok=True)
         first = folder == done[0]
-        if first:
-            _copy_table(folder / "before.parquet", target, texts=(), details=True)
-        shown = ("prompt", "natural_text") if first else ()
-        _copy_table(folder / "after.parquet", target, texts=shown, details=first)
-        prompts = ("prompt",) if folder in fitted[:1] else ()
-        _copy_table(folder / "fit.parquet", target, texts=prompts, details=False)
+        for name in ("after", "before", "fit") if first else ("after", "fit"):
+            if (folder / f"{name}.parquet").exists():
+                table = records.read(folder / f"{name}.parquet")
+                kept = _without_prompts(table, with_prompt)
+                with_prompt |= set(kept["id"]) if "prompt" in kept else set()
+                records.write(target / f"{name}.parquet", _slim(kept, first and name != "fit"))
         rows = [_only(METRICS, row) for row in metrics.read(folder / "metrics.jsonl")]
         metrics.write_packed(target / "metrics.jsonl", _rounded(rows))
         shutil.copy(folder / "config.json", target)
@@ -77,23 +79,31 @@ def _publish_comparison(out: pathlib.Path, to: pathlib.Path) -> None:
         shutil.copy(out / name, to)
     for name in ("frontier.png", "training.png"):
         with Image.open(out / name) as image, files.replacing(to / name) as scratch:
-            small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+            # By octree: a median cut makes one colour of similar lines, on so much white.
+            small = image.convert("RGB").quantize(COLOURS, method=Image.Quantize.FASTOCTREE)
             small.save(scratch, "PNG", optimize=True)
 
 
-def _copy_table(path: pathlib.Path, to: pathlib.Path, texts: Sequence[str], details: bool) -> None:
-    """Copies a table, if it is there, in the narrowest types: of TEXTS, only the columns `texts`.
+def _without_prompts(table: Records, ids: Set[str]) -> Records:
+    """The table with "" for the prompts of `ids`, and without the column where none is left."""
+    if "prompt" not in table:
+        return table
+    prompts = [
+        "" if key in ids else prompt
+        for key, prompt in zip(table["id"], table["prompt"], strict=True)
+    ]
+    others = {column: values for column, values in table.items() if column != "prompt"}
+    return others | {"prompt": np.array(prompts, object)} if any(prompts) else others
 
-    details: whether to keep DETAILS.
-    """
-    if not path.exists():
-        return
-    kept = {}
-    for column, values in records.read(path).items():
-        is_detail = column in DETAILS or column.startswith("tokens_")
-        if (column not in TEXTS or column in texts) and (details or not is_detail):
-            kept[column] = _narrow(values)
-    records.write(to / path.name, kept)
+
+def _slim(table: Records, details: bool) -> Records:
+    """The table in the narrowest types, without TEXTS, and without DETAILS unless asked for."""
+    return {
+        column: _narrow(values)
+        for column, values in table.items()
+        if column not in TEXTS
+        and (details or column not in DETAILS and not column.startswith("tokens_"))
+    }
 
 
 def _narrow(column: np.ndarray) -> np.ndarray:

@@ -81,19 +81,22 @@ def models(
 
 
 def _with_prompts(tables: Sequence[Records]) -> list[Records]:
-    """The tables, with the prompts of those that lack them taken from those that have them, by id.
+    """The tables, each with the prompts that it lacks and others have, by id.
 
-    A published sweep has each prompt once.
+    A published sweep has each prompt once. A table with a prompt that none has is left as it is.
     """
     prompts: dict[str, str] = {}
     for table in tables:
-        if "prompt" in table:
-            prompts |= zip(table["id"], table["prompt"], strict=True)
+        pairs = zip(table["id"], table.get("prompt", ()), strict=False)
+        prompts |= {key: prompt for key, prompt in pairs if prompt}
     completed = []
     for table in tables:
-        if "prompt" not in table and prompts.keys() >= set(table["id"]):
-            column = np.array([prompts[key] for key in table["id"]], object)
-            table = table | {"prompt": column}
+        own = table.get("prompt", [""] * len(table["id"]))
+        known = [
+            prompt or prompts.get(key, "") for key, prompt in zip(table["id"], own, strict=True)
+        ]
+        if all(known):
+            table = table | {"prompt": np.array(known, object)}
         completed.append(table)
     return completed
 
