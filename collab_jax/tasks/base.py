@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
     unjudged: bool = False  # a judge's call failed, a reward returned None, or there is no answer
 
 
-Verifier = Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
+Verify = Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Task:
     load: Callable[[str], list[Example]]
     prompt: Callable[[Example], Messages]
     cloud_prompt: Callable[[Example], Messages]
-    verify: Verifier
+    verify: Verify
     solve_prompt: Callable[[Messages], str] | None = None
     gold: Callable[[Example], str | None] | None = None
     weights: Mapping[str, float] | None = None

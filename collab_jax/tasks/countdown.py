@@ -20,8 +20,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from collab_jax.models.text import Messages
 from collab_jax.tasks import base
-from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
+from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 from collab_jax.tasks.expressions import Attempt, is_solution, random_attempt, solve
 
 # ---- the stream of problems

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from collab_jax.cloud import CachedCloud, make_cloud
 from collab_jax.models.text import Messages
 from collab_jax.tasks import base
-from collab_jax.tasks.base import Example, Task, TaskError, Verdict, Verifier
+from collab_jax.tasks.base import Example, Task, TaskError, Verdict, Verify
 from collab_jax.tasks.jsonl import same
 
 MAX_ANSWER = 4000  # characters; a longer answer is wrong, unread: this bounds a judgement's cost
@@ -58,7 +58,7 @@ def simulated_reply(messages: Messages) -> str:
     return "yes" if same(match[1], match[2]) else "no"
 
 
-def verify_by(task: Task, cloud: CachedCloud, marker: str) -> Verifier:
+def verify_by(task: Task, cloud: CachedCloud, marker: str) -> Verify:
     """`Task.verify` with `cloud` as the judge."""
 
     def ask(example: Example, answer: str) -> Messages:

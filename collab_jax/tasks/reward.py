@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from collab_jax.tasks import base
-from collab_jax.tasks.base import Example, TaskError, Verdict, Verifier
+from collab_jax.tasks.base import Example, TaskError, Verdict, Verify
 
 Reward = Callable[[Example, str], bool | float | None]
 
@@ -53,7 +53,7 @@ def load(spec: str) -> Reward:
     return function
 
 
-def verifier(spec: str, marker: str) -> Verifier:
+def verifier(spec: str, marker: str) -> Verify:
     """`Task.verify` by the function that `spec` names, which is loaded now."""
     function, path = load(spec), pathlib.Path(spec.rpartition(":")[0]).expanduser()
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from collab_jax.models.text import Messages
 from collab_jax.tasks import base, benchmarks
-from collab_jax.tasks.base import Example, Messages, Task, TaskError, Verdict
+from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 
 def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
