@@ -58,6 +58,16 @@ def test_there_and_back(tmp_path, suffix):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_narrow_numbers_are_written_narrow_and_read_wide(tmp_path):
+    path = tmp_path / "r.parquet"
+    narrow = np.array([0.1, -INF, INF], np.float32)
+    records.write(path, table(margins=TRACES) | {"margin": narrow})
+    column = pq.ParquetFile(path).schema_arrow.field("margin")
+    assert column.type == pa.float32()
+    margin = records.read(path)["margin"]
+    assert margin.dtype == np.float64 and (margin == narrow).all()
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
 def test_written_complete_or_not_at_all(tmp_path, suffix):
     path = tmp_path / f"r{suffix}"

@@ -1,10 +1,10 @@
-"""The decision token's bias for a call rate or an accuracy, from margins on held-out prompts, and
-the rule that holds a rate when prompts change. Pure functions, no jax.
+"""The decision token's bias for a call rate or an accuracy, from margins on held-out prompts.
 
-A prompt is called when margin + bias > 0, and always when its response has no answer (cut off, or
-not well formed): no bias changes that, so its score is +inf. Where such responses alone exceed the
-budget, leave them to the margin as well: answered = all True. A margin of -inf (no decision state)
-is never called by a bias. What is promised holds for prompts drawn like the calibration prompts,
+With the online rule that holds a rate when the prompts change. Pure functions, no jax. A prompt is
+called when margin + bias > 0, and always when its response has no answer (cut off, or not well
+formed): no bias changes that, so its score is +inf. Where such responses alone exceed the budget,
+leave them to the margin as well: answered = all True. A margin of -inf (no decision state) is never
+called by a bias. What is promised holds for prompts drawn like the calibration prompts,
 independently of each other; for others there is `track`.
 
 Where the threshold lies. "The k-th largest score" leaves the gap up to the next larger one open;

@@ -1,8 +1,7 @@
-"""A prompt classifier: a decoder with one output, fine-tuned to tell from the prompt alone whether
-the device will be wrong.
+"""A prompt classifier: a decoder, fine-tuned to tell from the prompt if the device will be wrong.
 
-It stands for the paper's fine-tuned DeBERTa router and RouteLLM's causal-LLM router (arXiv
-2406.18665, section 4.2).
+It has one output. It stands for the paper's fine-tuned DeBERTa router and RouteLLM's causal-LLM
+router (arXiv 2406.18665, section 4.2).
 """
 
 import pathlib

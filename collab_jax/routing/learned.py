@@ -1,5 +1,4 @@
-"""Routers fitted on records of other prompts to tell which ones the device gets wrong
-(scikit-learn).
+"""Routers fitted by scikit-learn, on records of other prompts, to tell what the device gets wrong.
 
 Each takes (records to fit on, records to route) and returns the probability that the device is
 wrong, f64[n].

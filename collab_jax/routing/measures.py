@@ -146,10 +146,8 @@ def auc(records: Records, score: np.ndarray) -> float:
 
 
 def auc_by_stratum(records: Records, score: np.ndarray) -> dict[str, float | None]:
-    """The AUC within each stratum, None where one holds a single class.
-
-    A router that only tells strata apart has 0.5.
-    """
+    """The AUC within each stratum; None where all its prompts are of one class."""
+    # A router that only tells strata apart has 0.5 in each.
     wrong, stratum = ~records["local_correct"], records["stratum"]
     return {str(s): _auc(wrong[stratum == s], score[stratum == s]) for s in np.unique(stratum)}
 
@@ -335,10 +333,7 @@ def _known(x: float) -> float | None:
 
 
 def random_frontier(rates: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """Accuracy f64[..., K] of sending as many prompts at random.
-
-    It is the line from the device's accuracy to the cloud's.
-    """
+    """Accuracy f64[..., K] at random: the line from the device's accuracy to the cloud's."""
     return (1 - rates) * accuracy[..., :1] + rates * accuracy[..., -1:]
 
 

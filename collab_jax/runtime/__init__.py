@@ -1,4 +1,5 @@
-"""What any command needs and no method knows: errors, the command line, settings of the process,
-devices, checkpoints, metrics, files, Markdown. It imports no other package of collab_jax; every
-other one may import it.
+"""What any command needs, whatever the method is.
+
+Errors, the command line, settings of the process, devices, checkpoints, metrics, files, Markdown.
+It imports no other package of collab_jax; every other one may import it.
 """
