@@ -310,8 +310,9 @@ class Sampler:
             now, done = ended & ~done, ended
             # Read before the next program, to which the state's memory is given.
             whole = state.samples
-            wanted = () if finished is None else (whole.tokens, whole.mask, whole.ended)
-            so_far = [np.asarray(x) for x in wanted]
+            so_far = None
+            if finished is not None:
+                so_far = np.asarray(whole.tokens), np.asarray(whole.mask), np.asarray(whole.ended)
             if not done.all():
                 # All devices keep the same number of slots, so that they run the same program.
                 live = (~done).reshape(-1, ladder[0]).sum(1).max()
@@ -322,8 +323,9 @@ class Sampler:
                 t = min(T, t + -(-T // LOOKS), (len(context.past) + 1) * C + 1)
                 further = programs.advance[_slots(state), len(context.past)]
                 state = further(params, context, state, full(t), bias)
-            if finished is not None:
-                finished(*so_far, now)
+            if finished is not None and so_far is not None:
+                tokens, mask, ended_so_far = so_far
+                finished(tokens, mask, ended_so_far, now)
             if done.all():
                 return state.samples
 
