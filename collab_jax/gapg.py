@@ -287,8 +287,8 @@ def within_quota(
     """keep bool[Q]: all of d1 bool[Q], and as many of d2 bool[Q] as rho |d1| and the carry pay for.
 
     Also returns the new carry i32[], in units of 1 / rho_den. Which of d2 are kept is random; every
-    device that calls this with the same key keeps the same prompts. The fraction of a prompt that is
-    cut off the quota is carried to the next step; a quota that found no d2 prompt is lost.
+    device that calls this with the same key keeps the same prompts. The fraction of a prompt that
+    is cut off the quota is carried to the next step; a quota that found no d2 prompt is lost.
     """
     quota = state.rho_num * d1.sum() + state.carry  # in units of 1 / rho_den
     draw = jnp.where(d2, jax.random.uniform(key, d2.shape), 2.0)

@@ -4,9 +4,9 @@
 
 evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit
 on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json,
-metrics.jsonl (with TensorBoard events beside it), checkpoints/, cloud.sqlite, missing_verdicts.jsonl
-(verdicts that a step did without), before.parquet, after.parquet (and fit.parquet) and the report
-(report.json, report.md, report.html, figures).
+metrics.jsonl (with TensorBoard events beside it), checkpoints/, cloud.sqlite,
+missing_verdicts.jsonl (verdicts that a step did without), before.parquet, after.parquet (and
+fit.parquet) and the report (report.json, report.md, report.html, figures).
 """
 
 from collab_jax.runtime import process

@@ -110,8 +110,8 @@ def get_config() -> ConfigDict:
     config.cloud.usd_per_million_output = 2.19  # simulated: price
     # openai: address of the provider, or of your own server
     config.cloud.base_url = "https://api.openai.com/v1"
-    # openai: who serves the model, a part of each stored answer's key. The base_url, unless named: a
-    # name keeps the answers while the address changes, as of a mirror, or of your own server.
+    # openai: who serves the model, a part of each stored answer's key. The base_url, unless named:
+    # a name keeps the answers while the address changes, as of a mirror, or of your own server.
     config.cloud.provider = config.cloud.get_oneway_ref("base_url")
     # openai: environment variable that holds the key; "": no key is needed
     config.cloud.key_env = "OPENAI_API_KEY"

@@ -19,9 +19,17 @@ LOAD = work.Load("tiny", "long_tail", 8, 4, 3, 16, "float32", 4)
 
 def test_flop_by_hand():
     cfg = DecoderConfig(
-        vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=3,
-        rope_theta=1.0, norm_eps=1e-5, tied=True,
-    )  # fmt: skip
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=6,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=3,
+        rope_theta=1.0,
+        norm_eps=1e-5,
+        tied=True,
+    )
     # A block: q 4x6, k and v 4x3, o 6x4, three of 4x6: 24 + 12 + 12 + 24 + 72 = 144 products, two
     # FLOP each, two blocks.
     token, head, seen = 576, 80, 4 * 2 * 6

@@ -46,7 +46,7 @@ def parts(small):
     )
 
 
-# ---------------------------------------------------------------------------------------- without PyTorch
+# ---------------------------------------------------------------------------------- without PyTorch
 
 
 def test_versions_are_of_what_is_installed():
@@ -67,7 +67,7 @@ def test_rewards_are_the_methods(parts):
     assert len(set(got)) == 5
 
 
-# ------------------------------------------------------------------------------------------- with PyTorch
+# ------------------------------------------------------------------------------------- with PyTorch
 
 
 @pytest.fixture
@@ -93,10 +93,20 @@ def test_generate_counts_what_it_samples(parts, torch):
 def small_model(tmp_path):
     """(folder, DecoderConfig, params) of a Qwen3-type model with one layer and random weights."""
     hf_config = dict(
-        model_type="qwen3", hidden_act="silu", vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=4, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        rope_parameters=dict(rope_type="default", rope_theta=100.0), architectures=["Qwen3ForCausalLM"],
-    )  # fmt: skip
+        model_type="qwen3",
+        hidden_act="silu",
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=100.0),
+        architectures=["Qwen3ForCausalLM"],
+    )
     cfg = hf.config_from_hf(hf_config)
     shapes, draw = (
         jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0))),

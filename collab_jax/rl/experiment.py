@@ -92,6 +92,8 @@ def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -
     Raises UserError where the file cannot be read.
     """
     then, now = _flat(_read_json(file)), _flat(_as_json(config))
+    # A run begun before providers had a name bought from its base_url.
+    then.setdefault("cloud.provider", then.get("cloud.base_url"))
     keys = then.keys() | now.keys() if all_keys else then.keys() & now.keys()
     differing = [
         f"{key}={then.get(key)!r} then, {now.get(key)!r} now"

@@ -1,7 +1,7 @@
 """Makes the golden files: tiny random Hugging Face checkpoints and what transformers computes with
 them.
 
-    python tests/golden/make.py        # needs torch and transformers; rewrites the folders in tests/golden/
+    python tests/golden/make.py   # needs torch and transformers; rewrites these folders
 
 `golden.npz` of each folder: tokens i32[R, S] padded on the right, lengths i32[R], logits f32[R, S,
 V] (each row computed alone; 0 past its length) and greedy i32[R, N], the greedy continuation of
@@ -37,19 +37,55 @@ DEFAULT = dict(rope_type="default", rope_theta=123.4)
 
 # Each family with the head tied and untied, and with every bias that it can have.
 GOLDEN = {
-    "llama": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=3e-5,
-                  rope_parameters=LLAMA3, tie_word_embeddings=True),
-    "qwen2": dict(num_attention_heads=4, num_key_value_heads=1, rms_norm_eps=7e-4,
-                  rope_parameters=DEFAULT, tie_word_embeddings=False),
-    "qwen3": dict(num_attention_heads=2, num_key_value_heads=2, head_dim=12, rms_norm_eps=2e-3,
-                  rope_parameters=DEFAULT, tie_word_embeddings=True),
-    "llama-untied-biases": dict(num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-2, rope_parameters=DEFAULT,
-                                tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
-    "qwen2-tied": dict(num_attention_heads=2, num_key_value_heads=2, rms_norm_eps=1e-6, rope_parameters=LLAMA3,
-                       tie_word_embeddings=True),
-    "qwen3-untied-biases": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-5,
-                                rope_parameters=DEFAULT, tie_word_embeddings=False, attention_bias=True),
-}  # fmt: skip
+    "llama": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=3e-5,
+        rope_parameters=LLAMA3,
+        tie_word_embeddings=True,
+    ),
+    "qwen2": dict(
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        rms_norm_eps=7e-4,
+        rope_parameters=DEFAULT,
+        tie_word_embeddings=False,
+    ),
+    "qwen3": dict(
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=12,
+        rms_norm_eps=2e-3,
+        rope_parameters=DEFAULT,
+        tie_word_embeddings=True,
+    ),
+    "llama-untied-biases": dict(
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-2,
+        rope_parameters=DEFAULT,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "qwen2-tied": dict(
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_parameters=LLAMA3,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-untied-biases": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        rms_norm_eps=1e-5,
+        rope_parameters=DEFAULT,
+        tie_word_embeddings=False,
+        attention_bias=True,
+    ),
+}
 
 
 def random_model(name: str, settings: dict, seed: int):
