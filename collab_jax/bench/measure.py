@@ -1,17 +1,16 @@
-"""How a bench measures: interleaved timed runs, the machine's ceilings, the useful work of a model,
-and tables.
-"""
+"""How a bench measures: timed runs in turn, the machine's ceilings, the useful work of a model."""
 
 import math
 import resource
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.runtime import parallel
@@ -20,8 +19,9 @@ PAUSE = 0.3  # seconds between runs: threads of one that spin after its end must
 
 
 class Timing(NamedTuple):
-    """Of one function. first: seconds of the first call, compilation in; seconds, work: of each run
-    after it.
+    """The times of one function.
+
+    first: seconds of the first call, compilation included; seconds, work: of each timed run.
     """
 
     first: float
@@ -30,14 +30,16 @@ class Timing(NamedTuple):
 
     @property
     def median(self) -> float:
+        """The median of the timed runs' seconds."""
         return statistics.median(self.seconds)
 
     @property
     def rate(self) -> float:
-        """Work a second, over all runs."""
+        """The work a second, over all timed runs."""
         return sum(self.work) / sum(self.seconds)
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
+        """Returns the figures in seconds, for --json."""
         low, _, high = (
             statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
         )
@@ -51,11 +53,12 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    runs: dict[str, Callable[[], float]], repeats: int, say: Callable[[str], None] = print
-) -> dict:
-    """Timing of each function by name: one call each, two to settle, then `repeats` rounds of one
-    call each in turn, so that all share whatever the machine's speed does. A function returns its
-    work once that is done.
+    runs: Mapping[str, Callable[[], float]], repeats: int, say: Callable[[str], None] = print
+) -> dict[str, Timing]:
+    """Returns the timing of each function, by name. A function returns its work when that is done.
+
+    Each is called twice to settle; then follow `repeats` rounds of one call of each in turn, so
+    that all share whatever the machine's speed does.
     """
     firsts = {}
     for name, run in runs.items():
@@ -74,9 +77,10 @@ def interleaved(
     return {name: Timing(firsts[name], seconds[name], work[name]) for name in runs}
 
 
-def ratio(a: Timing, b: Timing) -> dict:
-    """How many times the work a second of `b` does `a` do: median and quartiles of the ratios round
-    by round.
+def ratio(a: Timing, b: Timing) -> dict[str, Any]:
+    """Returns how many times the work a second of `b` is done by `a`.
+
+    "median" and "quartiles" are over the ratios of each round.
     """
     ratios = [
         (wa / sa) / (wb / sb)
@@ -86,11 +90,11 @@ def ratio(a: Timing, b: Timing) -> dict:
     return {"median": statistics.median(ratios), "quartiles": [low, high]}
 
 
-# ------------------------------------------------------------------------------------------------- ceilings
+# --------------------------------------------------------------------------------------- ceilings
 
 
 def matmul_ceiling(dtype: str, size: int = 0, repeats: int = 8) -> float:
-    """FLOP/s of one large matrix product on every device at once, the best of `repeats`."""
+    """Returns FLOP/s of one large matrix product on every device at once, the best of `repeats`."""
     n = size or (8192 if jax.default_backend() != "cpu" else 1536)
     product = parallel.pmap(lambda x: x @ x)
     x = parallel.replicate(np.ones((n, n), jnp.dtype(dtype)))
@@ -98,14 +102,15 @@ def matmul_ceiling(dtype: str, size: int = 0, repeats: int = 8) -> float:
 
 
 def copy_ceiling(megabytes: int = 0, repeats: int = 8) -> float:
-    """Bytes/s read and written by one large copy on every device at once, the best of `repeats`."""
+    """Returns bytes/s read and written by one large copy on every device, the best of `repeats`."""
     n = (megabytes or (1024 if jax.default_backend() != "cpu" else 128)) * 2**20 // 4
     copy = parallel.pmap(lambda x: x + 1)
     x = parallel.replicate(np.ones(n, np.float32))
     return jax.local_device_count() * 8 * n / _best(lambda: copy(x), repeats)
 
 
-def _best(run: Callable, repeats: int) -> float:
+def _best(run: Callable[[], jax.Array], repeats: int) -> float:
+    """Returns the seconds of the quickest of `repeats` calls."""
     jax.block_until_ready(run())
     seconds = []
     for _ in range(repeats):
@@ -115,13 +120,15 @@ def _best(run: Callable, repeats: int) -> float:
     return min(seconds)
 
 
-# ----------------------------------------------------------------------------------------------- useful work
+# ------------------------------------------------------------------------------------ useful work
 
 
-def forward_flop(cfg: DecoderConfig, start: np.ndarray, count: np.ndarray, logits: bool) -> float:
-    """FLOP of a forward pass over rows of `count` tokens after `start` others each; logits: the
-    head's product in.
+def forward_flop(cfg: DecoderConfig, start: ArrayLike, count: ArrayLike, logits: bool) -> float:
+    """Returns the FLOP of a forward pass over rows of `count` tokens after `start` others each.
+
+    logits: the head's product is included.
     """
+    start, count = np.asarray(start), np.asarray(count)
     E, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     token = 2 * cfg.num_layers * (E * H * (2 * N + 2 * K) + 3 * E * cfg.intermediate_size)
     token += 2 * E * cfg.vocab_size if logits else 0
@@ -130,7 +137,7 @@ def forward_flop(cfg: DecoderConfig, start: np.ndarray, count: np.ndarray, logit
 
 
 def parameters(cfg: DecoderConfig) -> int:
-    """Parameters that a decoded token reads: all but an untied embedding."""
+    """Returns the number of parameters that a decoded token reads: all but an untied embedding."""
     E, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     return (
         cfg.num_layers * (E * H * (2 * N + 2 * K) + 3 * E * cfg.intermediate_size)
@@ -145,12 +152,12 @@ def decode_bytes(
     lengths: np.ndarray,
     cache_bytes: int,
     itemsize: int,
-):
-    """Bytes that decoding must read: the parameters once a column, and the keys and values once for
-    each useful token.
+) -> float:
+    """Returns the bytes that decoding must read.
 
+    These are the parameters, once a column, and the keys and values, once for each useful token.
     lengths: i[B] tokens of each response of `prompts` groups, whose prompt of `length` tokens is
-    read once a column.
+    read once a column. cache_bytes, itemsize: bytes of a number of the cache and of a parameter.
     """
     kv = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cache_bytes
     columns = int(lengths.max())
@@ -159,18 +166,18 @@ def decode_bytes(
 
 
 def peak_memory() -> float:
-    """Bytes: the process's largest resident set, or the first accelerator's largest use."""
+    """Returns bytes: the process's largest resident set, or the first accelerator's largest use."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return (
         stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
 
 
-# ---------------------------------------------------------------------------------------------------- output
+# ----------------------------------------------------------------------------------------- output
 
 
 def number(x: float) -> str:
-    """Three significant digits, with a k, M, G or T."""
+    """Returns three significant digits of x, with a k, M, G or T."""
     if not x:
         return "0"
     power = min(int(math.log10(abs(x)) // 3), 4) if abs(x) >= 1000 else 0

@@ -1,9 +1,9 @@
 """The same work through PyTorch on the CPU, so that a bench can print ratios.
 
 `generate` is transformers' sampling, `update` a policy-gradient update as torch programs write it,
-`trl_step` one step of TRL's GRPOTrainer: each sets up outside the clock and returns a function that
-does the work once. PyTorch is no
-dependency: without it this module still imports, and `versions` says what is there.
+`trl_step` one step of TRL's GRPOTrainer. Each prepares the work, which is not timed, and returns a
+function that does it once. PyTorch is no dependency: without it this module can be imported, and
+`versions` says what is installed.
 
 Axis letters as in gapg.py: P prompts, G responses of a group, B = P * G rows, L prompt columns, T
 response columns.
@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -28,19 +29,19 @@ PACKAGES = ("torch", "transformers", "trl")
 
 
 def versions() -> dict[str, str]:
-    """Version by name of those of PACKAGES that are installed."""
-    found = {}
+    """Returns the version by name of those of PACKAGES that are installed."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def _load(folder: pathlib.Path, dtype: str):
-    """The folder's model as a torch module with weights of `dtype`, in eval mode."""
-    import torch
+def _load(folder: pathlib.Path, dtype: str) -> Any:
+    """Returns the folder's model as a torch module with weights of `dtype`, in eval mode."""
+    import torch  # pyright: ignore[reportMissingImports] (an extra)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -48,7 +49,7 @@ def _load(folder: pathlib.Path, dtype: str):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
-# ------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------- sampling
 
 
 def generate(
@@ -62,20 +63,19 @@ def generate(
     eos_ids: Sequence[int],
     seed: int = 0,
 ) -> Callable[[], int]:
-    """run() samples `group` responses to each prompt at temperature 1, all B rows at once, with a
-    KV cache.
+    """Returns run(), which samples `group` responses to each prompt, all B rows at once.
 
-    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]. eos_ids: what ends a row; ():
-    every row takes `max_new` tokens. run() returns the tokens sampled, up to and including the
-    first EOS of each row.
+    It samples at temperature 1, with a KV cache, and returns the number of tokens up to and with
+    the first EOS of each row. prompts i32[P, L] padded on the left, prompt_mask bool[P, L].
+    eos_ids: what ends a row; (): every row takes `max_new` tokens.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (an extra)
     from transformers import GenerationConfig
 
     model = _load(folder, dtype)
     pad_id = model.config.pad_token_id
-    # Put on the model, since `generate` takes what a config leaves out (here: no EOS) from the
-    # model's own.
+    # It is put on the model, since `generate` takes what a config leaves out (here: EOS) from the
+    # model's own config.
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -99,7 +99,7 @@ def generate(
     return run
 
 
-# --------------------------------------------------------------------------------------------------- update
+# ----------------------------------------------------------------------------------------- update
 
 
 def update(
@@ -114,14 +114,13 @@ def update(
     learning_rate: float,
     dtype: str,
 ) -> Callable[[], float]:
-    """run() does one update on all B responses, `micro_rows` in a backward pass, and returns its
-    loss.
+    """Returns run(), which does one update on all B responses and returns its loss.
 
-    prompts i32[P, L] padded on the left, prompt_mask bool[P, L]; tokens i32[P, G, T] padded on the
-    right, mask bool[P, G, T] (EOS in); advantages f32[P, G]. Loss: gapg.loss divided by P.
-    Gradients clipped to norm 1, AdamW.
+    A backward pass has `micro_rows` responses. prompts i32[P, L] padded on the left, prompt_mask
+    bool[P, L]; tokens i32[P, G, T] padded on the right, mask bool[P, G, T] (EOS in); advantages
+    f32[P, G]. The loss is gapg.loss divided by P; gradients are clipped to norm 1; AdamW.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (an extra)
 
     P, G, T = tokens.shape
     model = _load(folder, dtype).train()
@@ -155,25 +154,26 @@ def update(
     return run
 
 
-# ------------------------------------------------------------------------------------------------------ TRL
+# -------------------------------------------------------------------------------------------- TRL
 
 
 class HeldTrainer:
-    """A trainer in a thread of its own, held before each step: a call lets one step pass and
-    returns `tokens`.
+    """A trainer in a thread of its own, which waits before each step until it is called.
 
-    tokens: completion tokens of the latest step, written by whoever sees them. `hold` and `passed`
-    are called by the trainer's thread, where a step begins and ends. What the trainer raises, the
-    call raises.
+    A call lets one step pass and returns `tokens`, the completion tokens of the latest step; the
+    reward function sets them. The trainer's thread calls `hold` where a step begins and `passed`
+    where it ends. A call raises what the trainer raises.
     """
 
     def __init__(self):
         self.tokens = 0
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._closed, self._error, self._thread = False, None, None
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self, train: Callable[[], object]) -> None:
-        """Starts `train`, which runs up to its first step."""
+        """Starts `train` in the thread; it runs up to its first step."""
         self._thread = threading.Thread(target=self._run, args=(train,), daemon=True)
         self._thread.start()
 
@@ -188,11 +188,13 @@ class HeldTrainer:
         self._done.release()
 
     def hold(self) -> None:
+        """Waits for the next call. Raises RuntimeError once the trainer is closed."""
         self._go.acquire()
         if self._closed:
             raise RuntimeError("the trainer is closed")
 
     def passed(self) -> None:
+        """Ends the call that let this step pass."""
         self._done.release()
 
     def __call__(self) -> int:
@@ -207,12 +209,14 @@ class HeldTrainer:
         """Ends the trainer without another step."""
         self._closed = True
         self._go.release()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
 
-def _prompt_string(tokenizer, ids: list[int]) -> str:
-    """A string that `tokenizer(string)` turns into just `ids`; raises ValueError where decoding
-    gives none.
+def _prompt_string(tokenizer: Any, ids: list[int]) -> str:
+    """Returns a string that `tokenizer(string)` turns into just `ids`.
+
+    Raises ValueError where decoding gives none.
     """
     for first in (0, 1):  # 1: the tokenizer itself puts the first token, its BOS, before a string
         written = tokenizer.decode(
@@ -226,23 +230,62 @@ def _prompt_string(tokenizer, ids: list[int]) -> str:
 def rewards(
     task: Task,
     text: Text,
-    alphas,
+    alphas: ConfigDict,
     examples: Sequence[Example],
     completions: Sequence[Sequence[int]],
-):
-    """Hierarchical reward f32[B] of completions (tokens, EOS in where it was written), the cloud
-    taken to be right.
+) -> np.ndarray:
+    """Returns the hierarchical reward f32[B] of completions, as if the cloud were always right.
 
-    alphas: `config.reward`.
+    A completion is its tokens, with EOS where it was written. alphas: `config.reward`.
     """
     lengths = np.array([len(ids) for ids in completions])
     mask = np.arange(lengths.max()) < lengths[:, None]
     tokens = np.full(mask.shape, text.pad_id, np.int32)
     tokens[mask] = np.concatenate(completions)
     ended = np.array([ids[-1] in text.eos_ids for ids in completions])
-    found = rollout.judge(task, text, examples, tokens, mask, ended)
-    local = alphas.alpha_a * found.correct + alphas.alpha_f * found.formatted
-    return np.where(found.called, alphas.alpha_c, local).astype(np.float32)
+    verdicts = rollout.judge(task, text, examples, tokens, mask, ended)
+    local = alphas.alpha_a * verdicts.correct + alphas.alpha_f * verdicts.formatted
+    return np.where(verdicts.called, alphas.alpha_c, local).astype(np.float32)
+
+
+def _grpo_settings(
+    folder: str, config: ConfigDict, rows: int, group: int, max_new: int, micro_rows: int
+) -> Any:
+    """Returns the GRPOConfig of a step with `rows` completions; see `trl_step`."""
+    from trl import GRPOConfig  # pyright: ignore[reportMissingImports] (an extra)
+
+    return GRPOConfig(
+        output_dir=folder,
+        seed=config.seed,
+        max_steps=1_000_000,
+        num_generations=group,
+        max_completion_length=max_new,
+        generation_batch_size=rows,
+        per_device_train_batch_size=micro_rows,
+        gradient_accumulation_steps=rows // micro_rows,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        num_iterations=1,
+        # With scale_rewards "none": GAPG's objective without its filter, times a constant.
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        learning_rate=config.optim.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.optim.clip_norm,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        eval_strategy="no",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
 
 
 def trl_step(
@@ -257,24 +300,20 @@ def trl_step(
     max_new: int,
     micro_rows: int | None = None,
 ) -> HeldTrainer:
-    """run() does one full step of TRL's GRPOTrainer on some of `examples`: sample, judge, update.
-    `run.close()` ends it.
+    """Returns run(), which does one full step of TRL's GRPOTrainer: sample, judge, update.
 
-    Of `config`, the weights of the reward and of AdamW's settings all but the warm-up. In float32.
-    micro_rows: completions of one backward pass; sampling is one batch whatever it is. run()
-    returns the completions' tokens.
+    It takes some of `examples` and returns the completions' tokens; `run.close()` ends it. Of
+    `config` the weights of the reward are used, and AdamW's settings without the warm-up. In
+    float32. micro_rows: completions of one backward pass; sampling is one batch in any case.
     """
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports] (an extra)
     import huggingface_hub.constants
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer  # pyright: ignore[reportMissingImports] (an extra)
 
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # of how TRL calls it
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = (
-        True  # TRL would report the trainer's set-up
-    )
+    # The warnings are about how TRL calls it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report the set-up
     B = prompts_per_step * group
     # Seconds a step of the tiny model on two cores (32 prompts x 8, 56 tokens), medians of runs:
     # 128 rows 1.8 to 1.9, the fastest by a little; 256 rows 1.8 to 2.0; 64 rows 1.8 to 2.0; 32 rows
@@ -305,40 +344,9 @@ def trl_step(
         _prompt_string(tokenizer, text.prompt_ids(task.prompt(example))) for example in examples
     ]
     data = datasets.Dataset.from_dict({"prompt": prompts, "index": range(len(examples))})
-    with (
-        tempfile.TemporaryDirectory() as scratch
-    ):  # the trainer wants a folder, and nothing is saved
-        settings = GRPOConfig(
-            output_dir=scratch,
-            seed=config.seed,
-            max_steps=1_000_000,
-            num_generations=group,
-            max_completion_length=max_new,
-            generation_batch_size=B,
-            per_device_train_batch_size=micro_rows,
-            gradient_accumulation_steps=B // micro_rows,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            beta=0.0,
-            num_iterations=1,
-            loss_type="dr_grpo",  # with scale_rewards "none" the objective is GAPG's without its filter, but for a factor
-            scale_rewards="none",
-            learning_rate=config.optim.learning_rate,
-            lr_scheduler_type="constant",
-            weight_decay=config.optim.weight_decay,
-            max_grad_norm=config.optim.clip_norm,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_num_workers=0,
-            dataloader_pin_memory=False,
-            eval_strategy="no",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
+    # The trainer wants a folder, and nothing is saved there.
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = _grpo_settings(scratch, config, B, group, max_new, micro_rows)
         trainer = GRPOTrainer(
             model,
             reward,

@@ -2,9 +2,9 @@
 
 The architecture is that of `config.model.path` (a folder, a published name or a hub name), the
 weights are random, and so is the tokenizer where none is there: trained on the task's own prompts.
-Prompts, verification, store and update are the run's. Random weights never end a response and are
-never right, so every response runs to the limit, and after it has been judged half of each group
-counts as right: all prompts are learnt from, which is the largest update there is. The cloud is
+Prompts, verification, store and update are the run's. With random weights no response ends and none
+is right, so every response runs to the limit; after it has been judged, half of each group counts
+as right. Then every prompt has a gradient, which is the largest update there is. The cloud is
 simulated behind the real store; nothing is bought.
 """
 
@@ -12,6 +12,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,12 +27,16 @@ from collab_jax.runtime import cli, markdown, parallel, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
 MADE_UP_TOKENS = 8192  # of a tokenizer that is made up, at most
 
 
 def read_config(file: str, overrides: list[str]) -> ConfigDict:
-    """The locked config of FILE with `--config.KEY=VALUE` overrides, as every command line reads
-    it.
+    """Returns the locked config of FILE with `--config.KEY=VALUE` overrides.
+
+    It is read as on every command line. Raises UserError for a file or a setting that is wrong.
     """
     values, argv = flags.FlagValues(), ["rehearse", f"--config={file}", *overrides]
     flag = config_flags.DEFINE_config_file(
@@ -39,7 +44,7 @@ def read_config(file: str, overrides: list[str]) -> ConfigDict:
     )
     try:
         stray = values(argv)[1:]
-        _ = flag.value.cpu_devices  # a file that is not there is told at the first use only
+        _ = flag.value.cpu_devices  # a missing file is an error at the first use only
     except cli.MISTAKES as error:
         raise UserError(" ".join(str(error).split())) from None
     if stray:
@@ -49,9 +54,12 @@ def read_config(file: str, overrides: list[str]) -> ConfigDict:
     return flag.value
 
 
-def make_up_tokenizer(texts: Iterable[str], config: ConfigDict, size: int):
-    """A byte-level BPE tokenizer of at most `size` tokens, learnt from `texts`, with the special
-    tokens of `config.text`.
+def make_up_tokenizer(
+    texts: Iterable[str], config: ConfigDict, size: int
+) -> "PreTrainedTokenizerFast":
+    """Returns a byte-level BPE tokenizer of at most `size` tokens, learnt from `texts`.
+
+    It has the special tokens of `config.text`. Raises UserError where `size` is too small.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -67,17 +75,21 @@ def make_up_tokenizer(texts: Iterable[str], config: ConfigDict, size: int):
     inner.train_from_iterator(texts, trainer)
     if inner.get_vocab_size() > size:
         raise UserError(
-            f"a tokenizer has at least {inner.get_vocab_size()} tokens, and this model's vocabulary is {size}"
+            f"a tokenizer has at least {inner.get_vocab_size()} tokens, and this model's "
+            f"vocabulary is {size}"
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=config.text.pad, eos_token=config.text.eos[0]
     )
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    )
     return tokenizer
 
 
-def architecture_of(config: ConfigDict, layers: int | None) -> dict:
-    """config.json of the config's model, cut to `layers` blocks."""
+def architecture_of(config: ConfigDict, layers: int | None) -> dict[str, Any]:
+    """Returns config.json of the config's model, cut to `layers` blocks (None: all of them)."""
     architecture = dict(hf.architecture(config.model.path))
     if layers is not None:
         most = architecture["num_hidden_layers"]
@@ -88,13 +100,13 @@ def architecture_of(config: ConfigDict, layers: int | None) -> dict:
     return architecture
 
 
-def make_folder(config: ConfigDict, architecture: dict, folder: pathlib.Path) -> str:
-    """Writes a model folder of this architecture with random weights; says what it made."""
+def make_folder(config: ConfigDict, architecture: dict[str, Any], folder: pathlib.Path) -> str:
+    """Writes a model folder of this architecture with random weights; returns a description."""
     cfg = hf.config_from_hf(architecture)
     source = pathlib.Path(config.model.path).expanduser()
     source = source if source.is_dir() else hf.ASSETS / config.model.path
-    known = (source / "tokenizer.json").is_file()
-    if not known:
+    has_tokenizer = (source / "tokenizer.json").is_file()
+    if not has_tokenizer:
         task = make_task(config)
         texts = [
             message["content"] for example in task.load("train") for message in task.prompt(example)
@@ -108,9 +120,8 @@ def make_folder(config: ConfigDict, architecture: dict, folder: pathlib.Path) ->
         config.model.dtype,
         source,
     )
-    return (
-        f"{cfg.num_layers} blocks, random weights, {'its own' if known else 'a made-up'} tokenizer"
-    )
+    tokenizer = "its own" if has_tokenizer else "a made-up"
+    return f"{cfg.num_layers} blocks, random weights, {tokenizer} tokenizer"
 
 
 def half_right(batch: gapg.Rollout) -> gapg.Rollout:

@@ -26,16 +26,46 @@ from collab_jax.rl import algorithms, experiment, optim, rollout, step, training
 from collab_jax.runtime import parallel
 
 TINY = "countdown-tiny"
-SHAPES = {
-    "tiny": dict(num_hidden_layers=4, hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2,
-                 head_dim=32, vocab_size=32, model_type="qwen3"),
-    "25m": dict(num_hidden_layers=8, hidden_size=384, intermediate_size=1024, num_attention_heads=6, num_key_value_heads=2,
-                head_dim=64, vocab_size=32000, model_type="qwen3"),
-    "qwen2.5-0.5b": dict(num_hidden_layers=24, hidden_size=896, intermediate_size=4864, num_attention_heads=14,
-                         num_key_value_heads=2, vocab_size=151936, model_type="qwen2"),
-    "qwen2.5-1.5b": dict(num_hidden_layers=28, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
-                         num_key_value_heads=2, vocab_size=151936, model_type="qwen2"),
-}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        num_hidden_layers=4,
+        hidden_size=128,
+        intermediate_size=384,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=32,
+        model_type="qwen3",
+    ),
+    "25m": dict(
+        num_hidden_layers=8,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=32000,
+        model_type="qwen3",
+    ),
+    "qwen2.5-0.5b": dict(
+        num_hidden_layers=24,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        model_type="qwen2",
+    ),
+    "qwen2.5-1.5b": dict(
+        num_hidden_layers=28,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        model_type="qwen2",
+    ),
+}
 PAD, EOS, START, FOREVER, FIRST = range(5)  # tokens of a clock; FIRST is the first that counts
 LONG_SHARE = 0.1  # rows of the mix that run to the limit
 
@@ -220,24 +250,29 @@ def decode(load: Load, cfg: DecoderConfig, params: Params, segments: int, slot_c
 def update_batch(load: Load) -> gapg.Rollout:
     """Returns a rollout on the host in which every group has a gradient."""
     Q, G, T = load.prompts, load.group, load.max_new
-    mask = np.arange(T) < response_lengths(load)[..., None]
+    # Annotated as Any: on the host the fields of a Rollout are NumPy arrays.
+    prompts: Any
+    prompt_mask: Any
     prompts, prompt_mask = make_prompts(load)
-    half = np.broadcast_to(np.arange(G) % 2 == 0, (Q, G))
+    mask: Any = np.arange(T) < response_lengths(load)[..., None]
+    random = np.random.default_rng(1).integers(4, SHAPES[load.shape]["vocab_size"], mask.shape)
+    tokens: Any = np.where(mask, random, PAD).astype(np.int32)
+    logp: Any = np.zeros(mask.shape, np.float32)
+    half: Any = np.broadcast_to(np.arange(G) % 2 == 0, (Q, G))
+    none_called: Any = np.zeros((Q, G), bool)
+    all_formatted: Any = np.ones((Q, G), bool)
+    cloud: Any = np.ones(Q, bool)
     return gapg.Rollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
-        tokens=np.where(
-            mask,
-            np.random.default_rng(1).integers(4, SHAPES[load.shape]["vocab_size"], mask.shape),
-            PAD,
-        ).astype(np.int32),
-        logp=np.zeros(mask.shape, np.float32),
+        tokens=tokens,
+        logp=logp,
         mask=mask,
         correct=half,
-        called=np.zeros((Q, G), bool),
-        formatted=np.ones((Q, G), bool),
-        cloud_correct=np.ones(Q, bool),
-        cloud_known=np.ones(Q, bool),
+        called=none_called,
+        formatted=all_formatted,
+        cloud_correct=cloud,
+        cloud_known=cloud,
     )
 
 
@@ -315,7 +350,7 @@ class Training(NamedTuple):
 
 
 class FullStep:
-    """Full steps of a run, one at each call: choose prompts, sample, judge, ask the cloud, update."""
+    """Full steps of a run, one at each call: sampling, verdicts, cloud answers and the update."""
 
     def __init__(self, run: experiment.Run):
         self._steps = training.TrainingSteps(run)
