@@ -53,6 +53,7 @@ def test_parameters_are_those_of_the_model():
     assert measure.parameters(cfg) == matrices
 
 
+@pytest.mark.slow
 def test_the_clock_ends_nine_rows_in_ten_at_a_quarter_and_the_peers_read_the_same(tmp_path):
     cfg, params = work.make_model(LOAD)
     case = work.decode(
@@ -72,6 +73,7 @@ def test_the_clock_ends_nine_rows_in_ten_at_a_quarter_and_the_peers_read_the_sam
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.slow
 def test_the_fixed_mix_runs_every_row_to_the_limit_and_the_update_learns_from_all():
     load = LOAD._replace(lengths="fixed")
     cfg, params = work.make_model(load)
@@ -119,6 +121,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_command_line_writes_a_table_and_json(tmp_path):
     sizes = [
         "--prompts",
@@ -175,6 +178,7 @@ def number(text):
     return float(text[:-1]) * 1000 if text.endswith("k") else float(text)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare):
     sizes = {
         "prompts_per_step": 2,

@@ -370,6 +370,7 @@ def start(server, path, count, lease=1.0) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_while_buying_and_started_again(tmp_path):
     """In flight at a kill are 4 calls at most."""
     faults = ("429", "500", "reset", "truncated", "empty")

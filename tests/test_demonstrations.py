@@ -306,6 +306,7 @@ def test_sampling_goes_on_where_it_was_and_starts_anew_for_other_settings(parts,
 # -------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_path, capsys):
     own = small(sft__source="self", sft__prompts=24, sft__check_prompts=12, sft__marker_share=0.3)
     assert sft.run(own, tmp_path / "own") == 0

@@ -44,6 +44,7 @@ def assert_resumes_as(straight, config, workdir):
     assert comparable_metrics(workdir) == comparable_metrics(straight)
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_loses_no_step(config, straight, tmp_path):
     run = experiment.prepare(config, tmp_path)
     error = ZeroDivisionError("in the reward")
@@ -53,6 +54,7 @@ def test_a_reward_that_raises_loses_no_step(config, straight, tmp_path):
     assert_resumes_as(straight, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_error_before_the_previous_step_has_its_metrics(config, straight, tmp_path, monkeypatch):
     run, draws = experiment.prepare(config, tmp_path), []
     draw = rollout.draw
@@ -72,6 +74,7 @@ def test_an_error_before_the_previous_step_has_its_metrics(config, straight, tmp
     assert_resumes_as(straight, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_metrics_that_cannot_be_written_leave_no_state_without_them(
     config, straight, tmp_path, monkeypatch
 ):

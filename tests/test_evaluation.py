@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tables import make
+from fakes import make_table as make
 
 from collab_jax import evaluate, records, train
 from collab_jax.cloud import CachedCloud, Failure, SimulatedCloud, Store, attempts

@@ -354,6 +354,7 @@ def test_step_is_the_gradient_of_the_kept_prompts(stepped):
     assert new.step == 1
 
 
+@pytest.mark.slow
 def test_one_device_equals_two(stepped):
     one, metrics = one_step(rollout(), devices=1)
     assert_close(one.params, stepped[0].params, rtol=1e-4, atol=1e-6)
@@ -365,12 +366,14 @@ def test_one_device_equals_two(stepped):
     "settings",
     [dict(micro_rows=1), dict(micro_rows=5, lengths=(NEW,)), dict(lengths=(1, 2, 3, NEW))],
 )
+@pytest.mark.slow
 def test_micro_batches_and_lengths_change_nothing(stepped, settings):
     other, metrics = one_step(rollout(), **settings)
     assert_close(other.params, stepped[0].params, rtol=1e-4, atol=1e-6)
     assert_close(metrics, stepped[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_averaged_weights_by_hand():
     """With a decay of 1/2, step 1 weighs 1/3 of the average, step 2 2/3, and the start nothing."""
     averaged = start().replace(average=start().params)
@@ -433,6 +436,7 @@ def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
     assert_close(other.params, stepped[0].params, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_share_of_calls_is_among_the_responses_that_might_call():
     batch = rollout()
     free = batch.called.sum() / batch.called.size

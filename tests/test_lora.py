@@ -159,6 +159,7 @@ def trained(small, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(trained):
     config, workdir, state = trained
     run = experiment.prepare(config, workdir)
@@ -184,6 +185,7 @@ def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(traine
     }
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_straight_run_bit_for_bit(trained, tmp_path):
     config, workdir, straight = trained
     shutil.copytree(workdir, tmp_path / "copy")
@@ -225,6 +227,7 @@ def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
 # ---------------------------------------------------------------- what is exported
 
 
+@pytest.mark.slow
 def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
     config, workdir, state = trained
     run = experiment.prepare(config, workdir)

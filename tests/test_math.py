@@ -130,6 +130,7 @@ HOSTILE = (
 )
 
 
+@pytest.mark.slow
 def test_a_hostile_answer_costs_its_deadline_at_most():
     short = Verifier(workers=1, deadline=1.0)
     try:

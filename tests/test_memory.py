@@ -145,6 +145,7 @@ HALF = {"model.dtype": "bfloat16"}
     ],
     ids=["qwen3-average", "large-vocabulary", "lora", "all-bf16"],
 )
+@pytest.mark.slow
 def test_the_plan_of_an_update_is_what_the_compiler_reserves(changes, architecture):
     cfg, config = make(changes, **architecture)
     plan = memory_plan.plan(cfg, config, devices=2, cpu=True)
@@ -162,6 +163,7 @@ def test_the_plan_of_an_update_is_what_the_compiler_reserves(changes, architectu
     ],
     ids=["cache", "logits"],
 )
+@pytest.mark.slow
 def test_the_plan_of_sampling_is_what_the_compiler_reserves(changes, architecture):
     cfg, config = make(changes, **architecture)
     plan = memory_plan.plan(cfg, config, devices=2, cpu=True)

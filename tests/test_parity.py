@@ -57,6 +57,7 @@ def logit_error(params, cfg, golden) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_golden_logits_and_greedy_continuation(kind):
     cfg, params = read(FOLDER / kind)
     golden = np.load(FOLDER / kind / "golden.npz")

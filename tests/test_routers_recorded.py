@@ -64,6 +64,7 @@ def test_agreement_is_a_share_of_the_samples_and_counts_their_tokens(scene):
     assert (agreement.score(device, None, unanswered)[0] == 0).all()
 
 
+@pytest.mark.slow
 def test_last_hidden_is_that_of_one_pass_over_the_whole_row(scene):
     device, _, table = scene
     cfg, text, params = device.run.cfg, device.run.text, parallel.unreplicate(device.params)
@@ -81,6 +82,7 @@ def test_last_hidden_is_that_of_one_pass_over_the_whole_row(scene):
     np.testing.assert_allclose(got[0], want[0, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_what_the_prompt_tells(scene):
     device, fit_on, table = scene
     target = lambda t: np.array([int(p.split("=")[1]) for p in t["prompt"]])  # noqa: E731
@@ -95,6 +97,7 @@ def test_a_question_with_braces_in_its_parts_is_filled_in_once():
     assert filled == "Q: {response} and {x} A: {prompt}?"
 
 
+@pytest.mark.slow
 def test_verification_is_the_odds_of_no_against_yes(scene):
     device, _, table = scene
     score, tokens = recorded.RECORDED["verification"](device, None, table)
@@ -109,6 +112,7 @@ def test_verification_is_the_odds_of_no_against_yes(scene):
     )
 
 
+@pytest.mark.slow
 def test_records_get_the_columns_and_compare_reads_them(scene):
     device, fit_on, table = scene
     names = ("hidden", "verification")

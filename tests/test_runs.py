@@ -53,6 +53,7 @@ def straight(data_dir, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_resumed_equals_straight_bit_for_bit(straight, data_dir, tmp_path):
     start = command("train", tmp_path, data_dir)
     first = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -98,6 +99,7 @@ def test_sigterm_ends_a_run_after_the_step_with_its_state_saved(data_dir, tmp_pa
     assert saved_state(tmp_path, steps)["step"] == steps
 
 
+@pytest.mark.slow
 def test_one_device_equals_two(straight, data_dir, tmp_path):
     done = run(command("train", tmp_path, data_dir, **{"cpu_devices": 1, "eval.prompts": 0}))
     assert done.returncode == 0, done.stderr
@@ -125,6 +127,7 @@ def test_one_device_equals_two(straight, data_dir, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_evaluating_a_finished_run_gives_the_reports_figures(straight, data_dir):
     done = run(command("evaluate", straight, data_dir))
     assert done.returncode == 0, done.stderr
@@ -135,6 +138,7 @@ def test_evaluating_a_finished_run_gives_the_reports_figures(straight, data_dir)
     )
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_what_was_trained(straight, data_dir, tmp_path):
     done = run(command("export", straight, data_dir, "--out", str(tmp_path / "model")))
     assert done.returncode == 0, done.stderr
@@ -159,6 +163,7 @@ def test_what_is_exported_is_what_was_trained(straight, data_dir, tmp_path):
         (["stray"], "unexpected argument 'stray'"),
     ],
 )
+@pytest.mark.slow
 def test_misuse_is_one_line_and_a_status(tmp_path, data_dir, arguments, says):
     done = run(command("train", tmp_path / "run", data_dir, *arguments))
     assert done.returncode == 1
@@ -170,6 +175,7 @@ def test_misuse_is_one_line_and_a_status(tmp_path, data_dir, arguments, says):
     ("flags", "says"),
     [([], "--config"), (["--config", "configs/nope.py", "--workdir", "unused"], "configs/nope.py")],
 )
+@pytest.mark.slow
 def test_missing_flags_and_files_are_named(flags, says):
     done = subprocess.run(
         [sys.executable, "-m", "collab_jax.train", *flags],

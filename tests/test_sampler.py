@@ -156,6 +156,7 @@ def walk(**steps):
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.5, float(DISALLOWED)])
+@pytest.mark.slow
 def test_sampled_logp_is_that_of_the_sampling_distribution(beta):
     samples = sampled(beta)
     scaled = recomputed_logits(samples)
@@ -211,6 +212,7 @@ def test_greedy_takes_the_best_token():
     np.testing.assert_array_equal(samples.tokens[samples.mask], best[samples.mask])
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_global_index_alone():
     whole = sampled()
     for start in (0, 4):
@@ -342,6 +344,7 @@ CLOCK = dict(_8=9, _9=10, _10=EOS)  # from 8: over after three tokens
     [(dict(_5=5), T), (dict(_5=6, _6=7, _7=11, _11=12, _12=13, _13=EOS), 7)],
     ids=["cut off", "over"],
 )
+@pytest.mark.slow
 def test_columns_end_with_the_last_row_and_slots_with_most_rows(long, last):
     """Of 32 rows, 28 are over after three tokens: a quarter of the slots holds the other four."""
     tokens = np.array([8] * 13 + [5] * 4 + [8] * 15, np.int32)[:, None]
@@ -377,6 +380,7 @@ def test_columns_end_with_the_last_row_and_slots_with_most_rows(long, last):
         np.testing.assert_array_equal(ended[now], length[now] < T)
 
 
+@pytest.mark.slow
 def test_slots_and_segments_change_no_sample():
     """Rows that end are overtaken by others in their slots, keys and values in other segments."""
     whole = sampled()
@@ -392,6 +396,7 @@ def test_slots_and_segments_change_no_sample():
         np.testing.assert_allclose(other.margins, whole.margins, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_cache_is_close():
     whole, half = (
         sampled(),
@@ -403,6 +408,7 @@ def test_half_precision_cache_is_close():
     assert same.mean() > 0.8 and 0 < difference[same].max() < 0.3
 
 
+@pytest.mark.slow
 def test_pad_that_is_also_an_eos():
     samples = chain_run(walk(_5=6, _6=PAD, _7=EOS), [5, 7])
     assert (
@@ -422,6 +428,7 @@ def test_disallowed_marker_is_never_written_at_a_decision_state():
     assert not at_decision(jax.tree.map(lambda x: x[:, None], greedy())).any()
 
 
+@pytest.mark.slow
 def test_solo_responses_are_those_of_a_disallowed_marker_and_the_others_natural():
     mixed = jax.tree.map(np.asarray, run(PARAMS, CFG, *prompts(), keys(), 0.0, **SAMPLED, solo=2))
     for part, same in ((slice(0, 2), sampled(float(DISALLOWED))), (slice(2, G), sampled())):
@@ -628,6 +635,7 @@ def test_one_disallowed_pass_holds_the_plain_decision_at_every_bias():
     assert len(shares) >= 3 and DECISION in called_after and called_after & set(AFTER)
 
 
+@pytest.mark.slow
 def test_plain_marker_without_a_token_that_decides_at_once():
     """Where no token decides, there is no decision state, and no bias brings a call."""
     marker = Marker(None, ((ANSWER,),), PlainMarker((), (9,), (10, 11)))

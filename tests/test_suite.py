@@ -112,6 +112,7 @@ def made(tmp_path_factory):
     return runpy.run_path(str(folder / "config.py"))["get_config"]().lock(), folder
 
 
+@pytest.mark.slow
 def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(made, tmp_path):
     run = experiment.prepare(made[0], tmp_path)
     examples = experiment.examples(run, "train")
@@ -155,6 +156,7 @@ def workdir(made, tmp_path_factory):
     return tmp_path_factory.mktemp("run")
 
 
+@pytest.mark.slow
 def test_the_papers_table_in_one_command(made, workdir):
     command = [sys.executable, "-m", "collab_jax.evaluate", "--suite", "paper"]
     command += ["--config", str(made[1] / "config.py"), "--workdir", str(workdir)]
@@ -191,6 +193,7 @@ def test_the_papers_table_in_one_command(made, workdir):
     assert "amc23: left out 1 prompts over config.prompt_length" in text and "80.4" in text
 
 
+@pytest.mark.slow
 def test_rows_that_the_run_was_trained_on_are_left_out(made, workdir):
     assert suite.evaluate_suite(made[0], workdir, "mmlu,gsm8k") == 0
     result = json.loads((workdir / "suite-mmlu+gsm8k" / "table.json").read_text())
@@ -205,6 +208,7 @@ def test_rows_that_the_run_was_trained_on_are_left_out(made, workdir):
     assert not records.read(workdir / "suite-mmlu+gsm8k" / "mmlu.parquet")["local_correct"].any()
 
 
+@pytest.mark.slow
 def test_an_unknown_suite_is_named(made, workdir):
     with pytest.raises(
         UserError, match=r"--suite papers: no 'papers' among the suites \['paper'\] and the tasks"

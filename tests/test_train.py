@@ -90,6 +90,7 @@ def finished(small, tmp_path_factory):
     return config, workdir, at_step
 
 
+@pytest.mark.slow
 def test_report_has_the_promised_figures(finished):
     config, workdir, _ = finished
     report = json.loads((workdir / "report.json").read_text())
@@ -132,6 +133,7 @@ def test_report_has_the_promised_figures(finished):
     assert (after["cloud_tokens"] > 0).all() and (after["cloud_usd"] > 0).all()
 
 
+@pytest.mark.slow
 def test_records_for_learned_routers_are_of_unused_prompts_and_cost_no_call(finished):
     config, workdir, _ = finished
     fit = records.read(workdir / "fit.parquet")
@@ -144,6 +146,7 @@ def test_records_for_learned_routers_are_of_unused_prompts_and_cost_no_call(fini
     assert report["cloud_calls"] <= 24 + config.train.steps * config.prompts_per_step
 
 
+@pytest.mark.slow
 def test_metrics_are_complete(finished):
     _, workdir, _ = finished
     rows = metrics.read(workdir / "metrics.jsonl")
@@ -166,11 +169,13 @@ def test_metrics_are_complete(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_second_step(finished):
     _, _, at_step = finished
     assert at_step[0] > 0 and at_step[-1] == at_step[1]
 
 
+@pytest.mark.slow
 def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(finished):
     config, workdir, _ = finished
     run = experiment.prepare(config, workdir)
@@ -186,6 +191,7 @@ def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(fini
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
 
 
+@pytest.mark.slow
 def test_every_config_key_is_read_and_the_warm_start_repeats(finished, small, tmp_path):
     config, _, _ = finished
     warm = RecordingConfig(small("countdown_tiny_sft.py", lora__rank=2))
@@ -217,6 +223,7 @@ def test_prompts_depend_on_seed_and_step_alone_and_cover_an_epoch():
     assert training.prompt_indices(4, 2, 4, 10).tolist() != steps[2].tolist()
 
 
+@pytest.mark.slow
 def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, small, tmp_path):
     run = experiment.prepare(small(), tmp_path)
 
@@ -322,6 +329,7 @@ def test_broken_store_is_refused_and_kept(small, tmp_path):
     assert (tmp_path / "cloud.sqlite").read_bytes() == b"not a database" * 100
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
     config, workdir, _ = finished
     run = experiment.prepare(config, workdir)
