@@ -35,7 +35,6 @@ class Faulty:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(attempts, "COOL_SECONDS", 0.01)
     monkeypatch.setattr(attempts, "BACKOFF_SECONDS", (0.001, 0.01))
 
 
