@@ -1,5 +1,8 @@
 """Records: what the device and the cloud answered, one row a prompt, from any evaluation.
 
+Over 400 lines, a quarter of them this table: a column, its checks and its two file formats are
+read together.
+
     column             type      unit    meaning
     -----------------  --------  ------  --------------------------------------------------------
     id                 str               required: the prompt's name, once in a table
