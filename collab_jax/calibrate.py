@@ -47,15 +47,15 @@ def answered(table: Records, margin_only: bool) -> np.ndarray:
     return (table["ended"] & table["formatted"]) | margin_only
 
 
-def cloud_right(table: Records) -> np.ndarray:
-    """bool[n]: the cloud's answer is right; a call that failed brought none."""
-    return table["cloud_correct"] & table["cloud_known"]
-
-
 def check(bias: float, table: Records, margin_only: bool) -> str:
-    """Call rate and overall accuracy of a bias on records, in percent with their intervals."""
+    """Call rate and overall accuracy of a bias on records, in percent with their intervals.
+
+    The accuracy is over the prompts whose cloud verdict is known.
+    """
     sent = calls(bias, table["margin"], answered(table, margin_only))
-    right = np.where(sent, cloud_right(table), table["local_correct"])
+    judged = records.known(table)
+    called = calls(bias, judged["margin"], answered(judged, margin_only))
+    right = np.where(called, judged["cloud_correct"], judged["local_correct"])
     return (
         f"call rate {percent(measures.rate(sent))} %, "
         f"overall accuracy {percent(measures.rate(right))} %"
@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
     table = records.read(args.records)
     records.require(table, ["margin"], "calibration")
     table, held_out = split(table, args.hold_out)
+    if args.accuracy is not None:
+        table = records.known(table)
     margins, is_answered = table["margin"], answered(table, args.margin_only)
     if args.accuracy is None:
         calibration = bias_for_rate(margins, is_answered, args.rate, args.delta)
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> int:
             margins,
             is_answered,
             table["local_correct"],
-            cloud_right(table),
+            table["cloud_correct"],
             args.accuracy,
             args.delta,
         )

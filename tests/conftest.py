@@ -1,10 +1,11 @@
 """Two host devices for every test, and compiled programs kept between the processes of one test
-session.
+session (pytest-xdist's workers and the commands that tests start).
 """
 
 import os
 import pathlib
 import runpy
+import shutil
 import tempfile
 
 import pytest
@@ -27,8 +28,9 @@ SMALL = {
     "train.lengths": 2,
 }
 
-_CACHE = tempfile.mkdtemp(prefix="collab_jax-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE  # read by subprocesses too
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # it has the environment of what started it
+if not _WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="collab_jax-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax  # noqa: E402
@@ -38,9 +40,17 @@ jax.config.update("jax_platforms", "cpu")
 
 
 def pytest_sessionfinish():
-    import shutil
+    if not _WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-    shutil.rmtree(_CACHE, ignore_errors=True)
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Each compiled program is mapped into memory piece by piece, and Linux allows a process 65,530
+    maps: the programs of the whole suite would exceed them, and LLVM aborts the process then.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

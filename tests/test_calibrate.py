@@ -582,8 +582,8 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
     )
     first = bias_for_rate(margins[:600], answered[:600], 0.3)
     sent = (margins[600:] + first.bias > 0) | ~answered[600:]
-    cloud = np.array(table["cloud_correct"]) & np.array(table["cloud_known"])
-    right = np.where(sent, cloud[600:], table["local_correct"][600:])
+    right = np.where(sent, table["cloud_correct"][600:], table["local_correct"][600:])
+    right = right[table["cloud_known"][600:]]
     assert collab_config.read(tmp_path)["bias"] == first.bias and first.n == 600
     assert f"on the 400 prompts held out: call rate {100 * sent.mean():.1f} (" in out
     assert f"overall accuracy {100 * right.mean():.1f} (" in out
@@ -610,11 +610,22 @@ def test_command_line_by_margin_alone(records, tmp_path):
     )
 
 
-def test_command_line_counts_a_failed_call_as_wrong(records, tmp_path):
-    arguments = ["--accuracy", "0.99", "--out", str(tmp_path)]
-    with pytest.raises(UserError, match="no call rate reaches an accuracy of 0.999"):
-        calibrate.main(["--records", records(), "--accuracy", "0.999", "--out", str(tmp_path)])
-    assert calibrate.main(["--records", records(cloud_known=np.ones(1000, bool)), *arguments]) == 0
+def test_an_accuracy_is_over_the_prompts_whose_cloud_verdict_is_known(records, tmp_path):
+    flags = ["--accuracy", "0.9", "--out", str(tmp_path)]
+    known = np.arange(1000) % 50 > 0
+    right = np.ones(1000, bool)
+    biases = []
+    for cloud in (
+        right,
+        right & known,
+    ):  # beside "not known" stands no verdict
+        assert calibrate.main(["--records", records(cloud_correct=cloud), *flags]) == 0
+        biases.append(collab_config.read(tmp_path)["bias"])
+        assert collab_config.read(tmp_path)["prompts"] == 980
+    assert biases[0] == biases[1]
+    all_known = records(cloud_correct=right & known, cloud_known=right)
+    assert calibrate.main(["--records", all_known, *flags]) == 0
+    assert collab_config.read(tmp_path)["bias"] < biases[0]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ def test_rows_in_another_order_are_the_same_prompts():
         comparison.compare({"a": Model([table], [None]), "b": Model([make(99)], [None])})
 
 
+def test_prompts_without_a_cloud_verdict_are_left_out_and_told():
+    table = make()
+    table["cloud_known"] = table["id"] != table["id"][0]
+    result = comparison.compare({"m": Model([table], [None])}, resamples=10)
+    assert (result["prompts"], result["cloud_unknown"]) == (4, 1)
+    assert "4 prompts" in (text := comparison.render(result))
+    assert "Left out: 1 whose cloud verdict is not known" in text
+    whole = comparison.compare({"m": Model([make()], [None])}, resamples=10)
+    assert "Left out" not in comparison.render(whole)
+
+
 def test_costs_by_hand():
     table = make(
         cloud_usd=[0.5] * 5,

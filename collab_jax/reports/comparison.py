@@ -214,11 +214,13 @@ def render(result: dict[str, Any]) -> str:
     budgets = [f"{100 * b:g} % calls" for b in result["budgets"]]
     seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
     few = FEW_SEEDS if any(1 < count < 10 for count in result["seeds"].values()) else ""
+    unknown = result["cloud_unknown"]
+    left_out = f" Left out: {unknown} whose cloud verdict is not known." if unknown else ""
     sections = [
         "# Routers compared",
         f"{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with "
         f"95 % intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: "
-        f'RouteLLM\'s; AUC: of "the device is wrong".{few}',
+        f'RouteLLM\'s; AUC: of "the device is wrong".{few}{left_out}',
         _accuracy_table(result, budgets),
         f"## {result['reference']} against the others, points",
         markdown.table(

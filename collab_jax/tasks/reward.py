@@ -1,7 +1,7 @@
 """A reward of your own: a Python function that tells right from wrong, for a task's verifier.
 
-`config.task.reward = "path/to/file.py:function"`, a local file that is loaded once. Keep it as it
-is while a run goes on: the run knows it by name only. The function is called as `function(example,
+`config.task.reward = "path/to/file.py:function"`, a local file that is loaded once. A run does not
+go on with another text of that file. The function is called as `function(example,
 response)` with the example (`example.problem` is the task's own data, `example.task` its name) and
 the whole text of a finished response that did not call the cloud, or of the cloud's answer. What it
 returns:
