@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests. Arguments go to pytest, e.g. launch/test.sh tests/test_gapg.py -x
-# --fast as the first argument leaves out the slow ones.
+# --fast as the first argument leaves out the slow ones. Two processes share the work, file by file.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
@@ -11,4 +11,4 @@ fi
 
 prepare test
 say "running the tests"
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
