@@ -54,6 +54,7 @@ def test_parameters_are_those_of_the_model():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_clock_ends_nine_rows_in_ten_at_a_quarter_and_the_peers_read_the_same(tmp_path):
     cfg, params = work.make_model(LOAD)
     case = work.decode(
@@ -74,6 +75,7 @@ def test_the_clock_ends_nine_rows_in_ten_at_a_quarter_and_the_peers_read_the_sam
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_fixed_mix_runs_every_row_to_the_limit_and_the_update_learns_from_all():
     load = LOAD._replace(lengths="fixed")
     cfg, params = work.make_model(load)

@@ -625,7 +625,7 @@ def test_an_accuracy_is_over_the_prompts_whose_cloud_verdict_is_known(records, t
     assert biases[0] == biases[1]
     all_known = records(cloud_correct=right & known, cloud_known=right)
     assert calibrate.main(["--records", all_known, *flags]) == 0
-    assert collab_config.read(tmp_path)["bias"] < biases[0]
+    assert collab_config.read(tmp_path)["bias"] > biases[0]  # more calls for as much
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def check_results(words, printed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_other_command_runs(tmp_path, data_dir):
     ran = set()
     for line in commands():

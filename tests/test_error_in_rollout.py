@@ -55,6 +55,7 @@ def test_a_reward_that_raises_loses_no_step(config, straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_error_before_the_previous_step_has_its_metrics(config, straight, tmp_path, monkeypatch):
     run, draws = experiment.prepare(config, tmp_path), []
     draw = rollout.draw

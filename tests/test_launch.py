@@ -134,6 +134,8 @@ def test_quickstart_lets_later_arguments_win(tree):
 def test_fast_leaves_out_the_slow_tests_and_other_arguments_follow(tree):
     _, calls = tree.run("launch/test.sh", "--fast", "-x")
     assert calls[-1] == "-m pytest -m not slow -x"
+    _, calls = tree.run("launch/test.sh", "--all", "-x")
+    assert calls[-1] == "-m pytest -m  -x"
 
 
 def test_ci_runs_every_check_and_then_the_tests(tree):

@@ -94,6 +94,8 @@ def length_is_even(text):
     return "<answer>" in text and len(text) % 2 == 0
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_repeated_step_does_without_the_same_verdicts_of_the_verifier(small, tmp_path):
     config = small(eval__prompts=0)
     straight = experiment.prepare(config, tmp_path / "straight")

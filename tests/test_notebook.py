@@ -119,6 +119,7 @@ def rows(cell):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_step_by_hand_has_the_numbers_that_it_tells(run_notebook):
     out = run_notebook(NOTEBOOK.parent / "02_one_step_by_hand.ipynb")
     assert rows(out["reward"])[0][2] == "2.2, 2.2, 0.2, 0.5"
@@ -152,6 +153,7 @@ def test_results_are_read_as_they_were_published(run_notebook):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook, tmp_path):
     """By the notebook's small stand-in, taught for a shorter time: each stage leaves what the next
     one and a server need.
@@ -178,6 +180,7 @@ def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_the_checkout_around_it_and_shows_the_command(executed):
     texts, workdir = executed
     assert texts["checkout"] == ["code: the checkout around this notebook\n"]
@@ -194,12 +197,14 @@ def test_runs_the_checkout_around_it_and_shows_the_command(executed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_status_and_curves_are_refreshed_in_place(executed):
     printed, status, plot = executed[0]["train"]
     assert "report:" in status["text/plain"] and "image/png" in plot
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_examples_show_questions_and_responses_of_each_kind(executed):
     text = "".join(executed[0]["examples"])
     counts = [
@@ -213,6 +218,7 @@ def test_examples_show_questions_and_responses_of_each_kind(executed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_table_and_frontier_are_those_of_the_report(executed):
     texts, workdir = executed
     table = texts["table"][0]["text/markdown"]

@@ -101,6 +101,7 @@ def test_sigterm_ends_a_run_after_the_step_with_its_state_saved(data_dir, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_device_equals_two(straight, data_dir, tmp_path):
     done = run(command("train", tmp_path, data_dir, **{"cpu_devices": 1, "eval.prompts": 0}))
     assert done.returncode == 0, done.stderr
