@@ -181,6 +181,7 @@ def number(text):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare):
     sizes = {
         "prompts_per_step": 2,

@@ -76,6 +76,7 @@ def test_an_error_before_the_previous_step_has_its_metrics(config, straight, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_metrics_that_cannot_be_written_leave_no_state_without_them(
     config, straight, tmp_path, monkeypatch
 ):

@@ -82,6 +82,8 @@ def test_killed_stopped_and_resumed_equals_straight_bit_for_bit(straight, data_d
     )
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_ends_a_run_after_the_step_with_its_state_saved(data_dir, tmp_path):
     sizes = {"train.steps": 500, "train.checkpoint_every": 500, "eval.prompts": 0}
     process = subprocess.Popen(
@@ -160,9 +162,9 @@ def test_what_is_exported_is_what_was_trained(straight, data_dir, tmp_path):
     ("arguments", "says"),
     [
         (["--config.no_such_key=1"], "no_such_key"),
-        (["--config.budget=much"], "budget"),
         (["--config.budget=1.5"], "must lie in [0, 1)"),
-        (["stray"], "unexpected argument 'stray'"),
+        pytest.param(["--config.budget=much"], "budget", marks=pytest.mark.long),
+        pytest.param(["stray"], "unexpected argument 'stray'", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.slow

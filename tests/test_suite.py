@@ -157,6 +157,7 @@ def workdir(made, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_papers_table_in_one_command(made, workdir):
     command = [sys.executable, "-m", "collab_jax.evaluate", "--suite", "paper"]
     command += ["--config", str(made[1] / "config.py"), "--workdir", str(workdir)]
