@@ -53,13 +53,9 @@ def check(bias: float, table: Records, margin_only: bool) -> str:
     The accuracy is over the prompts whose cloud verdict is known.
     """
     sent = calls(bias, table["margin"], answered(table, margin_only))
-    judged = records.known(table)
-    called = calls(bias, judged["margin"], answered(judged, margin_only))
-    right = np.where(called, judged["cloud_correct"], judged["local_correct"])
-    return (
-        f"call rate {percent(measures.rate(sent))} %, "
-        f"overall accuracy {percent(measures.rate(right))} %"
-    )
+    right = np.where(sent, table["cloud_correct"], table["local_correct"])[table["cloud_known"]]
+    accuracy = f"{percent(measures.rate(right))} %" if right.size else "not known"
+    return f"call rate {percent(measures.rate(sent))} %, overall accuracy {accuracy}"
 
 
 def main(argv: list[str]) -> int:

@@ -615,10 +615,7 @@ def test_an_accuracy_is_over_the_prompts_whose_cloud_verdict_is_known(records, t
     known = np.arange(1000) % 50 > 0
     right = np.ones(1000, bool)
     biases = []
-    for cloud in (
-        right,
-        right & known,
-    ):  # beside "not known" stands no verdict
+    for cloud in (right, right & known):  # what stands beside "not known" is no verdict
         assert calibrate.main(["--records", records(cloud_correct=cloud), *flags]) == 0
         biases.append(collab_config.read(tmp_path)["bias"])
         assert collab_config.read(tmp_path)["prompts"] == 980

@@ -95,7 +95,6 @@ def length_is_even(text):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_repeated_step_does_without_the_same_verdicts_of_the_verifier(small, tmp_path):
     config = small(eval__prompts=0)
     straight = experiment.prepare(config, tmp_path / "straight")
