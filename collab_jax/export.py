@@ -109,13 +109,20 @@ print(tokenizer.decode(output[0]))
 
 def _loading(path: str, *, adapter: bool) -> str:
     """Returns the code that loads what was exported of the base model at `path`."""
-    file = hf.gguf_file(path)
     if not adapter:
         return 'model = AutoModelForCausalLM.from_pretrained("FOLDER")'
+    file = hf.gguf_file(path)
     if file is None:
         return 'model = AutoModelForCausalLM.from_pretrained("FOLDER")  # needs peft installed'
-    return f"""base = AutoModelForCausalLM.from_pretrained("FOLDER OF THE GGUF", gguf_file="{file.name}")
-model = peft.PeftModel.from_pretrained(base, "FOLDER")  # needs peft and gguf installed"""
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            "",
+            'base = AutoModelForCausalLM.from_pretrained("FOLDER OF THE BASE", '
+            f'gguf_file="{file.name}")',
+            'model = PeftModel.from_pretrained(base, "FOLDER")',
+        ]
+    )
 
 
 def _first_token_of_a_call(run: Run) -> str:

@@ -77,7 +77,7 @@ def make(
     """
     if pre not in PRE_TOKENIZERS:
         raise TokenizerError(
-            f"pre-tokenizer {pre!r} is not supported: only {', '.join(sorted(PRE_TOKENIZERS))} are"
+            f"pre-tokenizer {pre!r} is not supported: only {', '.join(PRE_TOKENIZERS)} are"
         )
     rule = PRE_TOKENIZERS[pre]
     used = [i for i, kind in enumerate(kinds) if kind != UNUSED]

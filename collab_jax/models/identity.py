@@ -6,6 +6,7 @@ Files are hashed as they are, the weights too: that takes a part of the time of 
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable
 
 from collab_jax.models import hf
 
@@ -33,7 +34,7 @@ def fingerprint(folder: pathlib.Path) -> dict[str, str]:
     }
 
 
-def _files_digest(folder: pathlib.Path, names: set[str]) -> str:
+def _files_digest(folder: pathlib.Path, names: Iterable[str]) -> str:
     """The SHA-256 of those of the files that are there, with their names."""
     lines = []
     for name in sorted(names):

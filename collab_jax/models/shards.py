@@ -30,7 +30,8 @@ def write(
         files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     for file, names in zip(files, groups, strict=True):
         with replacing(folder / file) as scratch:
-            save_file({name: weight(name) for name in names}, scratch, metadata={"format": "pt"})
+            weights = {name: jax.numpy.asarray(weight(name)) for name in names}
+            save_file(weights, scratch, metadata={"format": "pt"})
             scratch.chmod(0o644)  # safetensors makes it for the owner alone
     for stale in {path.name for path in folder.glob("model*.safetensors")} - set(files):
         (folder / stale).unlink()
