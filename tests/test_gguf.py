@@ -20,8 +20,10 @@ from conftest import ROOT
 from gguf import GGMLQuantizationType as Q
 from transformers import AutoTokenizer
 
+from collab_jax import export
 from collab_jax.models import bpe, decoder, hf, published, shards
 from collab_jax.models import gguf as gguf_lib
+from collab_jax.rl import experiment
 from collab_jax.runtime.errors import UserError
 
 DATA = ROOT.parent / "shared" / "data"
@@ -415,6 +417,36 @@ def test_every_token_that_ends_a_response_is_in_the_generation_config(tmp_path):
     assert generation["eos_token_id"] == [END, 7]
 
 
+# ---------------------------------------------------------------- a run from a file
+
+
+def test_a_run_from_a_file_exports_a_model_or_an_adapter_that_names_the_file(small, tmp_path):
+    config = hf_config("llama", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config), Q.Q4_1)
+    settings = small(
+        model__path=str(file),
+        lora__rank=2,
+        text__pad="<think>",
+        text__eos=("<|im_end|>",),
+        text__decision_token="<|im_start|>",
+        prompt_length=512,
+    )
+    run = experiment.prepare(settings, tmp_path / "run")
+    state = experiment.load_state(run)
+    run.checkpoints.save(1, state.replace(frozen=None))
+    export.export_checkpoint(run, tmp_path / "merged", adapter=False)
+    _, merged = read(tmp_path / "merged")
+    jax.tree.map(np.testing.assert_array_equal, merged, state.frozen)  # an adapter begins at zero
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.encode("the<think>") == run.text.tokenizer.encode("the<think>")
+    export.export_checkpoint(run, tmp_path / "adapter", adapter=True)
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["revision"]) == (str(file), None)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert 'gguf_file="a.gguf"' in card and "PeftModel.from_pretrained(base" in card
+    assert "gguf_file" not in (tmp_path / "merged" / "README.md").read_text()
+
+
 # ---------------------------------------------------------------- the cache
 
 
@@ -447,6 +479,21 @@ def test_a_conversion_that_stops_leaves_nothing(cache, tmp_path, monkeypatch):
             hf.locate(str(file))
     assert [*cache.iterdir()] == []
     assert (hf.locate(str(file)) / "config.json").is_file()
+
+
+def test_of_two_processes_that_convert_one_file_either_is_first(cache, tmp_path, monkeypatch):
+    config = hf_config("llama", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config))
+    write_folder_once = gguf_lib._write_folder
+
+    def beaten(folder, contents):
+        monkeypatch.setattr(gguf_lib, "_write_folder", write_folder_once)
+        hf.locate(str(file))  # the other process, in the meantime
+        write_folder_once(folder, contents)
+
+    monkeypatch.setattr(gguf_lib, "_write_folder", beaten)
+    folder = hf.locate(str(file))
+    assert [*cache.iterdir()] == [folder] and (folder / "config.json").is_file()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -487,7 +534,8 @@ def test_a_truncated_file_is_named(tmp_path, share):
         ({"tokenizer__ggml__merges": ["q q"]}, "the merges do not fit the vocabulary"),
         ({"tokenizer__ggml__tokens": [*TOKENS[:-5], *"aaaaa"]}, "a token stands twice"),
         ({"tokenizer__ggml__eos_token_id": 9999}, "special tokens lie beyond the "),
-        ({"llama__block_count": None}, "the metadata have no number llama.block_count"),
+        ({"llama__block_count": None}, "llama.block_count is None, no positive"),
+        ({"llama__attention__head_count": 0}, "llama.attention.head_count is 0, no positive"),
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling 'yarn' is not supported: only Ll"),
         ({"llama__rope__dimension_count": 16}, "llama.rope.dimension_count differs from the 64"),
         ({"split__count": 3}, "this is one of 3 parts of a model: join"),
@@ -521,6 +569,14 @@ def test_a_quantization_that_is_unknown_is_named(tmp_path, number, says):
     at = contents.index(name) + len(name) + 4 + 2 * 8  # behind the number of sides and both sides
     file.write_bytes(contents[:at] + number.to_bytes(4, "little") + contents[at + 4 :])
     with pytest.raises(UserError, match=says):
+        hf.locate(str(file))
+
+
+def test_a_text_in_the_metadata_that_is_damaged(tmp_path):
+    config = hf_config("llama", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config))
+    file.write_bytes(file.read_bytes().replace(b"<think>", b"<th\xffnk>"))
+    with pytest.raises(UserError, match="a.gguf: not readable as GGUF .*utf-8"):
         hf.locate(str(file))
 
 

@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -56,6 +56,13 @@ class GGUFError(UserError):
     """A GGUF file that cannot be used; the message says what to do."""
 
 
+class Contents(NamedTuple):
+    """What a file holds: metadata and tensors by their names."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, gguf.ReaderTensor]
+
+
 def convert(file: pathlib.Path) -> pathlib.Path:
     """The Hugging Face folder of a GGUF file; made at the first call, whole or not at all.
 
@@ -74,7 +81,9 @@ def convert(file: pathlib.Path) -> pathlib.Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = pathlib.Path(scratch) / "model"
-            _write_folder(made, _open(file))
+            contents = _read(file)
+            print(f"converting {file} into {folder}, once")
+            _write_folder(made, contents)
             made.rename(folder)
     except UserError as error:
         raise GGUFError(f"{file}: {error}") from None
@@ -88,10 +97,11 @@ def convert(file: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def _open(file: pathlib.Path) -> gguf.GGUFReader:
-    """A reader of the file. Raises GGUFError where it is damaged, or a part of a model."""
+def _read(file: pathlib.Path) -> Contents:
+    """What the file holds. Raises GGUFError where it is damaged, or a part of a model."""
     try:
         reader = gguf.GGUFReader(file)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the reader raises what numpy does at the bytes that are missing
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", reason):
@@ -101,23 +111,20 @@ def _open(file: pathlib.Path) -> gguf.GGUFReader:
         raise GGUFError(
             f"not readable as GGUF ({reason}): it may be cut short; fetch it again"
         ) from None
-    parts = reader.get_field("split.count")
-    if parts is not None and parts.contents() > 1:
+    if (parts := metadata.get("split.count", 1)) > 1:
         raise GGUFError(
-            f"this is one of {parts.contents()} parts of a model: "
-            "join them with `llama-gguf-split --merge`"
+            f"this is one of {parts} parts of a model: join them with `llama-gguf-split --merge`"
         )
-    return reader
+    return Contents(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
-def _write_folder(folder: pathlib.Path, reader: gguf.GGUFReader) -> None:
-    """Writes the Hugging Face folder of what the file says."""
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(metadata, tensors)
+def _write_folder(folder: pathlib.Path, contents: Contents) -> None:
+    """Writes the Hugging Face folder of what a file holds."""
+    tensors = contents.tensors
+    config = _config(contents)
     names = _weight_names(tensors)
-    tokenizer = _tokenizer(metadata)
-    generation = _generation_config(metadata)
+    tokenizer = _tokenizer(contents.metadata)
+    generation = _generation_config(contents.metadata)
     folder.mkdir()
     tokenizer.save_pretrained(folder)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -167,8 +174,9 @@ def _weight_names(tensors: dict[str, gguf.ReaderTensor]) -> dict[str, str]:
 # ---- config.json
 
 
-def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
+def _config(contents: Contents) -> dict[str, Any]:
     """The contents of config.json; refuses what the decoder does not compute."""
+    metadata, tensors = contents.metadata, contents.tensors
     kind = metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise GGUFError(
@@ -177,8 +185,8 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> 
 
     def number(key: str, default: float | None = None) -> Any:
         value = metadata.get(f"{kind}.{key}", default)
-        if not isinstance(value, int | float):
-            raise GGUFError(f"the metadata have no number {kind}.{key}: fetch the file again")
+        if not isinstance(value, int | float) or value <= 0:
+            raise GGUFError(f"{kind}.{key} is {value}, no positive number: fetch the file again")
         return value
 
     if "token_embd.weight" not in tensors:
@@ -202,7 +210,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> 
         "max_position_embeddings": number("context_length"),
         # Stored as float32: the shortest number that it stands for (1e-5, not 9.99999974e-6).
         "rms_norm_eps": float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
-        "rope_parameters": _rope(metadata, tensors, number("rope.freq_base", 1e4), head_dim),
+        "rope_parameters": _rope(contents, number("rope.freq_base", 1e4), head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
@@ -212,13 +220,9 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> 
     }
 
 
-def _rope(
-    metadata: dict[str, Any],
-    tensors: dict[str, gguf.ReaderTensor],
-    theta: float,
-    head_dim: int,
-) -> dict[str, Any]:
+def _rope(contents: Contents, theta: float, head_dim: int) -> dict[str, Any]:
     """`rope_parameters` of config.json. Raises GGUFError for a scaling other than Llama 3's."""
+    metadata, tensors = contents.metadata, contents.tensors
     kind = metadata["general.architecture"]
     scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
     if scaling != "none" or metadata.get(f"{kind}.rope.scale_linear", 1.0) != 1.0:
