@@ -166,7 +166,7 @@ def write(file, config, weights, quant=Q.F32, tensors=None, **metadata):
         f"{kind}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
         f"{kind}.rope.freq_base": config["rope_parameters"]["rope_theta"],
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.pre": "smollm" if kind == "llama" else "qwen2",
         "tokenizer.ggml.tokens": TOKENS,
         "tokenizer.ggml.token_type": KINDS,
         "tokenizer.ggml.merges": MERGES,
@@ -345,8 +345,8 @@ def test_each_pre_tokenizer_cuts_as_its_model_did(pre):
     assert cut == PIECES[pre]
 
 
-def tokenizer_of(tmp_path, **metadata):
-    config = hf_config("llama", num_hidden_layers=1)
+def tokenizer_of(tmp_path, kind="llama", **metadata):
+    config = hf_config(kind, num_hidden_layers=1)
     file = write(tmp_path / "t.gguf", config, hf_weights(config), **metadata)
     return AutoTokenizer.from_pretrained(hf.locate(str(file)))
 
@@ -361,14 +361,27 @@ def smollm_pieces(text):
     ]
 
 
-def test_ids_are_those_of_the_merges_and_decode_to_the_text(tmp_path):
-    tokenizer = tokenizer_of(tmp_path)
+def qwen2_pieces(text):
+    """As in Qwen2's tokenizer.json."""
+    return regex.findall(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        text,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "pieces_of"),
+    [("llama", smollm_pieces), ("qwen2", qwen2_pieces), ("qwen3", qwen2_pieces)],
+)
+def test_ids_are_those_of_the_merges_and_decode_to_the_text(tmp_path, kind, pieces_of):
+    tokenizer = tokenizer_of(tmp_path, kind)
     draw = np.random.default_rng(0)
     alphabet = ["the", " the", "and", "12", "3", " 1", "é", "'s", "\n\n", " ", "  ", "ß", "数", "³"]
     for _ in range(200):
         text = "".join(draw.choice(alphabet, 12))
         ids = tokenizer.encode(text)
-        assert ids == reference_ids(text, smollm_pieces), text
+        assert ids == reference_ids(text, pieces_of), text
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
@@ -553,6 +566,13 @@ def test_what_the_decoder_or_the_tokenizer_does_not_know_is_refused(tmp_path, ch
     with pytest.raises(UserError, match=says) as caught:
         hf.locate(str(file))
     assert "\n" not in str(caught.value) and "a.gguf" in str(caught.value)
+
+
+def test_a_pre_tokenizer_that_transformers_would_replace_is_refused(tmp_path):
+    config = hf_config("qwen2", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config), tokenizer__ggml__pre="smollm")
+    with pytest.raises(UserError, match="'smollm' is not supported with architecture 'qwen2'"):
+        hf.locate(str(file))
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,21 @@ def test_a_template_is_the_same_wherever_it_stands(folder):
     assert identity.fingerprint(folder) == before
 
 
-def test_weights_that_move_between_shards_are_others_and_a_missing_generation_config_counts(folder):
+def test_how_weights_are_spread_over_files_is_no_difference(folder):
     before = identity.fingerprint(folder)
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    for i, part in enumerate((names[::2], names[1::2])):
+        save_file({n: weights[n] for n in part}, folder / f"model-0000{i + 1}-of-00002.safetensors")
+    assert identity.fingerprint(folder) == before
+
+
+def test_two_weights_that_change_places_and_a_new_generation_config_are_differences(folder):
+    before, file = identity.fingerprint(folder), folder / "model.safetensors"
+    weights, blocks = load_file(file), ("model.layers.0", "model.layers.1")
+    a, b = (f"{block}.mlp.up_proj.weight" for block in blocks)
+    save_file(weights | {a: weights[b], b: weights[a]}, file)
     (folder / "generation_config.json").write_text("{}")
     after = identity.fingerprint(folder)
     assert {name for name in before if before[name] != after[name]} == {"weights", "config"}

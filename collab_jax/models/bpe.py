@@ -45,12 +45,12 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = PreTokenizer((_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),), nfc=True)
+QWEN2 = ("qwen2", "deepseek-r1-qwen")  # the names of Qwen2's
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer((_GPT2,)),
     "smollm": PreTokenizer((r"\p{N}", _GPT2)),
     "llama-bpe": PreTokenizer((_LLAMA3,), whole_words=True, bos=True),
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    **dict.fromkeys(QWEN2, _QWEN2),
     # What llama.cpp does with a file whose maker did not know the pre-tokenizer.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }

@@ -16,7 +16,6 @@ import gguf
 import numpy as np
 
 from collab_jax.models import bpe, shards
-from collab_jax.models.text import PreTrainedTokenizerFast
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import cache_folder, write_text
 
@@ -123,12 +122,10 @@ def _write_folder(folder: pathlib.Path, contents: Contents) -> None:
     tensors = contents.tensors
     config = _config(contents)
     names = _weight_names(tensors)
-    tokenizer = _tokenizer(contents.metadata)
-    generation = _generation_config(contents.metadata)
     folder.mkdir()
-    tokenizer.save_pretrained(folder)
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", _generation_config(contents.metadata))
+    _write_tokenizer(folder, contents.metadata)
     sizes = {name: 4 * int(tensors[source].n_elements) for name, source in names.items()}
     shards.write(folder, sizes, lambda name: _weight(tensors[names[name]], config))
 
@@ -245,8 +242,8 @@ def _rope(contents: Contents, theta: float, head_dim: int) -> dict[str, Any]:
 # ---- the tokenizer
 
 
-def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer with its special tokens and chat template."""
+def _write_tokenizer(folder: pathlib.Path, metadata: dict[str, Any]) -> None:
+    """Writes the tokenizer with its special tokens and chat template."""
     model = metadata.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise GGUFError(
@@ -259,6 +256,10 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
             "there is no chat template: use the file of an instruct model, "
             "or a Hugging Face folder with a chat_template.jinja"
         )
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if metadata["general.architecture"] == "qwen2" and pre not in bpe.QWEN2:
+        # transformers reads the tokenizer of every such folder with Qwen2's.
+        raise GGUFError(f"pre-tokenizer {pre!r} is not supported with architecture 'qwen2'")
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     ids = {
         f"{name}_token": metadata[f"tokenizer.ggml.{key}_token_id"]
@@ -268,20 +269,29 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     if not all(i < len(tokens) for i in ids.values()):
         raise GGUFError(f"special tokens lie beyond the {len(tokens)} tokens: fetch the file again")
     special = {name: tokens[i] for name, i in ids.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe.make(
-            tokens,
-            metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)),
-            metadata.get("tokenizer.ggml.merges", []),
-            pre=metadata.get("tokenizer.ggml.pre", "default"),
-            bos=special.get("bos_token"),
-            adds_bos=metadata.get("tokenizer.ggml.add_bos_token"),
-        ),
-        chat_template=template,
-        model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
-        clean_up_tokenization_spaces=False,
-        **special,
+    tokenizer = bpe.make(
+        tokens,
+        metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)),
+        metadata.get("tokenizer.ggml.merges", []),
+        pre,
+        bos=special.get("bos_token"),
+        adds_bos=metadata.get("tokenizer.ggml.add_bos_token"),
     )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "chat_template.jinja", template)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": metadata[f"{metadata['general.architecture']}.context_length"],
+            **special,
+        },
+    )
+
+
+def _write_json(file: pathlib.Path, contents: dict[str, Any]) -> None:
+    write_text(file, json.dumps(contents, indent=2, sort_keys=True) + "\n")
 
 
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,15 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
-from collab_jax.models import decoder, published, shards
+from collab_jax.models import decoder, gguf, published, shards
 from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import write_text
@@ -65,8 +65,6 @@ def locate(
         if (folder / "config.json").is_file():
             return folder
     if file := gguf_file(path):
-        from collab_jax.models import gguf  # brings transformers, which takes seconds
-
         return gguf.convert(file)
     if local.exists():
         raise FolderError(
@@ -239,6 +237,30 @@ def _flat(params: Params) -> dict[tuple[str, ...], Any]:
     return traverse_util.flatten_dict(params)
 
 
+class StoredWeight(NamedTuple):
+    """A weight of a model folder, [out, in], and the file that it stands in."""
+
+    file: pathlib.Path
+    name: str
+    value: np.ndarray
+
+
+def stored_weights(folder: pathlib.Path) -> Iterator[StoredWeight]:
+    """The weights of a folder, one in memory at a time. Raises FolderError for a damaged file."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FolderError(f"{folder} holds no .safetensors file")
+    for file in files:
+        try:
+            with safe_open(file, framework="flax") as stored:
+                for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield StoredWeight(file, name, np.asarray(stored.get_tensor(name)))
+        except (SafetensorError, OSError) as error:
+            raise FolderError(
+                f"cannot read {file} ({error}): it may be cut short; fetch it again"
+            ) from None
+
+
 def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
     """The folder's parameters as `param_dtype`, on the host.
 
@@ -246,33 +268,21 @@ def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
     """
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
     wanted = {_to_hf_name(path): (path, leaf.shape) for path, leaf in _flat(shapes).items()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FolderError(f"{folder} holds no .safetensors file")
     weights: dict[str, np.ndarray] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="flax") as stored:
-                for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name == "lm_head.weight" and cfg.tied:
-                        continue  # some exporters write the tied head twice
-                    if name not in wanted:
-                        raise FolderError(f"{file}: unknown weight {name!r}")
-                    if name in weights:
-                        raise FolderError(f"{file}: weight {name!r} stands in two files")
-                    value = np.asarray(stored.get_tensor(name))
-                    path, shape = wanted[name]
-                    value = value.T if path[-1] == "kernel" else value
-                    if value.shape != shape:
-                        raise FolderError(
-                            f"{file}: weight {name!r} has shape {value.shape}, "
-                            f"config.json says {shape}"
-                        )
-                    weights[name] = value.astype(param_dtype)
-        except (SafetensorError, OSError) as error:
+    for file, name, value in stored_weights(folder):
+        if name == "lm_head.weight" and cfg.tied:
+            continue  # some exporters write the tied head twice
+        if name not in wanted:
+            raise FolderError(f"{file}: unknown weight {name!r}")
+        if name in weights:
+            raise FolderError(f"{file}: weight {name!r} stands in two files")
+        path, shape = wanted[name]
+        value = value.T if path[-1] == "kernel" else value
+        if value.shape != shape:
             raise FolderError(
-                f"cannot read {file} ({error}): it may be cut short; fetch it again"
-            ) from None
+                f"{file}: weight {name!r} has shape {value.shape}, config.json says {shape}"
+            )
+        weights[name] = value.astype(param_dtype)
     if missing := sorted(set(wanted) - set(weights)):
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FolderError(f"{folder}: missing weight {missing[0]!r}{others}")

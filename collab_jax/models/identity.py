@@ -1,6 +1,7 @@
 """Which model a folder holds: the hashes of its weights, tokenizer, chat template and settings.
 
-Files are hashed as they are, the weights too: that takes a part of the time of loading them.
+The weights are hashed one by one, by their names: how they are spread over files is no difference.
+That takes a part of the time of loading them.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ SETTINGS = "tokenizer_config.json"  # which may hold the template
 def fingerprint(folder: pathlib.Path) -> dict[str, str]:
     """The SHA-256 of each part of a model folder: weights, tokenizer, chat_template, config.
 
-    config is both config.json and generation_config.json. A file that is absent counts as such.
+    config is both config.json and generation_config.json. A file that is absent counts as such,
+    but for the weights: FolderError is raised where there are none, or where they are damaged.
     """
     settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
     template = settings.pop("chat_template", None)
@@ -25,13 +27,22 @@ def fingerprint(folder: pathlib.Path) -> dict[str, str]:
         template = (folder / TEMPLATE).read_text(encoding="utf-8")
     tokenizer = set(hf.TOKENIZER_FILES) - {TEMPLATE, SETTINGS, hf.GENERATION}
     return {
-        "weights": _files_digest(folder, {file.name for file in folder.glob("*.safetensors")}),
+        "weights": _weights_digest(folder),
         "tokenizer": _digest(
             _files_digest(folder, tokenizer), json.dumps(settings, sort_keys=True)
         ),
         "chat_template": _digest(template if isinstance(template, str) else json.dumps(template)),
         "config": _files_digest(folder, {"config.json", hf.GENERATION}),
     }
+
+
+def _weights_digest(folder: pathlib.Path) -> str:
+    """The SHA-256 of the weights with their names, types and shapes."""
+    lines = [
+        f"{name} {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+        for _, name, value in hf.stored_weights(folder)
+    ]
+    return _digest(*sorted(lines))
 
 
 def _files_digest(folder: pathlib.Path, names: Iterable[str]) -> str:
