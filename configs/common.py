@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # of the adapter; 0: no adapter
     config.lora.alpha = 32.0  # the adapter's product is scaled by alpha / rank
+    # folder of an adapter to begin with, as the warm start writes it; "": a new one
+    config.lora.start = ""
     # which projections of each block have an adapter
     config.lora.targets = (
         "q_proj",
@@ -192,17 +194,23 @@ def get_config() -> ConfigDict:
     config.routers.no = "No"  # and when it was wrong; the first tokens are compared
 
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
-    # of demonstrations: task | file | self (own right samples, and calls where it has none)
+    # of demonstrations: task | file | self (own samples; those that fail call)
     config.sft.source = "task"
     config.sft.demonstrations = ""  # file: JSON lines, see collab_jax/rl/demonstrations.py
-    config.sft.prompts = 0  # self: training prompts to answer, `group` times each; 0: all
-    config.sft.keep = 2  # self: right responses kept of a prompt
-    config.sft.marker_share = 0.2  # self: largest share of demonstrations that call, in [0, 1)
+    # updates of a tuning before the last, after which the model's own attempts at prompts that it
+    # was not tuned on become demonstrations, those that fail with a call; 0: there is none
+    config.sft.relabel_steps = 0
+    # self, relabel: training prompts that the model answers, `group` times each; 0: all
+    config.sft.prompts = 0
+    config.sft.keep = 2  # self, relabel: right, and failed, responses kept of a prompt
+    # self, relabel: largest share of the model's own demonstrations that call, in [0, 1)
+    config.sft.marker_share = 0.2
     # training prompts, the last ones, to try the tuned model on (sft.json); 0: none
     config.sft.check_prompts = 64
     config.sft.steps = 0  # updates
     config.sft.batch_size = 256  # demonstrations of an update
-    config.sft.micro_rows = 32  # demonstrations of one backward pass on one device
+    config.sft.checkpoint_every = 100  # steps
+    config.sft.micro_rows = 8  # packed rows of one backward pass on one device
     config.sft.learning_rate = 2e-3  # AdamW, after the warm-up; then cosine to 0
     config.sft.warmup_steps = 100  # updates over which the learning rate rises linearly
     config.sft.weight_decay = 0.01  # of matrices

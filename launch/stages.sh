@@ -27,8 +27,11 @@ stages() {
   found="$(.venv/bin/python -c 'import jax; print(jax.default_backend())')"
   [ "$found" = "$backend" ] || fail "jax finds no $backend here, only $found: check the driver, and that no other program holds the device"
 
-  local first=(--config "$config" "$@") rest=(--workdir "$work/run" --config "$config" "--config.model.path=$work/start" "$@")
-  stage "$work/start/sft.json" collab_jax.sft --workdir "$work/start" "${first[@]}"
+  stage "$work/start/sft.json" collab_jax.sft --workdir "$work/start" --config "$config" "$@"
+  # Under LoRA the warm start is an adapter, and the model stays what it was.
+  local from="--config.model.path=$work/start"
+  if [ -e "$work/start/adapter_config.json" ]; then from="--config.lora.start=$work/start"; fi
+  local rest=(--workdir "$work/run" --config "$config" "$from" "$@")
   stage "$work/run/report.json" collab_jax.train "${rest[@]}"
   stage "$work/run/eval.json" collab_jax.evaluate "${rest[@]}"
   stage "$work/model/README.md" collab_jax.export --out "$work/model" "${rest[@]}"

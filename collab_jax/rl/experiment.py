@@ -246,20 +246,22 @@ def with_task_and_cloud_of(run: Run, config: ConfigDict) -> Run:
 
 
 def examples(run: Run, split: str) -> list[Example]:
-    """Returns the examples of a split, "train" or "test", whose prompts fit into the prompt length.
+    """Returns the run's `checked_examples` of a split, "train" or "test"."""
+    return checked_examples(run.workdir, run.task, run.text, run.config, split)
 
-    Raises UserError where the data of the split are not those of an earlier start of the run.
+
+def checked_examples(
+    workdir: pathlib.Path, task: Task, text: Text, config: ConfigDict, split: str
+) -> list[Example]:
+    """Returns the examples of a split whose prompts fit into `config.prompt_length`.
+
+    Raises UserError where the data of the split are not those of an earlier start in `workdir`.
     """
-    loaded = run.task.load(split)
+    loaded = task.load(split)
     tasks = dict.fromkeys(example.task for example in loaded)
     contents = {name: fingerprint(_lines(loaded, name), "examples") for name in tasks}
-    check_unchanged(run.workdir, split, contents)
-    return drop_too_long(loaded, run.task, run.text, run.config.prompt_length, split)
-
-
-def load_examples(task: Task, text: Text, config: ConfigDict, split: str) -> list[Example]:
-    """Returns the examples of a split whose prompts fit, for a command that has no run."""
-    return drop_too_long(task.load(split), task, text, config.prompt_length, split)
+    check_unchanged(workdir, split, contents)
+    return drop_too_long(loaded, task, text, config.prompt_length, split)
 
 
 def _lines(loaded: Sequence[Example], task: str) -> Iterator[str]:
@@ -303,9 +305,7 @@ def load_state(run: Run) -> TrainState:
     """
     config = run.config
     if config.lora.rank:
-        params = lora.init(
-            run.cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype
-        )
+        params = lora.start(run.cfg, config.lora, config.seed, config.model.param_dtype)
         frozen = hf.load(run.folder, run.cfg, config.model.dtype)
     else:
         params, frozen = hf.load(run.folder, run.cfg, config.model.param_dtype), None
