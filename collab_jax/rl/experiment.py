@@ -246,7 +246,7 @@ def with_task_and_cloud_of(run: Run, config: ConfigDict) -> Run:
 
 
 def examples(run: Run, split: str) -> list[Example]:
-    """Returns the examples of a split, "train" or "test", whose prompts fit into the prompt length.
+    """Returns the examples of a split of the task whose prompts fit into the prompt length.
 
     Raises UserError where the data of the split are not those of an earlier start of the run.
     """
