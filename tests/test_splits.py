@@ -1,9 +1,11 @@
 """Validation problems and orders by hash: fixed, fair, and blind to numbers."""
 
+import json
 import random
 
 import pytest
 
+from collab_jax import evaluate, records
 from collab_jax.tasks import rows, splits
 
 
@@ -62,3 +64,16 @@ def test_problems_of_one_text_stay_in_order():
 )
 def test_ranks_by_hand(keys, expected):
     assert rows.ranks(keys) == expected
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_validation_reads_no_test_prompt(small, tmp_path):
+    lines = [{"id": f"v{i}", "problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(5)]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    config = small(task__name="jsonl", task__data_dir=str(tmp_path), task__prompt="{problem}=")
+    assert evaluate.main(config, tmp_path / "run", "validation") == 0  # test.jsonl is not there
+    table = records.read(tmp_path / "run" / "validation.parquet")
+    assert list(table["id"]) == ["v0", "v1", "v2", "v3", "v4"]  # fewer than config.eval.prompts
+    figures = json.loads((tmp_path / "run" / "validation.json").read_text())
+    assert (figures["split"], figures["n"]) == ("validation", 5)
+    assert not list((tmp_path / "run").glob("eval.*"))

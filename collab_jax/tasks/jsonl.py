@@ -1,11 +1,10 @@
 """Prompts of your own, from JSON lines. Copy this file to write a task.
 
-`config.task.data_dir` has train.jsonl and test.jsonl (or .jsonl.gz), and, if wanted,
-validation.jsonl. A line is an object with `id`, `problem` and `answer`; a response is right where
-its answer is that one but for case and white space. `answer` may be absent where
-`config.task.reward` or `task.judge` tells right from wrong.
-Other fields are yours, in `example.problem`; `level` or `type` becomes the stratum. A task of
-another name than `jsonl` needs a line in `TASKS` (`__init__.py`).
+`config.task.data_dir` has train.jsonl, test.jsonl and, if wanted, validation.jsonl (or .jsonl.gz).
+A line is an object with `id`, `problem` and `answer`; a response is right where its answer is that
+one but for case and white space. `answer` may be absent where `config.task.reward` or `task.judge`
+tells right from wrong. Other fields are yours, in `example.problem`; `level` or `type` becomes the
+stratum. A task of another name than `jsonl` needs a line in `TASKS` (`__init__.py`).
 """
 
 from ml_collections import ConfigDict
