@@ -13,6 +13,8 @@ from collab_jax.cloud.protocol import Reply
 from collab_jax.models.text import Messages
 from collab_jax.runtime.errors import UserError
 
+MAX_SKEW = 100.0  # far beyond use; its exponential is a float
+
 
 @dataclass(frozen=True)
 class SimulatedCloud:
@@ -90,9 +92,6 @@ class SimulatedCloud:
         if difficulty is None:
             return self.error_rate
         return skewed_rate(self.error_rate, self.error_skew, difficulty)
-
-
-MAX_SKEW = 100.0  # far beyond use; its exponential is a float
 
 
 def skewed_rate(rate: float, skew: float, difficulty: float) -> float:
