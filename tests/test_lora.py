@@ -209,6 +209,7 @@ def test_the_frozen_model_comes_in_the_computations_type_and_the_adapter_in_its_
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
+@pytest.mark.slow
 def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
     config = small(lora__rank=2, lora__targets=("o_proj",))
     folder = hf.locate(config.model.path)

@@ -166,6 +166,7 @@ def test_sampled_logp_is_that_of_the_sampling_distribution(beta):
     np.testing.assert_allclose(samples.logp[samples.mask], want[samples.mask], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_sampled_logp_is_the_teacher_forced_one():
     samples = sampled()
     forced = jit(logprobs.response_logprobs, static_argnums=(1, 5, 6))(
@@ -193,6 +194,7 @@ def test_eos_is_inside_the_mask_and_nothing_after_it():
     )  # both ends, and cut-off rows, occur
 
 
+@pytest.mark.slow
 def test_greedy_alone_is_greedy_in_a_batch():
     whole = greedy(0.0)
     for i in range(4):

@@ -354,6 +354,7 @@ def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
     assert experiment.load_state(experiment.prepare(config, tmp_path / "copy")).step == 2
 
 
+@pytest.mark.slow
 def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "NONFINITE_LIMIT", 2)
     broken = small(
@@ -372,6 +373,7 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
     assert saved.nonfinite_streak == 2 and run.checkpoints.latest() == saved.step
 
 
+@pytest.mark.slow
 def test_nothing_solved_stops_the_run_with_the_state_saved(small, tmp_path):
     run = experiment.prepare(
         small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path
