@@ -30,7 +30,7 @@ from collab_jax.runtime.errors import UserError
 FILES = {"test": "eval", "validation": "validation"}  # split -> name of what is written
 
 
-def main(config: ConfigDict, workdir: pathlib.Path, split: str) -> int:
+def main(config: ConfigDict, workdir: pathlib.Path, split: str = "test") -> int:
     """Evaluates the run in `workdir` on prompts of a held-out split; returns the exit status."""
     run = experiment.prepare(config, workdir)
     if config.eval.prompts < 1:
