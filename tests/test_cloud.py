@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import logging
 import math
 import os
@@ -32,6 +33,7 @@ from collab_jax.cloud import (
 from collab_jax.cloud.simulated import MAX_SKEW, skewed_rate, unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
 from collab_jax.models.hf import FolderError
+from collab_jax.rl import experiment
 from collab_jax.runtime.errors import UserError
 
 
@@ -157,6 +159,17 @@ def test_stored_answers_have_the_key_they_had_unless_there_is_a_skew():
     assert dataclasses.replace(cloud, error_skew=2.0).parameters == cloud.parameters | {
         "error_skew": 2.0
     }
+
+
+def test_a_run_begun_before_there_was_a_skew_goes_on_without_one(tmp_path):
+    config = cloud_config()
+    older = json.loads(config.to_json_best_effort())
+    del older["cloud"]["error_skew"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert experiment.differences(tmp_path / "config.json", config) == ""
+    config.cloud.error_skew = 1.0
+    differing = experiment.differences(tmp_path / "config.json", config)
+    assert differing == "cloud.error_skew=0.0 then, 1.0 now"
 
 
 @pytest.mark.parametrize("skew", [-1.0, MAX_SKEW + 1, float("nan")])
