@@ -107,6 +107,9 @@ def get_config() -> ConfigDict:
     config.cloud.share_attempt = False
     # simulated: share that it gets wrong, by a hash (DeepSeek-R1 had 93.8 % right in the paper)
     config.cloud.error_rate = 0.062
+    # simulated: log of the odds of an error on the hardest problem over those on the easiest, the
+    # mean being the error_rate; 0: all alike. The task must say how hard a problem is (svamp does)
+    config.cloud.error_skew = 0.0
     config.cloud.seconds = 8.0  # simulated: latency of a call; it is booked, not waited for
     config.cloud.usd_per_million_input = 0.55  # simulated: price
     config.cloud.usd_per_million_output = 2.19  # simulated: price
@@ -205,7 +208,8 @@ def get_config() -> ConfigDict:
     config.sft.keep = 2  # self, relabel: right, and failed, responses kept of a prompt
     # self, relabel: largest share of the model's own demonstrations that call, in [0, 1)
     config.sft.marker_share = 0.2
-    # training prompts, the last ones, to try the tuned model on (sft.json); 0: none
+    # prompts to try the tuned model on (sft.json): of the validation split, or, where there is
+    # none, the last training prompts; 0: none
     config.sft.check_prompts = 64
     config.sft.steps = 0  # updates
     config.sft.batch_size = 256  # demonstrations of an update

@@ -94,6 +94,7 @@ def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -
     then, now = _flat(_read_json(file)), _flat(_as_json(config))
     # A run begun before providers had a name bought from its base_url.
     then.setdefault("cloud.provider", then.get("cloud.base_url"))
+    then.setdefault("cloud.error_skew", 0.0)
     keys = then.keys() | now.keys() if all_keys else then.keys() & now.keys()
     differing = [
         f"{key}={then.get(key)!r} then, {now.get(key)!r} now"
@@ -246,7 +247,7 @@ def with_task_and_cloud_of(run: Run, config: ConfigDict) -> Run:
 
 
 def examples(run: Run, split: str) -> list[Example]:
-    """Returns the run's `checked_examples` of a split, "train" or "test"."""
+    """Returns the run's `checked_examples` of a split of its task."""
     return checked_examples(run.workdir, run.task, run.text, run.config, split)
 
 

@@ -180,6 +180,20 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     )
 
 
+def check_examples(start: WarmStart) -> list[Example]:
+    """The prompts to try the tuned model on: `sft.check_prompts` of the validation split.
+
+    Of a task that has none, the last training prompts.
+    """
+    count, task = start.config.sft.check_prompts, start.task
+    if "validation" not in task.splits:
+        return start.examples[len(start.examples) - count :]
+    held_out = experiment.checked_examples(
+        start.folder, task, start.text, start.config, "validation"
+    )
+    return held_out[:count]
+
+
 def write(start: WarmStart, params: Params) -> None:
     """Writes the tuned model to the workdir, or the tuned adapter, as PEFT has it."""
     config = start.config

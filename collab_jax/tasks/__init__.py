@@ -11,13 +11,14 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import choice, countdown, jsonl, math, mix, reward
+from collab_jax.tasks import choice, countdown, jsonl, math, mix, reward, svamp
 from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 TASKS = {
     "countdown": countdown.make_task,
     **dict.fromkeys(math.FILES, math.make_task),
     "mmlu": choice.make_task,
+    "svamp": svamp.make_task,
     "jsonl": jsonl.make_task,
 }
 
@@ -66,10 +67,14 @@ def make_task(config: ConfigDict) -> Task:
 
 
 def _single_task(config: ConfigDict) -> Task:
-    """One task, whose examples know its name."""
+    """One task, whose examples know its name, and which has no splits but its own."""
     task = TASKS[config.task.name](config)
 
     def load(split: str) -> list[Example]:
+        if split not in task.splits:
+            raise TaskError(
+                f"task {task.name!r} has no {split} split: use one of {', '.join(task.splits)}"
+            )
         return [dataclasses.replace(example, task=task.name) for example in task.load(split)]
 
     return dataclasses.replace(task, load=load)
