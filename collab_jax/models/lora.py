@@ -166,8 +166,17 @@ def _peft_name(path: tuple[str, ...]) -> str:
     return f"base_model.model.model.{name}.weight"
 
 
-def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str) -> None:
-    """Writes the adapter as PEFT reads it. base: the folder or hub name of the model it is for."""
+def save(
+    folder: pathlib.Path,
+    adapter: Params,
+    settings: ConfigDict,
+    base: str,
+    revision: str | None = None,
+) -> None:
+    """Writes the adapter as PEFT reads it.
+
+    base: the folder or hub name of the model it is for. revision: the commit of the hub's model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for path, value in _flat(adapter).items():
@@ -179,6 +188,7 @@ def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str)
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "target_modules": sorted(settings.targets),

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.cloud import CachedCloud, make_cloud
 from collab_jax.gapg import TrainState
-from collab_jax.models import decoder, hf, lora
+from collab_jax.models import decoder, hf, identity, lora
 from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
 from collab_jax.rl import optim
@@ -46,6 +46,8 @@ MAY_DIFFER_ON_RESUME = {
 }
 DATA = "data"  # the entry of config.json, beside the settings, that says what data the run has seen
 REWARD = "reward"  # in it, the file of `config.task.reward`; the other names are splits
+BASE = "base"  # the entry that says which model the run began with: its `identity.fingerprint`
+COMMIT = "commit"  # in it, the commit of a model of the hub
 
 
 class Run(NamedTuple):
@@ -62,7 +64,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
 
 
-# ---- the workdir: config.json says which settings and which data its run has
+# ---- the workdir: config.json says which settings, data and base model its run has
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -99,7 +101,7 @@ def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -
     differing = [
         f"{key}={then.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(keys - MAY_DIFFER_ON_RESUME)
-        if then.get(key) != now.get(key) and not key.startswith(f"{DATA}.")
+        if then.get(key) != now.get(key) and not key.startswith((f"{DATA}.", f"{BASE}."))
     ]
     return "; ".join(differing[:5])
 
@@ -126,6 +128,41 @@ def check_unchanged(workdir: pathlib.Path, name: str, contents: dict[str, dict])
             f"the data ({name}) have changed since the run in {workdir} began: "
             f"{'; '.join(changed)}: restore them, or use another --workdir"
         )
+
+
+def check_base(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Raises UserError where the model in `folder` is not the one that the run began with.
+
+    What is compared is its `identity.fingerprint`, noted in config.json where no earlier start has
+    done so, with the commit of a model of the hub.
+    """
+    file = workdir / "config.json"
+    saved, now = _read_json(file), identity.fingerprint(folder)
+    if BASE not in saved:
+        commit = hf.commit(folder)
+        _write_json(file, saved | {BASE: now | ({COMMIT: commit} if commit else {})})
+        return
+    changed = [
+        f"{part} (SHA-256 {saved[BASE].get(part, 'none')[:12]} then, {digest[:12]} now)"
+        for part, digest in now.items()
+        if saved[BASE].get(part) != digest
+    ]
+    if changed:
+        raise UserError(
+            f"the base model in {folder} has changed since the run in {workdir} began: "
+            f"{', '.join(changed)}: restore it, or use another --workdir"
+        )
+
+
+def base_path(config: ConfigDict, workdir: pathlib.Path) -> str:
+    """Returns `config.model.path`, of the hub at the commit that an earlier start of the run had.
+
+    So a run goes on with its model when the hub has a newer one.
+    """
+    path, file = config.model.path, workdir / "config.json"
+    commit = _read_json(file).get(BASE, {}).get(COMMIT) if file.exists() else None
+    name, revision = hf.split_revision(path)
+    return f"{name}@{commit}" if commit and revision is None else path
 
 
 def fingerprint(lines: Iterable[str], unit: str) -> dict[str, int | str]:
@@ -207,12 +244,13 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """
     check_config(config)
     make_workdir(workdir)
-    folder = hf.locate(config.model.path)
+    folder = hf.locate(base_path(config, workdir))
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
     cfg = lora.configure(cfg, config.lora)
     text = text_lib.load(folder, config.text)
     task, cloud = task_and_cloud(config, store_path(config, workdir))
     claim(config, workdir)
+    check_base(workdir, folder)
     if config.task.reward:
         source = pathlib.Path(config.task.reward.rpartition(":")[0]).expanduser()
         lines = source.read_text(encoding="utf-8").splitlines(keepends=True)

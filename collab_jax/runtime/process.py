@@ -26,6 +26,7 @@ from types import FrameType
 from typing import NoReturn
 
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.files import cache_folder
 
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
@@ -77,8 +78,7 @@ def compiled_folder() -> pathlib.Path:
     except OSError:
         kind = platform.processor()
     digest = hashlib.sha256(f"{platform.machine()} {kind}".encode()).hexdigest()[:12]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "collab_jax" / f"compiled-{digest}"
+    return cache_folder() / f"compiled-{digest}"
 
 
 def machine() -> dict[str, str]:
