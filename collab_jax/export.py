@@ -80,7 +80,7 @@ end with `{run.text.marker}` where a larger model should answer instead.
 
 ## How to call it
 
-Prompt it by its chat template with {json.dumps(config.task.prompt)}. A response is \
+Prompt it by its chat template with {json.dumps(config.task.prompt)}{_system(config)}. A response is \
 `<think> ... </think><answer> ... </answer>`, or it ends with the
 marker: then send the question to the cloud. {_first_token_of_a_call(run)}
 `python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out FOLDER` finds the \
@@ -104,6 +104,12 @@ print(tokenizer.decode(output[0]))
 
 {_measured(run)}
 """
+
+
+def _system(config: ConfigDict) -> str:
+    """Returns which system prompt goes with the prompt, where there is one."""
+    system = config.task.system
+    return f"\nand the system prompt {json.dumps(system)}" if system else ""
 
 
 def _first_token_of_a_call(run: Run) -> str:
