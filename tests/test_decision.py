@@ -58,10 +58,9 @@ def test_the_device_walks_as_the_table_does():
     assert opens == opening(["<", "answer", ">", "so"]) and hash(opens) != hash(opening(["<"]))
 
 
-def split_at_random(tokenizer, ids, draw: random.Random) -> list[int]:
+def split_at_random(vocabulary: dict, pieces: list[str], draw: random.Random) -> list[int]:
     """The same text in other tokens: some are cut in two, again and again."""
-    vocabulary, pieces = tokenizer.get_vocab(), tokenizer.convert_ids_to_tokens(ids)
-    again = []
+    pieces, again = list(pieces), []
     while pieces:
         piece = pieces.pop(0)
         cuts = [
@@ -78,23 +77,16 @@ def split_at_random(tokenizer, ids, draw: random.Random) -> list[int]:
 
 def check_by_text(text: text_lib.Text, seed: int, count: int = 400) -> set[int]:
     """Compares with `str.find` on random texts, each in several cuts; returns what tokens open."""
-    draw, opened_by = random.Random(seed), set()
-    tokenizer = text.tokenizer
-    likely = [i for i, column in enumerate(text.answer_open.table.T) if column.any()]
+    draw, opened_by, tokenizer = random.Random(seed), set(), text.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    cut = lambda written: split_at_random(vocabulary, tokenizer.tokenize(written), draw)  # noqa: E731
+    likely = text.answer_open.table.any(axis=0).nonzero()[0].tolist()
     for _ in range(count):
         written = "".join(draw.choices(PARTS, k=draw.randint(1, 8)))
         written += draw.choice(["", "", draw.choice(SIGNS) + ANSWER]) + draw.choice(PARTS)
         greedy = tokenizer.encode(written, add_special_tokens=False)
-        pieces = [
-            tokenizer.encode(part, add_special_tokens=False) for part in [written[:3], ANSWER]
-        ]
-        ways = [
-            greedy,
-            split_at_random(tokenizer, greedy, draw),
-            [*pieces[0], *split_at_random(tokenizer, pieces[1], draw), *greedy],
-            draw.choices([*likely, *greedy], k=10),
-        ]
-        for ids in ways:
+        joined = [*cut(written[:3]), *cut(ANSWER), *greedy]
+        for ids in (greedy, cut(written), joined, draw.choices([*likely, *greedy], k=10)):
             decoded = [tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
             states = walk(text.answer_open, ids)
             assert [s == Opening.OPEN for s in states] == [d.find(ANSWER) >= 0 for d in decoded]

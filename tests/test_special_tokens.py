@@ -161,6 +161,12 @@ def test_one_error_names_all_that_is_no_token_and_what_is_used_twice(tmp_path):
         text.load(folder, config(eos=("<a>", "<|eot_id|>", "<b>"), pad="<c>", decision_token="<d>"))
     for token in ("eos='<a>'", "eos='<b>'", "pad='<c>'", "decision_token='<d>'"):
         assert f"config.text.{token} is not one token" in str(raised.value)
+    assert str(raised.value).count("one of <|reserved_special_token_0|>, ") == 2  # pad and call
+    with pytest.raises(TextError, match="pad='' is not one token"):
+        text.load(folder, config(pad=""))
+    for eos in ((), ("auto", "<|eot_id|>")):  # auto is no name
+        with pytest.raises(TextError, match="config.text.eos='(auto)?' is not one token"):
+            text.load(folder, config(eos=eos))
     for key in ("pad", "eos"):
         taken = {"pad": "<|eom_id|>", "eos": ("<|eom_id|>",)}[key]
         with pytest.raises(TextError, match="also ends .* one of <.reserved_special_token_0.>"):

@@ -59,11 +59,12 @@ def resolve(
 
     Raises TextError that lists all faults, each with candidates.
     """
+    free = free_tokens(tokenizer)
     faults = [
-        f"config.text.{key}={name!r} is not one token of the tokenizer in {folder}"
-        for key in SpecialTokens._fields
-        for name in ([config[key]] if isinstance(config[key], str) else config[key])
-        if name and not is_auto(name) and not _is_token(tokenizer, name)
+        f"config.text.{key}={name!r} is not one token of the tokenizer in {folder}: use auto, or "
+        f"one of {_some(free if key != 'eos' else _added(tokenizer))}"
+        for key, name in _named(config)
+        if not _is_token(tokenizer, name)
     ]
 
     def found(setting: str | tuple[str, ...], find: Callable, *known: Any) -> Any:
@@ -75,7 +76,7 @@ def resolve(
             return ""
 
     eos = found(config.eos, _find_eos, folder)
-    free = [t for t in free_tokens(tokenizer) if t not in (*eos, config.pad, config.decision_token)]
+    free = [t for t in free if t not in (*eos, config.pad, config.decision_token)]
     decision = found(config.decision_token, _find_decision_token, config.marker, free)
     free = [t for t in free if t != decision]
     pad = found(config.pad, _find_pad, (*eos, decision), free)
@@ -87,6 +88,17 @@ def resolve(
     if faults:
         raise TextError("; ".join(faults))
     return SpecialTokens(eos=tuple(eos), pad=pad, decision_token=decision)
+
+
+def _named(config: ConfigDict) -> list[tuple[str, str]]:
+    """The settings that are not left to be found, (key, token), without a decision token of ""."""
+    named = []
+    for key in SpecialTokens._fields:
+        value = config[key]
+        if not is_auto(value):
+            # An empty eos is no token either.
+            named += [(key, n) for n in ([value] if isinstance(value, str) else value or [""])]
+    return [setting for setting in named if setting != ("decision_token", "")]
 
 
 def _find_eos(tokenizer: "PreTrainedTokenizerFast", folder: pathlib.Path) -> tuple[str, ...]:
