@@ -58,10 +58,13 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()
     config.text.marker = "<unknown> I need external assistance </unknown>"  # the call, as text
-    # the token that decides a call: the marker's first, or a reserved one; "": plain text decides
-    config.text.decision_token = "<unknown>"
-    config.text.pad = "<pad>"  # token that fills rows
-    config.text.eos = ("<eos>",)  # every token that ends a response
+    # the token that decides a call: the marker's first, or one that no text has; "": plain text
+    # decides; auto: the marker's first where the vocabulary has it, else an added token without use
+    config.text.decision_token = "auto"
+    # token that fills rows; auto: the tokenizer's own, or, where that is in use, one without use
+    config.text.pad = "auto"
+    # every token that ends a response; auto: those of generation_config.json, or the tokenizer's
+    config.text.eos = ("auto",)
 
     config.task = ConfigDict()
     config.task.name = "countdown"  # a key of collab_jax.tasks.TASKS, or mix
@@ -74,6 +77,8 @@ def get_config() -> ConfigDict:
     # NAME.jsonl or NAME.jsonl.gz is read from here if it exists, else the data set is built here
     config.task.data_dir = "~/tensorflow_datasets"
     config.task.prompt = "{numbers}={target}"  # for the device model; a real one wants a sentence
+    # system prompt of the device model, in the place of the chat template's own; "": that one stays
+    config.task.system = ""
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest
     config.task.targets = (10, 99)  # lowest, highest

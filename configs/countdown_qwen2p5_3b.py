@@ -47,10 +47,6 @@ def get_config() -> ConfigDict:
 
     config.decode.cache_dtype = "bfloat16"
 
-    config.text.decision_token = "<|quad_start|>"
-    config.text.pad = "<|endoftext|>"
-    config.text.eos = ("<|im_end|>", "<|endoftext|>")
-
     config.task.prompt = (
         "Using the numbers {numbers}, each exactly once, and the operators + - * / and "
         "parentheses, write an expression that equals {target}. Reason inside <think> </think>, "

@@ -32,6 +32,7 @@ _WORDS = [
 def get_config() -> ConfigDict:
     config = common["get_config"]()
     config.task.share_of_three = 0.5  # more easy ones than training has, to learn arithmetic from
+    config.text.pad, config.text.eos = "<pad>", ("<eos>",)  # the first two of its vocabulary
     config.sft.steps = 1200
     config.sft.words = tuple(_WORDS)
     config.sft.architecture = {

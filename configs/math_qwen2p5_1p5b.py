@@ -55,10 +55,6 @@ def get_config() -> ConfigDict:
 
     config.decode.cache_dtype = "bfloat16"
 
-    config.text.decision_token = "<|quad_start|>"
-    config.text.pad = "<|endoftext|>"
-    config.text.eos = ("<|im_end|>", "<|endoftext|>")
-
     config.task.name = "math"
     config.task.data_dir = "data"
     config.task.prompt = (

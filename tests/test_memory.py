@@ -96,7 +96,7 @@ def sampling_bytes(cfg, config) -> int:
         top_p=1.0,
         eos_ids=(1,),
         pad_id=0,
-        marker=decision.Marker(3, ((3, 3),)),
+        marker=decision.Marker(3, decision.opening(["."] * cfg.vocab_size)),
         segments=config.decode.segments,
         slot_counts=config.decode.slot_counts,
         cache_dtype=config.decode.cache_dtype,

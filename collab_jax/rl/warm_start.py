@@ -16,7 +16,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -107,8 +107,7 @@ class WarmStart(NamedTuple):
 
     config: ConfigDict
     workdir: pathlib.Path
-    tokenizer_folder: pathlib.Path
-    hf_config: dict[str, Any]  # the model's config.json
+    base_folder: pathlib.Path  # of the model that is tuned, as Hugging Face has it
     cfg: DecoderConfig  # with the adapter's scale, where there is one
     text: Text
     task: Task
@@ -134,50 +133,55 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     whose vocabulary is `config.sft.words`. Raises UserError with what to change.
     """
     folder = workdir / FOLDER
-    params = frozen = None
-    if config.sft.architecture:
-        if config.lora.rank:
-            raise UserError("config.sft.architecture makes a model from nothing: set lora.rank=0")
-        hf_config, place = dict(config.sft.architecture), folder / "tokenizer"
-        cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
-        experiment.make_workdir(place)
-        words = text_lib.word_tokenizer(
-            config.sft.words, config.text.pad, config.text.eos[0], "<unk>"
-        )
-        words.save_pretrained(place)
-        params = decoder.init(cfg, jax.random.key(config.seed))
-    else:
-        place = hf.locate(config.model.path)
-        hf_config = hf.read_config(place)
-        cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
-        cfg = lora.configure(cfg, config.lora)
-    text = text_lib.load(place, config.text)
     experiment.make_workdir(folder)
+    base = _from_nothing(config, folder) if config.sft.architecture else None
+    base = base or experiment.base_model(config, folder)
+    config, cfg = base.config, base.cfg
     if not (folder / "config.json").exists():
         (workdir / "sft.json").unlink(missing_ok=True)  # of another warm start
     experiment.claim(config, folder)
-    examples = experiment.checked_examples(folder, task, text, config, "train")
+    experiment.check_base(folder, base.folder)
+    examples = experiment.checked_examples(folder, task, base.text, config, "train")
+    frozen = None
     if config.lora.rank:
         params = lora.start(cfg, config.lora, config.seed, config.model.param_dtype)
-        frozen = parallel.replicate(hf.load(place, cfg, config.model.dtype))
-    elif params is None:
-        params = hf.load(place, cfg, config.model.param_dtype)
+        frozen = parallel.replicate(hf.load(base.folder, cfg, config.model.dtype))
+    elif config.sft.architecture:
+        params = decoder.init(cfg, jax.random.key(config.seed))
+    else:
+        params = hf.load(base.folder, cfg, config.model.param_dtype)
     sampler = rollout.make_sampler(
-        cfg, text, config, group=config.group, temperature=config.temperature
+        cfg, base.text, config, group=config.group, temperature=config.temperature
     )
     return WarmStart(
         config=config,
         workdir=workdir,
-        tokenizer_folder=place,
-        hf_config=hf_config,
+        base_folder=base.folder,
         cfg=cfg,
-        text=text,
+        text=base.text,
         task=task,
         examples=examples,
         sampler=sampler,
         params=params,
         frozen=frozen,
     )
+
+
+def _from_nothing(config: ConfigDict, folder: pathlib.Path) -> experiment.BaseModel:
+    """The model of `config.sft.architecture`, its config.json and tokenizer written to a folder."""
+    if config.lora.rank:
+        raise UserError("config.sft.architecture makes a model from nothing: set lora.rank=0")
+    place = folder / "architecture"
+    experiment.make_workdir(place)
+    words = text_lib.word_tokenizer(config.sft.words, config.text.pad, config.text.eos[0], "<unk>")
+    words.save_pretrained(place)
+    hf_config = dict(config.sft.architecture)
+    files.write_text(place / "config.json", json.dumps(hf_config, indent=2, sort_keys=True) + "\n")
+    cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
+    config = config.copy_and_resolve_references()
+    text = text_lib.load(place, config.text)
+    config.text.update(text.special._asdict())
+    return experiment.BaseModel(config, place, cfg, text)
 
 
 def check_examples(start: WarmStart) -> list[Example]:
@@ -198,10 +202,12 @@ def write(start: WarmStart, params: Params) -> None:
     """Writes the tuned model to the workdir, or the tuned adapter, as PEFT has it."""
     config = start.config
     if config.lora.rank:
-        lora.save(start.workdir, params, config.lora, config.model.path)
+        name, _ = hf.split_revision(config.model.path)
+        revision = hf.commit(start.base_folder)
+        lora.save(start.workdir, params, config.lora, base=name, revision=revision)
     else:
-        param_dtype = config.model.param_dtype
-        hf.save(start.workdir, params, start.hf_config, param_dtype, start.tokenizer_folder)
+        hf_config, dtype = hf.read_config(start.base_folder), config.model.param_dtype
+        hf.save(start.workdir, params, hf_config, dtype, start.base_folder)
     for checkpoints in start.folder.glob("*/checkpoints"):
         shutil.rmtree(checkpoints)
 

@@ -2,7 +2,8 @@
 
 One file a task, named in `TASKS`. May import `cloud`, `models` and `runtime`; `rl` and what lies
 above it import this package. A task is a frozen dataclass of functions (`base.Task`), made from
-`config.task` and the marker's text. `config.task.name = "mix"` mixes several (`mix.py`).
+`config.task` and the marker's text. `config.task.system` is the system prompt of each of them.
+`config.task.name = "mix"` mixes several (`mix.py`).
 `config.task.reward`, a function of your own (`reward.py`), or `config.task.judge`, a language model
 (`judge.py`), takes the place of a task's own verifier. `jsonl.py` is the one to copy.
 """
@@ -56,6 +57,10 @@ def make_task(config: ConfigDict) -> Task:
         task = mix.make_task(parts, shares)
     else:
         task = _single_task(config)
+    if config.task.system:
+        system = {"role": "system", "content": config.task.system}
+        without = task.prompt
+        task = dataclasses.replace(task, prompt=lambda example: [system, *without(example)])
     if not config.task.reward:
         return task
     if config.task.judge:
