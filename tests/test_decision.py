@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from vocabularies import CUTS, TEMPLATE, byte_level
 
@@ -112,6 +113,24 @@ def test_an_opening_is_found_as_in_the_text_however_bpe_cuts_it(cut, tmp_path):
     opened_by = check_by_text(text, seed=len(cut))
     names = text.tokenizer.convert_ids_to_tokens(sorted(opened_by))
     assert ">" in names and [n for n in names if len(n) > 1 and n[0] == ">"]  # and what follows it
+
+
+def test_a_space_before_a_word_and_an_id_without_a_token(tmp_path):
+    """Alone, the token of " answer" would be decoded without its space, as a text's first word."""
+    words = {"<unk>": 0, "<": 1, "▁answer": 2, "answer": 3, ">": 4, "<pad>": 7}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(tmp_path)
+    settings = dict(marker="> help", decision_token="<unk>", pad="<pad>", eos=("<unk>",))
+    with pytest.raises(text_lib.TextError, match="also ends"):
+        text_lib.load(tmp_path, ConfigDict(settings))
+    opens = text_lib.load(tmp_path, ConfigDict(settings | {"decision_token": ""})).answer_open
+    assert opens.table.shape == (8, 8)
+    assert walk(opens, [1, 3, 4]) == [1, 7, 8]
+    assert walk(opens, [1, 2, 4, 1, 5, 3]) == [1, 0, 0, 1, 0, 0]  # 5 is no token
 
 
 def test_an_opening_is_found_as_in_the_text_by_smollm2():
