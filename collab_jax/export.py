@@ -81,8 +81,8 @@ end with `{run.text.marker}` where a larger model should answer instead.
 
 ## How to call it
 
-Prompt it by its chat template with {json.dumps(config.task.prompt)}. A response is \
-`<think> ... </think><answer> ... </answer>`, or it ends with the
+Prompt it by its chat template with {json.dumps(config.task.prompt)}{_system(config)}. A response \
+is `<think> ... </think><answer> ... </answer>`, or it ends with the
 marker: then send the question to the cloud. {_first_token_of_a_call(run)}
 `python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out FOLDER` finds the \
 bias for a budget and writes
@@ -123,6 +123,12 @@ def _loading(path: str, *, adapter: bool) -> str:
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     )
+
+
+def _system(config: ConfigDict) -> str:
+    """Returns which system prompt goes with the prompt, where there is one."""
+    system = config.task.system
+    return f"\nand the system prompt {json.dumps(system)}" if system else ""
 
 
 def _first_token_of_a_call(run: Run) -> str:
