@@ -262,13 +262,14 @@ def test_published_shapes_have_the_sizes_of_their_names():
         for name, c in published.CONFIGS.items()
     }
     want = {
+        "smollm2-135m": 0.135,
         "Llama-3.2-1B": 1.236,
         "Llama-3.2-3B": 3.213,
         "Qwen2.5-0.5B": 0.494,
         "Qwen2.5-1.5B": 1.544,
         "Qwen2.5-3B": 3.086,
     }
-    found = {name.split("/")[1].removesuffix("-Instruct"): count for name, count in counts.items()}
+    found = {name.split("/")[-1].removesuffix("-Instruct"): count for name, count in counts.items()}
     assert found == pytest.approx(want, abs=1e-3)  # but for norms and biases
 
 

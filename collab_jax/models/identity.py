@@ -38,10 +38,10 @@ def fingerprint(folder: pathlib.Path) -> dict[str, str]:
 
 def _weights_digest(folder: pathlib.Path) -> str:
     """The SHA-256 of the weights with their names, types and shapes."""
-    lines = [
-        f"{name} {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
-        for _, name, value in hf.stored_weights(folder)
-    ]
+    lines = []
+    for _, name, value in hf.stored_weights(folder):
+        digest = hashlib.sha256(value.tobytes()).hexdigest()
+        lines.append(f"{name} {value.dtype} {value.shape} {digest}")
     return _digest(*sorted(lines))
 
 
