@@ -36,6 +36,15 @@ def fingerprint(folder: pathlib.Path) -> dict[str, str]:
     }
 
 
+def differences(then: dict[str, str], now: dict[str, str]) -> str:
+    """How the parts of a fingerprint differ from those of an earlier one, or ""."""
+    return ", ".join(
+        f"{part} (SHA-256 {then.get(part, 'none')[:12]} then, {digest[:12]} now)"
+        for part, digest in now.items()
+        if then.get(part) != digest
+    )
+
+
 def _weights_digest(folder: pathlib.Path) -> str:
     """The SHA-256 of the weights with their names, types and shapes."""
     lines = []

@@ -163,15 +163,10 @@ def check_base(workdir: pathlib.Path, folder: pathlib.Path) -> None:
         commit = hf.commit(folder)
         _write_json(file, saved | {BASE: now | ({COMMIT: commit} if commit else {})})
         return
-    changed = [
-        f"{part} (SHA-256 {saved[BASE].get(part, 'none')[:12]} then, {digest[:12]} now)"
-        for part, digest in now.items()
-        if saved[BASE].get(part) != digest
-    ]
-    if changed:
+    if changed := identity.differences(saved[BASE], now):
         raise UserError(
             f"the base model in {folder} has changed since the run in {workdir} began: "
-            f"{', '.join(changed)}: restore it, or use another --workdir"
+            f"{changed}: restore it, or use another --workdir"
         )
 
 
