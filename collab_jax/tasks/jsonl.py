@@ -9,7 +9,7 @@ another name than `jsonl` needs a line in `TASKS` (`__init__.py`).
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import base, rows
+from collab_jax.tasks import base, prose, rows
 from collab_jax.tasks.base import Example, Task
 
 CLOUD_PROMPT = "{problem}\n\nEnd with the final answer alone between <answer> and </answer>."
@@ -35,4 +35,5 @@ def make_task(config: ConfigDict) -> Task:
             same(gold, base.answer_of(r)) for gold, r in zip(golds, responses, strict=True)
         ],
         cloud_prompt=CLOUD_PROMPT,
+        read_answer=lambda _, response: prose.last_line(response),
     )

@@ -117,6 +117,10 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
             verdicts.update(zip(rows, judged, strict=True))
         return [verdicts[i] for i in range(len(examples))]
 
+    def read_answer(example: Example, response: str) -> str | None:
+        read = parts[example.task].read_answer
+        return read(example, response) if read else None
+
     solvers = [task.solve_prompt for task in parts.values() if task.solve_prompt]
 
     def solve_prompt(messages: Messages) -> str:
@@ -140,4 +144,5 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
         solve_prompt=solve_prompt if len(solvers) == len(parts) else None,
         gold=gold,
         weights=weights,
+        read_answer=read_answer,
     )

@@ -90,12 +90,13 @@ def make_task(
     gold: Callable[[Example], str | None],
     compare: Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]],
     cloud_prompt: str,
+    read_answer: base.ReadAnswer | None = None,
 ) -> Task:
     """The task of `config.task.name`, whose prompts are templates with {problem} in them.
 
     The device's template is `config.task.prompt`, the cloud's `cloud_prompt`. gold(example) -> the
     right answer, None where there is none. compare(golds, responses) -> whether the answer of each
-    response is its gold one; None where the comparison ran out of time.
+    response is its gold one; None where the comparison ran out of time. read_answer: `Task`'s.
     Raises TaskError for a prompt without {problem}.
     """
     template, marker = config.task.prompt, config.text.marker
@@ -148,4 +149,5 @@ def make_task(
         verify=verify,
         solve_prompt=solve_prompt,
         gold=gold,
+        read_answer=read_answer,
     )

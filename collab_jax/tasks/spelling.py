@@ -1,0 +1,345 @@
+"""One spelling for answers that say the same: text, exact numbers, intervals and lists of these.
+
+`normal` writes an answer in that spelling; `same` and `differ` settle most comparisons of two such
+answers, so that few are left for algebra (`verifier.py`).
+"""
+
+import re
+from collections import Counter
+from fractions import Fraction
+
+from collab_jax.tasks.expressions import value as value_of
+
+# ---- one spelling
+
+_UNICODE = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "÷": "/",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "≈": r"\approx ",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "√": r"\sqrt ",
+        "∪": r"\cup ",
+        "∈": r"\in ",
+        "±": r"\pm ",
+        "°": r"^\circ ",
+        "²": "^2",
+        "³": "^3",
+        "½": r"\frac{1}{2}",
+        **dict.fromkeys("€£¥", "$"),
+    }
+)
+_COMMANDS = [  # (what may be written, its one spelling)
+    (re.compile(pattern), spelling)
+    for pattern, spelling in (
+        (r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\displaystyle", ""),
+        (r"\^ *\{?\\circ\}?|\\degree(?![a-zA-Z])", ""),
+        (r"\\[cdt]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\geq(?:slant)?(?![a-zA-Z])|>=", r"\\ge "),
+        (r"\\leq(?:slant)?(?![a-zA-Z])|<=", r"\\le "),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+        (r"[(\[]\s*\\begin\s*\{array\}\s*\{[lcr|\s]*\}", r"\\begin{pmatrix}"),
+        (r"\\end\s*\{array\}\s*[)\]]", r"\\end{pmatrix}"),
+        (r"\{(?:[bB]|small)matrix\}", "{pmatrix}"),
+        (r"\\\{", r"\\lbrace "),
+        (r"\\\}", r"\\rbrace "),
+    )
+]
+_SPACED_THOUSANDS = re.compile(  # 12\,000 and 12 000
+    r"(?<![\d.,] )(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|\{,\}|,?\\!\s*)\d{3})+(?!\d)"
+    r"|^\W*[1-9]\d{0,2}(?: \d{3})+(?![\d ])"
+)
+_SPACE = re.compile(r"(?:(?<!\\)\\[,;:! ]|\\q?quad|~|\s)+")  # not in "\\ ", a row's end
+_SIGNS = re.compile(r"\\?[$%]|(?<!\\)\\[()\[\]]")
+_TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|rm|bf)"
+_WRAPPED = re.compile(rf"{_TEXT} *\{{([^{{}}]*)\}}")
+# Words after a number that are no unit: they make it another number, or are part of a formula.
+_NO_UNIT = r"(?:and|or|to|out|mod|over|choose|(?:mi|bi|tri)llion|thousand|hundred|dozen)s?\b"
+_UNIT_AS_TEXT = re.compile(
+    rf"(?<=[\d}})]) *{_TEXT} *\{{ *(?! *{_NO_UNIT})[^{{}}\d]*\}}(?:\^ *\{{?\d\}}?)?(?= *(?:[,;]|$))"
+)
+_SHORT_UNIT = r"(?:[mckd]m|m(?=\^|/s)|k?g|m[lg]|ft|in|yd|mi|lbs?|oz|mph|kmh?|hrs?|mins?|secs?|USD|pct|percent)"
+_UNIT_AS_WORDS = re.compile(  # 9 apples, 5 km per hour, 5cm^2
+    rf"(?<=[\d}})])(?: *(?!{_NO_UNIT}){_SHORT_UNIT}| +(?!{_NO_UNIT}|x\b)[a-zA-Z]{{3,}})"
+    r"(?:(?: +| *[/-] *)(?!and\b|or\b)[a-zA-Z]{1,})*(?:\^ *\{?\d\}?)?(?= *(?:[,;]|$|and\b|or\b))"
+)
+_AND = re.compile(r"(?:,| )*(?<=[ \d})])(?:and|or)(?=[ \\\d({A-Z-]) *|; *")
+_OUTSIDE_NUMBERS = re.compile(r"(\\[a-zA-Z]+ )(?=[a-zA-Z])|(?<![\d.]) | (?![\d.])")
+_THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+
+
+def normal(answer: str) -> str:
+    """An answer in one spelling, by which most answers can be compared as text.
+
+    Without white space, dollars, units and sizes of brackets; fractions and roots with braces;
+    elements of a list after commas. White space between two numbers is kept, as a space: `1 2` is
+    not 12. So is a space between a command and a letter.
+    """
+    text = answer.strip().lstrip("= ").translate(_UNICODE)
+    if "\\begin" not in text:  # there "\\\\" ends a row; elsewhere a command was escaped twice
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+    for pattern, spelling in _COMMANDS:
+        text = pattern.sub(spelling, text)
+    text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"[^\d$-]", "", match[0]), text)
+    text = _SPACE.sub(" ", _SIGNS.sub("", text)).strip()
+    text = re.sub(r", (?=\d{3}(?!\d))", ",  ", text)  # 32, 349 is a list, 32,349 is not
+    text = _UNIT_AS_TEXT.sub("", text.rstrip(".,; "))
+    text = _WRAPPED.sub(r"\1", text).strip().rstrip(".,; ")
+    text = _UNIT_AS_WORDS.sub("", text)
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    text = re.sub(" +", " ", _AND.sub(",", _solutions(text)))
+    text = _OUTSIDE_NUMBERS.sub(lambda match: match[1] or "", text)
+    text = re.sub(r"\\frac([0-9a-zA-Z]) ?([0-9a-zA-Z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac ([a-zA-Z])([0-9a-zA-Z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\{([^{}]*)\}([0-9a-zA-Z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac ?([0-9a-zA-Z])\{", r"\\frac{\1}{", text)
+    return re.sub(r"\\sqrt ?([0-9a-zA-Z])", r"\\sqrt{\1}", text)
+
+
+def _solutions(text: str) -> str:
+    """Several solutions as tuples: `x=1,y=2;x=3,y=4` as `(1,2),(3,4)`."""
+    solutions = [part.split(",") for part in re.split(r";| or ", text)]
+    values = [[v.partition("=") for v in solution] for solution in solutions]
+    names = [[name.strip() for name, _, _ in solution] for solution in values]
+    plain = not any(bracket in text for bracket in "([{")
+    if len(values) < 2 or len(names[0]) < 2 or any(n != names[0] for n in names) or not plain:
+        return text
+    return ",".join(f"({','.join(value.strip() for _, _, value in v)})" for v in values)
+
+
+# ---- names before "=": what a value is of
+
+# A variable, perhaps with an index, primes and arguments, several letters, a word, or a tuple of
+# variables: x, x_1, \theta, f(x), f^{-1}(x), P(X>2), AB, m\angle ABC, Area, (x,y).
+_SUFFIX = r"(?:_(?:\w+|\{\w+\}))?'*(?:\^\{-1\})?(?:\([^()=]*\))?"
+_TUPLE = r"\([a-zA-Z](?:,[a-zA-Z])+\)"
+# Of points and what they enclose: |AB|, A:B, V_{1}:V_{2}, \frac{NO}{BO}.
+_POINTS = r"(?:[A-Z|:/{}]|\\frac|_\{?\w+\}?)*[A-Z}|]"
+_IN = r"(?:[a-zA-Z]|f\([a-z]\))\\in(?![a-z]) ?"
+_NAME = re.compile(rf"[a-zA-Z\\ ]+{_SUFFIX}|{_TUPLE}|{_POINTS}")
+_NAMED = re.compile(rf"(?:(?:{_NAME.pattern})=|{_IN})+(?=.)")
+_EQUALS = re.compile(r"(?<![<>!:])=")
+_LETTERS = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]")
+
+
+def named(element: str) -> tuple[str, str]:
+    """(name, value) of a normal answer as `x=5`; the name is "" for a plain value.
+
+    Of `x=2+3=5` and of `2+3=5` the value is 5; of `x=1/3\\approx0.33` it is the exact one.
+    """
+    exact, approximately, rounded = element.partition(r"\approx")
+    if approximately:
+        element = f"{exact}={rounded.strip()}" if _NAME.fullmatch(exact) else exact
+    match = _NAMED.match(element)
+    name, value = (match[0], element[match.end() :]) if match else ("", element)
+    *steps, last = _EQUALS.split(value)
+    if name and steps and not any(_LETTERS.search(step) for step in steps):
+        value = last
+    elif steps and all(_arithmetic(step) == number(last) is not None for step in steps):
+        value = last
+    return name, value
+
+
+def _arithmetic(text: str) -> Fraction | None:
+    """The value of a normal sum, difference, product or quotient of whole numbers, or None."""
+    return value_of(re.sub(r"\\(?:times|cdot)(?![a-zA-Z])", "*", text))
+
+
+def is_equation(text: str) -> bool:
+    """True where a normal answer says that something equals something, and not what a name is."""
+    return any(_EQUALS.search(named(element)[1]) for element in list_of(text)[1])
+
+
+def without_names(text: str) -> str:
+    """A normal answer without the names of its values: `x=1,x=2` as `1,2`."""
+    kind, elements = list_of(text)
+    if kind not in ("", "set"):
+        return text
+    values = ",".join(named(element)[1] for element in elements)
+    return f"\\lbrace{values}\\rbrace" if text.startswith("\\lbrace") else values
+
+
+# ---- values
+
+_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
+_EXACT = re.compile(
+    rf"(-?)\\frac\{{({_NUMBER})\}}\{{({_NUMBER})\}}|({_NUMBER})/({_NUMBER})"
+    rf"|(-?)(\d+)(?: (\d+)/|\\frac\{{(\d+)\}}\{{)(\d+)\}}?|\+?({_NUMBER})"
+)
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of a normal integer, decimal, fraction of these or mixed number, or None."""
+    match = _EXACT.fullmatch(text)
+    if not match or len(text) > 60:
+        return None
+    sign, a, b, c, d, minus, whole, over, above, below, plain = match.groups()
+    try:
+        if plain is not None:
+            return Fraction(plain)
+        if whole is not None:
+            value = int(whole) + Fraction(int(over or above), int(below))
+            return -value if minus else value
+        value = Fraction(a) / Fraction(b) if a is not None else Fraction(c) / Fraction(d)
+    except ZeroDivisionError:
+        return None
+    return -value if sign else value
+
+
+def list_of(text: str) -> tuple[str, list[str]]:
+    """(kind, elements) of a normal answer that is a list, as `1,2` or `(1,2]`.
+
+    kind: "set" for elements without order, else the brackets around them, as "(]"; "" for a single
+    answer, which is then the one element. A union of intervals is a set of them.
+    """
+    inner, kind = text, "set"
+    if text.startswith("\\lbrace") and text.endswith("\\rbrace"):
+        inner = text[7:-7].strip()
+    elif text.startswith("{") and text.endswith("}"):
+        inner = text[1:-1]
+    elif text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        inner, kind = text[1:-1], text[0] + text[-1]
+    elements = _split(inner)
+    if elements is None and kind != "set":  # (1,2),(3,4)
+        elements, kind = _split(text), "set"
+    if elements is None:
+        return "", [text]  # (a)+(b)
+    return (kind, elements) if len(elements) > 1 else ("", [text])
+
+
+def _split(text: str) -> list[str] | None:
+    r"""The parts of a text between commas and \cup outside brackets; None: brackets do not match."""
+    elements, depth, start, i = [], 0, 0, 0
+    while i < len(text):
+        c = text[i]
+        depth += (c in "([{") - (c in ")]}")
+        if depth < 0:
+            return None
+        width = 1 if c == "," else 4 if text.startswith("\\cup", i) else 0
+        if width and depth == 0:
+            elements.append(text[start:i])
+            start = i + width
+        i += width or 1
+    return [*elements, text[start:]]
+
+
+_RELATION = re.compile(r"(<|>|\\le(?![a-zA-Z]) ?|\\ge(?![a-zA-Z]) ?)")
+_VARIABLE = re.compile(r"[a-zA-Z]|\\[a-z]+|[a-zA-Z]\([a-z]\)")
+_CONSTANTS = re.compile(r"\\(?:infty|pi|frac|sqrt)(?![a-zA-Z])")
+
+
+def _interval(text: str) -> str:
+    """A normal inequality with the smaller side first; an interval where it bounds a variable."""
+    parts = _RELATION.split(text)
+    sides, relations = parts[::2], [relation.strip() for relation in parts[1::2]]
+    if not relations:
+        return text
+    if set(relations) <= {">", "\\ge"}:
+        sides.reverse()
+        relations = [{">": "<", "\\ge": "\\le"}[relation] for relation in reversed(relations)]
+    elif not set(relations) <= {"<", "\\le"}:
+        return text
+    ends = sides if len(sides) == 3 else ["-\\infty", *sides, "\\infty"]
+    for low, variable, high in zip(ends, ends[1:], ends[2:], strict=False):
+        if _VARIABLE.fullmatch(variable) and not _has_letters(low + high):
+            opening = "[" if low == sides[0] and relations[0] == "\\le" else "("
+            closing = "]" if high == sides[-1] and relations[-1] == "\\le" else ")"
+            return f"{opening}{low},{high}{closing}"
+    return "".join(a + b for a, b in zip(sides, [*relations, ""], strict=True))
+
+
+def _has_letters(text: str) -> bool:
+    return re.search("[a-zA-Z]", _CONSTANTS.sub("", text)) is not None
+
+
+# ---- comparing
+
+
+def _key(element: str) -> Fraction | str | tuple:
+    """What is equal for two elements that say the same."""
+    element = element.strip()
+    if (value := number(element)) is not None:
+        return value
+    element = _interval(element)
+    kind, parts = list_of(element)
+    if kind:
+        return (kind, *(_key(part) for part in parts))
+    if letter := re.fullmatch(r"\(?([A-Z])[).]?", element):
+        element = letter[1]
+    return element.replace("\\infty", "infinity").replace("+infinity", "infinity").lower()
+
+
+def same(gold: str, prediction: str) -> bool:
+    """True where two normal answers are the same text, number, interval, or list of these.
+
+    False means that it is not known.
+    """
+    (kind, a), (other, b) = list_of(gold), list_of(prediction)
+    if "" in (kind, other) and kind != other:
+        return _key(without_names(gold)) == _key(without_names(prediction)) or _rounded(
+            gold, prediction
+        )
+    if kind != other or len(a) != len(b):
+        return False
+    if kind not in ("", "set"):
+        return [_key(e) for e in a] == [_key(e) for e in b]
+    sides = [[named(element) for element in side] for side in (a, b)]
+    names = [{name for name, _ in side} for side in sides]
+    if len(names[0]) > 1 and names[0] == names[1] and "" not in names[0]:  # x=1,y=2
+        return sorted(sides[0]) == sorted(sides[1]) or _pairs(sides[0]) == _pairs(sides[1])
+    if _pairs([("", value) for _, value in sides[0]]) == _pairs([("", v) for _, v in sides[1]]):
+        return True
+    return kind == "" and _rounded(sides[0][0][1], sides[1][0][1])
+
+
+def _pairs(side: list[tuple[str, str]]) -> Counter:
+    return Counter((name, _key(value)) for name, value in side)
+
+
+_DECIMAL = re.compile(r"-?\d+[.,](\d+)")
+
+
+def _rounded(gold: str, prediction: str) -> bool:
+    """True for 0.0833333 and 1/12, a decimal of six significant digits; and for 1,22 and 1.22."""
+    if "," in gold + prediction:  # a decimal comma
+        if not (_DECIMAL.fullmatch(gold) and _DECIMAL.fullmatch(prediction)):
+            return False
+        return "." in gold + prediction and gold.replace(",", ".") == prediction.replace(",", ".")
+    value, decimal = number(gold), _DECIMAL.fullmatch(prediction)
+    if value is None or not decimal or len(prediction.strip("-0.").replace(".", "")) < 6:
+        return False
+    return round(value, len(decimal[1])) == number(prediction)
+
+
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_FORMULA_WORDS = re.compile(r"sqrt|frac|sinh|cosh|tanh|arc[a-z]+|infinity|pmatrix|matrix")
+
+
+def has_words(text: str) -> bool:
+    """True where a normal answer holds a word, and so is no formula."""
+    plain = _FORMULA_WORDS.sub("", _COMMAND.sub(" ", text))
+    return re.search("[a-zA-Z]{4,}", plain) is not None
+
+
+def differ(gold: str, prediction: str) -> bool:
+    """True where no algebra can make two normal answers that are not the same equal.
+
+    math-verify would take an equation for its right-hand side, and `1 2` for 3.
+    """
+    if all(number(element) is not None for e in (gold, prediction) for element in list_of(e)[1]):
+        return True
+    if has_words(gold) or has_words(prediction):
+        return True
+    if ("=" in gold) != ("=" in prediction) and (is_equation(gold) or is_equation(prediction)):
+        return True
+    return any(re.search(r"[\d.] [\d.]", text) for text in (gold, prediction))
