@@ -246,21 +246,21 @@ def real(name):
         return [json.loads(line) for line in lines]
 
 
+def is_number(gold):
+    return spelling.number(spelling.normal(gold)) is not None
+
+
 def spaced(gold):
     return re.sub(r"([-+=,])", r" \1 ", gold.replace(r"\left", "").replace(r"\right", "")) + " "
 
 
 def otherwise_a_fraction(gold):
     plain = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", gold)
-    return (
-        plain
-        if spelling.number(spelling.normal(gold)) is not None
-        else gold.replace(r"\frac", r"\dfrac")
-    )
+    return plain if is_number(gold) else gold.replace(r"\frac", r"\dfrac")
 
 
 def with_a_unit(gold):
-    return rf"{gold}\text{{ units}}" if spelling.number(spelling.normal(gold)) is not None else gold
+    return rf"{gold}\text{{ units}}" if is_number(gold) else gold
 
 
 def reversed_set(gold):
@@ -384,8 +384,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ("\n C:\n1 2\n", "C"),
         (r"\boxed{A}", "A"),
         (r"\text{B}", "B"),
+        ("A. 4", "A"),
+        ("A) four", "A"),
+        ("The answer is (A).", "A"),
+        ("The correct answer is A. 4 apples", "A"),
+        ("Option A: 4", "A"),
         ("b", None),
         ("Both", None),
+        ("A cat", None),
         ("42", None),
     ],
 )

@@ -62,14 +62,25 @@ _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DO
 _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\s*\{(?:matrix|[bp]matrix|array)\})?")
 _WORD = re.compile(r"(?!(?:sin|cos|tan|log|and|or|mod|sqrt)\b)[a-zA-Z]{2,}")
 _VERB = re.compile(
-    r"(?:\b(?:is|are|was|were|equals?|be|has|have|gets?|makes?|costs?)\b|'s\b|[:=](?!\d\d))\s*"
+    r"(?:\b(?:is|are|was|were|equals?|be|has|have|gets?|makes?|costs?)\b|'s\b|[:=](?!\d\d))"
+    r"(?:\s*\b(?:equal to|exactly|only|just|also|then|therefore|now|a total of)\b)*\s*"
 )
-_REST = re.compile(
-    r"\s*(?:\b(?:in|for|because|since|after|from|at|when|if|with|which|so|left|by)\b|[.;(!]\s|,\s(?!\d))"
+_FORMULA = re.compile(  # with a variable in it
+    r"[\\^_]|\d[a-zA-Z]|\b[a-zA-Z]\s*[-+*/]|[-+*/]\s*[a-zA-Z]\b"
 )
+_REASON = re.compile(r"[,;(]?\s*\b(?:because|since)\b", re.IGNORECASE)
+_REST = re.compile(  # what follows a stated number: "9 apples in 3 boxes"
+    r"\s*(?:(?<!\\)\b(?:in|for|after|from|at|when|if|with|which|so|left|by)\b"
+    r"|(?<!\\)[.;!]\s|(?<!\\),\s+(?![-\d\\]))"
+)
+# A number that stands alone, no part of a formula, a time or a larger number.
 _NUMBER = re.compile(
-    r"(?<![\w.^\\{/:])-?(?:\\?\$\s*)?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:[.,]?\d+)(?:/\d+)?"
-    r"(?![\w^{/]|[.,:]\d|\s*(?:hundred|thousand|[mbtr]+illion|dozen))"
+    r"(?<![^\s$€£])-?(?:\\?[$€£]\s*)?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:[.,]?\d+)(?:/\d+)?"
+    r"(?=[.,;:!?)]*(?:\s|$)|\\?[%$€£])(?!\s*(?:[-+*/^=<>\\]|hundred|thousand|[mbtr]+illion|dozen))"
+)
+_NOT_JUST = re.compile(  # before a number: "not 9", "at least 9", "4 + 9"
+    r"(?:\b(?:not|than|least|most|about|around|approximately|roughly|nearly|almost|between)\s+"
+    r"|between\s+\S+\s+and\s+|n't\s+|[-+*/^<>]\s*)(?:\w+\s+)?$"
 )
 
 
@@ -85,12 +96,10 @@ def answer_in(text: str) -> str:
     text = _EMPHASIS.sub(lambda match: next(filter(None, match.groups())), text.strip())
     if not has_words(text):
         return text
-    if cues := list(_CUE.finditer(text)):
-        rest = text[cues[-1].end() :].strip()
-        if rest.strip(".*: "):
-            text = _SENTENCE_END.split(rest)[0].strip()
-            if not has_words(text):
-                return text
+    if (rest := _after_cue(text)) is not None:
+        text = _SENTENCE_END.split(rest)[0].strip()
+        if not has_words(text):
+            return text
     maths = [
         (match.start(), match.end(), next(filter(None, match.groups())))
         for match in _MATH.finditer(text)
@@ -99,33 +108,64 @@ def answer_in(text: str) -> str:
         listed = _last_listed(text, maths)
         if listed and not re.fullmatch(r"\s*[a-zA-Z]\s*", maths[-1][2]):
             return listed
-    return _stated(_DELIMITERS.sub(" ", text) if maths else text)
+    return _stated(_DELIMITERS.sub(" ", text) if maths else text, rest is not None)
 
 
-def _stated(sentence: str) -> str:
-    """What a sentence without math delimiters states: the part after its verb, or its number."""
-    for verb in list(_VERB.finditer(sentence))[::-1]:
-        after = _REST.split(sentence[verb.end() :], maxsplit=1)[0].strip(" .")
-        numbers = len(_NUMBER.findall(after))
-        if after and (not has_words(after) or numbers == 1 or not _NUMBER.search(sentence)):
-            number = _NUMBER.match(after)
-            return number[0] if number and has_words(after) else after
-        if _NUMBER.match(after):
+def _after_cue(text: str) -> str | None:
+    """What follows the last "the answer is" or "Answer:" of a text; None: nothing does."""
+    cues = list(_CUE.finditer(text))
+    return (text[cues[-1].end() :].lstrip("}*: \n").rstrip("* \n") or None) if cues else None
+
+
+def _stated(sentence: str, after_cue: bool) -> str:
+    """What a sentence without math delimiters states: the part after its verb, or its number.
+
+    after_cue: it is the end of a sentence, what follows "the answer is".
+    """
+    if (conclusion := _REASON.split(sentence, maxsplit=1)[0]).strip():  # "9, because 4 + 5 = 9"
+        sentence = conclusion
+    numbers = _numbers(sentence)
+    verbs = list(_VERB.finditer(sentence))
+    stating = [verb for verb in verbs if not _in_equation(sentence, verb)]
+    starts = [0] * after_cue + [verb.end() for verb in stating]
+    for start in reversed(starts):
+        after = _REST.split(sentence[start:], maxsplit=1)[0].strip().rstrip(".")
+        if after and (not has_words(after) or not numbers):
+            return after
+        if len(stated := _numbers(after)) == 1:
+            return stated[0]
+        if stated:
             return sentence
-    numbers = dict.fromkeys(match[0].strip() for match in _NUMBER.finditer(sentence))
-    return next(iter(numbers)) if len(numbers) == 1 else sentence
+    return numbers[0] if len(numbers) == 1 and stating == verbs else sentence
+
+
+def _in_equation(sentence: str, verb: re.Match) -> bool:
+    """True for the "=" of "x + y = 1", which does not state what an answer is."""
+    return verb[0].startswith("=") and _FORMULA.search(sentence[: verb.start()]) is not None
+
+
+def _numbers(sentence: str) -> list[str]:
+    """The different numbers that a sentence gives as such."""
+    found = [
+        match[0].strip()
+        for match in _NUMBER.finditer(sentence)
+        if not _NOT_JUST.search(sentence[: match.start()])
+    ]
+    return list(dict.fromkeys(found))
 
 
 _LETTER = re.compile(
-    r"[(\s]*(?:option|choice)?[(\s]*([A-J])(?:[).:,]+(?:\s.*)?|\s+-?\s.*)?", re.DOTALL
+    r"[(\s]*(?i:option|choice)?[(\s]*([A-J])(?:[).:,]+(?:\s.*)?|\s+-?\s.*)?", re.DOTALL
 )
 
 
 def letter(text: str) -> str | None:
     """The letter of a choice that an answer begins with: "B", "(B)", "B. 42", "B) four"."""
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$]", r"\1", answer_in(text))
-    match = _LETTER.fullmatch(text.strip())
-    return match[1] if match else None
+    for part in (text, _after_cue(text) or "", answer_in(text)):
+        plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$]", r"\1", part)
+        if match := _LETTER.fullmatch(plain.strip(" .\n")):
+            return match[1]
+    return None
 
 
 # ---- responses without tags
@@ -133,6 +173,7 @@ def letter(text: str) -> str | None:
 LENGTH = 2000  # characters at the end of a response that are read
 _TAG = re.compile(r"</?(?:answer|think)>")
 _HASHES = re.compile(r"####\s*(.+)")
+_ANY_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?(?!\w)")
 
 
 def _last_statement(text: str) -> str | None:
@@ -141,14 +182,13 @@ def _last_statement(text: str) -> str | None:
         return box
     if hashes := _HASHES.findall(text):
         return hashes[-1].strip()
-    if cues := list(_CUE.finditer(text)):
-        rest = text[cues[-1].end() :].strip()
+    if rest := _after_cue(text):
         return _SENTENCE_END.split(rest)[0].split("\n")[0].strip(" .*") or None
     return None
 
 
 def _end(response: str) -> str:
-    return _TAG.sub(" ", response[-LENGTH:]).strip()
+    return _TAG.sub("\n", response[-LENGTH:]).strip()
 
 
 def last_answer(response: str) -> str | None:
@@ -156,7 +196,7 @@ def last_answer(response: str) -> str | None:
     text = _end(response)
     if stated := _last_statement(text):
         return stated
-    numbers = [match[0] for match in _NUMBER.finditer(text)]
+    numbers = _ANY_NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
 

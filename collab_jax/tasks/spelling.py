@@ -67,7 +67,10 @@ _NO_UNIT = r"(?:and|or|to|out|mod|over|choose|(?:mi|bi|tri)llion|thousand|hundre
 _UNIT_AS_TEXT = re.compile(
     rf"(?<=[\d}})]) *{_TEXT} *\{{ *(?! *{_NO_UNIT})[^{{}}\d]*\}}(?:\^ *\{{?\d\}}?)?(?= *(?:[,;]|$))"
 )
-_SHORT_UNIT = r"(?:[mckd]m|m(?=\^|/s)|k?g|m[lg]|ft|in|yd|mi|lbs?|oz|mph|kmh?|hrs?|mins?|secs?|USD|pct|percent)"
+_SHORT_UNIT = (
+    r"(?:[mckd]m|m(?=\^|/s)|k?g|m[lg]|ft|in|yd|mi|lbs?|oz|mph|kmh?|hrs?|mins?|secs?"
+    r"|USD|pct|percent)"
+)
 _UNIT_AS_WORDS = re.compile(  # 9 apples, 5 km per hour, 5cm^2
     rf"(?<=[\d}})])(?: *(?!{_NO_UNIT}){_SHORT_UNIT}| +(?!{_NO_UNIT}|x\b)[a-zA-Z]{{3,}})"
     r"(?:(?: +| *[/-] *)(?!and\b|or\b)[a-zA-Z]{1,})*(?:\^ *\{?\d\}?)?(?= *(?:[,;]|$|and\b|or\b))"
@@ -124,7 +127,7 @@ def _solutions(text: str) -> str:
 _SUFFIX = r"(?:_(?:\w+|\{\w+\}))?'*(?:\^\{-1\})?(?:\([^()=]*\))?"
 _TUPLE = r"\([a-zA-Z](?:,[a-zA-Z])+\)"
 # Of points and what they enclose: |AB|, A:B, V_{1}:V_{2}, \frac{NO}{BO}.
-_POINTS = r"(?:[A-Z|:/{}]|\\frac|_\{?\w+\}?)*[A-Z}|]"
+_POINTS = r"(?:[A-Z|:/{}]|\\frac|_\{\w+\}|_[0-9a-z])+(?<=[A-Z}|])"
 _IN = r"(?:[a-zA-Z]|f\([a-z]\))\\in(?![a-z]) ?"
 _NAME = re.compile(rf"[a-zA-Z\\ ]+{_SUFFIX}|{_TUPLE}|{_POINTS}")
 _NAMED = re.compile(rf"(?:(?:{_NAME.pattern})=|{_IN})+(?=.)")
@@ -218,7 +221,7 @@ def list_of(text: str) -> tuple[str, list[str]]:
 
 
 def _split(text: str) -> list[str] | None:
-    r"""The parts of a text between commas and \cup outside brackets; None: brackets do not match."""
+    r"""The parts between commas and \cup outside brackets; None where brackets do not match."""
     elements, depth, start, i = [], 0, 0, 0
     while i < len(text):
         c = text[i]
@@ -314,7 +317,8 @@ def _rounded(gold: str, prediction: str) -> bool:
     if "," in gold + prediction:  # a decimal comma
         if not (_DECIMAL.fullmatch(gold) and _DECIMAL.fullmatch(prediction)):
             return False
-        return "." in gold + prediction and gold.replace(",", ".") == prediction.replace(",", ".")
+        points = gold.replace(",", "."), prediction.replace(",", ".")
+        return "." in gold + prediction and number(points[0]) == number(points[1])
     value, decimal = number(gold), _DECIMAL.fullmatch(prediction)
     if value is None or not decimal or len(prediction.strip("-0.").replace(".", "")) < 6:
         return False
@@ -328,7 +332,7 @@ _FORMULA_WORDS = re.compile(r"sqrt|frac|sinh|cosh|tanh|arc[a-z]+|infinity|pmatri
 def has_words(text: str) -> bool:
     """True where a normal answer holds a word, and so is no formula."""
     plain = _FORMULA_WORDS.sub("", _COMMAND.sub(" ", text))
-    return re.search("[a-zA-Z]{4,}", plain) is not None
+    return re.search(r"[a-zA-Z]{4,}|\d(?:st|nd|rd|th)\b", plain) is not None
 
 
 def differ(gold: str, prediction: str) -> bool:
