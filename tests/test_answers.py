@@ -88,6 +88,7 @@ CLASSES = {
             "The solutions are -2 and 1.",
             r"$x = -2 \text{ or } x = 1$",
             "x_1 = -2, x_2 = 1",
+            "x = -2, 1",
         ],
         ["-2", "2, 1", "-2, 1, 3"],
     ),
@@ -258,7 +259,8 @@ def lenient_task(read_answer, asked):
         asked.extend(responses)
         return [Verdict("<answer>9</answer>" in r, False, False) for r in responses]
 
-    return Task("t", list, list, list, verify, read_answer=read_answer)
+    ask = lambda example: []  # noqa: E731
+    return Task("t", lambda split: [], ask, ask, verify, read_answer=read_answer)
 
 
 def test_lenient_correct_compares_only_what_the_verifier_has_not_seen():

@@ -40,6 +40,7 @@ def answered(text):
         ("\n" * 3000 + "\\boxed{ 42\n}" + "\n" * 3000, "42"),
         ("  ", None),
         ("9" * 501, None),
+        ("First we add. " * 50 + "So the answer is 9.", "9."),
     ],
 )
 def test_the_answer_of_a_response(text, answer):

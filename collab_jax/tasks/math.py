@@ -21,14 +21,16 @@ MAX_ANSWER = 500  # characters; a longer prediction is wrong, unread
 def extract(response: str) -> str | None:
     """The answer that a response gives: what its `<answer>` block has in a box, or the block.
 
-    None where there is none, or where it is longer than MAX_ANSWER: that is no final answer, and
-    nothing to spend time on.
+    Of a block longer than MAX_ANSWER it is what follows the last "the answer is", if anything does:
+    the rest is no final answer, and nothing to spend time on. None where there is no answer.
     """
     block = base.answer_of(response)
     if block is None:
         return None
-    boxed = prose.boxed(block[-4 * MAX_ANSWER :])
-    answer = (block if boxed is None else boxed).strip()
+    answer = prose.boxed(block[-4 * MAX_ANSWER :])
+    if answer is None:
+        answer = block if len(block) <= MAX_ANSWER else prose.after_cue(block[-MAX_ANSWER:]) or ""
+    answer = answer.strip()
     return answer if 0 < len(answer) <= MAX_ANSWER else None
 
 

@@ -62,11 +62,11 @@ _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DO
 _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\s*\{(?:matrix|[bp]matrix|array)\})?")
 _WORD = re.compile(r"(?!(?:sin|cos|tan|log|and|or|mod|sqrt)\b)[a-zA-Z]{2,}")
 _VERB = re.compile(
-    r"(?:\b(?:is|are|was|were|equals?|be|has|have|gets?|makes?|costs?)\b|'s\b|[:=](?!\d\d))"
+    r"(?:\b(?:is|are|was|were|equals?|be|has|have|gets?|makes?|costs?)\b|'s\b|=|(?<!\d):|:(?!\d))"
     r"(?:\s*\b(?:equal to|exactly|only|just|also|then|therefore|now|a total of)\b)*\s*"
 )
 _FORMULA = re.compile(  # with a variable in it
-    r"[\\^_]|\d[a-zA-Z]|\b[a-zA-Z]\s*[-+*/]|[-+*/]\s*[a-zA-Z]\b"
+    r"[\\^_]|\d[a-zA-Z]|\b[a-zA-Z]\s*[-+*]|[-+*]\s*[a-zA-Z]\b"
 )
 _REASON = re.compile(r"[,;(]?\s*\b(?:because|since)\b", re.IGNORECASE)
 _REST = re.compile(  # what follows a stated number: "9 apples in 3 boxes"
@@ -79,12 +79,12 @@ _NUMBER = re.compile(
     r"(?=[.,;:!?)]*(?:\s|$)|\\?[%$€£])(?!\s*(?:[-+*/^=<>\\]|hundred|thousand|[mbtr]+illion|dozen))"
 )
 _NOT_JUST = re.compile(  # before a number: "not 9", "at least 9", "4 + 9"
-    r"(?:\b(?:not|than|least|most|about|around|approximately|roughly|nearly|almost|between)\s+"
+    r"(?:\b(?:not|minus|than|least|most|about|around|approximately|roughly|nearly|almost|between)\s+"
     r"|between\s+\S+\s+and\s+|n't\s+|[-+*/^<>]\s*)(?:\w+\s+)?$"
 )
 
 
-def has_words(text: str) -> bool:
+def _has_words(text: str) -> bool:
     """True where a text, its commands aside, holds a word."""
     return _WORD.search(_COMMAND.sub(" ", text)) is not None
 
@@ -94,11 +94,12 @@ def answer_in(text: str) -> str:
     if (box := boxed(text)) is not None:
         return box
     text = _EMPHASIS.sub(lambda match: next(filter(None, match.groups())), text.strip())
-    if not has_words(text):
+    text = re.sub(r"\bnegative (?=\d)", "-", text)
+    if not _has_words(text):
         return text
-    if (rest := _after_cue(text)) is not None:
+    if (rest := after_cue(text)) is not None:
         text = _SENTENCE_END.split(rest)[0].strip()
-        if not has_words(text):
+        if not _has_words(text):
             return text
     maths = [
         (match.start(), match.end(), next(filter(None, match.groups())))
@@ -111,7 +112,7 @@ def answer_in(text: str) -> str:
     return _stated(_DELIMITERS.sub(" ", text) if maths else text, rest is not None)
 
 
-def _after_cue(text: str) -> str | None:
+def after_cue(text: str) -> str | None:
     """What follows the last "the answer is" or "Answer:" of a text; None: nothing does."""
     cues = list(_CUE.finditer(text))
     return (text[cues[-1].end() :].lstrip("}*: \n").rstrip("* \n") or None) if cues else None
@@ -130,9 +131,10 @@ def _stated(sentence: str, after_cue: bool) -> str:
     starts = [0] * after_cue + [verb.end() for verb in stating]
     for start in reversed(starts):
         after = _REST.split(sentence[start:], maxsplit=1)[0].strip().rstrip(".")
-        if after and (not has_words(after) or not numbers):
+        if after and (not _has_words(after) or not numbers):
             return after
-        if len(stated := _numbers(after)) == 1:
+        stated = _numbers(after)
+        if len(stated) == 1 and not _FORMULA.search(after):
             return stated[0]
         if stated:
             return sentence
@@ -161,7 +163,7 @@ _LETTER = re.compile(
 
 def letter(text: str) -> str | None:
     """The letter of a choice that an answer begins with: "B", "(B)", "B. 42", "B) four"."""
-    for part in (text, _after_cue(text) or "", answer_in(text)):
+    for part in (text, after_cue(text) or "", answer_in(text)):
         plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$]", r"\1", part)
         if match := _LETTER.fullmatch(plain.strip(" .\n")):
             return match[1]
@@ -182,7 +184,7 @@ def _last_statement(text: str) -> str | None:
         return box
     if hashes := _HASHES.findall(text):
         return hashes[-1].strip()
-    if rest := _after_cue(text):
+    if rest := after_cue(text):
         return _SENTENCE_END.split(rest)[0].split("\n")[0].strip(" .*") or None
     return None
 

@@ -50,10 +50,20 @@ _COMMANDS = [  # (what may be written, its one spelling)
         (r"[(\[]\s*\\begin\s*\{array\}\s*\{[lcr|\s]*\}", r"\\begin{pmatrix}"),
         (r"\\end\s*\{array\}\s*[)\]]", r"\\end{pmatrix}"),
         (r"\{(?:[bB]|small)matrix\}", "{pmatrix}"),
+        (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+        (r"\\?sqrt *\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\\{", r"\\lbrace "),
         (r"\\\}", r"\\rbrace "),
     )
 ]
+_NUMERALS = {
+    word: str(i)
+    for i, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen twenty".split()
+    )
+}
+_NUMERAL = re.compile(rf"({'|'.join(_NUMERALS)})(?=\W*$| [a-z]+\W*$)", re.IGNORECASE)
 _SPACED_THOUSANDS = re.compile(  # 12\,000 and 12 000
     r"(?<![\d.,] )(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|\{,\}|,?\\!\s*)\d{3})+(?!\d)"
     r"|^\W*[1-9]\d{0,2}(?: \d{3})+(?![\d ])"
@@ -72,7 +82,7 @@ _SHORT_UNIT = (
     r"|USD|pct|percent)"
 )
 _UNIT_AS_WORDS = re.compile(  # 9 apples, 5 km per hour, 5cm^2
-    rf"(?<=[\d}})])(?: *(?!{_NO_UNIT}){_SHORT_UNIT}| +(?!{_NO_UNIT}|x\b)[a-zA-Z]{{3,}})"
+    rf"(?:(?<=[\d}})])|(?<=\\pi))(?: *(?!{_NO_UNIT}){_SHORT_UNIT}| +(?!{_NO_UNIT}|x\b)[a-zA-Z]{{3,}})"
     r"(?:(?: +| *[/-] *)(?!and\b|or\b)[a-zA-Z]{1,})*(?:\^ *\{?\d\}?)?(?= *(?:[,;]|$|and\b|or\b))"
 )
 _AND = re.compile(r"(?:,| )*(?<=[ \d})])(?:and|or)(?=[ \\\d({A-Z-]) *|; *")
@@ -88,17 +98,18 @@ def normal(answer: str) -> str:
     not 12. So is a space between a command and a letter.
     """
     text = answer.strip().lstrip("= ").translate(_UNICODE)
+    if numeral := _NUMERAL.match(text):  # nine, nine apples
+        text = _NUMERALS[numeral[1].lower()] + text[numeral.end() :]
     if "\\begin" not in text:  # there "\\\\" ends a row; elsewhere a command was escaped twice
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     for pattern, spelling in _COMMANDS:
         text = pattern.sub(spelling, text)
     text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"[^\d$-]", "", match[0]), text)
     text = _SPACE.sub(" ", _SIGNS.sub("", text)).strip()
-    text = re.sub(r", (?=\d{3}(?!\d))", ",  ", text)  # 32, 349 is a list, 32,349 is not
     text = _UNIT_AS_TEXT.sub("", text.rstrip(".,; "))
     text = _WRAPPED.sub(r"\1", text).strip().rstrip(".,; ")
     text = _UNIT_AS_WORDS.sub("", text)
-    if _THOUSANDS.fullmatch(text):
+    if _THOUSANDS.fullmatch(text):  # 32,349, but not 32, 349, which is a list
         text = text.replace(",", "")
     text = re.sub(" +", " ", _AND.sub(",", _solutions(text)))
     text = _OUTSIDE_NUMBERS.sub(lambda match: match[1] or "", text)
@@ -288,25 +299,27 @@ def same(gold: str, prediction: str) -> bool:
     False means that it is not known.
     """
     (kind, a), (other, b) = list_of(gold), list_of(prediction)
-    if "" in (kind, other) and kind != other:
-        return _key(without_names(gold)) == _key(without_names(prediction)) or _rounded(
-            gold, prediction
-        )
-    if kind != other or len(a) != len(b):
-        return False
-    if kind not in ("", "set"):
-        return [_key(e) for e in a] == [_key(e) for e in b]
-    sides = [[named(element) for element in side] for side in (a, b)]
-    names = [{name for name, _ in side} for side in sides]
-    if len(names[0]) > 1 and names[0] == names[1] and "" not in names[0]:  # x=1,y=2
-        return sorted(sides[0]) == sorted(sides[1]) or _pairs(sides[0]) == _pairs(sides[1])
-    if _pairs([("", value) for _, value in sides[0]]) == _pairs([("", v) for _, v in sides[1]]):
-        return True
-    return kind == "" and _rounded(sides[0][0][1], sides[1][0][1])
+    if kind == other == "set":
+        return _same_set([named(element) for element in a], [named(element) for element in b])
+    values = [named(element) for element in b]
+    if kind == "()" and other == "set" and "" not in (names := dict(values)):  # x=3,y=4
+        return len(names) == len(a) and [_key(e) for e in a] == [_key(v) for _, v in values]
+    one, another = without_names(gold), without_names(prediction)
+    return _key(one) == _key(another) or _rounded(one, another)
 
 
-def _pairs(side: list[tuple[str, str]]) -> Counter:
-    return Counter((name, _key(value)) for name, value in side)
+def _same_set(a: list[tuple[str, str]], b: list[tuple[str, str]]) -> bool:
+    """True where two sets of (name, value) say the same.
+
+    Names count where both sets have the same ones: x=1,y=2 is not x=2,y=1, but x_1 and x_2 are two
+    values of x.
+    """
+    a, b = ([(name.partition("_")[0].rstrip("="), value) for name, value in s] for s in (a, b))
+    names = {name for name, _ in a}
+    if "" in names or len(names) < 2 or names != {name for name, _ in b}:
+        a, b = ([("", value) for _, value in side] for side in (a, b))
+    one, another = (Counter((name, _key(value)) for name, value in side) for side in (a, b))
+    return one == another
 
 
 _DECIMAL = re.compile(r"-?\d+[.,](\d+)")
@@ -329,7 +342,7 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _FORMULA_WORDS = re.compile(r"sqrt|frac|sinh|cosh|tanh|arc[a-z]+|infinity|pmatrix|matrix")
 
 
-def has_words(text: str) -> bool:
+def _has_words(text: str) -> bool:
     """True where a normal answer holds a word, and so is no formula."""
     plain = _FORMULA_WORDS.sub("", _COMMAND.sub(" ", text))
     return re.search(r"[a-zA-Z]{4,}|\d(?:st|nd|rd|th)\b", plain) is not None
@@ -342,7 +355,7 @@ def differ(gold: str, prediction: str) -> bool:
     """
     if all(number(element) is not None for e in (gold, prediction) for element in list_of(e)[1]):
         return True
-    if has_words(gold) or has_words(prediction):
+    if _has_words(gold) or _has_words(prediction):
         return True
     if ("=" in gold) != ("=" in prediction) and (is_equation(gold) or is_equation(prediction)):
         return True
