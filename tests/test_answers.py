@@ -8,7 +8,17 @@ import time
 import pytest
 from conftest import ROOT
 
-from collab_jax.tasks import Example, Task, Verdict, base, math, prose, spelling, verifier
+from collab_jax.tasks import (
+    Example,
+    Task,
+    Verdict,
+    base,
+    free_form,
+    math,
+    prose,
+    spelling,
+    verifier,
+)
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -169,7 +179,7 @@ def test_what_a_spelling_settles_needs_no_worker(monkeypatch):
 def test_reading_an_answer_costs_little_whatever_it_is(part):
     text = (part * 500)[: math.MAX_ANSWER]
     started = time.monotonic()
-    spelling.same(spelling.normal("9"), spelling.normal(prose.answer_in(text)))
+    free_form.same(spelling.normal("9"), spelling.normal(prose.answer_in(text)))
     prose.last_answer(part * 5000)
     prose.last_letter(part * 5000)
     assert time.monotonic() - started < 2
@@ -284,3 +294,16 @@ def test_a_task_that_reads_nothing_without_tags_is_as_strict_as_its_verifier():
         False,
     ]
     assert not asked
+
+
+def test_each_part_of_a_mix_reads_in_its_own_way():
+    readers = {
+        "numbers": lambda example, response: prose.last_answer(response),
+        "letters": lambda example, response: prose.last_letter(response),
+        "tagged": None,
+    }
+    parts = {name: lenient_task(read, []) for name, read in readers.items()}
+    task = mix.make_task(parts, dict.fromkeys(parts, 1 / 3))
+    assert task.read_answer
+    read = {name: task.read_answer(Example("a", "", None, task=name), "B. 42") for name in parts}
+    assert read == {"numbers": "42", "letters": "B", "tagged": None}

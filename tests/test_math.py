@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import make_task, math, rows, spelling, verifier
+from collab_jax.tasks import free_form, make_task, math, rows, spelling, verifier
 from collab_jax.tasks.choice import letter
 from collab_jax.tasks.verifier import Verifier
 
@@ -141,7 +141,7 @@ def test_a_hostile_answer_costs_its_deadline_at_most():
     try:
         assert short.equal([("x", "x")]) == [True]  # started
         for hostile in HOSTILE:
-            assert not spelling.same("7", spelling.normal(hostile))
+            assert not free_form.same("7", spelling.normal(hostile))
             started = time.monotonic()
             assert short.equal([("7", hostile)])[0] in (False, None), hostile
             if not short._workers[

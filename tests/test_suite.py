@@ -179,6 +179,8 @@ def test_the_papers_table_in_one_command(made, workdir):
             set(table["task"]) == {name} and len(set(table["id"])) == of["prompts"] * of["samples"]
         )
         assert of["device"]["value"] == table["local_correct"].mean()
+        assert of["lenient"]["value"] == table["lenient_correct"].mean()
+        assert (table["lenient_correct"] | ~table["local_correct"]).all()
         assert table["cloud_known"].all()
         assert of["cloud"]["value"] == pytest.approx(table["cloud_correct"].mean())
         assert of["calls"]["value"] == pytest.approx(table["natural_called"].mean())

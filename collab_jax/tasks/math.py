@@ -1,16 +1,16 @@
 """Mathematics with a final answer: MATH, GSM8K and the benchmarks that are only for evaluation.
 
 How an answer is found in a response (`extract`), when two answers are the same (`equal`), and the
-tasks. An answer is taken out of its sentence (`prose.py`) and written in one spelling, in which
-most can be compared (`spelling.py`). What that does not settle goes to math-verify (`verifier.py`).
+tasks. An answer is taken out of its sentence (`prose.py`) and written in one spelling
+(`spelling.py`), in which most can be compared (`free_form.py`). What that does not settle goes to
+math-verify (`verifier.py`).
 """
 
-import re
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import base, prose, rows, spelling, verifier
+from collab_jax.tasks import base, free_form, prose, rows, verifier
 from collab_jax.tasks.base import Example, Task, TaskError
 
 MAX_ANSWER = 500  # characters; a longer prediction is wrong, unread
@@ -34,24 +34,6 @@ def extract(response: str) -> str | None:
     return answer if 0 < len(answer) <= MAX_ANSWER else None
 
 
-def _settled(gold: str, prediction: str) -> bool | tuple[str, str]:
-    """Whether a prediction is the gold answer; the pair to compare where algebra must tell.
-
-    A prediction is compared as it stands, and taken out of the sentence around it.
-    """
-    gold = spelling.normal(prose.boxed(gold) or gold)
-    whole = spelling.normal(prediction)
-    stated = spelling.normal(prose.answer_in(prediction))
-    if spelling.same(gold, whole) or spelling.same(gold, stated):
-        return True
-    if choice := re.fullmatch(r"\(?([A-Z])\)?", gold):
-        return prose.letter(prediction) == choice[1]
-    pair = gold, stated
-    if not spelling.is_equation(gold) and not spelling.is_equation(stated):
-        pair = spelling.without_names(gold), spelling.without_names(stated)
-    return False if spelling.differ(gold, stated) or spelling.differ(*pair) else pair
-
-
 def equal_all(pairs: Sequence[tuple[str, str | None]]) -> list[bool | None]:
     """Whether gold and prediction are the same answer, for each pair.
 
@@ -62,7 +44,7 @@ def equal_all(pairs: Sequence[tuple[str, str | None]]) -> list[bool | None]:
     for i, (gold, prediction) in enumerate(pairs):
         if prediction is None or len(prediction) > MAX_ANSWER:
             continue
-        settled = _settled(gold, prediction)
+        settled = free_form.settled(gold, prediction)
         if isinstance(settled, bool):
             results[i] = settled
         else:

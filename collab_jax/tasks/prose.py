@@ -157,7 +157,7 @@ def _numbers(sentence: str) -> list[str]:
 
 
 _LETTER = re.compile(
-    r"[(\s]*(?i:option|choice)?[(\s]*([A-J])(?:[).:,]+(?:\s.*)?|\s+-?\s.*)?", re.DOTALL
+    r"[(\s]*(?i:option|choice)?[(\s]*([A-J])(?:[).:,]+(?:\s.*)?|\s+-\s.*)?", re.DOTALL
 )
 
 

@@ -1,11 +1,9 @@
-"""One spelling for answers that say the same: text, exact numbers, intervals and lists of these.
+"""One spelling for answers that are written in many: `normal`, and what stands in such an answer.
 
-`normal` writes an answer in that spelling; `same` and `differ` settle most comparisons of two such
-answers, so that few are left for algebra (`verifier.py`).
+That is the names of its values (`named`), its elements (`list_of`) and its exact number.
 """
 
 import re
-from collections import Counter
 from fractions import Fraction
 
 from collab_jax.tasks.expressions import value as value_of
@@ -82,7 +80,8 @@ _SHORT_UNIT = (
     r"|USD|pct|percent)"
 )
 _UNIT_AS_WORDS = re.compile(  # 9 apples, 5 km per hour, 5cm^2
-    rf"(?:(?<=[\d}})])|(?<=\\pi))(?: *(?!{_NO_UNIT}){_SHORT_UNIT}| +(?!{_NO_UNIT}|x\b)[a-zA-Z]{{3,}})"
+    r"(?:(?<=[\d})])|(?<=\\pi))"
+    rf"(?: *(?!{_NO_UNIT}){_SHORT_UNIT}| +(?!{_NO_UNIT}|x\b)[a-zA-Z]{{3,}})"
     r"(?:(?: +| *[/-] *)(?!and\b|or\b)[a-zA-Z]{1,})*(?:\^ *\{?\d\}?)?(?= *(?:[,;]|$|and\b|or\b))"
 )
 _AND = re.compile(r"(?:,| )*(?<=[ \d})])(?:and|or)(?=[ \\\d({A-Z-]) *|; *")
@@ -245,118 +244,3 @@ def _split(text: str) -> list[str] | None:
             start = i + width
         i += width or 1
     return [*elements, text[start:]]
-
-
-_RELATION = re.compile(r"(<|>|\\le(?![a-zA-Z]) ?|\\ge(?![a-zA-Z]) ?)")
-_VARIABLE = re.compile(r"[a-zA-Z]|\\[a-z]+|[a-zA-Z]\([a-z]\)")
-_CONSTANTS = re.compile(r"\\(?:infty|pi|frac|sqrt)(?![a-zA-Z])")
-
-
-def _interval(text: str) -> str:
-    """A normal inequality with the smaller side first; an interval where it bounds a variable."""
-    parts = _RELATION.split(text)
-    sides, relations = parts[::2], [relation.strip() for relation in parts[1::2]]
-    if not relations:
-        return text
-    if set(relations) <= {">", "\\ge"}:
-        sides.reverse()
-        relations = [{">": "<", "\\ge": "\\le"}[relation] for relation in reversed(relations)]
-    elif not set(relations) <= {"<", "\\le"}:
-        return text
-    ends = sides if len(sides) == 3 else ["-\\infty", *sides, "\\infty"]
-    for low, variable, high in zip(ends, ends[1:], ends[2:], strict=False):
-        if _VARIABLE.fullmatch(variable) and not _has_letters(low + high):
-            opening = "[" if low == sides[0] and relations[0] == "\\le" else "("
-            closing = "]" if high == sides[-1] and relations[-1] == "\\le" else ")"
-            return f"{opening}{low},{high}{closing}"
-    return "".join(a + b for a, b in zip(sides, [*relations, ""], strict=True))
-
-
-def _has_letters(text: str) -> bool:
-    return re.search("[a-zA-Z]", _CONSTANTS.sub("", text)) is not None
-
-
-# ---- comparing
-
-
-def _key(element: str) -> Fraction | str | tuple:
-    """What is equal for two elements that say the same."""
-    element = element.strip()
-    if (value := number(element)) is not None:
-        return value
-    element = _interval(element)
-    kind, parts = list_of(element)
-    if kind:
-        return (kind, *(_key(part) for part in parts))
-    if letter := re.fullmatch(r"\(?([A-Z])[).]?", element):
-        element = letter[1]
-    return element.replace("\\infty", "infinity").replace("+infinity", "infinity").lower()
-
-
-def same(gold: str, prediction: str) -> bool:
-    """True where two normal answers are the same text, number, interval, or list of these.
-
-    False means that it is not known.
-    """
-    (kind, a), (other, b) = list_of(gold), list_of(prediction)
-    if kind == other == "set":
-        return _same_set([named(element) for element in a], [named(element) for element in b])
-    values = [named(element) for element in b]
-    if kind == "()" and other == "set" and "" not in (names := dict(values)):  # x=3,y=4
-        return len(names) == len(a) and [_key(e) for e in a] == [_key(v) for _, v in values]
-    one, another = without_names(gold), without_names(prediction)
-    return _key(one) == _key(another) or _rounded(one, another)
-
-
-def _same_set(a: list[tuple[str, str]], b: list[tuple[str, str]]) -> bool:
-    """True where two sets of (name, value) say the same.
-
-    Names count where both sets have the same ones: x=1,y=2 is not x=2,y=1, but x_1 and x_2 are two
-    values of x.
-    """
-    a, b = ([(name.partition("_")[0].rstrip("="), value) for name, value in s] for s in (a, b))
-    names = {name for name, _ in a}
-    if "" in names or len(names) < 2 or names != {name for name, _ in b}:
-        a, b = ([("", value) for _, value in side] for side in (a, b))
-    one, another = (Counter((name, _key(value)) for name, value in side) for side in (a, b))
-    return one == another
-
-
-_DECIMAL = re.compile(r"-?\d+[.,](\d+)")
-
-
-def _rounded(gold: str, prediction: str) -> bool:
-    """True for 0.0833333 and 1/12, a decimal of six significant digits; and for 1,22 and 1.22."""
-    if "," in gold + prediction:  # a decimal comma
-        if not (_DECIMAL.fullmatch(gold) and _DECIMAL.fullmatch(prediction)):
-            return False
-        points = gold.replace(",", "."), prediction.replace(",", ".")
-        return "." in gold + prediction and number(points[0]) == number(points[1])
-    value, decimal = number(gold), _DECIMAL.fullmatch(prediction)
-    if value is None or not decimal or len(prediction.strip("-0.").replace(".", "")) < 6:
-        return False
-    return round(value, len(decimal[1])) == number(prediction)
-
-
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
-_FORMULA_WORDS = re.compile(r"sqrt|frac|sinh|cosh|tanh|arc[a-z]+|infinity|pmatrix|matrix")
-
-
-def _has_words(text: str) -> bool:
-    """True where a normal answer holds a word, and so is no formula."""
-    plain = _FORMULA_WORDS.sub("", _COMMAND.sub(" ", text))
-    return re.search(r"[a-zA-Z]{4,}|\d(?:st|nd|rd|th)\b", plain) is not None
-
-
-def differ(gold: str, prediction: str) -> bool:
-    """True where no algebra can make two normal answers that are not the same equal.
-
-    math-verify would take an equation for its right-hand side, and `1 2` for 3.
-    """
-    if all(number(element) is not None for e in (gold, prediction) for element in list_of(e)[1]):
-        return True
-    if _has_words(gold) or _has_words(prediction):
-        return True
-    if ("=" in gold) != ("=" in prediction) and (is_equation(gold) or is_equation(prediction)):
-        return True
-    return any(re.search(r"[\d.] [\d.]", text) for text in (gold, prediction))
