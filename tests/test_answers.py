@@ -15,6 +15,7 @@ from collab_jax.tasks import (
     base,
     free_form,
     math,
+    mix,
     prose,
     spelling,
     verifier,
