@@ -3,10 +3,12 @@
     python -m collab_jax.evaluate --config configs/countdown_tiny.py --workdir RUN
 
 evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes
-`eval.parquet` and `eval.json`. One pass decodes naturally, one with the marker disallowed; the
-second one's margin trace holds the call decision at every budget (`sampler.py`). With `--suite` the
-model is evaluated on other benchmarks (`reports/suite.py`). `records.py` documents the columns.
-Routers that run the model once more (`config.routers.record`) are recorded by training only.
+`eval.parquet` and `eval.json`. While you still choose between settings, `--split validation` leaves
+the test prompts unseen, and writes `validation.parquet` and `validation.json`. One pass decodes
+naturally, one with the marker disallowed; the second one's margin trace holds the call decision at
+every budget (`sampler.py`). With `--suite` the model is evaluated on other benchmarks
+(`reports/suite.py`). `records.py` documents the columns. Routers that run the model once more
+(`config.routers.record`) are recorded by training only.
 """
 
 from collab_jax.runtime import process
@@ -25,9 +27,11 @@ from collab_jax.rl import evaluation, experiment
 from collab_jax.runtime import cli, files, parallel
 from collab_jax.runtime.errors import UserError
 
+FILES = {"test": "eval", "validation": "validation"}  # split -> name of what is written
 
-def main(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Evaluates the run in `workdir` on its held-out prompts; returns the exit status."""
+
+def main(config: ConfigDict, workdir: pathlib.Path, split: str = "test") -> int:
+    """Evaluates the run in `workdir` on prompts of a held-out split; returns the exit status."""
     run = experiment.prepare(config, workdir)
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
@@ -36,23 +40,24 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         run,
         evaluation.greedy_sampler(run),
         state.final_model,
-        evaluation.held_out(run),
+        evaluation.held_out(run, split),
         workdir.name,
     )
-    records.write(workdir / "eval.parquet", table)
-    figures = {"step": int(state.step[0]), **summary.summary(table)}
-    files.write_text(workdir / "eval.json", json.dumps(figures, indent=2) + "\n")
-    print(f"{in_words(figures)}; wrote {workdir / 'eval.json'}")
+    file = workdir / FILES[split]
+    records.write(file.with_suffix(".parquet"), table)
+    figures = {"step": int(state.step[0]), "split": split, **summary.summary(table)}
+    files.write_text(file.with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
+    print(f"{in_words(figures)}; wrote {file.with_suffix('.json')}")
     return 0
 
 
 def in_words(figures: dict) -> str:
-    """Returns what to print of eval.json."""
+    """Returns what to print of the figures."""
     natural, lenient = figures["natural"], ""
     if figures["lenient_accuracy"]:
         lenient = f" ({figures['lenient_accuracy']['value']:.1%} tags or not)"
     text = (
-        f"step {figures['step']}, {figures['n']} prompts: "
+        f"step {figures['step']}, {figures['n']} {figures['split']} prompts: "
         f"local accuracy {figures['local_accuracy']['value']:.1%}{lenient}, "
         f"natural calls {natural['call_rate']['value']:.1%}, "
         f"overall {natural['overall_accuracy']['value']:.1%}"
@@ -73,10 +78,15 @@ if __name__ == "__main__":
     suite_name = flags.DEFINE_string(
         "suite", None, "Evaluate on this suite of benchmarks, or on tasks separated by commas."
     )
-    cli.run_with_config(
-        lambda config, workdir: (
-            suite.evaluate_suite(config, workdir, suite_name.value)
-            if suite_name.value
-            else main(config, workdir)
-        )
+    split_name = flags.DEFINE_enum(
+        "split", "test", list(FILES), "Evaluate on this split's prompts."
     )
+
+    def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+        if not suite_name.value:
+            return main(config, workdir, split_name.value)
+        if split_name.value != "test":
+            raise UserError("--suite evaluates on test prompts: leave out --split")
+        return suite.evaluate_suite(config, workdir, suite_name.value)
+
+    cli.run_with_config(run)

@@ -45,7 +45,8 @@ def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
     params = experiment.load_state(run).final_params
     try:
         if adapter:
-            lora.save(out, params, config.lora, config.model.path)
+            name, _ = hf.split_revision(config.model.path)
+            lora.save(out, params, config.lora, base=name, revision=hf.commit(run.folder))
             hf.copy_tokenizer(run.folder, out)
         else:
             if config.lora.rank:
@@ -63,10 +64,10 @@ def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
 def model_card(run: Run, step: int, *, adapter: bool) -> str:
     """Returns README.md of the exported folder."""
     config = run.config
-    name = pathlib.Path(config.model.path).name
-    needs_peft = "  # needs peft installed" if adapter else ""
+    base, _ = hf.split_revision(config.model.path)
+    name = pathlib.Path(base).name
     return f"""---
-base_model: {config.model.path}
+base_model: {base}
 library_name: {"peft" if adapter else "transformers"}
 pipeline_tag: text-generation
 tags: [collab_jax, device-cloud, routing]
@@ -80,8 +81,8 @@ end with `{run.text.marker}` where a larger model should answer instead.
 
 ## How to call it
 
-Prompt it by its chat template with {json.dumps(config.task.prompt)}. A response is \
-`<think> ... </think><answer> ... </answer>`, or it ends with the
+Prompt it by its chat template with {json.dumps(config.task.prompt)}{_system(config)}. A response \
+is `<think> ... </think><answer> ... </answer>`, or it ends with the
 marker: then send the question to the cloud. {_first_token_of_a_call(run)}
 `python -m collab_jax.calibrate --records RUN/after.parquet --rate 0.3 --out FOLDER` finds the \
 bias for a budget and writes
@@ -91,7 +92,7 @@ collab_config.json beside this file.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER"){needs_peft}
+{_loading(config.model.path, adapter=adapter)}
 messages = [{{"role": "user", "content": "..."}}]
 prompt = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -104,6 +105,30 @@ print(tokenizer.decode(output[0]))
 
 {_measured(run)}
 """
+
+
+def _loading(path: str, *, adapter: bool) -> str:
+    """Returns the code that loads what was exported of the base model at `path`."""
+    if not adapter:
+        return 'model = AutoModelForCausalLM.from_pretrained("FOLDER")'
+    file = hf.gguf_file(path)
+    if file is None:
+        return 'model = AutoModelForCausalLM.from_pretrained("FOLDER")  # needs peft installed'
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            "",
+            'base = AutoModelForCausalLM.from_pretrained("FOLDER OF THE BASE", '
+            f'gguf_file="{file.name}")',
+            'model = PeftModel.from_pretrained(base, "FOLDER")',
+        ]
+    )
+
+
+def _system(config: ConfigDict) -> str:
+    """Returns which system prompt goes with the prompt, where there is one."""
+    system = config.task.system
+    return f"\nand the system prompt {json.dumps(system)}" if system else ""
 
 
 def _first_token_of_a_call(run: Run) -> str:

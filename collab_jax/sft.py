@@ -2,14 +2,16 @@
 
     python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir FOLDER
 
-writes a Hugging Face folder. Tuning brings the format and the marker within reach of what the model
-samples. It starts from `config.model.path`; with `config.sft.architecture` the model and its
-vocabulary are made from nothing. The demonstrations are the task's, those of a file, or the model's
-own (`config.sft.source`; `rl/demonstrations.py`). The same command gives the same weights on the
-same machine.
+writes a Hugging Face folder, to be named by `config.model.path` in training; with `config.lora`, an
+adapter as PEFT has it, for `config.lora.start`. Tuning brings the format and the marker within
+reach of what the model samples. It starts from `config.model.path`; with `config.sft.architecture`
+the model and its vocabulary are made from nothing. The demonstrations are the task's, those of a
+file, or the model's own (`config.sft.source`); with `config.sft.relabel_steps` the tuned model's
+own attempts teach it when to call (`rl/warm_start.py`).
 
-The last file is sft.json: what the tuned model does on some training prompts. Training can only
-learn from calls that occur.
+The same command resumes, bit for bit on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and
+exits 0. The last file is sft.json: what the tuned model does on prompts of the validation split,
+or, where the task has none, on the last training prompts.
 """
 
 from collab_jax.runtime import process
@@ -19,41 +21,18 @@ process.restart_with_allocator(__name__)
 import json
 import pathlib
 import sys
-import tempfile
 
 from ml_collections import ConfigDict
 
-from collab_jax.models import hf
-from collab_jax.models import text as text_lib
-from collab_jax.models.decoder import Params
-from collab_jax.models.sampler import Sampler
-from collab_jax.models.text import Text
-from collab_jax.rl import experiment, rollout, warm_start
+from collab_jax.rl import experiment, reach, warm_start
 from collab_jax.runtime import cli, files
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Task, judge, make_task
-
-
-def write_tuned_model(
-    config: ConfigDict, workdir: pathlib.Path, task: Task
-) -> tuple[Params, Text, Sampler]:
-    """Tunes, and writes the model folder to `workdir`; returns the tuned params and their parts."""
-    with tempfile.TemporaryDirectory() as scratch:
-        start = warm_start.starting_model(config, pathlib.Path(scratch))
-        text = text_lib.load(start.tokenizer_folder, config.text)
-        sampler = rollout.make_sampler(
-            start.cfg, text, config, group=config.group, temperature=config.temperature
-        )
-        source = warm_start.demonstration_stream(sampler, start.params, text, task, config, workdir)
-        batches = warm_start.batches(source, text, config)
-        params = warm_start.tune(start.params, start.cfg, batches, config)
-        param_dtype, tokenizer_folder = config.model.param_dtype, start.tokenizer_folder
-        hf.save(workdir, params, start.hf_config, param_dtype, tokenizer_folder)
-    return params, text, sampler
+from collab_jax.tasks import judge, make_task
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Tunes, tries the tuned model, and returns the exit status; sft.json is the last file."""
+    stop = process.GracefulStop()
     warm_start.check_warm_start(config)
     task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
     if config.sft.source == "task" and task.demonstrations is None:
@@ -61,16 +40,25 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
             f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file"
         )
     experiment.make_workdir(workdir)  # now, not after hours
-    params, text, sampler = write_tuned_model(config, workdir, task)
+    start = warm_start.prepare(config, workdir, task)
+    if (workdir / "sft.json").exists():
+        print(f"{workdir} is finished: its figures are in sft.json")
+        return 0
+    params = warm_start.tuned(start, stop)
     figures: dict[str, float | None] = {"steps": config.sft.steps}
     if config.sft.check_prompts:
-        examples = experiment.load_examples(task, text, config, "train")[
-            -config.sft.check_prompts :
-        ]
-        figures |= warm_start.measure_reach(sampler, params, text, task, examples, config)
-        print(warm_start.format_reach(figures))
-        for warning in warm_start.warnings(figures):
+        figures |= reach.measure(
+            start.sampler,
+            start.model(params),
+            start.text,
+            task,
+            warm_start.check_examples(start),
+            config,
+        )
+        print(reach.format_reach(figures))
+        for warning in reach.warnings(figures):
             print(f"warning: {warning}", file=sys.stderr)
+    warm_start.write(start, params)
     files.write_text(workdir / "sft.json", json.dumps(figures, indent=2) + "\n")
     print(f"wrote {workdir}")
     return 0

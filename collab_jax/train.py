@@ -36,7 +36,7 @@ from collab_jax.tasks import Example
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Trains the run in `workdir`, evaluates it before and after; returns the exit status."""
-    stop = training.GracefulStop()
+    stop = process.GracefulStop()
     run = experiment.prepare(config, workdir)
     print(memory_plan.check_fits_here(run.cfg, config))
     print(_where_it_stands(run))

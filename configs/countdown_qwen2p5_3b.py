@@ -47,10 +47,6 @@ def get_config() -> ConfigDict:
 
     config.decode.cache_dtype = "bfloat16"
 
-    config.text.decision_token = "<|quad_start|>"
-    config.text.pad = "<|endoftext|>"
-    config.text.eos = ("<|im_end|>", "<|endoftext|>")
-
     config.task.prompt = (
         "Using the numbers {numbers}, each exactly once, and the operators + - * / and "
         "parentheses, write an expression that equals {target}. Reason inside <think> </think>, "
@@ -73,7 +69,7 @@ def get_config() -> ConfigDict:
     config.sft.check_prompts = 128
     config.sft.steps = 100
     config.sft.batch_size = 32
-    config.sft.micro_rows = 4
+    config.sft.micro_rows = 2
     config.sft.learning_rate = 1e-5
     config.sft.warmup_steps = 10
     return config

@@ -1,7 +1,6 @@
 r"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from random weights.
 
-    python -m collab_jax.sft --config configs/countdown_tiny_sft.py \
-        --workdir collab_jax/assets/countdown-tiny
+    python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir runs/countdown-tiny
 
 Expected after 1,200 steps (20 to 35 minutes on two cores): last loss 0.175 nats a token. Greedy,
 with the marker disallowed, it solves 65 % of the prompts with three numbers and 30 % of those with
@@ -33,6 +32,7 @@ _WORDS = [
 def get_config() -> ConfigDict:
     config = common["get_config"]()
     config.task.share_of_three = 0.5  # more easy ones than training has, to learn arithmetic from
+    config.text.pad, config.text.eos = "<pad>", ("<eos>",)  # the first two of its vocabulary
     config.sft.steps = 1200
     config.sft.words = tuple(_WORDS)
     config.sft.architecture = {

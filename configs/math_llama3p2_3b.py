@@ -40,7 +40,4 @@ qwen = runpy.run_path(str(pathlib.Path(__file__).with_name("math_qwen2p5_1p5b.py
 def get_config() -> ConfigDict:
     config = qwen["get_config"]()
     config.model.path = "meta-llama/Llama-3.2-3B-Instruct"
-    config.text.decision_token = "<|reserved_special_token_0|>"
-    config.text.pad = "<|finetune_right_pad_id|>"
-    config.text.eos = ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
     return config

@@ -55,10 +55,6 @@ def get_config() -> ConfigDict:
 
     config.decode.cache_dtype = "bfloat16"
 
-    config.text.decision_token = "<|quad_start|>"
-    config.text.pad = "<|endoftext|>"
-    config.text.eos = ("<|im_end|>", "<|endoftext|>")
-
     config.task.name = "math"
     config.task.data_dir = "data"
     config.task.prompt = (
@@ -80,7 +76,7 @@ def get_config() -> ConfigDict:
     config.sft.check_prompts = 128
     config.sft.steps = 100
     config.sft.batch_size = 32
-    config.sft.micro_rows = 2
+    config.sft.micro_rows = 1
     config.sft.learning_rate = 1e-5
     config.sft.warmup_steps = 10
     return config

@@ -1,8 +1,9 @@
-# Sourced by gpu.sh and tpu_vm.sh, after env.sh. Offers
+# Sourced by gpu.sh, tpu_vm.sh and real.sh, after env.sh. Offers
 #   stages BACKEND CONFIG WORKDIR [FLAG ...]   from a config to an exported, calibrated model
-# WORKDIR gets three folders: start (the warm-started model), run (training and evaluation), model (what is delivered). A
-# stage whose result exists is not run again, and training goes on from its last checkpoint: the same command resumes,
-# whatever stopped it. Flags (--config.KEY=VALUE) go to every stage that reads the config; keep them the same.
+# WORKDIR gets the folders start (the warm-started model or adapter), run (training and evaluation), model (what is delivered)
+# and, under LoRA, adapter (the same for PEFT). A stage whose result exists is not run again, and a warm start or a training
+# goes on from its last checkpoint: the same command resumes, whatever stopped it. Flags (--config.KEY=VALUE) go to every
+# stage that reads the config; keep them the same.
 
 # Checked before anything is installed; in a sourced file $@ holds the script's arguments.
 [ $# -ge 2 ] || fail "usage: $0 CONFIG WORKDIR [--config.KEY=VALUE ...]"
@@ -27,11 +28,17 @@ stages() {
   found="$(.venv/bin/python -c 'import jax; print(jax.default_backend())')"
   [ "$found" = "$backend" ] || fail "jax finds no $backend here, only $found: check the driver, and that no other program holds the device"
 
-  local first=(--config "$config" "$@") rest=(--workdir "$work/run" --config "$config" "--config.model.path=$work/start" "$@")
-  stage "$work/start/sft.json" collab_jax.sft --workdir "$work/start" "${first[@]}"
+  stage "$work/start/sft.json" collab_jax.sft --workdir "$work/start" --config "$config" "$@"
+  # Under LoRA the warm start is an adapter, and the model stays what it was.
+  local adapter="" from="--config.model.path=$work/start"
+  if [ -e "$work/start/adapter_config.json" ]; then adapter=1 from="--config.lora.start=$work/start"; fi
+  local rest=(--workdir "$work/run" --config "$config" "$from" "$@")
   stage "$work/run/report.json" collab_jax.train "${rest[@]}"
   stage "$work/run/eval.json" collab_jax.evaluate "${rest[@]}"
   stage "$work/model/README.md" collab_jax.export --out "$work/model" "${rest[@]}"
+  if [ -n "$adapter" ]; then
+    stage "$work/adapter/README.md" collab_jax.export --adapter --out "$work/adapter" "${rest[@]}"
+  fi
 
   settings="$(.venv/bin/python -c '
 import json, sys

@@ -10,6 +10,7 @@ import pytest
 
 from collab_jax.bench import measure, rehearse, work
 from collab_jax.models import decoder, hf
+from collab_jax.models import text as text_lib
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -214,7 +215,8 @@ def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare
 
 
 def test_a_made_up_tokenizer_has_the_special_tokens_whole_and_fits_the_model(small):
-    config = small()
+    names = {"text__pad": "<pad>", "text__eos": ("<eos>",), "text__decision_token": "<unknown>"}
+    config = small(**names)
     tokenizer = rehearse.make_up_tokenizer(["What is 1 + 2?"] * 3, config, 300)
     assert (
         len(tokenizer) <= 300
@@ -223,6 +225,13 @@ def test_a_made_up_tokenizer_has_the_special_tokens_whole_and_fits_the_model(sma
     assert all(len(tokenizer.encode(t)) == 1 for t in ("<pad>", "<eos>", "<unknown>"))
     with pytest.raises(UserError, match="at least 2.. tokens, and this model's vocabulary is 100"):
         rehearse.make_up_tokenizer(["a"], config, 100)
+
+
+def test_a_made_up_tokenizer_has_special_tokens_to_be_found(small, tmp_path):
+    config = small()
+    rehearse.make_up_tokenizer(["1 + 2 <answer>"], config, 300).save_pretrained(tmp_path)
+    found = text_lib.load(tmp_path, config.text).special
+    assert found == (("<|end|>",), "<|pad|>", "<|reserved|>")
 
 
 def test_half_of_each_group_counts_as_right_after_it_was_judged():

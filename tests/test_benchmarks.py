@@ -91,6 +91,13 @@ def sources(tmp_path, monkeypatch):
         table = "question,choice0,choice1,choice2,choice3,answer\n" + '"a, b?",1,2,3,4,3\n' * 4
         archive.writestr("FedLLM-d927/data/mmlu/test/high_school_mathematics_test.csv", table)
         archive.writestr("FedLLM-d927/data/mmlu/test/anatomy_test.csv", table)
+    with zipfile.ZipFile(place("svamp"), "w") as archive:
+        line = "Ann has number0 pens and number1 caps .,4.0 5.0,+ number0 number1,9.0\n"
+        header = "Question,Numbers,Equation,Answer\n"
+        archive.writestr("SVAMP-689d/data/mawps-asdiv-a_svamp/train.csv", header + line)
+        problem = {"ID": "chal-1", "Body": "Bo has 6.", "Question": "Half?", "Answer": 3.0}
+        challenge = problem | {"Equation": "( 6.0 / 2.0 )", "Type": "Common-Division"}
+        archive.writestr("SVAMP-689d/SVAMP.json", json.dumps([challenge]))
     (www / "gsm8k").mkdir()
     for split in ("train", "test"):
         (www / "gsm8k" / f"{split}.jsonl").write_text(
@@ -136,6 +143,10 @@ def test_every_source_becomes_rows_once_and_for_all(sources, tmp_path):
     assert [row["id"] for row in mmlu if row.get("math_train_id")] == [
         "mmlu/high_school_mathematics/3"
     ]
+    [pens], [half] = read("svamp_train"), read("svamp_test")
+    assert (pens["problem"], pens["answer"]) == ("Ann has 4 pens and 5 caps.", "9")
+    assert (pens["id"], pens["solution"], pens["level"]) == ("mawps-asdiv/0", "4+5=9", 1)
+    assert (half["id"], half["problem"], half["answer"]) == ("chal-1", "Bo has 6. Half?", "3")
     [word_problem] = read("gsm8k_test")
     assert word_problem == {
         "id": "gsm8k/tfds-test-0",

@@ -1,6 +1,10 @@
 """The cloud: wrong on a fixed share, each prompt bought once, nothing lost, exact sums."""
 
+import dataclasses
+import itertools
+import json
 import logging
+import math
 import os
 import signal
 import sqlite3
@@ -26,9 +30,10 @@ from collab_jax.cloud import (
     ledger,
     make_cloud,
 )
-from collab_jax.cloud.simulated import unit_hash
+from collab_jax.cloud.simulated import MAX_SKEW, skewed_rate, unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
 from collab_jax.models.hf import FolderError
+from collab_jax.rl import experiment
 from collab_jax.runtime.errors import UserError
 
 
@@ -84,6 +89,93 @@ def test_simulated_parameters_hold_what_changes_answers():
     assert simulated(0.06).parameters != simulated(0.07).parameters
     with pytest.raises(UserError, match="between 0 and 1"):
         simulated(6)
+
+
+# ---------------------------------------------------------------- errors by difficulty
+
+
+@pytest.mark.parametrize("rate", [0.06, 0.3, 0.9])
+@pytest.mark.parametrize("skew", [1e-6, 1.0, 3.0, 30.0, MAX_SKEW])
+def test_the_mean_over_all_difficulties_is_the_error_rate(rate, skew):
+    n = 20_000
+    chances = [skewed_rate(rate, skew, (i + 0.5) / n) for i in range(n)]
+    assert sum(chances) / n == pytest.approx(rate, rel=1e-4)
+    assert all(0 <= a <= b + 1e-12 <= 1 + 2e-12 for a, b in itertools.pairwise(chances))
+
+
+def test_skewed_rate_by_hand():
+    # exp(skew) = 4 and exp(skew / 2) = 2: c = (2 - 1) / (4 - 2) = 1/2, so the odds are 1/2, 1 and 2
+    chances = [skewed_rate(0.5, math.log(4), d) for d in (0.0, 0.5, 1.0)]
+    assert chances == pytest.approx([1 / 3, 1 / 2, 2 / 3])
+    for difficulty in (0.0, 0.4, 1.0):
+        assert skewed_rate(0.0, 3.0, difficulty) == 0 and skewed_rate(1.0, 3.0, difficulty) == 1
+        assert skewed_rate(0.06, 1e-9, difficulty) == pytest.approx(0.06)
+
+
+def skewed(skew, rate=0.1, n=10_000):
+    """Whether the cloud is wrong on each of n prompts, ordered from easy to hard."""
+    cloud = dataclasses.replace(
+        simulated(rate),
+        error_skew=skew,
+        difficulty=lambda messages: (int(messages[0]["content"]) + 0.5) / n,
+    )
+    return [reply.text != "right" for reply in cloud.answer([prompt(i) for i in range(n)])]
+
+
+def test_a_skew_moves_errors_to_hard_prompts_and_keeps_their_number():
+    wrong = skewed(3.0)
+    # 1,000 expected, standard deviation below sqrt(10,000 x 0.1 x 0.9) = 30; four of them = 120
+    assert 880 <= sum(wrong) <= 1_120
+    fifths = [sum(wrong[start : start + 2_000]) for start in range(0, 10_000, 2_000)]
+    assert fifths == sorted(fifths) and fifths[4] > 6 * fifths[0]
+    assert wrong == skewed(3.0)
+    # The draw is the same hash: an easy prompt that is wrong with a skew is wrong without one.
+    plain = skewed(0.0)
+    assert all(p or not s for p, s in list(zip(plain, wrong, strict=True))[:5_000])
+    assert plain == [
+        reply.text != "right" for reply in simulated(0.1).answer([prompt(i) for i in range(10_000)])
+    ]
+
+
+def test_a_prompt_of_unknown_difficulty_has_the_plain_rate():
+    unknown = dataclasses.replace(simulated(0.1), error_skew=3.0, difficulty=lambda messages: None)
+    prompts = [prompt(i) for i in range(500)]
+    assert texts_of(unknown, prompts) == texts_of(simulated(0.1), prompts)
+
+    def of_another_task(messages):
+        raise UserError("not a prompt of this task")
+
+    lost = dataclasses.replace(unknown, difficulty=of_another_task)
+    assert texts_of(lost, prompts) == [lost.wrong] * 500
+
+
+def texts_of(cloud, prompts):
+    return [reply.text for reply in cloud.answer(prompts)]
+
+
+def test_stored_answers_have_the_key_they_had_unless_there_is_a_skew():
+    cloud = simulated(0.06)
+    assert cloud.parameters == {"error_rate": 0.06, "wrong": "<answer>0</answer>"}
+    assert dataclasses.replace(cloud, error_skew=2.0).parameters == cloud.parameters | {
+        "error_skew": 2.0
+    }
+
+
+def test_a_run_begun_before_there_was_a_skew_goes_on_without_one(tmp_path):
+    config = cloud_config()
+    older = json.loads(config.to_json_best_effort())
+    del older["cloud"]["error_skew"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert experiment.differences(tmp_path / "config.json", config) == ""
+    config.cloud.error_skew = 1.0
+    differing = experiment.differences(tmp_path / "config.json", config)
+    assert differing == "cloud.error_skew=0.0 then, 1.0 now"
+
+
+@pytest.mark.parametrize("skew", [-1.0, MAX_SKEW + 1, float("nan")])
+def test_an_impossible_skew_is_refused(skew):
+    with pytest.raises(UserError, match="config.cloud.error_skew=.* must lie between 0 and"):
+        dataclasses.replace(simulated(), error_skew=skew)
 
 
 # ---------------------------------------------------------------- asked at most once
@@ -403,7 +495,10 @@ def test_store_that_fails_later_stops_the_run(tmp_path):
 
 def test_make_cloud(tmp_path):
     task = SimpleNamespace(
-        name="echo", solve_prompt=lambda messages: messages[-1]["content"].upper(), gold=None
+        name="echo",
+        solve_prompt=lambda messages: messages[-1]["content"].upper(),
+        gold=None,
+        difficulty=None,
     )
     cached = make_cloud(cloud_config(), task, tmp_path / "new" / "s.db")
     assert texts(cached.answer([prompt("abc")])) == ["ABC"]
@@ -412,6 +507,8 @@ def test_make_cloud(tmp_path):
     assert again.answer([prompt("abc")]).bought == 0
     # (1 x 0.5 + 1 x 2.0) / 1e6
     assert ledger(cached.store) == Ledger(1, 1, 1, 2.0, 2.5e-6)
+    with pytest.raises(UserError, match="'echo' does not say how hard .*error_skew=3.0 needs"):
+        make_cloud(cloud_config(error_skew=3.0), task, tmp_path / "new" / "s.db")
 
 
 def test_make_cloud_refuses(tmp_path):

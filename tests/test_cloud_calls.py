@@ -387,6 +387,7 @@ def test_killed_while_buying_and_started_again(tmp_path):
     assert ledger(Store(tmp_path / "s.db")).calls == 100
 
 
+@pytest.mark.slow
 def test_two_processes_that_want_the_same_make_one_call(tmp_path):
     with FaultServer(upper, delay=0.02) as server:
         children = [start(server, tmp_path / "s.db", 60, lease=15.0) for _ in range(2)]
@@ -517,6 +518,7 @@ for store in stores[:2]:
 """
 
 
+@pytest.mark.slow
 def test_connections_are_closed_in_the_loop_that_made_them(tmp_path):
     def answer(content):
         time.sleep(3.0 * content.startswith("slow"))

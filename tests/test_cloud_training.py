@@ -70,6 +70,7 @@ def configure(small):
     return make
 
 
+@pytest.mark.slow
 def test_prefetched_behind_faults_equals_healthy_bit_for_bit(
     configure, tmp_path, capsys, monkeypatch
 ):
@@ -111,6 +112,7 @@ def test_the_cloud_is_asked_on_the_prompts_of_coming_steps(configure, tmp_path):
         assert server.requests == len(set(ids)) == 3 * run.config.prompts_per_step
 
 
+@pytest.mark.slow
 def test_without_prefetch_it_completes_and_resumes_exactly(configure, tmp_path):
     faults = ("429", "500", "reset", "truncated", "empty")
     with FaultServer(solve, share=0.3, faults=faults, delay=0.05) as server:
@@ -197,6 +199,7 @@ def test_a_prefetch_that_cannot_succeed_says_why(configure, tmp_path, capsys, mo
         commands.export(configure(server), tmp_path / "budget")
 
 
+@pytest.mark.slow
 def test_a_spent_budget_stops_the_run_with_the_state_saved_and_a_larger_one_goes_on(
     configure, tmp_path
 ):

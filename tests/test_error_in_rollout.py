@@ -96,6 +96,7 @@ def test_metrics_that_cannot_be_written_leave_no_state_without_them(
     assert_resumes_as(straight, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_state_that_cannot_be_saved_is_a_note_of_the_error(config, tmp_path, monkeypatch):
     def full(self, step, state):
         raise OSError(28, "No space left on device")
@@ -117,6 +118,7 @@ def test_an_interrupt_saves_nothing(config, tmp_path, interrupt):
     assert run.checkpoints.latest() is None
 
 
+@pytest.mark.slow
 def test_an_unhealthy_step_is_saved_once_and_its_message_is_the_error(small, tmp_path, monkeypatch):
     saved, save = [], Checkpoints.save
     monkeypatch.setattr(

@@ -114,6 +114,7 @@ def test_records_of_an_earlier_start_are_mended_above_the_limit_alone(run, tmp_p
     np.testing.assert_array_equal(table["cloud_correct"], healthy["cloud_correct"])
 
 
+@pytest.mark.slow
 def test_an_evaluation_writes_nothing_while_the_cloud_is_down_and_then_goes_on(
     small, tmp_path, monkeypatch
 ):

@@ -120,6 +120,38 @@ def test_fingerprints_do_not_count_as_settings(config, rows, tmp_path):
     assert experiment.differences(file, config(group=8)) == "group=4 then, 8 now"
 
 
+def test_special_tokens_left_to_be_found_are_kept(config, rows, tmp_path):
+    workdir, file = tmp_path / "run", tmp_path / "run" / "config.json"
+    given = config()
+    run = experiment.prepare(given, workdir)
+    names = {"eos": ("<eos>",), "pad": "<pad>", "decision_token": "<unknown>"}
+    assert {key: run.config.text[key] for key in names} == names
+    saved = json.loads(file.read_text())
+    assert {**saved["text"], "eos": tuple(saved["text"]["eos"])} == run.config.text.to_dict()
+    assert given.text.pad == "auto"
+    experiment.prepare(config(**{f"text__{key}": value for key, value in names.items()}), workdir)
+    assert experiment.differences(file, config()) == ""
+
+    # What the run has counts, not what would be found now; what is named must be the same.
+    saved["text"]["pad"] = "<unk>"
+    file.write_text(json.dumps(saved))
+    run = experiment.prepare(config(), workdir)
+    assert run.config.text.pad == "<unk>" and run.text.pad_id == 2
+    with pytest.raises(UserError, match="text.pad='<unk>' then, '<pad>' now"):
+        experiment.prepare(config(text__pad="<pad>"), workdir)
+
+
+def test_a_run_begun_before_there_was_a_system_prompt_goes_on(config, rows, tmp_path):
+    workdir, file = tmp_path / "run", tmp_path / "run" / "config.json"
+    experiment.prepare(config(), workdir)
+    saved = json.loads(file.read_text())
+    del saved["task"]["system"]
+    file.write_text(json.dumps(saved))
+    assert experiment.prepare(config(), workdir).config.task.system == ""
+    with pytest.raises(UserError, match="task.system='' then, 'Be brief.' now"):
+        experiment.prepare(config(task__system="Be brief."), workdir)
+
+
 def test_the_settings_that_may_differ_exist(config):
     for name in experiment.MAY_DIFFER_ON_RESUME:
         section, key = name.split(".")

@@ -321,6 +321,7 @@ def stepped():
     return one_step(rollout())
 
 
+@pytest.mark.slow
 def test_step_is_the_gradient_of_the_kept_prompts(stepped):
     """SGD with rate 1 shows the gradient: that of the loss over the kept prompts, per prompt."""
     new, metrics = stepped
@@ -398,6 +399,7 @@ def test_cut_lengths_by_hand():
     assert step.cut_lengths(5, 4) == (5,)
 
 
+@pytest.mark.slow
 def test_work_is_that_of_the_responses_that_have_a_gradient():
     """Counted in micro-batches by what a spy on the decoder is given, at run time."""
     seen = []
@@ -467,6 +469,7 @@ def test_non_finite_gradient_is_skipped_and_counted():
     assert one_step(rollout(), state=healed)[0].nonfinite_streak == 0
 
 
+@pytest.mark.slow
 def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
     """GRPO's division once made an advantage of -0.015 of a rounded mean of eight times 0.2."""
     same = rollout().replace(

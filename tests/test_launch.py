@@ -300,6 +300,15 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
     )
     assert calibrate.endswith("--marker <no> I pass </no> --decision_token <|spare|>")
 
+    # A warm start that is an adapter is where the adapter begins; the model stays what it was.
+    (tree.root / "runs/a b/start/adapter_config.json").touch()
+    (tree.root / "runs/a b/run/eval.json").unlink()
+    _, calls = tree.run(script, *arguments, **machine)
+    assert calls[-1].endswith(
+        "--config configs/x.py --config.lora.start=runs/a b/start --config.seed=3"
+    )
+    (tree.root / "runs/a b/start/adapter_config.json").unlink()
+
     (tree.root / "runs/a b/run/eval.json").unlink()
     done, calls = tree.run(script, *arguments, **machine)
     assert done.returncode == 0 and modules(calls) == ["collab_jax.evaluate"]

@@ -1,5 +1,6 @@
 """LoRA: what it computes, what it trains, what a checkpoint holds, and what is exported."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,10 +15,9 @@ from safetensors.numpy import load_file
 
 from collab_jax import export
 from collab_jax.models import decoder, hf, lora
-from collab_jax.rl import experiment, training, warm_start
-from collab_jax.runtime import parallel
+from collab_jax.rl import experiment, training
+from collab_jax.runtime import parallel, process
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import make_task
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOKENS = np.random.default_rng(0).integers(48, size=(2, 9))
@@ -154,7 +154,7 @@ def trained(small, tmp_path_factory):
         config,
         workdir,
         parallel.unreplicate(
-            training.train(experiment.prepare(config, workdir), training.GracefulStop())
+            training.train(experiment.prepare(config, workdir), process.GracefulStop())
         ),
     )
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_equals_the_straight_run_bit_for_bit(trained, tmp_path):
     assert run.checkpoints.latest() == 2
     jax.tree.map(
         np.testing.assert_array_equal,
-        parallel.unreplicate(training.train(run, training.GracefulStop())),
+        parallel.unreplicate(training.train(run, process.GracefulStop())),
         straight,
     )
 
@@ -209,19 +209,55 @@ def test_the_frozen_model_comes_in_the_computations_type_and_the_adapter_in_its_
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
-def test_the_warm_start_tunes_an_adapter_and_merges_it(small, tmp_path):
-    config = small(lora__rank=2, lora__targets=("o_proj",))
-    folder = hf.locate(config.model.path)
-    cfg = hf.config_from_hf(hf.read_config(folder))
-    base, task = hf.load(folder, cfg, "float32"), make_task(config)
-    text = experiment.text_lib.load(folder, config.text)
-    shown = warm_start.demonstration_stream(None, None, text, task, config, tmp_path)
-    tuned = flat(warm_start.tune(base, cfg, warm_start.batches(shown, text, config), config))
-    changed = {name for name, value in flat(base).items() if not np.array_equal(value, tuned[name])}
-    assert (
-        changed == {f"layers_{i}/self_attn/o_proj/kernel" for i in range(4)}
-        and tuned.keys() == flat(base).keys()
-    )
+# ---------------------------------------------------------------- an adapter to begin with
+
+
+def test_a_saved_adapter_is_read_back_and_is_where_training_begins(small, tmp_path):
+    chosen = settings()
+    cfg, _ = read("llama", chosen)
+    adapter = random_adapter(cfg, chosen)
+    lora.save(tmp_path / "adapter", adapter, chosen, "base")
+    back = lora.load(str(tmp_path / "adapter"), cfg, chosen, "float32")
+    jax.tree.map(np.testing.assert_array_equal, back, adapter)
+
+    targets = ("q_proj", "up_proj")
+    config = small(lora__rank=2, lora__targets=targets)
+    first = experiment.prepare(config, tmp_path / "first")
+    start = jax.tree.map(lambda x: x + 1, experiment.load_state(first).params)
+    lora.save(tmp_path / "start", start, config.lora, config.model.path)
+    config = small(lora__rank=2, lora__targets=targets, lora__start=str(tmp_path / "start"))
+    state = experiment.load_state(experiment.prepare(config, tmp_path / "second"))
+    jax.tree.map(np.testing.assert_array_equal, state.params, start)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rank": 1}, "has rank 2: set config.lora.rank to it .now 1."),
+        ({"alpha": 4.0}, "has alpha 3.0: set config.lora.alpha"),
+        ({"targets": ("q_proj",)}, "has .*down_proj.*: set config.lora.targets"),
+        ({"targets": ("q_proj", "v_proj", "down_proj", "o_proj")}, "lacks .*o_proj"),
+    ],
+)
+def test_an_adapter_of_other_settings_is_refused(tmp_path, change, says):
+    cfg, _ = read("llama", settings())
+    lora.save(tmp_path, random_adapter(cfg, settings()), settings(), "base")
+    with pytest.raises(UserError, match=says):
+        lora.load(str(tmp_path), cfg, settings(**change), "float32")
+
+
+def test_an_adapter_of_another_model_or_none_is_refused(tmp_path):
+    cfg, _ = read("llama", settings())
+    with pytest.raises(UserError, match="has no adapter_config.json: name an adapter's folder"):
+        lora.load(str(tmp_path), cfg, settings(), "float32")
+    lora.save(tmp_path, random_adapter(cfg, settings()), settings(), "base")
+    wider = dataclasses.replace(cfg, hidden_size=2 * cfg.hidden_size)
+    with pytest.raises(UserError, match="is config.model.path its model"):
+        lora.load(str(tmp_path), wider, settings(), "float32")
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot read the adapter"):
+        lora.load(str(tmp_path), cfg, settings(), "float32")
 
 
 # ---------------------------------------------------------------- what is exported

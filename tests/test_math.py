@@ -171,6 +171,7 @@ def test_a_hundred_thousand_characters_cost_nothing(part, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_a_stuck_or_dead_worker_costs_its_own_answer_alone(monkeypatch, tmp_path, workers):
     worker = tmp_path / "worker.py"
     worker.write_text(

@@ -96,7 +96,7 @@ def sampling_bytes(cfg, config) -> int:
         top_p=1.0,
         eos_ids=(1,),
         pad_id=0,
-        marker=decision.Marker(3, ((3, 3),)),
+        marker=decision.Marker(3, decision.opening(["."] * cfg.vocab_size)),
         segments=config.decode.segments,
         slot_counts=config.decode.slot_counts,
         cache_dtype=config.decode.cache_dtype,
@@ -200,6 +200,7 @@ def test_parameters_and_optimizer_by_hand():
     assert memory_plan.plan(cfg, config, 2).held == held
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_would(
     small, tmp_path, monkeypatch
 ):
@@ -277,6 +278,7 @@ def command(module, *flags):
     return subprocess.run([*line, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command_line_plans_for_devices_that_are_not_there():
     done = command("memory", "--devices=8", "--gib=16", "--config.group=64")
     assert done.returncode == 0 and "on each of 8 devices" in done.stdout, done.stderr
@@ -286,6 +288,7 @@ def test_the_command_line_plans_for_devices_that_are_not_there():
 
 
 @pytest.mark.parametrize("flag", ["gib", "devices"])
+@pytest.mark.slow
 def test_flags_of_the_plan_are_unknown_to_other_commands(tmp_path, flag):
     done = command("train", f"--workdir={tmp_path / 'run'}", f"--{flag}=1")
     assert done.returncode == 1, done.stderr

@@ -118,6 +118,9 @@ def test_a_mix_is_a_task_whose_examples_know_theirs(folder):
     sum3 = next(e for e in held if e.id == "math/test3")
     product3 = next(e for e in held if e.id == "gsm8k/test2")
     assert task.prompt(sum3)[0]["content"] == "Solve: 3+3, test" and task.gold(product3) == "4"
+    settings.task.system = "Be brief."
+    told = make_task(settings).prompt(product3)
+    assert [message["role"] for message in told] == ["system", "user"]  # once, for all parts
     verdicts = task.verify(
         [sum3, product3, sum3, product3], [answered("6"), answered("4"), MARKER, answered("6")]
     )

@@ -72,7 +72,7 @@ def test_golden_logits_and_greedy_continuation(kind):
         top_p=1.0,
         eos_ids=(-1,),
         pad_id=0,
-        marker=decision.Marker(0, ((-2,),)),
+        marker=decision.Marker(0, decision.opening(["."])),
         segments=1,
         slot_counts=1,
         cache_dtype="float32",

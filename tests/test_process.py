@@ -58,6 +58,7 @@ def test_importing_the_package_alone_imports_nothing_else():
     assert run("-c", code).stdout == "{'collab_jax'}\n"
 
 
+@pytest.mark.slow
 def test_importing_the_commands_has_no_effect_on_the_process():
     commands = [name for name in (*RESTARTING, *OTHERS) if "/" not in name]
     # What the libraries set when they are imported themselves is not this package's doing.
@@ -100,6 +101,7 @@ def test_the_restart_keeps_the_command_line_and_is_made_once(monkeypatch):
 
 
 @no_restart_here
+@pytest.mark.slow
 def test_train_starts_twice_and_refuses_the_flag_of_another_command(tmp_path):
     log = tmp_path / "starts"
     (tmp_path / "sitecustomize.py").write_text(

@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 from collab_jax.models import decision, decoder, logprobs, sampler
-from collab_jax.models.decision import Marker, PlainMarker
+from collab_jax.models.decision import Marker, PlainMarker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings
 
@@ -32,9 +32,10 @@ CFG = DecoderConfig(
     vocab_size=V, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2,
     head_dim=4, rope_theta=100.0, norm_eps=1e-5, tied=False,
 )  # fmt: skip
+OPENING = opening(["<answer>" if token == ANSWER else "." for token in range(V)])
 GREEDY = dict(
     group=1, max_new=T, temperature=0.0, top_p=1.0, eos_ids=(EOS, OTHER_EOS), pad_id=PAD,
-    marker=Marker(DECISION, ((ANSWER,),)), segments=2, slot_counts=2, cache_dtype="float32",
+    marker=Marker(DECISION, OPENING), segments=2, slot_counts=2, cache_dtype="float32",
 )  # fmt: skip
 SAMPLED = {**GREEDY, "group": G, "temperature": 0.8}
 
@@ -130,7 +131,12 @@ def chain_params(table):
     return params
 
 
-CHAIN_SETTINGS = {**GREEDY, "eos_ids": (EOS, PAD), "marker": Marker(DECISION, ((A, B), (ANSWER,)))}
+SPELT = {A: "so <ans", B: "wer>", ANSWER: ".<answer>."}
+CHAIN_SETTINGS = {
+    **GREEDY,
+    "eos_ids": (EOS, PAD),
+    "marker": Marker(DECISION, opening([SPELT.get(token, ".") for token in range(16)])),
+}
 
 
 def chain_run(table, starts, beta=0.0):
@@ -166,6 +172,7 @@ def test_sampled_logp_is_that_of_the_sampling_distribution(beta):
     np.testing.assert_allclose(samples.logp[samples.mask], want[samples.mask], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_sampled_logp_is_the_teacher_forced_one():
     samples = sampled()
     forced = jit(logprobs.response_logprobs, static_argnums=(1, 5, 6))(
@@ -193,6 +200,7 @@ def test_eos_is_inside_the_mask_and_nothing_after_it():
     )  # both ends, and cut-off rows, occur
 
 
+@pytest.mark.slow
 def test_greedy_alone_is_greedy_in_a_batch():
     whole = greedy(0.0)
     for i in range(4):
@@ -582,7 +590,7 @@ def test_call_at_holds_the_bias_as_the_device_does():
 # --------------------------------------------------------------------------- a marker in plain text
 
 STEMS, AFTER = (8, 9, 10, A, 12), (B, 13, 14, 15)
-PLAIN = Marker(None, ((ANSWER,),), PlainMarker(anywhere=(DECISION,), stems=STEMS, after=AFTER))
+PLAIN = Marker(None, OPENING, PlainMarker(anywhere=(DECISION,), stems=STEMS, after=AFTER))
 
 
 @functools.cache
@@ -638,7 +646,7 @@ def test_one_disallowed_pass_holds_the_plain_decision_at_every_bias():
 @pytest.mark.slow
 def test_plain_marker_without_a_token_that_decides_at_once():
     """Where no token decides, there is no decision state, and no bias brings a call."""
-    marker = Marker(None, ((ANSWER,),), PlainMarker((), (9,), (10, 11)))
+    marker = Marker(None, OPENING, PlainMarker((), (9,), (10, 11)))
     tokens = np.array([[5]], np.int32)
     table = walk(_5=9, _9=12, _12=13, _13=EOS)
     table[9, 11] = 4.0

@@ -146,6 +146,7 @@ def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
     assert evaluated == {"b/seed-0", "c/seed-0"}
 
 
+@pytest.mark.slow
 def test_the_table_is_of_all_cells_against_the_first(tmp_path, stand_in, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "load", lambda path: TWO)
     assert sweep.main(["--config", "x.py", "--out", str(tmp_path / "out")]) == 0
@@ -216,6 +217,7 @@ def columns_of(to, name):
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_from_what_is_published_with_the_same_figures(
     tmp_path, stand_in, monkeypatch
 ):
@@ -292,6 +294,7 @@ def test_numbers_become_narrow_only_where_nothing_is_lost():
     assert publish._narrow(exact).dtype == np.float32 and publish._narrow(inexact) is inexact
 
 
+@pytest.mark.slow
 def test_a_stop_lets_the_run_save(tmp_path, stand_in):
     script = (
         "import sys; sys.path.insert(0, 'tests'); import test_sweep as t\n"

@@ -296,6 +296,13 @@ def test_prompt_is_the_configured_sentence():
     assert task.prompt(EXAMPLE)[0]["content"] == "Reach 6 with 1 2 3; reply {so}."
 
 
+def test_a_system_prompt_is_the_devices_and_no_one_elses():
+    task, without = make_task(config(system="Be brief.")), make_task(config())
+    system = {"role": "system", "content": "Be brief."}
+    assert task.prompt(EXAMPLE) == [system, *without.prompt(EXAMPLE)]
+    assert task.cloud_prompt(EXAMPLE) == without.cloud_prompt(EXAMPLE)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

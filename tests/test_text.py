@@ -4,19 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vocabularies import CUTS, TEMPLATE, byte_level
 
 from collab_jax.models import text as text_lib
+from collab_jax.models.decision import Opening
 from collab_jax.tasks import base
 
 MARKER = "<unknown> I need external assistance </unknown>"
@@ -24,21 +17,6 @@ WORDS = (*text_lib.TAGS, "<unknown>", " I need external assistance ", "</unknown
 WORDS += (" ", "\n", "<", "+", "=", "<|reserved_5|>", *"0123456789")
 CONFIG = dict(marker=MARKER, decision_token="<unknown>", pad="<pad>", eos=("<eos>",))
 BPE_CONFIG = dict(decision_token="<|reserved_5|>", pad="<|pad|>", eos=("<|end|>", "<|eot|>"))
-TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
-)
-# How GPT-2, Llama 3 and Qwen2.5 cut text before BPE; the last two join a sign with the letters
-# after it.
-_MODERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CUTS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama3": _MODERN % r"\p{N}{1,3}",
-    "qwen2.5": _MODERN % r"\p{N}",
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +29,13 @@ def words_folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=CUTS)
 def bpe_folder(request, tmp_path_factory):
     """A byte-level BPE, as Llama's and Qwen's, with merges of what stands around the tags."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CUTS[request.param]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
     corpus = [
         "<think> we answer 12 </think><answer> 3 </answer>\n",
         "is it.<answer>\n\n<think>\n<answer>5</answer>",
         "so\n<unknown> .<unknown> know <unknown> </think><unknown> 12<unknown> .<",
     ] * 9
-    trainer = trainers.BpeTrainer(
-        vocab_size=365,
-        min_frequency=5,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|pad|>", "<|end|>", "<|eot|>", "<|reserved_5|>"],
-        show_progress=False,
-    )
-    inner.train_from_iterator(corpus, trainer)
+    special = ["<|pad|>", "<|end|>", "<|eot|>", "<|reserved_5|>"]
+    inner = byte_level(request.param, corpus, 365, special)
     folder = tmp_path_factory.mktemp("bpe")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|end|>"
@@ -113,7 +77,7 @@ def test_every_token_is_explicit(words_folder):
     assert (text.pad_id, text.eos_ids, text.decision_id) == (0, (1,), ids["<unknown>"])
     words = ("<unknown>", " I need external assistance ", "</unknown>")
     assert text.marker_ids == tuple(ids[word] for word in words)
-    assert text.answer_open == ((ids["<answer>"],),)
+    assert opened_at(text, "<think>1</think><answer>1</answer>") == 4
     assert load(words_folder, eos=("<eos>", "\n")).eos_ids == (1, ids["\n"])
 
 
@@ -182,6 +146,13 @@ def test_prompt_longer_than_its_room(words_folder):
         text_lib.TextError, match=r"prompt '1\+2=3' has 6 tokens.* prompt_length=5: raise"
     ):
         text.prompt_batch([prompt("1"), prompt("1+2=3")], 5)
+
+
+def test_the_call_is_words_in_a_prompt_and_one_token_in_a_response(bpe_folder):
+    text = load_bpe(bpe_folder)
+    ids = text.prompt_ids(prompt(f"or end with {MARKER}"))
+    assert text.tokenizer.decode(ids) == f"or end with {MARKER}\n"
+    assert text.decision_id not in ids and text.decision_id in text.response_ids(MARKER)
 
 
 def test_chat_of_several_messages(words_folder):
@@ -256,27 +227,28 @@ CONTEXTS += ["it is.", "12"]  # what may stand before a tag
 
 def opened_at(text, response) -> int | None:
     """How many tokens of the response are written when the sampler sees an answer open."""
-    ids = text.response_ids(response)
-    for n in range(1, len(ids) + 1):
-        if any(tuple(ids[max(n - len(opening), 0) : n]) == opening for opening in text.answer_open):
+    state = 0
+    for n, token in enumerate(text.response_ids(response), start=1):
+        state = text.answer_open.table[state, token]
+        if state == Opening.OPEN:
             return n
     return None
 
 
-@pytest.mark.parametrize("before", [*CONTEXTS, "<think> 12</think>"])
+@pytest.mark.parametrize("before", [*CONTEXTS, "<think> 12</think>", "f(x)", "$x$", "{x}"])
 @pytest.mark.parametrize("after", ["5</answer>", " 5", "\n5"])
 def test_answer_of_several_tokens_is_seen_to_open(bpe_folder, before, after):
     text = load_bpe(bpe_folder)
     assert text.tokenizer.convert_tokens_to_ids("<answer>") is None
-    assert max(map(len, text.answer_open)) > 1
-    n = opened_at(text, f"{before}<answer>{after}")
-    assert n is not None
-    written = text.tokenizer.decode(text.response_ids(f"{before}<answer>{after}")[:n])
-    assert written == f"{before}<answer"
+    ids = text.response_ids(f"{before}<answer>{after}")
+    written = [text.tokenizer.decode(ids[:n]) for n in range(len(ids))]
+    expected = next(n for n, w in enumerate(written) if "<answer>" in w)
+    assert opened_at(text, f"{before}<answer>{after}") == expected
 
 
 @pytest.mark.parametrize(
-    "response", ["<think> the answer </think>", "answer>", "</answer>", "< answer", f"<{MARKER}"]
+    "response",
+    ["<think> the answer </think>", "answer>", "</answer>", "< answer>", "<answer", f"<{MARKER}"],
 )
 def test_what_opens_no_answer(bpe_folder, response):
     assert opened_at(load_bpe(bpe_folder), response) is None
@@ -287,7 +259,8 @@ def test_answer_as_one_added_token(bpe_folder, tmp_path):
     tokenizer.add_tokens([AddedToken("<answer>", normalized=False)])
     tokenizer.save_pretrained(tmp_path)
     text = load_bpe(tmp_path)
-    assert text.answer_open == ((text.tokenizer.convert_tokens_to_ids("<answer>"),),)
+    one = text.tokenizer.convert_tokens_to_ids("<answer>")
+    assert (text.answer_open.table[:, one] == Opening.OPEN).all()
     assert round_trip(text, "</think><answer>5</answer>") == "</think><answer>5</answer>"
 
 

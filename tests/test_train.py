@@ -194,13 +194,15 @@ def test_training_moves_the_parameters_and_resuming_a_finished_run_does_not(fini
 @pytest.mark.slow
 def test_every_config_key_is_read_and_the_warm_start_repeats(finished, small, tmp_path):
     config, _, _ = finished
-    warm = RecordingConfig(small("countdown_tiny_sft.py", lora__rank=2))
+    warm = RecordingConfig(small("countdown_tiny_sft.py"))
     assert sft.run(warm, tmp_path / "model") == sft.run(warm, tmp_path / "again") == 0
     made, again = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again")
     )
     assert made == again
-    reads = config.reads | warm.reads
+    adapted = RecordingConfig(small(lora__rank=2))
+    experiment.load_state(experiment.prepare(adapted, tmp_path / "adapted"))
+    reads = config.reads | warm.reads | adapted.reads
     for kind, model in OTHER_CLOUDS.items():
         other = RecordingConfig(small(cloud__kind=kind, cloud__model=model))
         make_cloud(other, experiment.make_task(other), tmp_path / "other.sqlite")
@@ -354,6 +356,7 @@ def test_checkpoints_of_another_shape_or_cut_short(finished, small, tmp_path):
     assert experiment.load_state(experiment.prepare(config, tmp_path / "copy")).step == 2
 
 
+@pytest.mark.slow
 def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "NONFINITE_LIMIT", 2)
     broken = small(
@@ -372,6 +375,7 @@ def test_non_finite_gradients_stop_the_run_with_the_state_saved(small, tmp_path,
     assert saved.nonfinite_streak == 2 and run.checkpoints.latest() == saved.step
 
 
+@pytest.mark.slow
 def test_nothing_solved_stops_the_run_with_the_state_saved(small, tmp_path):
     run = experiment.prepare(
         small(train__empty_d1_limit=2, train__steps=9, train__checkpoint_every=9), tmp_path

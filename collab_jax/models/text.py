@@ -12,50 +12,45 @@ from typing import cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax.models.decision import PlainMarker
-from collab_jax.runtime.errors import UserError
+from collab_jax.models import special_tokens
+from collab_jax.models.decision import ANSWER, Opening, PlainMarker, opening
+from collab_jax.models.special_tokens import TAGS, SpecialTokens, TextError
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 Messages = list[dict[str, str]]
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of a response, beside the marker
 UNKNOWN_TOKEN = re.compile(r"<\|id \d+\|>")  # how `Text.decode` writes what is no token
 DATE = "26 Jul 2024"  # for templates that write today's (Llama 3.2): prompts must not change daily
-
-
-class TextError(UserError):
-    """A tokenizer, token or prompt that cannot be used; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
     """A tokenizer with the tokens that the method needs.
 
+    special: the special tokens by name, none of them "auto"; the ids below are theirs.
     eos_ids: every token that ends a response; the first is the one written after a demonstration.
     decision_id: the first token of the marker, the only one whose logit decides a call; None where
     no single token decides, and `plain` then has those that do.
-    marker: the call as text. marker_ids: the same as tokens, decision_id first; a reserved token
-    stands for the whole marker. answer_open: the token sequences that open the answer, from where
-    on no call is possible.
+    marker: the call as text. marker_ids: the same as a response has it, decision_id first; a
+    reserved token stands for the whole marker. answer_open: sees the answer open, from where on no
+    call is possible.
     """
 
     tokenizer: PreTrainedTokenizerFast
+    special: SpecialTokens
     pad_id: int
     eos_ids: tuple[int, ...]
     decision_id: int | None
     marker: str
     marker_ids: tuple[int, ...]
-    answer_open: tuple[tuple[int, ...], ...]
+    answer_open: Opening
     plain: PlainMarker | None
 
     @property
     def _marker_written(self) -> str:
-        """The marker as the tokenizer sees it: itself, or the reserved token that stands for it."""
-        if self.decision_id is None:
-            return self.marker
-        decision = cast(str, self.tokenizer.convert_ids_to_tokens(self.decision_id))
-        return self.marker if self.marker.startswith(decision) else decision
+        """The marker as a response has it: itself, or the reserved token that stands for it."""
+        return _marker_written(self.marker, self.special.decision_token)
 
     @functools.cached_property
     def _vocabulary(self) -> frozenset[int]:
@@ -63,13 +58,13 @@ class Text:
         return frozenset(self.tokenizer.get_vocab().values())
 
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """Tokens of a chat prompt, ending where the response begins."""
-        written = [
-            {**m, "content": m["content"].replace(self.marker, self._marker_written)}
-            for m in messages
-        ]
+        """Tokens of a chat prompt, ending where the response begins.
+
+        The marker in it stays the text that it is: the model knows its words, not the reserved
+        token, which it learns to write in their place.
+        """
         ids = self.tokenizer.apply_chat_template(
-            written, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
         )
         return cast(list[int], ids)
 
@@ -107,7 +102,7 @@ class Text:
         for row, kept in zip(tokens, mask, strict=True):
             ids = [t for t in row[kept].tolist() if t not in self.eos_ids]
             pieces = [
-                self._decode(list(run)) if known else "".join(f"<|id {t}|>" for t in run)
+                self._decode(list(run)) if known else "".join(map(_no_token, run))
                 for known, run in itertools.groupby(ids, self._vocabulary.__contains__)
             ]
             texts.append("".join(pieces).replace(written, self.marker))
@@ -120,25 +115,30 @@ class Text:
         return cast(str, text)
 
 
-def _answer_open(tokenizer: PreTrainedTokenizerFast, opening: str) -> tuple[tuple[int, ...], ...]:
-    """The token sequences that write `opening`, "<answer>".
-
-    One token where the vocabulary has it, else one sequence for each way that BPE may split it.
-    """
-    whole = cast(int | None, tokenizer.convert_tokens_to_ids(opening))
-    if whole is not None and whole != tokenizer.unk_token_id:
-        return ((whole,),)
-    stem, sequences = opening[:-1], set()  # without ">", which BPE joins with whatever follows
-    for before in ("", " ", "\n", "\n\n", "</think>", "</think>\n", "</think>\n\n", "."):
-        ids = tokenizer.encode(before + stem, add_special_tokens=False)
-        for n in range(1, len(ids) + 1):
-            if stem in tokenizer.decode(ids[-n:]):
-                sequences.add(tuple(ids[-n:]))
-                break
-    return tuple(sorted(sequences))
+def _marker_written(marker: str, decision_token: str) -> str:
+    """The marker as a response has it, for a decision token, or "" where plain text decides."""
+    return marker if marker.startswith(decision_token) else decision_token
 
 
-def _plain_marker(tokenizer: PreTrainedTokenizerFast, marker: str) -> PlainMarker:
+def _no_token(index: int) -> str:
+    """What is written for an id that is no token."""
+    return f"<|id {index}|>"
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text that each id adds to a text, by `Text.decode`; but for a reserved decision token."""
+    vocabulary = tokenizer.get_vocab().values()
+    before = min(vocabulary)  # any token: some tokenizers drop the space that begins a text
+    decode = functools.partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    start = decode([before])
+    known = frozenset(vocabulary)
+    return [
+        decode([before, index]).removeprefix(start) if index in known else _no_token(index)
+        for index in range(max(known) + 1)
+    ]
+
+
+def _plain_marker(pieces: Sequence[str], marker: str) -> PlainMarker:
     """The tokens that decide a call where the marker is plain text, "<unknown> ...".
 
     BPE cuts it differently after each text ("<" "unknown", "><" "unknown", "<un" "known", ...), and
@@ -153,10 +153,6 @@ def _plain_marker(tokenizer: PreTrainedTokenizerFast, marker: str) -> PlainMarke
             f"config.text.marker={marker!r} begins like a tag: let its second character differ"
         )
     stem, rest = marker[:shared], marker[shared:]
-    rows = [[i] for i in range(len(tokenizer))]
-    pieces = tokenizer.batch_decode(
-        rows, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
 
     def opens(piece: str, tail: str) -> bool:
         return bool(piece) and (tail.startswith(piece) or piece.startswith(tail))
@@ -170,9 +166,9 @@ def _plain_marker(tokenizer: PreTrainedTokenizerFast, marker: str) -> PlainMarke
 
 
 def load(folder: pathlib.Path, config: ConfigDict) -> Text:
-    """The Text of a model folder and `config.text`.
+    """The Text of a model folder and `config.text`; prints the special tokens that it found.
 
-    config: pad, eos, decision_token and marker. Raises TextError, which names the setting.
+    config: pad, eos, decision_token and marker. Raises TextError, which names the settings.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
@@ -182,35 +178,30 @@ def load(folder: pathlib.Path, config: ConfigDict) -> Text:
         ) from None
     if not tokenizer.chat_template:
         raise TextError(f"the tokenizer in {folder} has no chat template: add chat_template.jinja")
-
-    def token_id(token: str, key: str) -> int:
-        index = tokenizer.convert_tokens_to_ids(token)
-        if index is None or (index == tokenizer.unk_token_id and token != tokenizer.unk_token):
-            raise TextError(
-                f"config.text.{key}={token!r} is not one token of the tokenizer in {folder}"
-            )
-        return index
-
-    marker, decision = config.marker, config.decision_token
-    decision_id = token_id(decision, "decision_token") if decision else None
-    written = marker if marker.startswith(decision) else decision
-    marker_ids = tuple(tokenizer.encode(written, add_special_tokens=False))
-    if decision_id is not None and marker_ids[:1] != (decision_id,):
+    special = special_tokens.resolve(tokenizer, folder, config)
+    if found := [key for key in SpecialTokens._fields if special_tokens.is_auto(config[key])]:
+        print("config.text: " + ", ".join(f"{key}={getattr(special, key)!r}" for key in found))
+    marker, decision = config.marker, special.decision_token
+    decision_id = tokenizer.convert_tokens_to_ids(decision) if decision else None
+    marker_ids = tokenizer.encode(_marker_written(marker, decision), add_special_tokens=False)
+    if decision_id is not None and marker_ids[:1] != [decision_id]:
         raise TextError(f"config.text.marker={marker!r} does not begin with the token {decision!r}")
-    answer_open = _answer_open(tokenizer, "<answer>")
-    if not answer_open:
+    pieces = _pieces(tokenizer)
+    answer_open = opening(pieces)
+    if not answer_open.possible:
         raise TextError(
-            f"the tokenizer in {folder} cannot write '<answer>': add it to the vocabulary"
+            f"the tokenizer in {folder} cannot write {ANSWER!r}: add it to the vocabulary"
         )
     return Text(
         tokenizer=tokenizer,
-        pad_id=token_id(config.pad, "pad"),
-        eos_ids=tuple(token_id(t, "eos") for t in config.eos),
+        special=special,
+        pad_id=tokenizer.convert_tokens_to_ids(special.pad),
+        eos_ids=tuple(tokenizer.convert_tokens_to_ids(list(special.eos))),
         decision_id=decision_id,
         marker=marker,
-        marker_ids=marker_ids,
+        marker_ids=tuple(marker_ids),
         answer_open=answer_open,
-        plain=None if decision else _plain_marker(tokenizer, marker),
+        plain=None if decision else _plain_marker(pieces, marker),
     )
 
 
@@ -218,8 +209,10 @@ def word_tokenizer(words: Sequence[str], pad: str, eos: str, unk: str) -> PreTra
     """A tokenizer whose vocabulary is `words`, for models trained from nothing.
 
     The longest word that fits is taken first. The chat template joins the contents of the messages
-    and ends the prompt with a line break.
+    and ends the prompt with a line break. Raises TextError where pad or eos is left to be found.
     """
+    if special_tokens.is_auto(pad) or special_tokens.is_auto(eos):
+        raise TextError("a vocabulary of config.sft.words needs config.text.pad and eos by name")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {word: i for i, word in enumerate([pad, eos, unk, *words])}

@@ -51,13 +51,17 @@ def greedy_sampler(run: Run) -> Sampler:
     return rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=0.0)
 
 
-def held_out(run: Run) -> list[Example]:
-    """Returns the first `config.eval.prompts` test prompts."""
+def held_out(run: Run, split: str = "test") -> list[Example]:
+    """Returns the first `config.eval.prompts` prompts of a split.
+
+    A validation split may have fewer, as it is a part of the training data. Raises UserError where
+    the test split has.
+    """
     wanted = run.config.eval.prompts
     if not wanted:
         return []
-    examples = experiment.examples(run, "test")[:wanted]
-    if len(examples) < wanted:
+    examples = experiment.examples(run, split)[:wanted]
+    if split == "test" and len(examples) < wanted:
         raise UserError(
             f"config.eval.prompts={wanted}, but the test split has {len(examples)} that fit"
         )

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.cloud import CachedCloud, make_cloud
 from collab_jax.gapg import TrainState
-from collab_jax.models import decoder, hf, lora
+from collab_jax.models import decoder, hf, identity, lora, special_tokens
 from collab_jax.models import text as text_lib
 from collab_jax.models.text import Text
 from collab_jax.rl import optim
@@ -46,6 +46,8 @@ MAY_DIFFER_ON_RESUME = {
 }
 DATA = "data"  # the entry of config.json, beside the settings, that says what data the run has seen
 REWARD = "reward"  # in it, the file of `config.task.reward`; the other names are splits
+BASE = "base"  # the entry that says which model the run began with: its `identity.fingerprint`
+COMMIT = "commit"  # in it, the commit of a model of the hub
 
 
 class Run(NamedTuple):
@@ -62,7 +64,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
 
 
-# ---- the workdir: config.json says which settings and which data its run has
+# ---- the workdir: config.json says which settings, data and base model its run has
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -85,20 +87,42 @@ def claim(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
+def with_tokens_of(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """Returns a copy of `config` with the special tokens of the run in `workdir`, if there is one.
+
+    They take the place of those that `config` leaves to be found, and of no others.
+    """
+    config, file = config.copy_and_resolve_references(), workdir / "config.json"
+    kept = _read_json(file).get("text", {}) if file.exists() else {}
+    for key in kept.keys() & special_tokens.SpecialTokens._fields:
+        if special_tokens.is_auto(config.text[key]):
+            config.text[key] = type(config.text[key])(kept[key])
+    return config
+
+
 def differences(file: pathlib.Path, config: ConfigDict, all_keys: bool = True) -> str:
     """Returns how the settings in `file`, a config.json, differ from `config`: five of them, or "".
 
-    Those of MAY_DIFFER_ON_RESUME do not count, and without `all_keys` only keys that both have.
+    Those of MAY_DIFFER_ON_RESUME do not count, nor special tokens that `config` leaves to be found,
+    and without `all_keys` only keys that both have.
     Raises UserError where the file cannot be read.
     """
     then, now = _flat(_read_json(file)), _flat(_as_json(config))
-    # A run begun before providers had a name bought from its base_url.
+    # A run begun before providers had a name bought from its base_url; one before `task.system` had
+    # the chat template's own.
     then.setdefault("cloud.provider", then.get("cloud.base_url"))
+    then.setdefault("cloud.error_skew", 0.0)
+    then.setdefault("task.system", "")
     keys = then.keys() | now.keys() if all_keys else then.keys() & now.keys()
+    left_to_be_found = {
+        f"text.{key}"
+        for key in special_tokens.SpecialTokens._fields
+        if special_tokens.is_auto(config.text[key])
+    }
     differing = [
         f"{key}={then.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted(keys - MAY_DIFFER_ON_RESUME)
-        if then.get(key) != now.get(key) and not key.startswith(f"{DATA}.")
+        for key in sorted(keys - MAY_DIFFER_ON_RESUME - left_to_be_found)
+        if then.get(key) != now.get(key) and not key.startswith((f"{DATA}.", f"{BASE}."))
     ]
     return "; ".join(differing[:5])
 
@@ -125,6 +149,41 @@ def check_unchanged(workdir: pathlib.Path, name: str, contents: dict[str, dict])
             f"the data ({name}) have changed since the run in {workdir} began: "
             f"{'; '.join(changed)}: restore them, or use another --workdir"
         )
+
+
+def check_base(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Raises UserError where the model in `folder` is not the one that the run began with.
+
+    What is compared is its `identity.fingerprint`, noted in config.json where no earlier start has
+    done so, with the commit of a model of the hub.
+    """
+    file = workdir / "config.json"
+    saved, now = _read_json(file), identity.fingerprint(folder)
+    if BASE not in saved:
+        commit = hf.commit(folder)
+        _write_json(file, saved | {BASE: now | ({COMMIT: commit} if commit else {})})
+        return
+    changed = [
+        f"{part} (SHA-256 {saved[BASE].get(part, 'none')[:12]} then, {digest[:12]} now)"
+        for part, digest in now.items()
+        if saved[BASE].get(part) != digest
+    ]
+    if changed:
+        raise UserError(
+            f"the base model in {folder} has changed since the run in {workdir} began: "
+            f"{', '.join(changed)}: restore it, or use another --workdir"
+        )
+
+
+def base_path(config: ConfigDict, workdir: pathlib.Path) -> str:
+    """Returns `config.model.path`, of the hub at the commit that an earlier start of the run had.
+
+    So a run goes on with its model when the hub has a newer one.
+    """
+    path, file = config.model.path, workdir / "config.json"
+    commit = _read_json(file).get(BASE, {}).get(COMMIT) if file.exists() else None
+    name, revision = hf.split_revision(path)
+    return f"{name}@{commit}" if commit and revision is None else path
 
 
 def fingerprint(lines: Iterable[str], unit: str) -> dict[str, int | str]:
@@ -198,20 +257,44 @@ def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, Cache
     return judge.judged(config, task, store), cloud
 
 
+class BaseModel(NamedTuple):
+    """The model of `config.model.path`. config: a copy, in which no special token is "auto"."""
+
+    config: ConfigDict
+    folder: pathlib.Path  # as Hugging Face has it
+    cfg: decoder.DecoderConfig
+    text: Text
+
+
+def base_model(config: ConfigDict, workdir: pathlib.Path) -> BaseModel:
+    """Returns the model that a config starts from; what an earlier start in `workdir` noted holds.
+
+    That is the commit of a model of the hub, and special tokens that the config leaves to be found.
+    Raises UserError for an adapter that does not go with the model.
+    """
+    folder = hf.locate(base_path(config, workdir))
+    cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
+    cfg = lora.configure(cfg, config.lora)
+    config = with_tokens_of(config, workdir)
+    text = text_lib.load(folder, config.text)
+    config.text.update(text.special._asdict())
+    return BaseModel(config, folder, cfg, text)
+
+
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Returns the run of a config, with `workdir` claimed for it.
 
+    The config of the run has the special tokens by name, as config.json has them.
     Raises UserError with what to change. What is refused leaves no config.json, which would refuse
     the mended command, and might hold a misplaced key.
     """
     check_config(config)
     make_workdir(workdir)
-    folder = hf.locate(config.model.path)
-    cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
-    cfg = lora.configure(cfg, config.lora)
-    text = text_lib.load(folder, config.text)
+    base = base_model(config, workdir)
+    config, folder = base.config, base.folder
     task, cloud = task_and_cloud(config, store_path(config, workdir))
     claim(config, workdir)
+    check_base(workdir, folder)
     if config.task.reward:
         source = pathlib.Path(config.task.reward.rpartition(":")[0]).expanduser()
         lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -225,8 +308,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         config=config,
         workdir=workdir,
         folder=folder,
-        cfg=cfg,
-        text=text,
+        cfg=base.cfg,
+        text=base.text,
         task=task,
         cloud=cloud,
         optimizer=optim.make_optimizer(
@@ -246,20 +329,22 @@ def with_task_and_cloud_of(run: Run, config: ConfigDict) -> Run:
 
 
 def examples(run: Run, split: str) -> list[Example]:
-    """Returns the examples of a split, "train" or "test", whose prompts fit into the prompt length.
+    """Returns the run's `checked_examples` of a split of its task."""
+    return checked_examples(run.workdir, run.task, run.text, run.config, split)
 
-    Raises UserError where the data of the split are not those of an earlier start of the run.
+
+def checked_examples(
+    workdir: pathlib.Path, task: Task, text: Text, config: ConfigDict, split: str
+) -> list[Example]:
+    """Returns the examples of a split whose prompts fit into `config.prompt_length`.
+
+    Raises UserError where the data of the split are not those of an earlier start in `workdir`.
     """
-    loaded = run.task.load(split)
+    loaded = task.load(split)
     tasks = dict.fromkeys(example.task for example in loaded)
     contents = {name: fingerprint(_lines(loaded, name), "examples") for name in tasks}
-    check_unchanged(run.workdir, split, contents)
-    return drop_too_long(loaded, run.task, run.text, run.config.prompt_length, split)
-
-
-def load_examples(task: Task, text: Text, config: ConfigDict, split: str) -> list[Example]:
-    """Returns the examples of a split whose prompts fit, for a command that has no run."""
-    return drop_too_long(task.load(split), task, text, config.prompt_length, split)
+    check_unchanged(workdir, split, contents)
+    return drop_too_long(loaded, task, text, config.prompt_length, split)
 
 
 def _lines(loaded: Sequence[Example], task: str) -> Iterator[str]:
@@ -303,9 +388,7 @@ def load_state(run: Run) -> TrainState:
     """
     config = run.config
     if config.lora.rank:
-        params = lora.init(
-            run.cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype
-        )
+        params = lora.start(run.cfg, config.lora, config.seed, config.model.param_dtype)
         frozen = hf.load(run.folder, run.cfg, config.model.dtype)
     else:
         params, frozen = hf.load(run.folder, run.cfg, config.model.param_dtype), None

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from collab_jax.cloud import Answers, CachedCloud, Pending
 from collab_jax.gapg import Rollout
 from collab_jax.models import sampler
-from collab_jax.models.decision import Marker, PlainMarker
+from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Messages, Text
@@ -107,9 +107,7 @@ def make_sampler(
         top_p=1.0,
         eos_ids=text.eos_ids,
         pad_id=text.pad_id,
-        marker=Marker(
-            text.decision_id, text.answer_open, PlainMarker(*text.plain) if text.plain else None
-        ),
+        marker=Marker(text.decision_id, text.answer_open, text.plain),
         segments=config.decode.segments,
         slot_counts=slot_counts,
         cache_dtype=config.decode.cache_dtype,

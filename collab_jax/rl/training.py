@@ -2,11 +2,9 @@
 
 import contextlib
 import functools
-import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,33 +23,10 @@ from collab_jax.rl.missing_verdicts import (
 from collab_jax.rl.rollout import Batch, Collected
 from collab_jax.runtime import metrics, parallel
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.process import GracefulStop
 from collab_jax.tasks import Example, mix
 
 NONFINITE_LIMIT = 10  # updates in a row whose gradient is not finite before the run stops
-
-
-class GracefulStop:
-    """Handles SIGTERM and Ctrl-C: exits at once with status 0, or after the step that runs.
-
-    Inside `with stop:` a signal only sets `requested`, and the block asks for it.
-    """
-
-    def __init__(self):
-        self.requested = self._in_block = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if not self._in_block:
-            sys.exit(0)
-
-    def __enter__(self) -> "GracefulStop":
-        self._in_block = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._in_block = False
 
 
 # --------------------------------------------------------------------------- which prompts

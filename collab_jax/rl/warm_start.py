@@ -1,35 +1,42 @@
-"""The warm start: supervised tuning on demonstrations, and a try of the tuned model.
+"""The warm start: supervised tuning on demonstrations, at choice on relabelled ones.
 
-`collab_jax/sft.py` is the command. Axis letters are those of `gapg.py`, with B demonstrations.
+`collab_jax/sft.py` is the command. Demonstrations that call at random cannot teach *when* to call.
+With `config.sft.relabel_steps` the model is therefore tuned on them first, and then shown how good
+it became: it answers training prompts that it was not tuned on, and where its own attempt fails,
+the call is what it learns to end it with (`own_samples.py`). All prompts are labelled so, since
+each half of them is answered by a model that was tuned on the other half.
+
+What a start needs to go on is in WORKDIR/warm_start: the settings, and a folder for each tuning
+with its metrics, checkpoints and samples.
 """
 
 import itertools
+import json
 import math
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import shutil
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from collab_jax.models import decoder, hf, logprobs, lora
+from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler
 from collab_jax.models.text import Text
-from collab_jax.rl import demonstrations, experiment, optim, rollout
+from collab_jax.rl import demonstrations, experiment, own_samples, rollout
 from collab_jax.rl.demonstrations import Demonstration
-from collab_jax.runtime import parallel
+from collab_jax.rl.tuning import Source, Tuner
+from collab_jax.runtime import files, parallel
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, Task
+from collab_jax.runtime.process import GracefulStop
+from collab_jax.tasks import Example, Task, base
 
 SOURCES = ("task", "file", "self")
-CHECK_STEP = 1 << 20  # the step whose keys `measure_reach` samples with: none of training's
+FOLDER = "warm_start"  # in the workdir
+LOOKED_AT = 1000  # demonstrations of an endless stream that are counted before it is used
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -49,6 +56,11 @@ def _need(holds: bool, message: str) -> None:
 def _check_source(sft: ConfigDict) -> None:
     """Raises UserError for settings about where demonstrations come from."""
     _need(sft.source in SOURCES, f"config.sft.source={sft.source!r}: use one of {SOURCES}")
+    _need(
+        sft.source != "self" or sft.relabel_steps == 0,
+        "config.sft.source=self labels the model's own responses as it is: relabel_steps tunes it "
+        "before, on demonstrations of the task or of a file",
+    )
     _need(
         (sft.source == "file") == bool(sft.demonstrations),
         f"config.sft.source={sft.source!r}, demonstrations={sft.demonstrations!r}: "
@@ -74,7 +86,12 @@ def _check_tuning(sft: ConfigDict) -> None:
         f"config.sft.batch_size={sft.batch_size} must be a positive multiple of the {devices} "
         "devices",
     )
-    _need(sft.micro_rows >= 1, "config.sft.micro_rows must be at least 1")
+    for key in ("micro_rows", "checkpoint_every"):
+        _need(sft[key] >= 1, f"config.sft.{key}={sft[key]} must be at least 1")
+    _need(
+        sft.relabel_steps >= 0,
+        f"config.sft.relabel_steps={sft.relabel_steps} must be at least 0: 0 relabels nothing",
+    )
     _need(
         0 <= sft.learning_rate < math.inf,
         f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0",
@@ -82,267 +99,214 @@ def _check_tuning(sft: ConfigDict) -> None:
     _need(sft.check_prompts >= 0, "config.sft.check_prompts must be at least 0")
 
 
-# --------------------------------------------------------------------------- what is tuned, on what
+# ------------------------------------------------------------------------------------ what is tuned
 
 
-class StartingModel(NamedTuple):
-    """The model before the warm start."""
+class WarmStart(NamedTuple):
+    """The parts of a warm start."""
 
-    tokenizer_folder: pathlib.Path
-    hf_config: dict[str, Any]  # its config.json
-    cfg: DecoderConfig
-    params: Params
+    config: ConfigDict
+    workdir: pathlib.Path
+    base_folder: pathlib.Path  # of the model that is tuned, as Hugging Face has it
+    cfg: DecoderConfig  # with the adapter's scale, where there is one
+    text: Text
+    task: Task
+    examples: list[Example]  # training examples whose prompts fit
+    sampler: Sampler
+    params: Params  # what is tuned, before it is: the model, or an adapter; on the host
+    frozen: Params | None  # the model that an adapter belongs to, with the axis D
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """What is needed to go on."""
+        return self.workdir / FOLDER
+
+    def model(self, params: Params) -> Params:
+        """The whole model with these tuned params (on the host), with the axis D."""
+        return lora.join(self.frozen, parallel.replicate(params))
 
 
-def starting_model(config: ConfigDict, scratch: pathlib.Path) -> StartingModel:
-    """The model of `config.model.path`, or one from nothing by `config.sft.architecture`.
+def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
+    """The parts of the warm start of a config, with `workdir` claimed for it.
 
-    The vocabulary of a model from nothing is `config.sft.words`; its tokenizer is written to the
-    folder `scratch`. Raises UserError for an adapter that does not go with the model.
+    The model is that of `config.model.path`, or one from nothing by `config.sft.architecture`,
+    whose vocabulary is `config.sft.words`. Raises UserError with what to change.
     """
-    if config.sft.architecture:
-        pad, eos = config.text.pad, config.text.eos[0]
-        words = text_lib.word_tokenizer(config.sft.words, pad, eos, "<unk>")
-        words.save_pretrained(scratch)
-        hf_config = dict(config.sft.architecture)
-        cfg = hf.config_from_hf(hf_config, config.model.dtype)
-        params = decoder.init(cfg, jax.random.key(config.seed))
-        return StartingModel(scratch, hf_config, cfg, params)
-    folder = hf.locate(config.model.path)
-    hf_config = hf.read_config(folder)
-    cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
-    lora.configure(cfg, config.lora)  # refused now, not after hours of sampling
-    params = hf.load(folder, cfg, config.model.param_dtype)
-    return StartingModel(folder, hf_config, cfg, params)
-
-
-def demonstration_stream(
-    sampler: Sampler | None,
-    params: Params | None,
-    text: Text,
-    task: Task,
-    config: ConfigDict,
-    workdir: pathlib.Path,
-) -> Iterator[Demonstration]:
-    """The demonstrations of `config.sft.source`, without end.
-
-    Only the source "self" needs the sampler and params (on the host), and writes to the workdir.
-    """
-    if config.sft.source == "task":
-        assert task.demonstrations is not None  # the command has checked it
-        pairs = task.demonstrations(config.seed)
-        return ((task.prompt(example), response) for example, response in pairs)
-    path = pathlib.Path(config.sft.demonstrations).expanduser()
-    if config.sft.source == "self":
-        assert sampler is not None and params is not None
-        examples = experiment.load_examples(task, text, config, "train")[
-            : config.sft.prompts or None
-        ]
-        path = demonstrations.write_own_demonstrations(
-            sampler, parallel.replicate(params), text, task, examples, config, workdir
-        )
-    prompts = lambda: {e.id: task.prompt(e) for e in task.load("train")}  # noqa: E731
-    read = demonstrations.read(path, prompts)
-    return demonstrations.endless(demonstrations.drop_too_long(read, text, config), config.seed)
-
-
-class DemonstrationBatch(NamedTuple):
-    """A batch of B demonstrations, on the host or traced."""
-
-    prompts: Any  # i32[B, L]
-    prompt_mask: Any  # bool[B, L]
-    responses: Any  # i32[B, T]
-    response_mask: Any  # bool[B, T], EOS in
-
-
-def batches(
-    source: Iterator[Demonstration], text: Text, config: ConfigDict
-) -> Iterator[DemonstrationBatch]:
-    """Batches of `config.sft.batch_size` demonstrations, without end.
-
-    Demonstrations of more than `max_new_tokens` tokens are left out.
-    """
-    T = config.max_new_tokens
-    encoded = ((messages, text.response_ids(response)) for messages, response in source)
-    short = ((messages, ids) for messages, ids in encoded if len(ids) <= T)
-    while True:
-        pairs = list(itertools.islice(short, config.sft.batch_size))
-        chats = [messages for messages, _ in pairs]
-        prompts, prompt_mask = text.prompt_batch(chats, config.prompt_length)
-        responses = np.full((len(pairs), T), text.pad_id, np.int32)
-        mask = np.zeros((len(pairs), T), bool)
-        for i, (_, ids) in enumerate(pairs):
-            responses[i, : len(ids)], mask[i, : len(ids)] = ids, True
-        yield DemonstrationBatch(prompts, prompt_mask, responses, mask)
-
-
-# ------------------------------------------------------------------------------------------- tuning
-
-
-def make_step(
-    cfg: DecoderConfig, optimizer: optax.GradientTransformation, config: ConfigDict
-) -> Callable:
-    """step(params, opt_state, frozen, DemonstrationBatch) -> params, opt_state, mean loss.
-
-    The loss is in nats a response token; all arguments and results have the axis D.
-    """
-    chunk, micro_rows = config.train.logprob_chunk, config.sft.micro_rows
-
-    def body(params: Params, opt_state, frozen: Params | None, batch: DemonstrationBatch):
-        def loss(params: Params, part: DemonstrationBatch) -> jax.Array:
-            logp = logprobs.response_logprobs(
-                lora.join(frozen, params),
-                cfg,
-                part.prompts,
-                part.prompt_mask,
-                part.responses,
-                temperature=1.0,
-                chunk=chunk,
-            )
-            return -jnp.sum(logp * part.response_mask)
-
-        def add_micro_batch(sums, part: DemonstrationBatch):
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, part)), None
-
-        rows = batch.prompts.shape[0]
-        parts = math.gcd(rows, max(rows // micro_rows, 1))  # as even as the batch allows
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-        zeros = jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        (total, grads), _ = jax.lax.scan(add_micro_batch, zeros, split)
-        total, grads, count = jax.lax.psum((total, grads, batch.response_mask.sum()), parallel.AXIS)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, total / count
-
-    return parallel.pmap(body, donate=(0, 1))
-
-
-def tune(
-    params: Params, cfg: DecoderConfig, source: Iterator[DemonstrationBatch], config: ConfigDict
-) -> Params:
-    """The params after `config.sft.steps` updates on the batches of `source`, on the host.
-
-    Under LoRA an adapter is tuned, and then merged into them.
-    """
-    cfg, base, frozen = lora.configure(cfg, config.lora), params, None
+    folder = workdir / FOLDER
+    experiment.make_workdir(folder)
+    base = _from_nothing(config, folder) if config.sft.architecture else None
+    base = base or experiment.base_model(config, folder)
+    config, cfg = base.config, base.cfg
+    if not (folder / "config.json").exists():
+        (workdir / "sft.json").unlink(missing_ok=True)  # of another warm start
+    experiment.claim(config, folder)
+    experiment.check_base(folder, base.folder)
+    examples = experiment.checked_examples(folder, task, base.text, config, "train")
+    frozen = None
     if config.lora.rank:
-        params = lora.init(cfg, config.lora, jax.random.key(config.seed), config.model.param_dtype)
-        frozen = parallel.replicate(jax.tree.map(lambda x: np.asarray(x).astype(cfg.dtype), base))
-    sft, D = config.sft, jax.local_device_count()
-    schedule = optim.make_schedule(sft.learning_rate, sft.warmup_steps, decay_steps=sft.steps)
-    optimizer = optim.make_optimizer(
-        schedule, sft.weight_decay, config.optim.clip_norm, config.model.param_dtype
+        params = lora.start(cfg, config.lora, config.seed, config.model.param_dtype)
+        frozen = parallel.replicate(hf.load(base.folder, cfg, config.model.dtype))
+    elif config.sft.architecture:
+        params = decoder.init(cfg, jax.random.key(config.seed))
+    else:
+        params = hf.load(base.folder, cfg, config.model.param_dtype)
+    sampler = rollout.make_sampler(
+        cfg, base.text, config, group=config.group, temperature=config.temperature
     )
-    opt_state = parallel.replicate(optimizer.init(params))
-    params = parallel.replicate(params)
-    step, started, loss = make_step(cfg, optimizer, config), time.monotonic(), math.nan
-    with tqdm(total=sft.steps, desc="warm start", unit="step") as bar:
-        for i in range(sft.steps):
-            batch = parallel.shard(next(source), D)
-            # One update at a time: queued updates of host devices can lock in the collective.
-            jax.block_until_ready((params, opt_state))
-            params, opt_state, losses = step(params, opt_state, frozen, batch)
-            if i % 20 == 0 or i == sft.steps - 1:
-                loss = float(losses[0])
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-    seconds = time.monotonic() - started
-    print(f"{sft.steps} steps in {seconds:.0f} s, last loss {loss:.3f} nats a token")
-    tuned = parallel.unreplicate(params)
-    return lora.merge(base, tuned, cfg.lora_scale) if config.lora.rank else tuned
+    return WarmStart(
+        config=config,
+        workdir=workdir,
+        base_folder=base.folder,
+        cfg=cfg,
+        text=base.text,
+        task=task,
+        examples=examples,
+        sampler=sampler,
+        params=params,
+        frozen=frozen,
+    )
 
 
-# ------------------------------------------------------------------- what training would start from
+def _from_nothing(config: ConfigDict, folder: pathlib.Path) -> experiment.BaseModel:
+    """The model of `config.sft.architecture`, its config.json and tokenizer written to a folder."""
+    if config.lora.rank:
+        raise UserError("config.sft.architecture makes a model from nothing: set lora.rank=0")
+    place = folder / "architecture"
+    experiment.make_workdir(place)
+    words = text_lib.word_tokenizer(config.sft.words, config.text.pad, config.text.eos[0], "<unk>")
+    words.save_pretrained(place)
+    hf_config = dict(config.sft.architecture)
+    files.write_text(place / "config.json", json.dumps(hf_config, indent=2, sort_keys=True) + "\n")
+    cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
+    config = config.copy_and_resolve_references()
+    text = text_lib.load(place, config.text)
+    config.text.update(text.special._asdict())
+    return experiment.BaseModel(config, place, cfg, text)
 
 
-def measure_reach(
-    sampler: Sampler,
-    params: Params,
-    text: Text,
-    task: Task,
-    examples: Sequence[Example],
-    config: ConfigDict,
-) -> dict[str, float | None]:
-    """What training would start from: figures of `config.group` responses to each example.
+def check_examples(start: WarmStart) -> list[Example]:
+    """The prompts to try the tuned model on: `sft.check_prompts` of the validation split.
 
-    The responses are natural ones; `called`, `formatted`, `cut_off` and `local_accuracy` are shares
-    of them. margin: the mean over responses of max_t m_t (`decision.py`), by how many nats the call
-    loses where it is nearest; best_margin: the largest; both None where no response has a decision
-    state, as can be with a marker in plain text. unsolved_called: of the prompts that no response
-    solves, the share with a call; None without such prompts.
+    Of a task that has none, the last training prompts.
     """
-    verdicts, margins = [], []
-    for batch, samples in demonstrations.sampled_batches(
-        sampler,
-        parallel.replicate(params),
-        text,
-        task,
-        examples,
-        config,
-        first_step=CHECK_STEP,
-        bias=0.0,
-    ):
-        P, G, T = samples.tokens.shape
-        ended = np.asarray(samples.ended).reshape(P * G)
-        of_batch = rollout.judge(
-            task,
-            text,
-            [example for example in batch for _ in range(G)],
-            np.asarray(samples.tokens).reshape(P * G, T),
-            np.asarray(samples.mask).reshape(P * G, T),
-            ended,
-        )
-        rows = [of_batch.correct, of_batch.called, of_batch.formatted, ~ended]
-        verdicts.append(np.stack(rows).reshape(4, P, G))
-        margins.append(np.asarray(samples.margins).max(-1).reshape(-1))
-    correct, called, formatted, cut_off = np.concatenate(verdicts, axis=1)
-    margin = np.concatenate(margins)
-    margin = margin[np.isfinite(margin)]  # -inf: a response without a decision state
-    unsolved = ~correct.any(1)
-    return {
-        "prompts": len(correct),
-        "responses": correct.size,
-        "local_accuracy": float(correct.mean()),
-        "called": float(called.mean()),
-        "formatted": float(formatted.mean()),
-        "cut_off": float(cut_off.mean()),
-        "margin": float(margin.mean()) if margin.size else None,
-        "best_margin": float(margin.max()) if margin.size else None,
-        "unsolved_called": float(called[unsolved].any(1).mean()) if unsolved.any() else None,
-    }
-
-
-def format_reach(figures: dict[str, Any]) -> str:
-    """The figures of `measure_reach` as a line."""
-    margin = (
-        "no decision state"
-        if figures["margin"] is None
-        else f"the call's margin {figures['margin']:+.1f}"
+    count, task = start.config.sft.check_prompts, start.task
+    if "validation" not in task.splits:
+        return start.examples[len(start.examples) - count :]
+    held_out = experiment.checked_examples(
+        start.folder, task, start.text, start.config, "validation"
     )
-    return (
-        f"{figures['responses']} responses to {figures['prompts']} training prompts: "
-        f"{figures['formatted']:.1%} well formed, {figures['called']:.1%} calls, "
-        f"{figures['cut_off']:.1%} cut off, {figures['local_accuracy']:.1%} right on the device; "
-        f"{margin}"
+    return held_out[:count]
+
+
+def write(start: WarmStart, params: Params) -> None:
+    """Writes the tuned model to the workdir, or the tuned adapter, as PEFT has it."""
+    config = start.config
+    if config.lora.rank:
+        name, _ = hf.split_revision(config.model.path)
+        revision = hf.commit(start.base_folder)
+        lora.save(start.workdir, params, config.lora, base=name, revision=revision)
+    else:
+        hf_config, dtype = hf.read_config(start.base_folder), config.model.param_dtype
+        hf.save(start.workdir, params, hf_config, dtype, start.base_folder)
+    for checkpoints in start.folder.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
+
+
+# --------------------------------------------------------------------------------- on what, and how
+
+
+def tuned(start: WarmStart, stop: GracefulStop) -> Params:
+    """The params after the warm start that the config describes, on the host.
+
+    `stop` may end the process, with what is done so far saved.
+    """
+    config, tuner = start.config, Tuner(start.cfg, start.frozen, start.text, start.config, stop)
+    if config.sft.source == "self":
+        file = start.folder / "samples.jsonl"
+        examples = start.examples[: config.sft.prompts or None]
+        judged = _answered(start, start.params, examples, file)
+        source = _endless(start, _own_demonstrations(start, judged))
+    else:
+        source = _given(start)
+        if config.sft.relabel_steps:
+            source = _relabelled(start, tuner, source)
+    return tuner.tune(start.folder / "tuning", start.params, source, config.sft.steps)
+
+
+def _given(start: WarmStart) -> Source:
+    """The demonstrations of the task, or of the file that the config names."""
+    config, task = start.config, start.task
+    if config.sft.source == "file":
+        path = pathlib.Path(config.sft.demonstrations).expanduser()
+        read = demonstrations.read(path, lambda: _train_prompts(start))
+        lines = (json.dumps(one) for one in read)
+        contents = {path.name: experiment.fingerprint(lines, "demonstrations")}
+        experiment.check_unchanged(start.folder, "demonstrations", contents)
+        return _endless(start, read)
+    make = task.demonstrations
+    assert make is not None  # the command has checked it
+
+    def stream() -> Iterator[Demonstration]:
+        pairs = make(config.seed)
+        return (Demonstration(task.prompt(example), response) for example, response in pairs)
+
+    first = list(itertools.islice(stream(), LOOKED_AT))
+    demonstrations.drop_too_long(first, start.text, config)
+    return stream
+
+
+def _endless(start: WarmStart, items: list[Demonstration]) -> Source:
+    """Those of the demonstrations that fit, over and over; prints how many do."""
+    kept = demonstrations.drop_too_long(items, start.text, start.config)
+    return lambda: demonstrations.endless(kept, start.config.seed)
+
+
+def _relabelled(start: WarmStart, tuner: Tuner, given: Source) -> Source:
+    """The given demonstrations that answer, and the model's own after a tuning on the other half.
+
+    As many given ones as there are training examples.
+    """
+    sft, marker = start.config.sft, start.text.marker
+
+    def answers() -> Iterator[Demonstration]:
+        return (one for one in given() if not base.called(one.response, marker))
+
+    judged = []
+    for half in (0, 1):
+        folder = start.folder / f"half-{half}"
+        own = lambda: (d for d in answers() if demonstrations.half_of(d.prompt) == half)  # noqa: B023, E731
+        params = tuner.tune(folder, start.params, own, sft.relabel_steps)
+        others = [
+            example
+            for example in start.examples[: sft.prompts or None]
+            if demonstrations.half_of(start.task.prompt(example)) != half
+        ]
+        judged += _answered(start, params, others, folder / "samples.jsonl")
+    as_given = list(itertools.islice(answers(), len(start.examples)))
+    return _endless(start, [*as_given, *_own_demonstrations(start, judged)])
+
+
+def _answered(
+    start: WarmStart, params: Params, examples: list[Example], file: pathlib.Path
+) -> list[own_samples.JudgedPrompt]:
+    """What the model with `params` makes of these training prompts."""
+    return own_samples.sample_and_judge(
+        start.sampler, start.model(params), start.text, start.task, examples, start.config, file
     )
 
 
-def warnings(figures: dict[str, Any]) -> list[str]:
-    """What in the figures of `measure_reach` would keep training from learning, with the fix."""
-    messages = []
-    if figures["called"] == 0:
-        messages.append(
-            "no response calls, so training will find no call to learn from: show more calls "
-            "(config.sft.marker_share), or raise config.sft.steps or learning_rate"
-        )
-    if figures["formatted"] + figures["called"] < 0.5:
-        messages.append(
-            "most responses neither answer in the format nor call: raise config.sft.steps, or "
-            "max_new_tokens if they are cut off"
-        )
-    if figures["local_accuracy"] == 0:
-        messages.append(
-            "no response is right, so training will stop because no prompt is solved: choose "
-            "easier prompts"
-        )
-    return messages
+def _own_demonstrations(
+    start: WarmStart, judged: list[own_samples.JudgedPrompt]
+) -> list[Demonstration]:
+    """The demonstrations made of judged samples, also written to demonstrations.jsonl.
+
+    The file is there to be looked at and to be used again (config.sft.source=file).
+    """
+    config, path = start.config, start.workdir / "demonstrations.jsonl"
+    rows = own_samples.choose(judged, config.sft.marker_share, start.text.marker, config.seed)
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return demonstrations.read(path, lambda: _train_prompts(start))
+
+
+def _train_prompts(start: WarmStart) -> dict[str, text_lib.Messages]:
+    return {example.id: start.task.prompt(example) for example in start.task.load("train")}

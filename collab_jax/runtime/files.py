@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed.
+"""Files that are whole or absent: written beside their place, then renamed; where to cache them.
 
 A process that is killed at any moment leaves the old file or the new one, never half of either. A
 kill may leave a scratch file as well, named NAME.PID.tmp, which nothing reads.
@@ -32,3 +32,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes `text` as UTF-8 to `path`, whole or not at all."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns the folder for what can be made again; XDG_CACHE_HOME sets where it lies."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(cache).expanduser() / "collab_jax"

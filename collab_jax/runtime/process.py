@@ -1,4 +1,4 @@
-"""Settings of the process that a command line makes before jax is first used.
+"""Settings of the process that a command line makes before jax is first used, and its end.
 
 Allocator. XLA's large temporaries cost page faults at each step: glibc is told to keep and reuse
 them, in huge pages. It reads its variables when a process starts, so the commands that compute
@@ -10,6 +10,8 @@ alone are spread over threads.
 
 Compiled programs are kept on disk, so that only the first start on a machine compiles.
 
+`GracefulStop` lets a command end where its work is saved.
+
 `python -m collab_jax.bench settings` measures the first two.
 """
 
@@ -17,10 +19,14 @@ import hashlib
 import os
 import pathlib
 import platform
+import signal
 import sys
 import time
+from types import FrameType
+from typing import NoReturn
 
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.files import cache_folder
 
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
@@ -72,8 +78,7 @@ def compiled_folder() -> pathlib.Path:
     except OSError:
         kind = platform.processor()
     digest = hashlib.sha256(f"{platform.machine()} {kind}".encode()).hexdigest()[:12]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "collab_jax" / f"compiled-{digest}"
+    return cache_folder() / f"compiled-{digest}"
 
 
 def machine() -> dict[str, str]:
@@ -94,3 +99,32 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+class GracefulStop:
+    """Handles SIGTERM and Ctrl-C: exits at once with status 0, or after the step that runs.
+
+    Inside `with stop:` a signal only sets `requested`, and the block asks for it.
+    """
+
+    def __init__(self):
+        self.requested = self._in_block = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if not self._in_block:
+            sys.exit(0)
+
+    def __enter__(self) -> "GracefulStop":
+        self._in_block = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._in_block = False
+
+    def exit(self, message: str) -> NoReturn:
+        """Ends the process with status 0, as was asked, after a line that says what is saved."""
+        print(message)
+        sys.exit(0)

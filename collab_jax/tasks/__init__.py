@@ -2,7 +2,8 @@
 
 One file a task, named in `TASKS`. May import `cloud`, `models` and `runtime`; `rl` and what lies
 above it import this package. A task is a frozen dataclass of functions (`base.Task`), made from
-`config.task` and the marker's text. `config.task.name = "mix"` mixes several (`mix.py`).
+`config.task` and the marker's text. `config.task.system` is the system prompt of each of them.
+`config.task.name = "mix"` mixes several (`mix.py`).
 `config.task.reward`, a function of your own (`reward.py`), or `config.task.judge`, a language model
 (`judge.py`), takes the place of a task's own verifier. `jsonl.py` is the one to copy.
 """
@@ -11,13 +12,14 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import choice, countdown, jsonl, math, mix, reward
+from collab_jax.tasks import choice, countdown, jsonl, math, mix, reward, svamp
 from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 TASKS = {
     "countdown": countdown.make_task,
     **dict.fromkeys(math.FILES, math.make_task),
     "mmlu": choice.make_task,
+    "svamp": svamp.make_task,
     "jsonl": jsonl.make_task,
 }
 
@@ -55,6 +57,10 @@ def make_task(config: ConfigDict) -> Task:
         task = mix.make_task(parts, shares)
     else:
         task = _single_task(config)
+    if config.task.system:
+        system = {"role": "system", "content": config.task.system}
+        without = task.prompt
+        task = dataclasses.replace(task, prompt=lambda example: [system, *without(example)])
     if not config.task.reward:
         return task
     if config.task.judge:
@@ -66,10 +72,14 @@ def make_task(config: ConfigDict) -> Task:
 
 
 def _single_task(config: ConfigDict) -> Task:
-    """One task, whose examples know its name."""
+    """One task, whose examples know its name, and which has no splits but its own."""
     task = TASKS[config.task.name](config)
 
     def load(split: str) -> list[Example]:
+        if split not in task.splits:
+            raise TaskError(
+                f"task {task.name!r} has no {split} split: use one of {', '.join(task.splits)}"
+            )
         return [dataclasses.replace(example, task=task.name) for example in task.load(split)]
 
     return dataclasses.replace(task, load=load)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from collab_jax.models.text import TAGS, UNKNOWN_TOKEN, Messages
 from collab_jax.runtime.errors import UserError
 
+SPLITS = ("train", "validation", "test")
+
 
 class TaskError(UserError):
     """A task or its data cannot be used; the message says what to do."""
@@ -19,7 +21,8 @@ class Example:
 
     id: unique in its split. stratum: the difficulty class. problem: the task's own data.
     task: the name of its task, in a mix the part's. seen: the training task that holds the same
-    problem, if one does.
+    problem, if one does. difficulty: how hard it is among the task's problems, from 0 to 1, spread
+    evenly over them; None where the task does not say.
     """
 
     id: str
@@ -27,6 +30,7 @@ class Example:
     problem: Any
     task: str = ""
     seen: str = ""
+    difficulty: float | None = None
 
 
 class Verdict(NamedTuple):
@@ -51,10 +55,12 @@ ReadAnswer = Callable[[Example, str], str | None]
 class Task:
     """The functions of a task.
 
-    load(split) -> the examples of "train" or "test". prompt(example) -> the device model's chat
+    load(split) -> the examples of one of `splits`. prompt(example) -> the device model's chat
     messages; cloud_prompt(example) -> the cloud's. verify(examples, responses) -> a Verdict of each
     *finished* response, and of each of the cloud's answers.
+    splits: those of SPLITS that the task can have.
     solve_prompt(messages) -> a right response to a cloud prompt; None: there is no exact solver.
+    difficulty(messages) -> that of a cloud prompt's example; None: no example has one.
     gold(example) -> the right answer, None where the example has none; None: the task keeps none.
     weights: of a mix, each part's share of the training prompts.
     read_answer(example, response) -> the answer of a response without tags, None where there is
@@ -68,7 +74,9 @@ class Task:
     prompt: Callable[[Example], Messages]
     cloud_prompt: Callable[[Example], Messages]
     verify: Verify
+    splits: Sequence[str] = ("train", "test")
     solve_prompt: Callable[[Messages], str] | None = None
+    difficulty: Callable[[Messages], float | None] | None = None
     gold: Callable[[Example], str | None] | None = None
     weights: Mapping[str, float] | None = None
     read_answer: ReadAnswer | None = None

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
+from collab_jax.tasks import svamp_source
 from collab_jax.tasks.base import TaskError
 
 RAW, ARCHIVE = "https://raw.githubusercontent.com", "https://codeload.github.com"
@@ -38,11 +39,12 @@ SOURCES = {  # config -> where its file is, below RAW or (a whole repository, as
     ),
     # CSV files of 57 subjects
     "mmlu": "HaeChan0305/MLILAB-FedLLM/zip/d92730e8bacd7b3a61e551e015e40588e10234b4",
+    "svamp": "arkilpatel/SVAMP/zip/689d7ccac74b9983a2ac7cc3b264f441b99e7c53",
 }
 SPLITS = {  # name of a file of JSON lines -> (data set, split)
     **{
         f"{name}_{split}": (name, split)
-        for name in ("math", "gsm8k")
+        for name in ("math", "gsm8k", "svamp")
         for split in ("train", "test")
     },
     **{
@@ -200,6 +202,7 @@ READERS = {
     "minerva_math": _minerva_math,
     "agieval_math": _agieval_math,
     "mmlu": _mmlu,
+    "svamp": svamp_source.read,
 }
 
 

@@ -1,10 +1,9 @@
 """Prompts of your own, from JSON lines. Copy this file to write a task.
 
-`config.task.data_dir` has train.jsonl and test.jsonl (or .jsonl.gz). A line is an object with `id`,
-`problem` and `answer`; a response is right where its answer is that one but for case and white
-space. `answer` may be absent where `config.task.reward` or `task.judge` tells right from wrong.
-Other fields are yours, in `example.problem`; `level` or `type` becomes the stratum. A task of
-another name than `jsonl` needs a line in `TASKS` (`__init__.py`).
+`config.task.data_dir` has train.jsonl, test.jsonl and, if wanted, validation.jsonl (or .jsonl.gz).
+A line is an object with `id`, `problem` and `answer` (which `config.task.reward` or `judge` can do
+without); a response is right where its answer is that one but for case and white space. The rest of
+a line is yours, in `example.problem`; `level` or `type` is the stratum. `TASKS` names all tasks.
 """
 
 from ml_collections import ConfigDict
@@ -35,5 +34,6 @@ def make_task(config: ConfigDict) -> Task:
             same(gold, base.answer_of(r)) for gold, r in zip(golds, responses, strict=True)
         ],
         cloud_prompt=CLOUD_PROMPT,
+        splits=rows.splits_in(config.task.data_dir),
         read_answer=lambda _, response: prose.last_line(response),
     )

@@ -98,6 +98,7 @@ def judged(config: ConfigDict, task: Task, store: pathlib.Path) -> Task:
     if not config.task.judge:
         return task
     settings = config.copy_and_resolve_references()
-    settings.cloud.model = config.task.judge
+    # The difficulty is that of a problem, not of judging an answer to it.
+    settings.cloud.update(model=config.task.judge, error_skew=0.0)
     cloud = make_cloud(settings, dataclasses.replace(task, solve_prompt=simulated_reply), store)
     return dataclasses.replace(task, verify=verify_by(task, cloud, config.text.marker))

@@ -11,12 +11,14 @@ and stratum begin with that.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from collab_jax.models.text import Messages
-from collab_jax.tasks.base import Example, Task, TaskError, Verdict
+from collab_jax.tasks.base import SPLITS, Example, Task, TaskError, Verdict
+
+Answer = TypeVar("Answer")
 
 SLOTS = 1000  # places of a pattern: weights are met to a thousandth
 
@@ -96,6 +98,23 @@ def pools(task: Task, examples: Sequence[Example]) -> list[np.ndarray]:
     return list(by_part.values())
 
 
+def _of_whose_prompt(
+    functions: Mapping[str, Callable[[Messages], Answer] | None],
+) -> Callable[[Messages], Answer] | None:
+    """A function of cloud prompts made of each part's, by its name; None where a part has none."""
+    known = {name: function for name, function in functions.items() if function}
+
+    def answer(messages: Messages) -> Answer:
+        for function in known.values():
+            try:
+                return function(messages)
+            except TaskError:
+                continue
+        raise TaskError(f"not a prompt of {' or '.join(known)}")
+
+    return answer if len(known) == len(functions) else None
+
+
 def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
     """The task made of `parts`, by name, with these weights."""
 
@@ -121,16 +140,6 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
         read = parts[example.task].read_answer
         return read(example, response) if read else None
 
-    solvers = [task.solve_prompt for task in parts.values() if task.solve_prompt]
-
-    def solve_prompt(messages: Messages) -> str:
-        for solve in solvers:
-            try:
-                return solve(messages)
-            except TaskError:
-                continue
-        raise TaskError(f"not a prompt of {' or '.join(parts)}")
-
     def gold(example: Example) -> str | None:
         task = parts[example.task]
         return task.gold(example) if task.gold else None
@@ -141,7 +150,9 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
         prompt=lambda example: parts[example.task].prompt(example),
         cloud_prompt=lambda example: parts[example.task].cloud_prompt(example),
         verify=verify,
-        solve_prompt=solve_prompt if len(solvers) == len(parts) else None,
+        splits=tuple(s for s in SPLITS if all(s in task.splits for task in parts.values())),
+        solve_prompt=_of_whose_prompt({name: task.solve_prompt for name, task in parts.items()}),
+        difficulty=_of_whose_prompt({name: task.difficulty for name, task in parts.items()}),
         gold=gold,
         weights=weights,
         read_answer=read_answer,

@@ -4,17 +4,19 @@ Rows are JSON lines, plain or gzip-compressed: one object a line with `id`, `pro
 whatever else.
 """
 
+import bisect
 import functools
 import gzip
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from collab_jax.models.text import Messages
 from collab_jax.tasks import base, benchmarks
-from collab_jax.tasks.base import Example, Task, TaskError, Verdict
+from collab_jax.tasks.base import SPLITS, Example, Task, TaskError, Verdict
 
 
 def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
@@ -25,8 +27,7 @@ def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer
     is missing, empty, there twice, or no JSON.
     """
     folder = pathlib.Path(folder).expanduser()
-    places = [folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"]
-    path = next((place for place in places if place.exists()), None)
+    path = find(folder, name)
     if path is None and name in benchmarks.SPLITS:
         return benchmarks.read(folder, name)
     if path is None:
@@ -53,6 +54,18 @@ def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer
     if not rows:
         raise TaskError(f"{path} has no rows")
     return rows
+
+
+def find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    """NAME.jsonl in `folder`, or NAME.jsonl.gz; None where neither is there."""
+    places = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
+    return next((place for place in places if place.exists()), None)
+
+
+def splits_in(folder: str) -> tuple[str, ...]:
+    """Train and test, and validation where `folder` has its file."""
+    has_validation = find(pathlib.Path(folder).expanduser(), "validation") is not None
+    return SPLITS if has_validation else ("train", "test")
 
 
 def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> dict:
@@ -82,6 +95,13 @@ def stratum(row: dict) -> str:
     return f"level {row['level']}" if row.get("level") else str(row.get("type") or "")
 
 
+def ranks(keys: Sequence[Any]) -> list[float]:
+    """The rank of each key among all, in (0, 1), with mean 1/2; equal keys share their mean."""
+    ordered = sorted(keys)
+    places = [bisect.bisect_left(ordered, k) + bisect.bisect_right(ordered, k) for k in keys]
+    return [place / 2 / len(keys) for place in places]
+
+
 def make_task(
     config: ConfigDict,
     *,
@@ -90,13 +110,17 @@ def make_task(
     gold: Callable[[Example], str | None],
     compare: Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]],
     cloud_prompt: str,
+    splits: Sequence[str] = ("train", "test"),
+    ranked: bool = False,
     read_answer: base.ReadAnswer | None = None,
+    demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None,
 ) -> Task:
     """The task of `config.task.name`, whose prompts are templates with {problem} in them.
 
     The device's template is `config.task.prompt`, the cloud's `cloud_prompt`. gold(example) -> the
     right answer, None where there is none. compare(golds, responses) -> whether the answer of each
-    response is its gold one; None where the comparison ran out of time. read_answer: `Task`'s.
+    response is its gold one; None where the comparison ran out of time. splits, read_answer,
+    demonstrations: as in `Task`. ranked: whether examples have a difficulty.
     Raises TaskError for a prompt without {problem}.
     """
     template, marker = config.task.prompt, config.text.marker
@@ -127,18 +151,19 @@ def make_task(
         return verdicts
 
     @functools.cache
-    def answers(split: str) -> dict[str, str | None]:
-        """Gold answers by the cloud's prompt; none of a split that is not there."""
+    def solvable(split: str) -> dict[str, Example]:
+        """Examples with an answer, by the cloud's prompt; none of a split that is not there."""
         try:
-            return {messages(cloud_prompt, e)[0]["content"]: gold(e) for e in load(split)}
+            examples = [e for e in load(split) if gold(e) is not None]
         except TaskError:
             return {}
+        return {messages(cloud_prompt, e)[0]["content"]: e for e in examples}
 
-    def solve_prompt(prompt: Messages) -> str:
-        """The gold answer of a cloud prompt of this task. Raises TaskError for any other prompt."""
-        for split in ("test", "train"):
-            if (answer := answers(split).get(prompt[-1]["content"])) is not None:
-                return f"<answer>{answer}</answer>"
+    def example_of(prompt: Messages) -> Example:
+        """The example of a cloud prompt of this task. Raises TaskError for any other prompt."""
+        for split in reversed(splits):
+            if example := solvable(split).get(prompt[-1]["content"]):
+                return example
         raise TaskError(f"not a prompt of the task {config.task.name!r}, or one without an answer")
 
     return Task(
@@ -147,7 +172,10 @@ def make_task(
         prompt=lambda example: messages(template, example),
         cloud_prompt=lambda example: messages(cloud_prompt, example),
         verify=verify,
-        solve_prompt=solve_prompt,
+        splits=splits,
+        solve_prompt=lambda prompt: f"<answer>{gold(example_of(prompt))}</answer>",
+        difficulty=(lambda prompt: example_of(prompt).difficulty) if ranked else None,
         gold=gold,
         read_answer=read_answer,
+        demonstrations=demonstrations,
     )

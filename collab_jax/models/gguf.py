@@ -1,0 +1,290 @@
+"""GGUF files: each is converted, once, into a Hugging Face folder that all else reads.
+
+The folder lies in the user's cache under the SHA-256 of the file. It has config.json, the tokenizer
+with its chat template, generation_config.json, and the weights in float32, which holds every value
+of a quantized one exactly. What a file says is read with the `gguf` package.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+import tempfile
+from typing import Any
+
+import gguf
+import numpy as np
+
+from collab_jax.models import bpe, shards
+from collab_jax.models.text import PreTrainedTokenizerFast
+from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.files import cache_folder, write_text
+
+CONVERSION = 1  # raised when the same file gives another folder, so that no old one is read
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FREQS = "rope_freqs.weight"  # what Llama 3 divides each rotary frequency by
+# All published models that are scaled so differ in their factor alone.
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # as GGUF has it
+OTHER = "use a file of another quantization (F16, Q8_0, Q4_K_M, ...)"
+END_TOKENS = ("eos", "eot", "eom")  # of a text, a turn, a message: each ends a response
+
+
+class GGUFError(UserError):
+    """A GGUF file that cannot be used; the message says what to do."""
+
+
+def convert(file: pathlib.Path) -> pathlib.Path:
+    """The Hugging Face folder of a GGUF file; made at the first call, whole or not at all.
+
+    Raises GGUFError where the file is damaged, or holds what the decoder does not compute.
+    """
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise GGUFError(f"cannot read {file} ({error.strerror}): give another file") from None
+    cache = cache_folder() / "models"
+    folder = cache / f"gguf-{CONVERSION}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = pathlib.Path(scratch) / "model"
+            _write_folder(made, _open(file))
+            made.rename(folder)
+    except UserError as error:
+        raise GGUFError(f"{file}: {error}") from None
+    except OSError as error:
+        if folder.is_dir():  # another process was faster
+            return folder
+        raise GGUFError(
+            f"cannot write to {cache} ({error.strerror}): free space there, "
+            "or choose another place by XDG_CACHE_HOME"
+        ) from None
+    return folder
+
+
+def _open(file: pathlib.Path) -> gguf.GGUFReader:
+    """A reader of the file. Raises GGUFError where it is damaged, or a part of a model."""
+    try:
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # the reader raises what numpy does at the bytes that are missing
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", reason):
+            raise GGUFError(
+                f"there are tensors of the unknown type {unknown[1]}: {OTHER}"
+            ) from None
+        raise GGUFError(
+            f"not readable as GGUF ({reason}): it may be cut short; fetch it again"
+        ) from None
+    parts = reader.get_field("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise GGUFError(
+            f"this is one of {parts.contents()} parts of a model: "
+            "join them with `llama-gguf-split --merge`"
+        )
+    return reader
+
+
+def _write_folder(folder: pathlib.Path, reader: gguf.GGUFReader) -> None:
+    """Writes the Hugging Face folder of what the file says."""
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(metadata, tensors)
+    names = _weight_names(tensors)
+    tokenizer = _tokenizer(metadata)
+    generation = _generation_config(metadata)
+    folder.mkdir()
+    tokenizer.save_pretrained(folder)
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    sizes = {name: 4 * int(tensors[source].n_elements) for name, source in names.items()}
+    shards.write(folder, sizes, lambda name: _weight(tensors[names[name]], config))
+
+
+def _weight(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> np.ndarray:
+    """The values of a tensor, f32[out, in], in the order that Hugging Face has."""
+    try:
+        value = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        kind = tensor.tensor_type.name
+        raise GGUFError(f"tensor {tensor.name!r} is {kind}, which is not read: {OTHER}") from None
+    if config["model_type"] == "llama" and ".attn_q." in tensor.name:
+        return _unpermute(value, config["num_attention_heads"])
+    if config["model_type"] == "llama" and ".attn_k." in tensor.name:
+        return _unpermute(value, config["num_key_value_heads"])
+    return value
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """A Llama projection to queries or keys, [out, in] or a bias [out], as Hugging Face has it.
+
+    GGUF interleaves the two halves of each head, which rotary embeddings pair.
+    """
+    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _weight_names(tensors: dict[str, gguf.ReaderTensor]) -> dict[str, str]:
+    """The name of each tensor by that of the weight in a Hugging Face folder."""
+    names = {}
+    for name in tensors:
+        stem, _, leaf = name.rpartition(".")
+        block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        if block and block[2] in BLOCK:
+            names[f"model.layers.{block[1]}.{BLOCK[block[2]]}.{leaf}"] = name
+        elif stem in TOP:
+            names[f"{TOP[stem]}.{leaf}"] = name
+        elif name != ROPE_FREQS:
+            raise GGUFError(f"unknown tensor {name!r}: the decoder has no such weight")
+    return names
+
+
+# ---- config.json
+
+
+def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
+    """The contents of config.json; refuses what the decoder does not compute."""
+    kind = metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise GGUFError(
+            f"architecture {kind!r} is not supported: only {', '.join(ARCHITECTURES)} are"
+        )
+
+    def number(key: str, default: float | None = None) -> Any:
+        value = metadata.get(f"{kind}.{key}", default)
+        if not isinstance(value, int | float):
+            raise GGUFError(f"the metadata have no number {kind}.{key}: fetch the file again")
+        return value
+
+    if "token_embd.weight" not in tensors:
+        raise GGUFError("there is no tensor token_embd.weight: fetch the file again")
+    heads = number("attention.head_count")
+    head_dim = number("attention.key_length", number("embedding_length") // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if number(key, head_dim) != head_dim:
+            raise GGUFError(f"{kind}.{key} differs from the {head_dim} of a key: not supported")
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+        "hidden_size": number("embedding_length"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": number("context_length"),
+        # Stored as float32: the shortest number that it stands for (1e-5, not 9.99999974e-6).
+        "rms_norm_eps": float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
+        "rope_parameters": _rope(metadata, tensors, number("rope.freq_base", 1e4), head_dim),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "dtype": "float32",
+    }
+
+
+def _rope(
+    metadata: dict[str, Any],
+    tensors: dict[str, gguf.ReaderTensor],
+    theta: float,
+    head_dim: int,
+) -> dict[str, Any]:
+    """`rope_parameters` of config.json. Raises GGUFError for a scaling other than Llama 3's."""
+    kind = metadata["general.architecture"]
+    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none" or metadata.get(f"{kind}.rope.scale_linear", 1.0) != 1.0:
+        raise GGUFError(f"rope scaling {scaling!r} is not supported: only Llama 3's is")
+    if ROPE_FREQS not in tensors:
+        return {"rope_type": "default", "rope_theta": theta}
+    stored = np.asarray(tensors[ROPE_FREQS].data, np.float64)
+    factor = float(stored.max())
+    # Llama 3 leaves fast rotations, divides slow ones by the factor, and goes over in between.
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    expected = 1 / ((1 - kept) / factor + kept)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
+        raise GGUFError(f"the tensor {ROPE_FREQS} is not Llama 3's rope scaling: not supported")
+    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
+
+
+# ---- the tokenizer
+
+
+def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer with its special tokens and chat template."""
+    model = metadata.get("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise GGUFError(
+            f"tokenizer {model!r} is not supported: only byte-level BPE ('gpt2') is; "
+            "use the model's Hugging Face folder"
+        )
+    template = metadata.get("tokenizer.chat_template")
+    if not template:
+        raise GGUFError(
+            "there is no chat template: use the file of an instruct model, "
+            "or a Hugging Face folder with a chat_template.jinja"
+        )
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    ids = {
+        f"{name}_token": metadata[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in SPECIAL_TOKENS.items()
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    if not all(i < len(tokens) for i in ids.values()):
+        raise GGUFError(f"special tokens lie beyond the {len(tokens)} tokens: fetch the file again")
+    special = {name: tokens[i] for name, i in ids.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe.make(
+            tokens,
+            metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)),
+            metadata.get("tokenizer.ggml.merges", []),
+            pre=metadata.get("tokenizer.ggml.pre", "default"),
+            bos=special.get("bos_token"),
+            adds_bos=metadata.get("tokenizer.ggml.add_bos_token"),
+        ),
+        chat_template=template,
+        model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The contents of generation_config.json, with every token that ends a response."""
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_TOKENS]
+    return {
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(i for i in ids if i is not None)),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }

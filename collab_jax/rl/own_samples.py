@@ -1,0 +1,217 @@
+"""The device model's own responses as demonstrations, so that nobody needs data written by people.
+
+The model answers training prompts, the marker disallowed. A right response stays what it is; after
+a wrong one, up to where its answer would begin, the call is taught (`choose`): so the model learns
+to call after what it wrote itself when that was wrong. A model that has not seen the format is
+right without it, so each response is first brought into the format: its answer is what it put
+between answer tags, or else into its last box; its thinking is what stands before. Both kinds are
+the model's own words up to the one token that decides, so that learning them changes little else.
+"""
+
+import json
+import pathlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from collab_jax.models.decoder import Params
+from collab_jax.models.sampler import Sampler, Samples
+from collab_jax.models.text import TAGS, Text
+from collab_jax.rl import rollout
+from collab_jax.runtime import files, parallel
+from collab_jax.runtime.errors import UserError
+from collab_jax.tasks import Example, Task, base, prose
+
+_HANGING = re.compile(r"(?:\$|\\\[|\\\(|\s)+$")  # what opened for a box
+
+
+def until_answer(response: str) -> str:
+    """A response up to where its answer begins, in the format.
+
+    That is `<think> ... </think>` and the white space before `<answer>`.
+    """
+    if base.formatted(response):
+        return response[: response.index("<answer>")]
+    end = response.rfind("<answer>")
+    end = response.rfind("\\boxed") if end < 0 else end
+    thought = response if end < 0 else response[:end]
+    for tag in TAGS:
+        thought = thought.replace(tag, "")
+    return f"<think>{_HANGING.sub('', thought).strip()}</think>\n"
+
+
+def well_formed(response: str) -> str | None:
+    """The response in the format, rewritten if need be; None if it has no answer.
+
+    The answer is looked for in answer tags, then in a box.
+    """
+    if base.formatted(response):
+        return response
+    answer = base.answer_of(response)
+    answer = prose.boxed(response) if answer is None else answer
+    rewritten = f"{until_answer(response)}<answer>{(answer or '').strip()}</answer>"
+    return rewritten if answer and base.formatted(rewritten) else None
+
+
+class JudgedPrompt(NamedTuple):
+    """What the responses to one prompt are good for; a line of samples.jsonl."""
+
+    id: str
+    right: list[str]  # different right responses, in the format
+    failed: list[str]  # different others, each up to where its answer begins
+
+
+def sampled_batches(
+    sampler: Sampler,
+    params: Params,
+    text: Text,
+    task: Task,
+    examples: Sequence[Example],
+    config: ConfigDict,
+    *,
+    first_step: int,
+    bias: float,
+) -> Iterator[tuple[Sequence[Example], Samples]]:
+    """(examples, their Samples on the host [P, G, ...]) in batches of `prompts_per_step`.
+
+    Batch number i has the keys of (seed, first_step + i). `sampler` is a `rollout.make_sampler`,
+    params have the axis D; a bias of -inf disallows the marker.
+    """
+    size = config.prompts_per_step
+    for i, start in enumerate(range(0, len(examples), size)):
+        batch = examples[start : start + size]
+        padded = [*batch, *[batch[0]] * (size - len(batch))]  # one shape, one compilation
+        chats = [task.prompt(example) for example in padded]
+        prompts, prompt_mask = text.prompt_batch(chats, config.prompt_length)
+        samples = rollout.draw(
+            sampler,
+            params,
+            prompts,
+            prompt_mask,
+            seed=config.seed,
+            step=first_step + i,
+            bias=bias,
+        )
+        count = len(batch)
+        yield batch, jax.tree.map(lambda x: x[:count], parallel.gather(samples))  # noqa: B023
+
+
+def judge_batch(
+    text: Text, task: Task, batch: Sequence[Example], samples: Samples, keep: int
+) -> list[JudgedPrompt]:
+    """The JudgedPrompt of each example, with up to `keep` responses of each kind.
+
+    Of a response that was cut off the first half counts, to its last full line: what follows may be
+    babble. One whose verdict is unknown is left out.
+    """
+    P, G, T = samples.tokens.shape
+    tokens = np.asarray(samples.tokens).reshape(P * G, T)
+    mask = np.asarray(samples.mask).reshape(P * G, T)
+    ended = np.asarray(samples.ended).reshape(P * G)
+
+    def read(tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+        # A marker that was spelt out in other tokens, past the one that is disallowed, would be
+        # read as a call.
+        return [response.replace(text.marker, "") for response in text.decode(tokens, mask)]
+
+    texts, halves = read(tokens, mask), read(tokens[:, : T // 2], mask[:, : T // 2])
+    shaped = [well_formed(t) if e else None for t, e in zip(texts, ended, strict=True)]
+    verdicts = task.verify([e for e in batch for _ in range(G)], [t or "" for t in shaped])
+    judged = []
+    for p, example in enumerate(batch):
+        right, failed = [], []
+        for i in range(p * G, (p + 1) * G):
+            verdict, response, half = verdicts[i], shaped[i], halves[i]
+            if verdict.timed_out or verdict.unjudged:
+                continue
+            if response is not None and verdict.correct and verdict.formatted:
+                right.append(response)
+            elif ended[i]:
+                failed.append(until_answer(texts[i]))
+            else:
+                failed.append(until_answer(half[: half.rfind("\n") + 1] or half))
+        different = [list(dict.fromkeys(kind))[:keep] for kind in (right, failed)]
+        judged.append(JudgedPrompt(example.id, different[0], different[1]))
+    return judged
+
+
+def sample_and_judge(
+    sampler: Sampler,
+    params: Params,
+    text: Text,
+    task: Task,
+    examples: Sequence[Example],
+    config: ConfigDict,
+    file: pathlib.Path,
+) -> list[JudgedPrompt]:
+    """What `config.group` responses to each example are good for; params have the axis D.
+
+    Batches are kept in `file` as they come, so that the same command goes on where it was.
+    """
+    judged = _kept_samples(file, config.prompts_per_step)
+    batches = sampled_batches(
+        sampler,
+        params,
+        text,
+        task,
+        examples[len(judged) :],
+        config,
+        first_step=len(judged) // config.prompts_per_step,
+        bias=-np.inf,
+    )
+    with (
+        file.open("a") as out,
+        tqdm(total=len(examples), initial=len(judged), desc="sample", unit="prompt") as bar,
+    ):
+        for batch, samples in batches:
+            new = judge_batch(text, task, batch, samples, config.sft.keep)
+            out.write("".join(json.dumps(row._asdict()) + "\n" for row in new))
+            out.flush()
+            judged += new
+            bar.update(len(batch))
+    solved = sum(bool(row.right) for row in judged)
+    print(f"{solved} of {len(judged)} training prompts solved, each in {config.group} responses")
+    return judged
+
+
+def _kept_samples(file: pathlib.Path, size: int) -> list[JudgedPrompt]:
+    """The whole batches of `size` prompts that `file` keeps; the file then has just these."""
+    contents = file.read_text() if file.exists() else ""
+    # A kill may have cut the last line short.
+    lines = contents[: contents.rfind("\n") + 1].splitlines()
+    lines = lines[: len(lines) // size * size]
+    files.write_text(file, "".join(f"{line}\n" for line in lines))
+    return [JudgedPrompt(**json.loads(line)) for line in lines]
+
+
+def choose(
+    judged: Sequence[JudgedPrompt], share: float, marker: str, seed: int
+) -> list[dict[str, str]]:
+    """Rows of a file of demonstrations: all right responses, and calls, at most `share` of all.
+
+    Which of the failed responses call is drawn by `seed`. Raises UserError where nothing is right.
+    """
+    right = sum(len(row.right) for row in judged)
+    if not right:
+        raise UserError(
+            f"no response to any of {len(judged)} training prompts was right: take a stronger "
+            "model, easier prompts, or demonstrations from elsewhere (config.sft.source=file)"
+        )
+    failed = [(p, i) for p, row in enumerate(judged) for i in range(len(row.failed))]
+    calls = min(int(share / (1 - share) * right + 1e-9), len(failed))
+    calling = set(random.Random(f"calls {seed}").sample(failed, calls))
+    rows = []
+    for p, row in enumerate(judged):
+        rows += [{"id": row.id, "kind": "answer", "response": response} for response in row.right]
+        rows += [
+            {"id": row.id, "kind": "call", "response": attempt + marker}
+            for i, attempt in enumerate(row.failed)
+            if (p, i) in calling
+        ]
+    return rows

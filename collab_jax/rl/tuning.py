@@ -1,0 +1,229 @@
+"""Supervised tuning: the mean loss of demonstrations, packed in rows, and its updates.
+
+The gradient of one micro-batch of rows and the update are two programs. A step adds up as many
+micro-batches as its demonstrations fill, so that nothing is compiled again when their lengths
+differ, and the head is computed for taught tokens only. A tuning is a function of its seed and
+settings: what a kill interrupts goes on from its last checkpoint with the same bits.
+"""
+
+import itertools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from collab_jax.models import decoder, logprobs, lora
+from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.models.text import Text
+from collab_jax.rl import demonstrations, optim, packing
+from collab_jax.rl.demonstrations import Demonstration, Encoded
+from collab_jax.rl.packing import PackedRows
+from collab_jax.runtime import metrics, parallel
+from collab_jax.runtime.checkpoint import Checkpoints
+from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.process import GracefulStop
+
+Source = Callable[[], Iterator[Demonstration]]  # starts a stream without end, always the same
+
+
+class TuningState(NamedTuple):
+    """What changes between updates and is saved."""
+
+    step: Any  # i32[], updates made
+    params: Params
+    opt_state: optax.OptState
+
+
+class Sums(NamedTuple):
+    """What is summed over the micro-batches of a step."""
+
+    loss: jax.Array  # f32[], nats
+    grads: Params  # f32
+    taught: jax.Array  # i32[], tokens
+
+
+def loss(
+    params: Params, frozen: Params | None, cfg: DecoderConfig, rows: PackedRows, chunk: int
+) -> jax.Array:
+    """The sum of -log p over the taught tokens of the rows, f32[], in nats."""
+    whole = lora.join(frozen, params)
+    own = rows.segment[:, :, None] == rows.segment[:, None, :]
+    mask = own & jnp.tril(jnp.ones(own.shape[1:], bool))
+    hidden, _ = decoder.forward(whole, cfg, rows.tokens, rows.positions, mask)
+    hidden = jnp.take_along_axis(hidden, rows.at[..., None], axis=1)
+    logp = logprobs.token_logprobs(whole, cfg, hidden, rows.targets, temperature=1.0, chunk=chunk)
+    return -jnp.sum(logp * rows.taught)
+
+
+def zero_sums(params: Params) -> Sums:
+    """The sums before the first micro-batch; params: trained ones, without the axis D."""
+    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return Sums(jnp.float32(0), grads, jnp.int32(0))
+
+
+class Tuner:
+    """Tunes one model, or one adapter of it, as often as wanted; each program is compiled once.
+
+    frozen: the model that an adapter belongs to, with the axis D; None where all of it is tuned.
+    `stop` may ask for an end, after the step that runs; the process then ends with status 0.
+    """
+
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        frozen: Params | None,
+        text: Text,
+        config: ConfigDict,
+        stop: GracefulStop,
+    ):
+        self._frozen, self._text, self._config, self._stop = frozen, text, config, stop
+        chunk = config.train.logprob_chunk
+
+        def add(sums: Sums, params: Params, frozen: Params | None, rows: PackedRows) -> Sums:
+            value, grads = jax.value_and_grad(loss)(params, frozen, cfg, rows, chunk)
+            grads = jax.tree.map(jnp.add, sums.grads, grads)
+            return Sums(sums.loss + value, grads, sums.taught + rows.taught.sum())
+
+        self._add = parallel.pmap(add, donate=(0,))
+        self._zero = parallel.pmap(zero_sums)
+
+    def micro_batches(self, encoded: list[Encoded]) -> list[PackedRows]:
+        """The packed rows of a step's demonstrations, in parts of [D, sft.micro_rows, ...]."""
+        D, m = jax.local_device_count(), self._config.sft.micro_rows
+        # A row has room for two demonstrations of the greatest length, and for more short ones.
+        L, T = self._config.prompt_length, self._config.max_new_tokens
+        rows = packing.pack(encoded, 2 * (L + T), 2 * T, self._text.pad_id, multiple=D * m)
+        parts = rows.tokens.shape[0] // (D * m)
+        return [
+            parallel.shard(jax.tree.map(lambda x: x[i * D * m : (i + 1) * D * m], rows), D)  # noqa: B023
+            for i in range(parts)
+        ]
+
+    def tune(self, folder: pathlib.Path, params: Params, source: Source, steps: int) -> Params:
+        """The params after so many updates on the demonstrations of `source`; on the host.
+
+        Step i learns from number i * sft.batch_size and those that follow, without those that are
+        too long. metrics.jsonl and checkpoints go to `folder`; what these hold is not done again.
+        Raises UserError where the loss is not finite.
+        """
+        optimizer, checkpoints = self._optimizer(steps), Checkpoints(folder / "checkpoints")
+        opt_state = jax.device_get(optimizer.init(cast(Any, params)))
+        state = TuningState(np.int32(0), params, opt_state)
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(like=state)
+        first = int(state.step)
+        if first < steps:
+            state = self._steps(folder, state, source, steps, optimizer, checkpoints)
+        if int(state.step) < steps:
+            self._stop.exit(f"stopped and saved in {folder}; the same command goes on from there")
+        return state.params
+
+    def _steps(
+        self,
+        folder: pathlib.Path,
+        state: TuningState,
+        source: Source,
+        steps: int,
+        optimizer: optax.GradientTransformation,
+        checkpoints: Checkpoints,
+    ) -> TuningState:
+        """The state (on the host) after step number `steps`, or after the one that was the last
+        when an end was asked for.
+        """
+        first, every = int(state.step), self._config.sft.checkpoint_every
+        params, opt_state = parallel.replicate((state.params, state.opt_state))
+        update, batches = self._compiled_update(optimizer), self._batches(source, first)
+        encoded = next(batches)
+        print(self._plan(encoded, params, steps - first, folder.name))
+        sums, writer = self._zero(params), metrics.MetricsWriter(folder, first)
+        with self._stop, tqdm(total=steps, initial=first, desc=folder.name, unit="step") as bar:
+            for step in range(first + 1, steps + 1):
+                started = time.monotonic()
+                for rows in self.micro_batches(encoded):
+                    sums = self._add(sums, params, self._frozen, rows)
+                params, opt_state, sums, losses, norms = update(params, opt_state, sums)
+                if step < steps:
+                    encoded = next(batches)  # while the devices work
+                # One update at a time: queued updates of host devices can lock in the collective.
+                mean, norm = (float(x) for x in parallel.unreplicate((losses, norms)))
+                seconds = time.monotonic() - started
+                writer.write({"step": step, "loss": mean, "grad_norm": norm, "seconds": seconds})
+                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                bar.update()
+                if not math.isfinite(mean):
+                    raise UserError(
+                        f"the loss is not finite in step {step}: lower config.sft.learning_rate, "
+                        "and check the model's weights"
+                    )
+                # Asked once: a signal may come between the save and the return.
+                last = step == steps or self._stop.requested
+                if last or step % every == 0:
+                    params_now, opt_state_now = parallel.unreplicate((params, opt_state))
+                    state = TuningState(np.int32(step), params_now, opt_state_now)
+                    checkpoints.save(step, state)
+                if last:
+                    break
+        writer.close()
+        return state
+
+    def _optimizer(self, steps: int) -> optax.GradientTransformation:
+        sft = self._config.sft
+        schedule = optim.make_schedule(sft.learning_rate, sft.warmup_steps, decay_steps=steps)
+        return optim.make_optimizer(
+            schedule, sft.weight_decay, self._config.optim.clip_norm, self._config.model.param_dtype
+        )
+
+    def _compiled_update(self, optimizer: optax.GradientTransformation) -> Callable:
+        """update(params, opt_state, sums) -> params, opt_state, zero sums, mean loss, norm.
+
+        The loss is in nats a taught token, the norm that of its gradient before clipping.
+        """
+
+        def update(params: Params, opt_state: optax.OptState, sums: Sums):
+            # Sums and counts travel apart and are divided once: devices have different numbers.
+            total = jax.lax.psum(sums, parallel.AXIS)
+            grads = jax.tree.map(lambda g: g / total.taught, total.grads)
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            new = cast(Params, optax.apply_updates(params, updates))
+            mean = total.loss / total.taught
+            return new, opt_state, jax.tree.map(jnp.zeros_like, sums), mean, norm
+
+        return parallel.pmap(update, donate=(0, 1, 2))
+
+    def _batches(self, source: Source, first: int) -> Iterator[list[Encoded]]:
+        """The demonstrations of each step from `first` on, those that fit."""
+        size = self._config.sft.batch_size
+        encoded = (demonstrations.encode(one, self._text) for one in source())
+        fitting = (one for one in encoded if demonstrations.fits(one, self._config))
+        wanted = itertools.islice(fitting, first * size, None)
+        while True:
+            yield list(itertools.islice(wanted, size))
+
+    def _plan(self, encoded: list[Encoded], params: Params, steps: int, name: str) -> str:
+        """A line on what is ahead, with an estimate of its time by a micro-batch that is timed.
+
+        The program is compiled here.
+        """
+        parts = self.micro_batches(encoded)
+        started = time.monotonic()
+        sums = self._add(self._zero(params), params, self._frozen, parts[0])
+        jax.block_until_ready(sums)
+        compiled = time.monotonic()
+        jax.block_until_ready(self._add(sums, params, self._frozen, parts[0]))
+        seconds = (time.monotonic() - compiled) * len(parts) * steps
+        columns = sum(one.columns for one in encoded)
+        share = columns / sum(part.tokens.size for part in parts)
+        return (
+            f"{name}: {steps} steps of {len(encoded)} demonstrations ({columns} tokens in "
+            f"{len(parts)} micro-batches, {1 - share:.0%} padding); compiled in "
+            f"{compiled - started:.0f} s, about {seconds / 60:.1f} minutes to go"
+        )

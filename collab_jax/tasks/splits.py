@@ -1,0 +1,39 @@
+"""Which problems of a training file are for validation, and in which order a split comes.
+
+Both follow from a hash of a problem's text, so they depend on no seed, nor on the order or the size
+of a file.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+VALIDATION_SHARE = 0.1  # of the templates of a training file
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def template(problem: str) -> str:
+    """The text of a problem with its numbers left out, in lower case and with single spaces."""
+    return " ".join(_NUMBER.sub(" ", problem).casefold().split())
+
+
+def split_of(problem: str) -> str:
+    """'train' or 'validation': the split of a training problem, by the hash of its template.
+
+    Problems that differ in their numbers alone are always in the same split.
+    """
+    return "validation" if _unit_hash(template(problem)) < VALIDATION_SHARE else "train"
+
+
+def shuffled(items: Iterable[Item], problem: Callable[[Item], str]) -> list[Item]:
+    """The items in the order of the hashes of their problems' texts, so that any prefix is fair."""
+    return sorted(items, key=lambda item: _unit_hash(problem(item)))
+
+
+def _unit_hash(text: str) -> float:
+    """A fixed number in [0, 1) for a text, uniform over texts: 53 bits of BLAKE2b."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53

@@ -1,0 +1,104 @@
+"""SVAMP: word problems with one or two steps of arithmetic (Patel et al., NAACL 2021).
+
+As its authors do, training is on MAWPS and ASDiv-A, which come with their steps, and the test is on
+SVAMP's 1,000 problems. A tenth of the training templates is for validation (`splits.py`).
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from collab_jax.tasks import math, prose, rows, splits
+from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
+
+_CLOUD_PROMPT = (
+    "Solve this problem. End with the answer, a number alone, between <answer> and </answer>.\n\n"
+    "{problem}"
+)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def steps(row: dict[str, Any]) -> list[str]:
+    """The steps to the answer of a training row, as ["1500*8=12000", "25000-12000=13000"]."""
+    return row["solution"].split(", ")
+
+
+def _count_steps(row: dict[str, Any]) -> int:
+    """How many steps a row takes: a test row has no solution, but an equation in infix notation."""
+    if "solution" in row:
+        return len(steps(row))
+    return max(sum(token in "+-*/" for token in row["equation"].split()), 1)
+
+
+def _hardness(row: dict[str, Any]) -> tuple[int, int, int]:
+    """What orders rows from easy to hard: more steps, then more numbers, then more digits."""
+    numbers = _NUMBER.findall(row["problem"])
+    return _count_steps(row), len(numbers), sum(map(len, numbers))
+
+
+def load(task: ConfigDict, split: str) -> list[Example]:
+    """The examples of a split; `example.problem` is the row. The stratum counts the steps.
+
+    The difficulty is the rank in the file. Raises TaskError where the file has no row for the
+    split.
+    """
+    is_test = split == "test"
+    name, needed = ("svamp_test", "equation") if is_test else ("svamp_train", "solution")
+    read = rows.read(task.data_dir, name, ("answer", needed))
+    examples = [
+        Example(row["id"], f"{_count_steps(row)}-step", row, difficulty=rank)
+        for row, rank in zip(read, rows.ranks([_hardness(row) for row in read]), strict=True)
+        if is_test or splits.split_of(row["problem"]) == split
+    ]
+    if not examples:
+        raise TaskError(f"none of the {len(read)} rows of {name} is for {split}: give it more rows")
+    return splits.shuffled(examples, _problem)
+
+
+def _problem(example: Example) -> str:
+    return example.problem["problem"]
+
+
+def demonstrations(
+    seed: int, examples: Sequence[Example], give_up: float, marker: str
+) -> Iterator[tuple[Example, str]]:
+    """Endless (example, response): in each epoch all training examples once, in another order.
+
+    A response shows the steps, each on a line. A share `give_up` of them stops at random, without a
+    look at the problem, and ends with the marker: before a step, after the last one, or where the
+    answer would open.
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    while True:
+        for example in rng.sample(examples, len(examples)):
+            lines = steps(example.problem)
+            thought = "<think>" + "\n".join(lines) + "</think>\n"
+            if rng.random() >= give_up:
+                yield example, f"{thought}<answer>{example.problem['answer']}</answer>"
+                continue
+            stop = rng.randint(0, len(lines) + 1)
+            before = "<think>" + "".join(f"{line}\n" for line in lines[:stop])
+            yield example, (before if stop <= len(lines) else thought) + marker
+
+
+def make_task(config: ConfigDict) -> Task:
+    """SVAMP; `config.task.prompt` has {problem} where the problem goes."""
+    return rows.make_task(
+        config,
+        load=lambda split: load(config.task, split),
+        problem=_problem,
+        gold=lambda example: example.problem["answer"],
+        compare=lambda golds, responses: math.equal_all(
+            [(gold, math.extract(r)) for gold, r in zip(golds, responses, strict=True)]
+        ),
+        cloud_prompt=_CLOUD_PROMPT,
+        read_answer=lambda _, response: prose.last_answer(response),
+        splits=SPLITS,
+        ranked=True,
+        demonstrations=lambda seed: demonstrations(
+            seed, load(config.task, "train"), config.task.demo_give_up, config.text.marker
+        ),
+    )

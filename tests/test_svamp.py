@@ -1,0 +1,270 @@
+"""SVAMP: rows made of the authors' files, splits, demonstrations, verdicts."""
+
+import itertools
+import json
+import runpy
+import zipfile
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+
+from collab_jax import evaluate
+from collab_jax.cloud import make_cloud
+from collab_jax.rl import rollout
+from collab_jax.runtime.errors import UserError
+from collab_jax.tasks import make_task, splits, svamp_source
+
+DATA = ROOT.parent / "shared" / "data"
+MARKER = "<unknown> I need external assistance </unknown>"
+
+
+def config(folder, **changes):
+    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
+    config.task.update(name="svamp", data_dir=str(folder), prompt="{problem}", **changes)
+    return config
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def training_row(i, steps=1):
+    solution = ["2+1=3", "3*2=6", "6-5=1"][:steps]
+    answer = solution[-1].split("=")[1]
+    problem = f"Pen number {chr(97 + i // 26)}{chr(97 + i % 26)} has 2 caps and {steps} nibs."
+    return {"id": f"t{i}", "problem": problem, "answer": answer, "solution": ", ".join(solution)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """60 training rows of one to three steps, and three test rows."""
+    write(tmp_path / "svamp_train.jsonl", [training_row(i, 1 + i % 3) for i in range(60)])
+    equations = {
+        "8.0": "( 16.0 / 2.0 )",
+        "146": "( 100.0 + ( 23.0 * 2.0 ) )",
+        "-3": "( 2.0 - 5.0 )",
+    }
+    write(
+        tmp_path / "svamp_test.jsonl",
+        [
+            {"id": f"c{i}", "problem": f"Test {i}?", "answer": answer, "equation": equation}
+            for i, (answer, equation) in enumerate(equations.items())
+        ],
+    )
+    return tmp_path
+
+
+# ---- the authors' files
+
+TABLE = """Question,Numbers,Equation,Answer,group_nums
+"Bryan 's number0 shelves hold number1 books each , he says . How many books ?",9.0 56.0,* number0 number1,504.0,[]
+He has number0 dollars and spends number1 in each of number2 months . What is left ?,900.0 100.0 8.0,- number0 * number1 number2,100.0,[]
+"Jane ’ s jar has number0 cups ; she adds number1 cups . How many ?",0.6666666666666666 0.08333333333333333,+ number0 number1,0.75,[]
+A pack of number1 costs number0 dollars . How much is one ?,2.99 12.0,/ number0 number1,0.25,[]
+Ann has number0 and number1 pens . How many ?,4.0 5.0,+ number0 number1,20.0,[]
+Ann has number0 and number1 pens . How many ?,4.0 5.0,+ number0 number1,9.0,[]
+ann has number0 and number1 pens . how many ?,4 5,+ number0 number1,9.0,[]
+Bo 's number0 cats weigh number1 pounds each .,3.0 -8.9,* number0 number1,-26.7,[]
+"""  # noqa: E501
+ROWS = [
+    (
+        "mawps-asdiv/0",
+        "Bryan's 9 shelves hold 56 books each, he says. How many books?",
+        "504",
+        "9*56=504",
+    ),
+    (
+        "mawps-asdiv/1",
+        "He has 900 dollars and spends 100 in each of 8 months. What is left?",
+        "100",
+        "100*8=800, 900-800=100",
+    ),
+    (
+        "mawps-asdiv/2",
+        "Jane's jar has 0.6666666666666666 cups; she adds 0.08333333333333333 cups. How many?",
+        "0.75",
+        "0.6666666666666666+0.08333333333333333=0.7500",
+    ),
+    (
+        "mawps-asdiv/3",
+        "A pack of 12 costs 2.99 dollars. How much is one?",
+        "0.25",
+        "2.99/12=0.2492",
+    ),
+    # 4 misses its answer, and so does not count as a row with the same text as 5; 6 does
+    ("mawps-asdiv/5", "Ann has 4 and 5 pens. How many?", "9", "4+5=9"),
+    ("mawps-asdiv/7", "Bo's 3 cats weigh -8.9 pounds each.", "-26.7", "3*-8.9=-26.7"),
+]
+CHALLENGES = [
+    {
+        "ID": "chal-1",
+        "Body": "Each pack costs 76 dollars. If it is 25 dollars off ",
+        "Question": "What is to pay?",
+        "Equation": "( 76.0 - 25.0 )",
+        "Answer": 51.0,
+        "Type": "Subtraction",
+    },
+    {
+        "ID": "chal-2",
+        "Body": "He ate 3 of 5 cakes.",
+        "Question": "How many are left?",
+        "Equation": "( 5.0 - 3.0 )",
+        "Answer": 2.0,
+        "Type": "Subtraction",
+    },
+]
+
+
+def test_the_authors_files_become_rows(tmp_path):
+    with zipfile.ZipFile(tmp_path / "repository.zip", "w") as archive:
+        top = "SVAMP-689d"
+        archive.writestr(f"{top}/data/mawps-asdiv-a_svamp/train.csv", TABLE)
+        archive.writestr(f"{top}/data/mawps-asdiv-a_svamp_without_questions/train.csv", "no")
+        archive.writestr(f"{top}/SVAMP.json", json.dumps(CHALLENGES))
+    train = list(svamp_source.read(tmp_path / "repository.zip", "train"))
+    fields = ("id", "problem", "answer", "solution")
+    assert [tuple(row[field] for field in fields) for row in train] == ROWS
+    assert [row["level"] for row in train] == [1, 2, 1, 1, 1, 1]
+    first, second = svamp_source.read(tmp_path / "repository.zip", "test")
+    assert first == {
+        "id": "chal-1",
+        "problem": "Each pack costs 76 dollars. If it is 25 dollars off. What is to pay?",
+        "answer": "51",
+        "equation": "( 76.0 - 25.0 )",
+        "type": "Subtraction",
+        "source": "SVAMP",
+    }
+    assert second["problem"] == "He ate 3 of 5 cakes. How many are left?"
+
+
+# ---- splits and difficulty
+
+
+def test_three_splits_share_no_problem_and_have_a_fixed_order(folder):
+    task = make_task(config(folder))
+    loaded = {split: task.load(split) for split in ("train", "validation", "test")}
+    ids = {split: [e.id for e in examples] for split, examples in loaded.items()}
+    assert sorted(ids["train"] + ids["validation"]) == sorted(f"t{i}" for i in range(60))
+    assert len(ids["validation"]) == 9 and set(ids["test"]) == {"c0", "c1", "c2"}
+    for split in ("train", "validation"):
+        assert {splits.split_of(e.problem["problem"]) for e in loaded[split]} == {split}
+    write(folder / "svamp_train.jsonl", [training_row(i, 1 + i % 3) for i in reversed(range(60))])
+    again = make_task(config(folder))
+    assert {split: [e.id for e in again.load(split)] for split in ids} == ids
+    assert ids["train"] != sorted(ids["train"], key=lambda key: int(key[1:]))
+
+
+def test_more_steps_are_harder(folder):
+    task = make_task(config(folder))
+    examples = task.load("train") + task.load("validation")
+    # 20 rows of each number of steps, and all else equal: (0 + 20) / 2 / 60 ...
+    expected = {"1-step": 10 / 60, "2-step": 30 / 60, "3-step": 50 / 60}
+    assert {e.stratum: e.difficulty for e in examples} == expected
+    assert Counter(e.stratum for e in examples) == dict.fromkeys(expected, 20)
+    found = {e.id: e.stratum for e in task.load("test")}
+    assert found == {"c0": "1-step", "c1": "2-step", "c2": "1-step"}
+
+
+def test_a_split_that_is_not_there_is_told(folder, small, tmp_path):
+    write(folder / "svamp_train.jsonl", [training_row(0)])
+    with pytest.raises(UserError, match="none of the 1 rows of svamp_train is for validation"):
+        make_task(config(folder)).load("validation")
+    with pytest.raises(UserError, match="'countdown' has no validation split: use .* train, test"):
+        evaluate.main(small(), tmp_path / "run", "validation")
+    write(folder / "svamp_train.jsonl", [{"id": "x", "problem": "p", "answer": "1"}])
+    with pytest.raises(UserError, match="svamp_train.jsonl, line 1 has no solution"):
+        make_task(config(folder)).load("train")
+
+
+# ---- demonstrations
+
+
+def demonstrated(folder, n, seed=0, **changes):
+    task = make_task(config(folder, **changes))
+    return list(itertools.islice(task.demonstrations(seed), n))
+
+
+def test_a_demonstration_shows_each_step(folder):
+    train = make_task(config(folder)).load("train")
+    found = demonstrated(folder, len(train), demo_give_up=0.0)
+    assert sorted(e.id for e, _ in found) == sorted(e.id for e in train)  # an epoch; no validation
+    assert {e.stratum: response for e, response in found} == {
+        "1-step": "<think>2+1=3</think>\n<answer>3</answer>",
+        "2-step": "<think>2+1=3\n3*2=6</think>\n<answer>6</answer>",
+        "3-step": "<think>2+1=3\n3*2=6\n6-5=1</think>\n<answer>1</answer>",
+    }
+    verdicts = make_task(config(folder)).verify(*zip(*found, strict=True))
+    assert all(v.correct and v.formatted and not v.called for v in verdicts)
+
+
+def test_a_share_stops_anywhere_and_calls(folder):
+    found = demonstrated(folder, 2_000, demo_give_up=0.3)
+    calls = [(e, r) for e, r in found if MARKER in r]
+    # 600 expected, standard deviation sqrt(2,000 x 0.3 x 0.7) = 20.5; four of them = 82
+    assert 518 <= len(calls) <= 682
+    assert all(v.called for v in make_task(config(folder)).verify(*zip(*calls, strict=True)))
+    of_two = Counter(r.removesuffix(MARKER) for e, r in calls if e.stratum == "2-step")
+    stops = ["", "2+1=3\n", "2+1=3\n3*2=6\n", "2+1=3\n3*2=6</think>\n"]
+    assert set(of_two) == {f"<think>{stop}" for stop in stops}
+    assert min(of_two.values()) > 0.5 * sum(of_two.values()) / 4
+
+
+def test_a_seed_fixes_demonstrations(folder):
+    first = demonstrated(folder, 200, demo_give_up=0.5)
+    assert demonstrated(folder, 200, demo_give_up=0.5) == first
+    assert demonstrated(folder, 200, seed=1, demo_give_up=0.5) != first
+    epochs = [e.id for e, _ in first]
+    n = len(make_task(config(folder)).load("train"))
+    assert set(epochs[:n]) == set(epochs[n : 2 * n]) and epochs[:n] != epochs[n : 2 * n]
+
+
+# ---- verdicts, the cloud
+
+
+def test_numbers_are_compared_as_numbers(folder):
+    task = make_task(config(folder))
+    by_id = {e.id: e for e in task.load("test")}
+
+    def right(key, said):
+        return task.verify([by_id[key]], [f"<think>x</think><answer>{said}</answer>"])[0].correct
+
+    assert right("c0", "8") and right("c0", "8.0") and right("c0", "$8.00") and right("c1", "146.0")
+    assert right("c2", "-3") and not right("c2", "3") and not right("c0", "80")
+    assert not right("c1", "14.6") and not right("c0", "")
+
+
+def test_the_simulated_cloud_knows_every_split_and_how_hard_it_is(folder, tmp_path):
+    settings = config(folder)
+    settings.cloud.update(error_rate=0.0, error_skew=2.0)
+    task = make_task(settings)
+    examples = [e for split in ("train", "validation", "test") for e in task.load(split)]
+    cloud = make_cloud(settings, task, tmp_path / "c.sqlite")
+    correct, known, _ = rollout.ask_cloud(task, cloud, examples)
+    assert correct.all() and known.all()
+    assert [task.difficulty(task.cloud_prompt(e)) for e in examples] == [
+        e.difficulty for e in examples
+    ]
+
+
+# ---- the real rows
+
+
+def real():
+    if not (DATA / "svamp_train.jsonl.gz").exists():
+        pytest.skip(
+            "svamp_train.jsonl.gz is not there: benchmark data is not part of the repository"
+        )
+    return config(DATA)
+
+
+def test_real_rows_are_split_and_right():
+    task = make_task(real())
+    sizes = {split: len(task.load(split)) for split in ("train", "validation", "test")}
+    assert sizes == {"train": 2540, "validation": 274, "test": 1000}
+    found = list(itertools.islice(task.demonstrations(0), 2540))
+    verdicts = task.verify(*zip(*found, strict=True))
+    assert all(v.correct or v.called for v in verdicts)
+    for split in sizes:
+        mean = sum(e.difficulty for e in task.load(split)) / sizes[split]
+        assert abs(mean - 0.5) < 0.04

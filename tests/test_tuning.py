@@ -1,0 +1,215 @@
+"""Tuning: packed rows cost and teach what single ones do; a killed tuning goes on with its bits."""
+
+import functools
+import itertools
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT
+
+from collab_jax.models import hf, logprobs, lora
+from collab_jax.models import text as text_lib
+from collab_jax.rl import demonstrations
+from collab_jax.rl.demonstrations import Demonstration
+from collab_jax.rl.tuning import Tuner
+from collab_jax.runtime import metrics, parallel
+from collab_jax.runtime.checkpoint import Checkpoints
+from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.process import GracefulStop
+
+FOLDER = ROOT / "collab_jax" / "assets" / "countdown-tiny"
+MARKER = "<unknown> I need external assistance </unknown>"
+SHOWN = [
+    ("3 4 5=12", "<think>3+4=7,7+5=12 ok</think><answer>3+4+5</answer>"),
+    ("1 2 3 4=10", "<think>1+2=3,3+3=6,6+4=10 ok</think><answer>1+2+3+4</answer>"),
+    ("6 7=42", "<think>6*7=42 ok</think><answer>6*7</answer>"),
+    ("9 8 7=24", "<think>9+8=17,17+7=24 ok</think><answer>9+8+7</answer>"),
+    ("50 2=25", "<think>50/2=25 ok</think><answer>50/2</answer>"),
+]
+GIVEN = [Demonstration([{"role": "user", "content": p}], r) for p, r in SHOWN]
+CALL = Demonstration(GIVEN[0].prompt, f"<think>3*4=12,12+5=17 no\n</think>{MARKER}", True)
+
+
+class Stop(GracefulStop):
+    """A GracefulStop that handles no signal."""
+
+    def __init__(self):
+        self.requested = self._in_block = False
+
+
+@pytest.fixture(scope="module")
+def make(small):
+    """make(**overrides) -> (config, cfg, text, host params, frozen or None)."""
+
+    def parts(**overrides):
+        defaults = {"sft__micro_rows": 1, "sft__batch_size": 4, "sft__warmup_steps": 1}
+        config = small(**(defaults | overrides))
+        cfg = hf.config_from_hf(hf.read_config(FOLDER))
+        cfg = lora.configure(cfg, config.lora)
+        whole = hf.load(FOLDER, cfg, "float32")
+        text = text_lib.load(FOLDER, config.text)
+        if not config.lora.rank:
+            return config, cfg, text, whole, None
+        return config, cfg, text, lora.start(cfg, config.lora, 0, "float32"), whole
+
+    return parts
+
+
+def shown(items):
+    return lambda: itertools.cycle(items)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def single_rows(params, cfg, prompts, mask, responses, taught):
+    def loss(params):
+        logp = logprobs.response_logprobs(params, cfg, prompts, mask, responses, 1.0, 64)
+        return -(logp * taught).sum() / taught.sum()
+
+    return jax.value_and_grad(loss)(params)
+
+
+def reference(params, cfg, text, config, batch):
+    """(mean loss, gradient) of demonstrations in rows of their own, in nats a taught token."""
+    L, T = config.prompt_length, config.max_new_tokens
+    prompts, mask = text.prompt_batch([one.prompt for one in batch], L)
+    encoded = [demonstrations.encode(one, text) for one in batch]
+    responses = np.zeros((len(batch), T), np.int32)
+    taught = np.zeros((len(batch), T), bool)
+    for i, one in enumerate(encoded):
+        responses[i, : len(one.response)] = one.response
+        taught[i, len(one.response) - one.learnt : len(one.response)] = True
+    return single_rows(params, cfg, prompts, mask, responses, taught)
+
+
+@pytest.mark.parametrize("batch", [GIVEN[:4], [*GIVEN[:3], CALL]], ids=["answers", "a call"])
+def test_a_packed_step_is_that_of_single_rows(make, tmp_path, batch):
+    config, cfg, text, params, _ = make()
+    tuner = Tuner(cfg, None, text, config, Stop())
+    sums = tuner._zero(parallel.replicate(params))
+    parts = tuner.micro_batches([demonstrations.encode(one, text) for one in batch])
+    for rows in parts:
+        sums = tuner._add(sums, parallel.replicate(params), None, rows)
+    assert len(parts) == 1  # four demonstrations in two rows, one on each device
+    loss, grads, taught = jax.tree.map(lambda x: np.asarray(x).sum(0), tuple(sums))
+    value, want = reference(params, cfg, text, config, batch)
+    np.testing.assert_allclose(loss / taught, value, rtol=1e-5)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+    for got, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got / taught, wanted, atol=1e-5 * largest)
+
+
+def test_of_a_call_the_marker_alone_is_taught(make):
+    _, _, text, _, _ = make()
+    one = demonstrations.encode(CALL, text)
+    assert one.response[-one.learnt :] == [*text.marker_ids, text.eos_ids[0]]
+    assert one.response == text.response_ids(CALL.response)  # a word tokenizer cuts it the same
+
+
+@pytest.mark.slow
+def test_updates_are_those_of_the_optimizer(make, tmp_path):
+    """Two steps by hand: mean gradient, clipped, AdamW at the schedule's rate."""
+    config, cfg, text, params, _ = make()
+    tuner = Tuner(cfg, None, text, config, Stop())
+    got = tuner.tune(tmp_path, params, shown(GIVEN), 2)
+    optimizer, want = tuner._optimizer(2), params
+    state = optimizer.init(want)
+    for start in (0, 4):
+        batch = list(itertools.islice(itertools.cycle(GIVEN), start, start + 4))
+        _, grads = reference(want, cfg, text, config, batch)
+        updates, state = optimizer.update(grads, state, want)
+        want = optax.apply_updates(want, updates)
+    for a, b, c in zip(*map(jax.tree.leaves, (got, want, params)), strict=True):
+        # As a whole: where a gradient is next to nothing, Adam makes a step of its rounding.
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b - c)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["loss"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora__rank": 2, "lora__targets": ("q_proj", "up_proj")}], ids=["all", "lora"]
+)
+def test_what_a_kill_or_a_signal_ends_goes_on_with_the_same_bits(make, tmp_path, settings, capsys):
+    config, cfg, text, params, whole = make(sft__checkpoint_every=2, **settings)
+    frozen = None if whole is None else parallel.replicate(whole)
+    tuner = Tuner(cfg, frozen, text, config, Stop())
+    straight = tuner.tune(tmp_path / "straight", params, shown(GIVEN), 5)
+
+    class Killed(BaseException):
+        pass
+
+    def dying(after):
+        for number, one in enumerate(itertools.cycle(GIVEN)):
+            if number == after:
+                raise Killed
+            yield one
+
+    with pytest.raises(Killed):  # in step 4: the state of step 2 is saved
+        tuner.tune(tmp_path / "other", params, lambda: dying(14), 5)
+    assert Checkpoints(tmp_path / "other" / "checkpoints").latest() == 2
+
+    stop = Stop()
+    stopped = Tuner(cfg, frozen, text, config, stop)
+
+    def asking():
+        for number, one in enumerate(itertools.cycle(GIVEN)):
+            stop.requested |= number == 12  # read while step 3 runs
+            yield one
+
+    with pytest.raises(SystemExit) as ended:
+        stopped.tune(tmp_path / "other", params, asking, 5)
+    assert ended.value.code == 0 and "goes on from there" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "other" / "checkpoints").latest() == 3
+
+    resumed = tuner.tune(tmp_path / "other", params, shown(GIVEN), 5)
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    losses = [
+        [row["loss"] for row in metrics.read(tmp_path / name / "metrics.jsonl")]
+        for name in ("straight", "other")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+
+    def nothing():
+        raise AssertionError("a finished tuning needs no demonstration")
+
+    again = tuner.tune(tmp_path / "other", params, nothing, 5)
+    jax.tree.map(np.testing.assert_array_equal, again, straight)
+
+
+def test_the_plan_is_printed_before_the_first_step(make, tmp_path, capsys):
+    config, cfg, text, params, _ = make()
+    Tuner(cfg, None, text, config, Stop()).tune(tmp_path / "tuning", params, shown(GIVEN), 1)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("tuning: 1 steps of 4 demonstrations (")
+    assert "in 1 micro-batches" in line and "minutes to go" in line
+
+
+def test_a_loss_that_is_not_finite_ends_it(make, tmp_path):
+    config, cfg, text, params, _ = make()
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    with pytest.raises(UserError, match="not finite in step 1: lower config.sft.learning_rate"):
+        Tuner(cfg, None, text, config, Stop()).tune(tmp_path, broken, shown(GIVEN), 2)
+    assert Checkpoints(tmp_path / "checkpoints").latest() is None
+
+
+def test_what_is_too_long_is_no_part_of_a_step(make, tmp_path):
+    config, cfg, text, _, _ = make()
+    long = Demonstration(GIVEN[0].prompt, SHOWN[1][1] * 4)
+    tuner = Tuner(cfg, None, text, config, Stop())
+    with_long = tuner._batches(shown([GIVEN[0], long, *GIVEN[1:]]), 0)
+    without = tuner._batches(shown(GIVEN), 0)
+    assert [next(with_long) for _ in range(3)] == [next(without) for _ in range(3)]
+    assert next(tuner._batches(shown(GIVEN), 3)) == next(without)
+
+
+def test_sigterm_in_a_step_is_waited_for():
+    stop = GracefulStop()
+    with stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    with pytest.raises(SystemExit):
+        stop.exit("saved")
