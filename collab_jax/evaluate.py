@@ -53,10 +53,12 @@ def main(config: ConfigDict, workdir: pathlib.Path, split: str = "test") -> int:
 
 def in_words(figures: dict) -> str:
     """Returns what to print of the figures."""
-    natural = figures["natural"]
+    natural, lenient = figures["natural"], ""
+    if figures["lenient_accuracy"]:
+        lenient = f" ({figures['lenient_accuracy']['value']:.1%} tags or not)"
     text = (
         f"step {figures['step']}, {figures['n']} {figures['split']} prompts: "
-        f"local accuracy {figures['local_accuracy']['value']:.1%}, "
+        f"local accuracy {figures['local_accuracy']['value']:.1%}{lenient}, "
         f"natural calls {natural['call_rate']['value']:.1%}, "
         f"overall {natural['overall_accuracy']['value']:.1%}"
     )

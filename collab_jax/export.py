@@ -42,16 +42,26 @@ def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
             "--adapter: this run trained the whole model (config.lora.rank=0): "
             "export it without --adapter"
         )
-    params = experiment.load_state(run).final_params
+    state = experiment.load_state(run)
+    params = state.final_params
     try:
         if adapter:
             name, _ = hf.split_revision(config.model.path)
-            lora.save(out, params, config.lora, base=name, revision=hf.commit(run.folder))
+            assert state.frozen is not None
+            lora.save(
+                out,
+                params,
+                run.cfg,
+                state.frozen,
+                config.lora,
+                name=name,
+                revision=hf.commit(run.folder),
+            )
             hf.copy_tokenizer(run.folder, out)
         else:
             if config.lora.rank:
                 base = hf.load(run.folder, run.cfg, config.model.param_dtype)
-                params = lora.merge(base, params, run.cfg.lora_scale)
+                params = lora.merge(base, params, run.cfg)
             hf.save(out, params, hf.read_config(run.folder), config.model.param_dtype, run.folder)
         if not (run.folder / hf.GENERATION).is_file():
             hf.save_generation_config(out, run.text.eos_ids, run.text.pad_id)

@@ -18,7 +18,7 @@ def show_plan(config: ConfigDict, devices: int, gib: float) -> int:
     """Prints the plan for so many devices of `gib` GiB each, and returns the exit status 0."""
     architecture = hf.architecture(config.model.path)
     cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
-    cfg = lora.configure(cfg, config.lora)
+    cfg = lora.configure(cfg, config.lora, decision_id=None)
     print(memory_plan.check_fits(cfg, config, devices, gib * memory_plan.GIB))
     return 0
 

@@ -11,6 +11,7 @@
     text               str               the device's response
     ended              bool              the response was not cut off; default True
     formatted          bool              it is well formed; default True
+    lenient_correct    bool              the answer is right, tags or not
     unjudged           bool              the verifier could not judge it: it counts as wrong
     cloud_known        bool              the call succeeded, its answer was judged; default True
     tokens             int       tokens  of the device's response, EOS in
@@ -66,6 +67,7 @@ TYPES = {
     "text": "str",
     "ended": "bool",
     "formatted": "bool",
+    "lenient_correct": "bool",
     "unjudged": "bool",
     "cloud_known": "bool",
     "tokens": "int",

@@ -92,6 +92,7 @@ def make_table(n: int | None = None, seed: int = 0, **columns) -> records.Record
         prompt=[f"{i} and {i % 7}" for i in range(size)],
         stratum=["a"] * size,
         formatted=base["ended"],
+        lenient_correct=base["local_correct"],
         tokens=[10] * size,
         natural_tokens=[5] * size,
         natural_called=[T] * 2 + [F] * (size - 2),

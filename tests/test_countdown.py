@@ -15,7 +15,7 @@ from streams import take, tiny_config, within
 
 from collab_jax.cloud import SimulatedCloud
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, TaskError, countdown, make_task
+from collab_jax.tasks import Example, TaskError, base, countdown, make_task
 from collab_jax.tasks.countdown import generate, load, split_of
 from collab_jax.tasks.expressions import is_solution, solve
 
@@ -339,3 +339,21 @@ def test_prompt_without_a_solution():
         task.solve_prompt(prompt)
     cloud = SimulatedCloud("sim", task.solve_prompt, 0.0, 1, 1, 1)
     assert cloud.answer([prompt])[0].text == SimulatedCloud.wrong
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("I try 5+4=9 no\n(3+5)*4", True),
+        ("The answer: (3+5)*4 = 32", True),
+        ("(3+5)*4\nThat is it.", True),
+        ("3+5+4", False),
+        ("3 5 4", False),
+        ("", False),
+    ],
+)
+def test_the_last_expression_counts_without_tags(response, right):
+    task = make_task(tiny_config())
+    example = Example("a", "3 numbers", ((3, 5, 4), 32))
+    assert not task.verify([example], [response])[0].correct
+    assert base.lenient_correct(task, [example], [response], [False], [True]) == [right]

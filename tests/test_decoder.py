@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from collab_jax.models import decoder, logprobs
-from collab_jax.models.decoder import DecoderConfig, RopeScaling
+from collab_jax.models import decoder, layers, logprobs
+from collab_jax.models.decoder import DecoderConfig
+from collab_jax.models.decoder_config import RopeScaling
 
 # Compiling is most of the time here; this halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -310,7 +311,7 @@ def test_remat_changes_no_gradient_and_padding_has_none():
 @pytest.mark.parametrize("features", [3, 16], ids=["narrow", "wide"])
 def test_gradient_of_dense_is_that_of_a_matrix_product(features):
     """Both ways of the backward pass: a kernel with fewer and with more columns than rows."""
-    layer = decoder.Dense(LLAMA, features, bias=True)
+    layer = layers.Dense(LLAMA, features, bias=True)
     draw = np.random.default_rng(6)
     x, kernel, bias = (
         draw.standard_normal(s).astype(np.float32) for s in ((2, 5, 8), (8, features), (features,))

@@ -129,6 +129,9 @@ def test_an_evaluation_writes_nothing_while_the_cloud_is_down_and_then_goes_on(
     assert evaluate.main(config, tmp_path) == 0
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert figures["cloud_unknown"]["value"] == 0 and figures["cloud_accuracy"]["value"] > 0.8
+    table = records.read(tmp_path / "eval.parquet")
+    assert figures["lenient_accuracy"]["value"] == table["lenient_correct"].mean()
+    assert (table["lenient_correct"] | ~table["local_correct"]).all()
 
 
 # ---- figures

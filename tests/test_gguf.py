@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from collab_jax import export
 from collab_jax.models import bpe, decoder, hf, published, shards
 from collab_jax.models import gguf as gguf_lib
+from collab_jax.models.decoder_config import RopeScaling
 from collab_jax.rl import experiment
 from collab_jax.runtime.errors import UserError
 
@@ -314,7 +315,7 @@ def test_llama3s_rope_scaling_is_read_from_its_tensor_and_another_refused(tmp_pa
     weights = hf_weights(config)
     scaled = {"rope_freqs.weight": llama3_factors(32.0)}
     cfg, _ = read(hf.locate(str(write(tmp_path / "a.gguf", config, weights, tensors=scaled))))
-    assert cfg.rope_scaling == decoder.RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert cfg.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
     for factors in (
         llama3_factors(8.0, context=4096),
         np.full(32, 4, np.float32),

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import GenerationConfig
 
 from collab_jax.models import decoder, hf, published, shards
+from collab_jax.models.decoder_config import RopeScaling
 from collab_jax.runtime.errors import UserError
 
 LLAMA = dict(
@@ -299,7 +300,7 @@ def test_rope_at_the_top_level_and_in_rope_parameters():
     llama3 = dict(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
     )
-    want = decoder.RopeScaling(8.0, 1.0, 4.0, 64)
+    want = RopeScaling(8.0, 1.0, 4.0, 64)
     for config in (
         {**LLAMA, "rope_parameters": {**llama3, "rope_type": "llama3", "rope_theta": 321.0}},
         {**old, "rope_scaling": {**llama3, "rope_type": "llama3"}},

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import make_task, math, rows, verifier
+from collab_jax.tasks import free_form, make_task, math, rows, spelling, verifier
 from collab_jax.tasks.choice import letter
 from collab_jax.tasks.verifier import Verifier
 
@@ -30,12 +30,17 @@ def answered(text):
         ("42", "42"),
         (r"It is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{1}, no: \boxed{\{2, 3\}}", r"\{2, 3\}"),
-        (r"\boxed {a} \fbox{b}", "b"),
+        (r"\boxed {a} so \fbox{b}", "b"),
+        (r"\boxed{3} and $\boxed{5}$", "3, 5"),
+        (r"\boxed{3} boys and \boxed{4} girls", "3, 4"),
+        (r"\boxed{5}, \boxed{5}", "5"),
+        (r"\boxed{\boxed{9}}", "9"),
         (r"\boxed{never closed", r"\boxed{never closed"),
         ("\r\n\t42\u00a0\r\n", "42"),
         ("\n" * 3000 + "\\boxed{ 42\n}" + "\n" * 3000, "42"),
         ("  ", None),
         ("9" * 501, None),
+        ("First we add. " * 50 + "So the answer is 9.", "9."),
     ],
 )
 def test_the_answer_of_a_response(text, answer):
@@ -69,11 +74,11 @@ def test_the_answer_of_a_response(text, answer):
         (r"2\sqrt{3}", [r"2 \sqrt3", r"\sqrt{12}", r"\sqrt{3} \cdot 2"], [r"3\sqrt{2}"]),
         ("x^2+2x+1", ["(x+1)^2", "1+2x+x^2"], ["(x-1)^2"]),
         ("12", [r"\ 12\,"], ["1 2", r"1\,2", "1 .2", "1\n2", "1\u00a02", r"1\ 2", "1~2"]),
-        ("3", ["03"], ["1 2", "4=3", "1+2=3", "2x=6", r"x^2+2=3", "3.0 0", "3 000"]),
+        ("3", ["03", "1+2=3"], ["1 2", "4=3", "2x=6", r"x^2+2=3", "3.0 0", "3 000", "0 003"]),
         (
             "12000",
-            [r"12\,000", r"12\ 000", "12{,}000", r"12,\!000", "12~000"],
-            ["12 000", r"12\,00", r"12\,0000", r"1\,2000"],
+            [r"12\,000", r"12\ 000", "12{,}000", r"12,\!000", "12~000", "12 000"],
+            ["12, 000", r"12\,00", r"12\,0000", r"1\,2000"],
         ),
         ("1.5", [r"1\frac{1}{2}", r"1 \frac12"], ["1 1/2 0", "1. 5", r"\frac{1}{5}"]),
         ("5.5", ["11/2"], ["1 1/2"]),
@@ -136,7 +141,7 @@ def test_a_hostile_answer_costs_its_deadline_at_most():
     try:
         assert short.equal([("x", "x")]) == [True]  # started
         for hostile in HOSTILE:
-            assert not math.same_text("7", math.normal(hostile))
+            assert not free_form.same("7", spelling.normal(hostile))
             started = time.monotonic()
             assert short.equal([("7", hostile)])[0] in (False, None), hostile
             if not short._workers[
@@ -243,28 +248,30 @@ def real(name):
         return [json.loads(line) for line in lines]
 
 
+def is_number(gold):
+    return spelling.number(spelling.normal(gold)) is not None
+
+
 def spaced(gold):
     return re.sub(r"([-+=,])", r" \1 ", gold.replace(r"\left", "").replace(r"\right", "")) + " "
 
 
 def otherwise_a_fraction(gold):
     plain = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", gold)
-    return (
-        plain if math.number(math.normal(gold)) is not None else gold.replace(r"\frac", r"\dfrac")
-    )
+    return plain if is_number(gold) else gold.replace(r"\frac", r"\dfrac")
 
 
 def with_a_unit(gold):
-    return rf"{gold}\text{{ units}}" if math.number(math.normal(gold)) is not None else gold
+    return rf"{gold}\text{{ units}}" if is_number(gold) else gold
 
 
 def reversed_set(gold):
-    kind, parts = math.list_of(math.normal(gold))
+    kind, parts = spelling.list_of(spelling.normal(gold))
     return ", ".join(parts[::-1]) if kind == "set" else gold
 
 
 def exact_decimal(gold):
-    value = math.number(math.normal(gold))
+    value = spelling.number(spelling.normal(gold))
     exact = value is not None and value.denominator in (1, 2, 4, 5, 8, 10, 16, 20, 25, 40, 50, 100)
     return str(float(value)) if exact and abs(value) < 10**9 else gold
 
@@ -286,7 +293,7 @@ def test_rewritten_gold_answers_are_accepted(rewrite):
 def test_other_golds_are_not_accepted():
     golds = [row["answer"] for row in random.Random(0).sample(real("math_test"), 1000)]
     pairs = zip(golds, golds[7:] + golds[:7], strict=True)
-    others = [(a, b) for a, b in pairs if math.normal(a) != math.normal(b)]
+    others = [(a, b) for a, b in pairs if spelling.normal(a) != spelling.normal(b)]
     assert math.equal_all(others).count(True) <= 0.001 * len(golds)
 
 
@@ -379,8 +386,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ("\n C:\n1 2\n", "C"),
         (r"\boxed{A}", "A"),
         (r"\text{B}", "B"),
+        ("A. 4", "A"),
+        ("A) four", "A"),
+        ("The answer is (A).", "A"),
+        ("The correct answer is A. 4 apples", "A"),
+        ("Option A: 4", "A"),
         ("b", None),
         ("Both", None),
+        ("A cat", None),
         ("42", None),
     ],
 )

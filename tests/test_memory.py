@@ -33,7 +33,7 @@ def make(changes=(), **architecture):
     config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
     config.update_from_flattened_dict(SIZES | dict(changes))
     cfg = hf.config_from_hf(TINY | architecture, config.model.dtype, config.train.remat)
-    return lora.configure(cfg, config.lora), config
+    return lora.configure(cfg, config.lora, decision_id=None), config
 
 
 def shapes(tree):

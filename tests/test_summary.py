@@ -4,7 +4,7 @@ import pytest
 from fakes import F, T
 from fakes import make_table as make
 
-from collab_jax.reports import summary
+from collab_jax.reports import run, summary
 from collab_jax.runtime.errors import UserError
 
 
@@ -37,6 +37,19 @@ def test_at_budget_by_hand():
         "value"
     ] == pytest.approx(1)
     assert summary.at_budgets(make())["0.1"]["margin"]["value"] == 0.4  # half a prompt is none
+
+
+def test_lenient_accuracy_is_beside_the_strict_one_and_absent_from_older_records():
+    table = make(lenient_correct=[T, T, F, T, F])
+    s = summary.summary(table)
+    assert s["lenient_accuracy"]["value"] == 0.6 and s["local_accuracy"]["value"] == 0.4
+    sides = {"before": s, "after": s}
+    (line,) = [x for x in run.markdown_table(sides).splitlines() if "tags or not" in x]
+    assert "| 60.0 (" in line
+    del table["lenient_correct"]
+    older = summary.summary(table)
+    assert older["lenient_accuracy"] is None
+    assert "tags or not" not in run.markdown_table(sides | {"before": older})
 
 
 def test_one_class_has_no_auc():

@@ -49,12 +49,12 @@ def make(small):
         defaults = {"sft__micro_rows": 1, "sft__batch_size": 4, "sft__warmup_steps": 1}
         config = small(**(defaults | overrides))
         cfg = hf.config_from_hf(hf.read_config(FOLDER))
-        cfg = lora.configure(cfg, config.lora)
-        whole = hf.load(FOLDER, cfg, "float32")
         text = text_lib.load(FOLDER, config.text)
+        cfg = lora.configure(cfg, config.lora, text.decision_id)
+        whole = hf.load(FOLDER, cfg, "float32")
         if not config.lora.rank:
             return config, cfg, text, whole, None
-        return config, cfg, text, lora.start(cfg, config.lora, 0, "float32"), whole
+        return config, cfg, text, lora.start(cfg, whole, config.lora, 0, "float32"), whole
 
     return parts
 

@@ -9,7 +9,6 @@ Axis letters are those of `gapg.py`: B rows, S columns of the cache, t new colum
 query heads, K kv heads, H head, E width, V vocabulary.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,46 +18,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's scaling of the frequencies: `rope_type: llama3` in config.json."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and constants of a decoder; hashable, to be a static argument of jitted functions.
-
-    dtype is that of the computation and the cache; params keep the type they come in. lora_scale =
-    alpha / rank multiplies the product of an adapter's matrices, where params have them (lora.py).
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    norm_eps: float
-    tied: bool
-    qkv_bias: bool = False
-    output_bias: bool = False  # bias of o_proj (Llama's and Qwen3's `attention_bias`)
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    rope_scaling: RopeScaling | None = None
-    initializer_range: float = 0.02
-    remat: bool = False  # recompute each block in the backward pass
-    dtype: str = "float32"
-    lora_scale: float = 1.0
+from collab_jax.models.decoder_config import DecoderConfig, Params
+from collab_jax.models.layers import Dense, RMSNorm
 
 
 class Segment(flax.struct.PyTreeNode):
@@ -115,66 +76,6 @@ def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     # A reversal, unlike a concatenation of the rotated halves, becomes one loop along memory with
     # what surrounds it.
     return (halves * cos + jnp.flip(halves, axis=-2) * signed).reshape(x.shape).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x [..., E] divided by the root of its mean square, times `scale`."""
-
-    eps: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return scale.astype(self.dtype) * y.astype(self.dtype)
-
-
-@jax.custom_vjp
-def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] @ kernel [I, O]."""
-    return x @ kernel
-
-
-def _project_backward(
-    saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients by x and by the kernel, from dy [..., O]."""
-    x, kernel = saved
-    rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    # The kernel's gradient needs one of the two transposed in memory. XLA's CPU compiler fuses what
-    # made that operand into the strided copy; left to itself it picks the wide one (in the MLP),
-    # which cost a sixth of an update.
-    if rows.shape[1] <= drows.shape[1]:
-        dkernel = rows.T @ drows
-    else:
-        dkernel = (drows.T @ rows).T
-    return dy @ kernel.T, dkernel
-
-
-_project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)
-
-
-class Dense(nn.Module):
-    """x [..., I] projected to `features`; with an adapter, the product of its matrices is added."""
-
-    cfg: DecoderConfig
-    features: int
-    bias: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init, dtype = nn.initializers.normal(self.cfg.initializer_range), self.cfg.dtype
-        y = _project(x, self.param("kernel", init, (x.shape[-1], self.features)).astype(dtype))
-        if self.has_variable("params", "lora_a"):
-            a, b = (
-                self.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b")
-            )
-            y += self.cfg.lora_scale * _project(_project(x, a), b)
-        if self.bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
-        return y
 
 
 def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
@@ -322,6 +223,9 @@ class Decoder(nn.Module):
         size = cfg.vocab_size, cfg.hidden_size
         embed = nn.Embed(*size, dtype=cfg.dtype, embedding_init=init, name="embed_tokens")
         x = embed(tokens)
+        if embed.has_variable("params", "lora_row"):
+            row = embed.get_variable("params", "lora_row").astype(cfg.dtype)
+            x += jnp.where(tokens[..., None] == cfg.lora_token, row, 0)
         angle = positions[:, :, None, None, None].astype(jnp.float32)
         angle = angle * rope_frequencies(cfg)  # [B, t, 1, 1, H/2]
         rope = jnp.sin(angle), jnp.cos(angle)
@@ -371,8 +275,15 @@ def forward(
 
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Logits f32[..., V] from hidden [..., E]."""
-    head = params["embed_tokens"]["embedding"].T if cfg.tied else params["lm_head"]["kernel"]
-    return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    module = params["embed_tokens" if cfg.tied else "lm_head"]
+    head = module["embedding"].T if cfg.tied else module["kernel"]
+    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    out = product(hidden, head.astype(hidden.dtype))
+    if "lora_row" not in module:
+        return out
+    assert cfg.lora_token is not None
+    own = out[..., cfg.lora_token] + product(hidden, module["lora_row"].astype(hidden.dtype))
+    return jax.lax.dynamic_update_slice_in_dim(out, own[..., None], cfg.lora_token, axis=-1)
 
 
 def causal_mask(real: jax.Array) -> jax.Array:

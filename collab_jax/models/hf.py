@@ -18,7 +18,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from collab_jax.models import decoder, gguf, published, shards
-from collab_jax.models.decoder import DecoderConfig, Params, RopeScaling
+from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.models.decoder_config import RopeScaling
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import write_text
 

@@ -5,6 +5,11 @@ out] are leaves `lora_a` and `lora_b` beside `kernel`, so an adapter is a tree o
 that holds these leaves alone, and `join` of base and adapter is what the decoder computes with. A
 training step differentiates by the adapter and joins inside; gradient, optimizer state, average and
 checkpoint then have its leaves only.
+
+The decision token's embedding is trained too, as the leaf `lora_row` [E] that is added to it (and,
+where the head has weights of its own, another that is added to the token's there). It has to be:
+tokens that no text has are often alike to the bit, as SmolLM2's and Llama's reserved ones, and no
+adapter of other weights could then give one of them a logit above its twins'.
 """
 
 import dataclasses
@@ -25,6 +30,7 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import replacing, write_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as PEFT names them
+TOKENS = "trainable_token_indices"  # an entry of its config
 
 
 def _flat(params: Params) -> dict[tuple[str, ...], Any]:
@@ -42,9 +48,10 @@ def _kernels(cfg: DecoderConfig) -> dict[tuple[str, ...], tuple[int, int]]:
     }
 
 
-def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
-    """`cfg` with the scale of the adapter that `config.lora` describes.
+def configure(cfg: DecoderConfig, settings: ConfigDict, decision_id: int | None) -> DecoderConfig:
+    """`cfg` with the scale of the adapter that `config.lora` describes and the token it moves.
 
+    decision_id: the decision token's id; None where plain text decides, or nobody knows it.
     Raises UserError where its targets or its rank do not go with the model.
     """
     if settings.rank == 0:
@@ -71,7 +78,9 @@ def configure(cfg: DecoderConfig, settings: ConfigDict) -> DecoderConfig:
         )
     if not 0 < settings.alpha < float("inf"):
         raise UserError(f"config.lora.alpha={settings.alpha} must be finite and above 0")
-    return dataclasses.replace(cfg, lora_scale=settings.alpha / settings.rank)
+    return dataclasses.replace(
+        cfg, lora_scale=settings.alpha / settings.rank, lora_token=decision_id
+    )
 
 
 def init(cfg: DecoderConfig, settings: ConfigDict, key: jax.Array, dtype: str) -> Params:
@@ -88,13 +97,34 @@ def init(cfg: DecoderConfig, settings: ConfigDict, key: jax.Array, dtype: str) -
                 own, (rows, settings.rank), dtype, -bound, bound
             )
             flat[*path, "lora_b"] = jax.numpy.zeros((settings.rank, columns), dtype)
+    for module in _embeddings(cfg):
+        flat[module, "lora_row"] = jax.numpy.zeros(cfg.hidden_size, dtype)
     return traverse_util.unflatten_dict(flat)
 
 
-def start(cfg: DecoderConfig, settings: ConfigDict, seed: int, dtype: str) -> Params:
-    """The adapter that training begins with: that of `settings.start`, or a new one by `seed`."""
+def _embeddings(cfg: DecoderConfig) -> tuple[str, ...]:
+    """The modules in which an adapter moves a token; none where it moves no token."""
+    if cfg.lora_token is None:
+        return ()
+    return ("embed_tokens",) if cfg.tied else ("embed_tokens", "lm_head")
+
+
+def _moved_tokens(cfg: DecoderConfig) -> dict[str, list[int | None]]:
+    """The tokens that an adapter moves, by module, as PEFT has them."""
+    return {module: [cfg.lora_token] for module in _embeddings(cfg)}
+
+
+def _token_row(base: Params, module: str, token: int) -> np.ndarray:
+    """What a model has for a token in a module of `_embeddings`, f32[E]."""
+    if module == "lm_head":
+        return np.asarray(base[module]["kernel"][:, token], np.float32)
+    return np.asarray(base[module]["embedding"][token], np.float32)
+
+
+def start(cfg: DecoderConfig, base: Params, settings: ConfigDict, seed: int, dtype: str) -> Params:
+    """The adapter of `base` that training begins with: that of `settings.start`, or a new one."""
     if settings.start:
-        return load(settings.start, cfg, settings, dtype)
+        return load(settings.start, cfg, base, settings, dtype)
     return init(cfg, settings, jax.random.key(seed), dtype)
 
 
@@ -105,21 +135,27 @@ def join(frozen: Params | None, trained: Params) -> Params:
     return traverse_util.unflatten_dict(_flat(frozen) | _flat(trained))
 
 
-def merge(base: Params, adapter: Params, scale: float) -> Params:
-    """`base` with scale * A B added to its kernels, in their type; on the host."""
+def merge(base: Params, adapter: Params, cfg: DecoderConfig) -> Params:
+    """`base` with what the adapter adds to its weights, in their type; on the host."""
     flat, added = _flat(base), _flat(adapter)
     for path, a in added.items():
         if path[-1] == "lora_a":
             b = added[*path[:-1], "lora_b"]
-            kernel = flat[*path[:-1], "kernel"]
             product = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
-            merged = np.asarray(kernel, np.float32) + scale * product
+            kernel = flat[*path[:-1], "kernel"]
+            merged = np.asarray(kernel, np.float32) + cfg.lora_scale * product
             flat[*path[:-1], "kernel"] = merged.astype(kernel.dtype)
+        elif path[-1] == "lora_row":
+            leaf = "kernel" if path[0] == "lm_head" else "embedding"
+            weights = np.array(flat[path[0], leaf])
+            row = _token_row(base, path[0], cfg.lora_token or 0) + np.asarray(a, np.float32)
+            weights[(slice(None), cfg.lora_token) if leaf == "kernel" else cfg.lora_token] = row
+            flat[path[0], leaf] = weights
     return traverse_util.unflatten_dict(flat)
 
 
-def load(path: str, cfg: DecoderConfig, settings: ConfigDict, dtype: str) -> Params:
-    """The adapter in a folder that `save` or PEFT wrote, as `dtype`, on the host.
+def load(path: str, cfg: DecoderConfig, base: Params, settings: ConfigDict, dtype: str) -> Params:
+    """The adapter of `base` in a folder that `save` or PEFT wrote, as `dtype`, on the host.
 
     path: the folder, or the name of an adapter that is bundled with the package. Raises UserError
     where its rank, scale or weights are not those of `settings` and `cfg`.
@@ -133,6 +169,12 @@ def load(path: str, cfg: DecoderConfig, settings: ConfigDict, dtype: str) -> Par
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read the adapter in {folder} ({error}): fetch it again") from None
+    tokens = _moved_tokens(cfg)
+    if (said.get(TOKENS) or {}) != tokens:
+        raise UserError(
+            f"the adapter in {folder} moves the tokens {said.get(TOKENS)}, but "
+            f"the decision token is {tokens}: set config.text.decision_token to its own"
+        )
     for key, name in (("r", "rank"), ("lora_alpha", "alpha")):
         if said.get(key) != settings[name]:
             raise UserError(
@@ -149,6 +191,10 @@ def load(path: str, cfg: DecoderConfig, settings: ConfigDict, dtype: str) -> Par
         )
     flat = {}
     for name, (at, shape) in wanted.items():
+        if at[-1] == "lora_row" and weights[name].shape == (1, *shape):
+            moved = weights[name][0] - _token_row(base, at[0], cfg.lora_token or 0)
+            flat[at] = moved.astype(dtype)
+            continue
         if weights[name].T.shape != shape:
             raise UserError(
                 f"the adapter in {folder}: {name!r} has shape {weights[name].shape}, where this "
@@ -160,6 +206,9 @@ def load(path: str, cfg: DecoderConfig, settings: ConfigDict, dtype: str) -> Par
 
 def _peft_name(path: tuple[str, ...]) -> str:
     """The name of a leaf in PEFT's file."""
+    if path[-1] == "lora_row":
+        module = path[0] if path[0] == "lm_head" else f"model.{path[0]}"
+        return f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
     layer, *modules, leaf = path
     matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
     name = ".".join([layer.replace("_", "."), *modules, matrix])
@@ -169,29 +218,38 @@ def _peft_name(path: tuple[str, ...]) -> str:
 def save(
     folder: pathlib.Path,
     adapter: Params,
+    cfg: DecoderConfig,
+    base: Params,
     settings: ConfigDict,
-    base: str,
+    *,
+    name: str,
     revision: str | None = None,
 ) -> None:
-    """Writes the adapter as PEFT reads it.
+    """Writes the adapter of `base` as PEFT reads it.
 
-    base: the folder or hub name of the model it is for. revision: the commit of the hub's model.
+    name: the folder or hub name of the model it is for. revision: the commit of the hub's model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for path, value in _flat(adapter).items():
-        weights[_peft_name(path)] = np.ascontiguousarray(np.asarray(value, np.float32).T)
+        value = np.asarray(value, np.float32)
+        if path[-1] == "lora_row":  # PEFT has the whole row, not what is added
+            value = (_token_row(base, path[0], cfg.lora_token or 0) + value)[None]
+        else:
+            value = value.T
+        weights[_peft_name(path)] = np.ascontiguousarray(value)
     with replacing(folder / WEIGHTS) as scratch:
         save_file(weights, scratch, metadata={"format": "pt"})
         scratch.chmod(0o644)  # safetensors makes it for the owner alone
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
         "revision": revision,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "target_modules": sorted(settings.targets),
+        TOKENS: _moved_tokens(cfg) or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

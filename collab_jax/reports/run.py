@@ -88,8 +88,12 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     def row(title: str, rate: Callable[[Figures], Rate]) -> list[str]:
         return [title, *(percent(rate(side)) for side in sides)]
 
+    lenient = []
+    if all(side["lenient_accuracy"] for side in sides):
+        lenient = [row("the same, tags or not", lambda side: side["lenient_accuracy"])]
     rows = [
         row("accuracy on the device (marker disallowed)", lambda side: side["local_accuracy"]),
+        *lenient,
         row("of these responses, without an answer", lambda side: side["no_answer"]),
         row("natural: share of calls", lambda side: side["natural"]["call_rate"]),
         row("natural: overall accuracy", lambda side: side["natural"]["overall_accuracy"]),

@@ -61,6 +61,7 @@ NOTES = {
 }
 COLUMNS = {
     "device": "device alone",
+    "lenient": "device, tags or not",
     "calls": "natural: calls",
     "overall": "natural: overall",
     "margin": "{budget:.0f} % calls: margin",
@@ -104,6 +105,7 @@ def figures(samples: Sequence[Records], budget: float, seed: int) -> dict[str, n
 
     return {
         "device": mean_share(samples, [t["local_correct"] for t in samples], seed),
+        "lenient": mean_share(samples, [t["lenient_correct"] for t in samples], seed),
         "calls": mean_share(samples, [t["natural_called"] for t in samples], seed),
         "overall": mean_share(known, [natural_outcomes(t) for t in known], seed),
         "margin": mean("margin", budget),

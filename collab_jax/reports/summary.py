@@ -28,6 +28,7 @@ def summary(table: Records) -> dict[str, Any]:
     return {
         "n": len(table["id"]),
         "local_accuracy": rate(table["local_correct"]),
+        "lenient_accuracy": lenient_accuracy(table),
         "cloud_accuracy": rate(known["cloud_correct"]),
         "natural": {
             "call_rate": rate(called),
@@ -54,6 +55,11 @@ def summary(table: Records) -> dict[str, Any]:
             for s in np.unique(table["stratum"])
         },
     }
+
+
+def lenient_accuracy(table: Records) -> Rate | None:
+    """Returns the local accuracy without regard to tags; None of records without that column."""
+    return rate(table["lenient_correct"]) if "lenient_correct" in table else None
 
 
 def natural_outcomes(table: Records) -> np.ndarray:

@@ -26,6 +26,7 @@ from collab_jax.rl.rollout import Verdicts
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task
+from collab_jax.tasks.base import lenient_correct
 
 Row = dict[str, Any]  # of the records: a value by column
 
@@ -95,6 +96,8 @@ def evaluate(
             passes = _passes(run, sampler, params, batch, start // size, natural, seed)
             drawn = seed is not None
             columns = [_row(run.task, e, i, passes, drawn) for i, e in enumerate(batch)]
+            for row, right in zip(columns, _lenient(run.task, batch, passes["local"]), strict=True):
+                row["lenient_correct"] = right
             answers = [UNKNOWN] * len(batch)
             if ask_cloud:
                 answers = cloud_answers(run.task, run.cloud, batch)
@@ -169,6 +172,18 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
         "natural_ended": bool(natural.ended[i]),
         "natural_tokens": int(crossing.argmax()) + 1 if crossed else int(natural.mask[i].sum()),
     }
+
+
+def _lenient(task: Task, batch: Sequence[Example], local: Pass) -> list[bool]:
+    """Returns whether each response of the first pass is right, tags or not."""
+    rows = slice(len(batch))  # without the padding
+    return lenient_correct(
+        task,
+        batch,
+        local.verdicts.texts[rows],
+        local.verdicts.correct[rows].tolist(),
+        local.samples.ended[rows].tolist(),
+    )
 
 
 # ---- the cloud's verdicts

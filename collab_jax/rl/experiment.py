@@ -269,9 +269,9 @@ def base_model(config: ConfigDict, workdir: pathlib.Path) -> BaseModel:
     """
     folder = hf.locate(base_path(config, workdir))
     cfg = hf.config_from_hf(hf.read_config(folder), config.model.dtype, remat=config.train.remat)
-    cfg = lora.configure(cfg, config.lora)
     config = with_tokens_of(config, workdir)
     text = text_lib.load(folder, config.text)
+    cfg = lora.configure(cfg, config.lora, text.decision_id)
     config.text.update(text.special._asdict())
     return BaseModel(config, folder, cfg, text)
 
@@ -383,8 +383,8 @@ def load_state(run: Run) -> TrainState:
     """
     config = run.config
     if config.lora.rank:
-        params = lora.start(run.cfg, config.lora, config.seed, config.model.param_dtype)
         frozen = hf.load(run.folder, run.cfg, config.model.dtype)
+        params = lora.start(run.cfg, frozen, config.lora, config.seed, config.model.param_dtype)
     else:
         params, frozen = hf.load(run.folder, run.cfg, config.model.param_dtype), None
     state = gapg.init_state(

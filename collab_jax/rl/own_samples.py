@@ -26,7 +26,7 @@ from collab_jax.models.text import TAGS, Text
 from collab_jax.rl import rollout
 from collab_jax.runtime import files, parallel
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, Task, base, math
+from collab_jax.tasks import Example, Task, base, prose
 
 _HANGING = re.compile(r"(?:\$|\\\[|\\\(|\s)+$")  # what opened for a box
 
@@ -54,7 +54,7 @@ def well_formed(response: str) -> str | None:
     if base.formatted(response):
         return response
     answer = base.answer_of(response)
-    answer = math.last_boxed(response) if answer is None else answer
+    answer = prose.boxed(response) if answer is None else answer
     rewritten = f"{until_answer(response)}<answer>{(answer or '').strip()}</answer>"
     return rewritten if answer and base.formatted(rewritten) else None
 

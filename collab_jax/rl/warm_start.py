@@ -144,8 +144,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     examples = experiment.checked_examples(folder, task, base.text, config, "train")
     frozen = None
     if config.lora.rank:
-        params = lora.start(cfg, config.lora, config.seed, config.model.param_dtype)
-        frozen = parallel.replicate(hf.load(base.folder, cfg, config.model.dtype))
+        whole = hf.load(base.folder, cfg, config.model.dtype)
+        params = lora.start(cfg, whole, config.lora, config.seed, config.model.param_dtype)
+        frozen = parallel.replicate(whole)
     elif config.sft.architecture:
         params = decoder.init(cfg, jax.random.key(config.seed))
     else:
@@ -204,7 +205,8 @@ def write(start: WarmStart, params: Params) -> None:
     if config.lora.rank:
         name, _ = hf.split_revision(config.model.path)
         revision = hf.commit(start.base_folder)
-        lora.save(start.workdir, params, config.lora, base=name, revision=revision)
+        base = parallel.unreplicate(start.frozen)
+        lora.save(start.workdir, params, start.cfg, base, config.lora, name=name, revision=revision)
     else:
         hf_config, dtype = hf.read_config(start.base_folder), config.model.param_dtype
         hf.save(start.workdir, params, hf_config, dtype, start.base_folder)

@@ -48,6 +48,7 @@ class Verdict(NamedTuple):
 
 
 Verify = Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
+ReadAnswer = Callable[[Example, str], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Task:
     difficulty(messages) -> that of a cloud prompt's example; None: no example has one.
     gold(example) -> the right answer, None where the example has none; None: the task keeps none.
     weights: of a mix, each part's share of the training prompts.
+    read_answer(example, response) -> the answer of a response without tags, None where there is
+    none; None: the task reads nothing without tags. Evaluation alone uses it (`lenient_correct`).
     demonstrations(seed) -> endless (example, response) pairs for the warm start; None: there are
     none.
     """
@@ -76,6 +79,7 @@ class Task:
     difficulty: Callable[[Messages], float | None] | None = None
     gold: Callable[[Example], str | None] | None = None
     weights: Mapping[str, float] | None = None
+    read_answer: ReadAnswer | None = None
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None
 
 
@@ -114,3 +118,32 @@ def answer_of(response: str) -> str | None:
     end = response.find("</answer>", start)  # a later, stray closing tag closes nothing
     answer = response[start:end].strip()
     return None if UNKNOWN_TOKEN.search(answer) else answer
+
+
+def lenient_correct(
+    task: Task,
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    correct: Sequence[bool],
+    ended: Sequence[bool],
+) -> list[bool]:
+    """Whether each response is right, be it without tags or cut off.
+
+    correct: what `task.verify` says of them, False where a response was cut off. A response with a
+    closed `<answer>` block has its answer there; where it ended, `verify` has compared it already.
+    """
+    right = list(map(bool, correct))
+    read: dict[int, str] = {}
+    for i, response in enumerate(responses):
+        answer = answer_of(response)
+        if right[i] or (ended[i] and answer is not None):
+            continue
+        if answer is None and task.read_answer:
+            answer = task.read_answer(examples[i], response)
+        if answer:
+            read[i] = f"<answer>{answer}</answer>"
+    if read:
+        verdicts = task.verify([examples[i] for i in read], list(read.values()))
+        for i, verdict in zip(read, verdicts, strict=True):
+            right[i] = verdict.correct
+    return right

@@ -1,10 +1,8 @@
 """Multiple choice with letters: MMLU, for evaluation."""
 
-import re
-
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import math, rows
+from collab_jax.tasks import math, prose, rows
 from collab_jax.tasks.base import Example, Task, TaskError
 
 LETTERS = "ABCDEFGHIJ"
@@ -12,14 +10,12 @@ _CLOUD_PROMPT = (
     "Answer this question. End with the letter of the right choice between <answer> and </answer>."
     "\n\n{problem}"
 )
-_LETTER = re.compile(r"\(?([A-J])\)?(?:[.:)].*)?", re.DOTALL)
 
 
 def letter(response: str) -> str | None:
-    """The letter that a response chooses, the beginning of its answer: "B", "(B)", "B. 42"."""
+    """The letter that a response chooses: "B", "(B)", "B. 42", "The answer is B"."""
     answer = math.extract(response)
-    match = _LETTER.fullmatch(math.normal(answer)) if answer else None
-    return match[1] if match else None
+    return prose.letter(answer) if answer else None
 
 
 def load(task: ConfigDict, split: str) -> list[Example]:
@@ -60,4 +56,5 @@ def make_task(config: ConfigDict) -> Task:
             letter(r) == gold for gold, r in zip(golds, responses, strict=True)
         ],
         cloud_prompt=_CLOUD_PROMPT,
+        read_answer=lambda _, response: prose.last_letter(response),
     )

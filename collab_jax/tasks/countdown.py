@@ -273,6 +273,18 @@ def _verdict(example: Example, response: str, marker: str) -> Verdict:
     )
 
 
+_EXPRESSION = re.compile(r"[0-9()][-+*/()0-9 ]*[0-9)]")
+
+
+def _last_expression(_: Example, response: str) -> str | None:
+    """The last line that is an expression, perhaps before `=` or after a word, or None."""
+    for line in reversed(response.splitlines()):
+        expression = line.rpartition(":")[2].split("=")[0].strip(" .$`*")
+        if _EXPRESSION.fullmatch(expression):
+            return expression
+    return None
+
+
 def make_task(config: ConfigDict) -> Task:
     """Countdown by `config.task` and `config.text.marker`.
 
@@ -298,5 +310,6 @@ def make_task(config: ConfigDict) -> Task:
             for example, response in zip(examples, responses, strict=True)
         ],
         solve_prompt=solve_prompt,
+        read_answer=_last_expression,
         demonstrations=lambda seed: demonstrations(seed, task, marker),
     )

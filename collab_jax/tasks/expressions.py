@@ -36,6 +36,14 @@ def is_solution(numbers: Sequence[int], target: int, expression: str) -> bool:
     return _value(tokens) == target
 
 
+def value(expression: str) -> Fraction | None:
+    """The exact value of an expression in the grammar of `is_solution`; None for any other text."""
+    tokens = _TOKEN.findall(expression)
+    if len(expression) > MAX_EXPRESSION or "".join(tokens) != "".join(expression.split()):
+        return None
+    return _value(tokens)
+
+
 def _value(tokens: Sequence[str]) -> Fraction | None:
     """The value of an expression, or None where it is no expression or divides by zero.
 

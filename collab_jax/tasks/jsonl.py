@@ -8,7 +8,7 @@ a line is yours, in `example.problem`; `level` or `type` is the stratum. `TASKS`
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import base, rows
+from collab_jax.tasks import base, prose, rows
 from collab_jax.tasks.base import Example, Task
 
 CLOUD_PROMPT = "{problem}\n\nEnd with the final answer alone between <answer> and </answer>."
@@ -35,4 +35,5 @@ def make_task(config: ConfigDict) -> Task:
         ],
         cloud_prompt=CLOUD_PROMPT,
         splits=rows.splits_in(config.task.data_dir),
+        read_answer=lambda _, response: prose.last_line(response),
     )

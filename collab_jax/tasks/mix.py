@@ -136,6 +136,10 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
             verdicts.update(zip(rows, judged, strict=True))
         return [verdicts[i] for i in range(len(examples))]
 
+    def read_answer(example: Example, response: str) -> str | None:
+        read = parts[example.task].read_answer
+        return read(example, response) if read else None
+
     def gold(example: Example) -> str | None:
         task = parts[example.task]
         return task.gold(example) if task.gold else None
@@ -151,4 +155,5 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
         difficulty=_of_whose_prompt({name: task.difficulty for name, task in parts.items()}),
         gold=gold,
         weights=weights,
+        read_answer=read_answer,
     )

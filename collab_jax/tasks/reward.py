@@ -3,8 +3,9 @@
 `config.task.reward = "path/to/file.py:function"`, a local file that is loaded once. A run does not
 go on with another text of that file. The function is called as `function(example,
 response)` with the example (`example.problem` is the task's own data, `example.task` its name) and
-the whole text of a finished response that did not call the cloud, or of the cloud's answer. What it
-returns:
+the whole text of a finished response that did not call the cloud, or of the cloud's answer; an
+evaluation also calls it with `<answer>...</answer>` for what it read in a response without tags.
+What it returns:
 
     True, False      right, wrong
     0 ... 1          right from 0.5 on: the method rewards being right, and `config.reward` says

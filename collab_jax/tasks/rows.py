@@ -112,14 +112,15 @@ def make_task(
     cloud_prompt: str,
     splits: Sequence[str] = ("train", "test"),
     ranked: bool = False,
+    read_answer: base.ReadAnswer | None = None,
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None,
 ) -> Task:
     """The task of `config.task.name`, whose prompts are templates with {problem} in them.
 
     The device's template is `config.task.prompt`, the cloud's `cloud_prompt`. gold(example) -> the
     right answer, None where there is none. compare(golds, responses) -> whether the answer of each
-    response is its gold one; None where the comparison ran out of time. splits, demonstrations: as
-    in `Task`. ranked: whether examples have a difficulty.
+    response is its gold one; None where the comparison ran out of time. splits, read_answer,
+    demonstrations: as in `Task`. ranked: whether examples have a difficulty.
     Raises TaskError for a prompt without {problem}.
     """
     template, marker = config.task.prompt, config.text.marker
@@ -175,5 +176,6 @@ def make_task(
         solve_prompt=lambda prompt: f"<answer>{gold(example_of(prompt))}</answer>",
         difficulty=(lambda prompt: example_of(prompt).difficulty) if ranked else None,
         gold=gold,
+        read_answer=read_answer,
         demonstrations=demonstrations,
     )

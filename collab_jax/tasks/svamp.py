@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import math, rows, splits
+from collab_jax.tasks import math, prose, rows, splits
 from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
 
 _CLOUD_PROMPT = (
@@ -95,6 +95,7 @@ def make_task(config: ConfigDict) -> Task:
             [(gold, math.extract(r)) for gold, r in zip(golds, responses, strict=True)]
         ),
         cloud_prompt=_CLOUD_PROMPT,
+        read_answer=lambda _, response: prose.last_answer(response),
         splits=SPLITS,
         ranked=True,
         demonstrations=lambda seed: demonstrations(
