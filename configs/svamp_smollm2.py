@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
 
     config.sft.steps = 450  # of 16 demonstrations: not quite three epochs
     config.sft.batch_size = 16
-    config.sft.micro_rows = 8
+    config.sft.micro_rows = 2
     config.sft.learning_rate = 5e-4
     config.sft.warmup_steps = 20
     return config
