@@ -47,14 +47,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     params = warm_start.tuned(start, stop)
     figures: dict[str, float | None] = {"steps": config.sft.steps}
     if config.sft.check_prompts:
-        figures |= reach.measure(
-            start.sampler,
-            start.model(params),
-            start.text,
-            task,
-            warm_start.check_examples(start),
-            config,
-        )
+        examples = warm_start.check_examples(start)
+        figures |= reach.measure(start.respondent, start.model(params), examples)
         print(reach.format_reach(figures))
         for warning in reach.warnings(figures):
             print(f"warning: {warning}", file=sys.stderr)

@@ -186,7 +186,8 @@ def test_sampling_goes_on_where_it_was(parts, tmp_path):
 
     def own(name, scripted):
         file = tmp_path / f"{name}.jsonl"
-        return own_samples.sample_and_judge(scripted, None, text, task, examples, config, file)
+        respondent = own_samples.Respondent(scripted, text, task, config)
+        return own_samples.sample_and_judge(respondent, None, examples, file)
 
     straight = own("straight", Scripted(text))
     assert [row.id for row in straight] == [example.id for example in examples]

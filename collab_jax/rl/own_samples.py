@@ -59,6 +59,15 @@ def well_formed(response: str) -> str | None:
     return rewritten if answer and base.formatted(rewritten) else None
 
 
+class Respondent(NamedTuple):
+    """What answers prompts, but for its params: how it samples, is asked, and is judged."""
+
+    sampler: Sampler  # a `rollout.make_sampler`
+    text: Text
+    task: Task
+    config: ConfigDict
+
+
 class JudgedPrompt(NamedTuple):
     """What the responses to one prompt are good for; a line of samples.jsonl."""
 
@@ -68,29 +77,27 @@ class JudgedPrompt(NamedTuple):
 
 
 def sampled_batches(
-    sampler: Sampler,
+    respondent: Respondent,
     params: Params,
-    text: Text,
-    task: Task,
     examples: Sequence[Example],
-    config: ConfigDict,
     *,
     first_step: int,
     bias: float,
 ) -> Iterator[tuple[Sequence[Example], Samples]]:
     """(examples, their Samples on the host [P, G, ...]) in batches of `prompts_per_step`.
 
-    Batch number i has the keys of (seed, first_step + i). `sampler` is a `rollout.make_sampler`,
-    params have the axis D; a bias of -inf disallows the marker.
+    Batch number i has the keys of (seed, first_step + i). params have the axis D; a bias of -inf
+    disallows the marker.
     """
+    config, text = respondent.config, respondent.text
     size = config.prompts_per_step
     for i, start in enumerate(range(0, len(examples), size)):
         batch = examples[start : start + size]
         padded = [*batch, *[batch[0]] * (size - len(batch))]  # one shape, one compilation
-        chats = [task.prompt(example) for example in padded]
+        chats = [respondent.task.prompt(example) for example in padded]
         prompts, prompt_mask = text.prompt_batch(chats, config.prompt_length)
         samples = rollout.draw(
-            sampler,
+            respondent.sampler,
             params,
             prompts,
             prompt_mask,
@@ -142,26 +149,18 @@ def judge_batch(
 
 
 def sample_and_judge(
-    sampler: Sampler,
-    params: Params,
-    text: Text,
-    task: Task,
-    examples: Sequence[Example],
-    config: ConfigDict,
-    file: pathlib.Path,
+    respondent: Respondent, params: Params, examples: Sequence[Example], file: pathlib.Path
 ) -> list[JudgedPrompt]:
     """What `config.group` responses to each example are good for; params have the axis D.
 
     Batches are kept in `file` as they come, so that the same command goes on where it was.
     """
+    config = respondent.config
     judged = _kept_samples(file, config.prompts_per_step)
     batches = sampled_batches(
-        sampler,
+        respondent,
         params,
-        text,
-        task,
         examples[len(judged) :],
-        config,
         first_step=len(judged) // config.prompts_per_step,
         bias=-np.inf,
     )
@@ -170,7 +169,7 @@ def sample_and_judge(
         tqdm(total=len(examples), initial=len(judged), desc="sample", unit="prompt") as bar,
     ):
         for batch, samples in batches:
-            new = judge_batch(text, task, batch, samples, config.sft.keep)
+            new = judge_batch(respondent.text, respondent.task, batch, samples, config.sft.keep)
             out.write("".join(json.dumps(row._asdict()) + "\n" for row in new))
             out.flush()
             judged += new

@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from scipy import stats
 
 from collab_jax.models.decoder import Params
-from collab_jax.models.sampler import Sampler
-from collab_jax.models.text import Text
 from collab_jax.rl import own_samples, rollout
-from collab_jax.tasks import Example, Task
+from collab_jax.rl.own_samples import Respondent
+from collab_jax.tasks import Example
 
 # Steps whose keys the responses are sampled with, none of training's: natural ones, and those that
 # may not call.
@@ -36,12 +34,9 @@ class Tried(NamedTuple):
 
 
 def respond(
-    sampler: Sampler,
+    respondent: Respondent,
     params: Params,
-    text: Text,
-    task: Task,
     examples: Sequence[Example],
-    config: ConfigDict,
     *,
     first_step: int,
     bias: float,
@@ -49,12 +44,12 @@ def respond(
     """Samples and judges responses; params have the axis D, a bias of -inf disallows the marker."""
     batches = []
     for batch, samples in own_samples.sampled_batches(
-        sampler, params, text, task, examples, config, first_step=first_step, bias=bias
+        respondent, params, examples, first_step=first_step, bias=bias
     ):
         P, G, T = samples.tokens.shape
         verdicts = rollout.judge(
-            task,
-            text,
+            respondent.task,
+            respondent.text,
             [example for example in batch for _ in range(G)],
             np.asarray(samples.tokens).reshape(P * G, T),
             np.asarray(samples.mask).reshape(P * G, T),
@@ -72,12 +67,7 @@ def respond(
 
 
 def measure(
-    sampler: Sampler,
-    params: Params,
-    text: Text,
-    task: Task,
-    examples: Sequence[Example],
-    config: ConfigDict,
+    respondent: Respondent, params: Params, examples: Sequence[Example]
 ) -> dict[str, float | None]:
     """What training would start from: figures of `config.group` responses to each example.
 
@@ -90,8 +80,8 @@ def measure(
     says nothing; one that was cut off counts as wrong with the highest margin); None where all are
     right or all are wrong. params have the axis D.
     """
-    natural = respond(sampler, params, text, task, examples, config, first_step=NATURAL, bias=0.0)
-    barred = respond(sampler, params, text, task, examples, config, first_step=BARRED, bias=-np.inf)
+    natural = respond(respondent, params, examples, first_step=NATURAL, bias=0.0)
+    barred = respond(respondent, params, examples, first_step=BARRED, bias=-np.inf)
     margin = natural.margin[np.isfinite(natural.margin)]
     unsolved = ~natural.correct.any(1)
     calls_there = natural.called[unsolved].any(1)

@@ -121,6 +121,11 @@ class WarmStart(NamedTuple):
         """What is needed to go on."""
         return self.workdir / FOLDER
 
+    @property
+    def respondent(self) -> own_samples.Respondent:
+        """What answers prompts, with params of `model`."""
+        return own_samples.Respondent(self.sampler, self.text, self.task, self.config)
+
     def model(self, params: Params) -> Params:
         """The whole model with these tuned params (on the host), with the axis D."""
         return lora.join(self.frozen, parallel.replicate(params))
@@ -292,9 +297,7 @@ def _answered(
     start: WarmStart, params: Params, examples: list[Example], file: pathlib.Path
 ) -> list[own_samples.JudgedPrompt]:
     """What the model with `params` makes of these training prompts."""
-    return own_samples.sample_and_judge(
-        start.sampler, start.model(params), start.text, start.task, examples, start.config, file
-    )
+    return own_samples.sample_and_judge(start.respondent, start.model(params), examples, file)
 
 
 def _own_demonstrations(
