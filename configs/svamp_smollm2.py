@@ -2,9 +2,11 @@ r"""Word problems (SVAMP) on SmolLM2-135M-Instruct, budget 30 %: a pretrained mo
 
     python -m collab_jax.sft --config configs/svamp_smollm2.py --workdir runs/svamp/start
     python -m collab_jax.train --config configs/svamp_smollm2.py \
-        --workdir runs/svamp/run --config.model.path=runs/svamp/start
+        --workdir runs/svamp/run --config.lora.start=runs/svamp/start
     python -m collab_jax.evaluate --config configs/svamp_smollm2.py \
-        --workdir runs/svamp/run --config.model.path=runs/svamp/start --split validation
+        --workdir runs/svamp/run --config.lora.start=runs/svamp/start --split validation
+
+or all of it, with what it installs, exports and calibrates, by ./launch/real.sh.
     python -m collab_jax.evaluate --config configs/svamp_smollm2.py \
         --workdir runs/svamp/run --config.model.path=runs/svamp/start
 
@@ -42,7 +44,7 @@ def get_config() -> ConfigDict:
 
     config.task.name = "svamp"
     config.task.prompt = "{problem}"
-    config.task.demo_give_up = 0.1
+    config.task.demo_give_up = 0.0  # when to call comes from the model's own failures
 
     config.cloud.error_rate = 0.06
     config.cloud.error_skew = 3.0
@@ -53,9 +55,15 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 1000
     config.eval.batch_size = 64
 
-    config.sft.steps = 450  # of 16 demonstrations: not quite three epochs
-    config.sft.batch_size = 16
-    config.sft.micro_rows = 2
+    config.sft.relabel_steps = 80  # two passes over each half
+    config.sft.prompts = 1200
+    config.sft.keep = 2
+    config.sft.marker_share = 0.4
+    config.sft.steps = 200
+    config.sft.batch_size = 32
+    config.sft.micro_rows = 1
+    config.sft.checkpoint_every = 20
     config.sft.learning_rate = 5e-4
-    config.sft.warmup_steps = 20
+    config.sft.warmup_steps = 10
+    config.sft.check_prompts = 128
     return config
