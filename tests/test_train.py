@@ -43,6 +43,16 @@ class RecordingConfig(ConfigDict):
         self.reads.add(self.prefix + key)
         return super().__getitem__(key)
 
+    def copy_and_resolve_references(self, visit_map=None):
+        """A copy that writes into the same `reads`; making it reads nothing."""
+        return RecordingConfig(self._plain(), self.reads, self.prefix)
+
+    def _plain(self):
+        plain = ConfigDict()
+        for key, value in self._fields.items():
+            plain._fields[key] = value._plain() if isinstance(value, RecordingConfig) else value
+        return plain
+
 
 def keys(config, prefix=""):
     """Every key of a config, as "section.key"."""

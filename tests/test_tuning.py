@@ -183,7 +183,7 @@ def test_what_a_kill_or_a_signal_ends_goes_on_with_the_same_bits(make, tmp_path,
 def test_the_plan_is_printed_before_the_first_step(make, tmp_path, capsys):
     config, cfg, text, params, _ = make()
     Tuner(cfg, None, text, config, Stop()).tune(tmp_path / "tuning", params, shown(GIVEN), 1)
-    line = capsys.readouterr().out.splitlines()[0]
+    line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("tuning: 1 steps of 4 demonstrations (")
     assert "in 1 micro-batches" in line and "minutes to go" in line
 

@@ -145,7 +145,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     if not (folder / "config.json").exists():
         (workdir / "sft.json").unlink(missing_ok=True)  # of another warm start
     experiment.claim(config, folder)
-    experiment.check_base(folder, base.folder)
+    if not config.sft.architecture:  # the settings, which are compared, describe all of that one
+        experiment.check_base(folder, base.folder)
     examples = experiment.checked_examples(folder, task, base.text, config, "train")
     frozen = None
     if config.lora.rank:
