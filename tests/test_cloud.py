@@ -33,7 +33,7 @@ from collab_jax.cloud import (
 from collab_jax.cloud.simulated import MAX_SKEW, skewed_rate, unit_hash
 from collab_jax.cloud.store import APPLICATION_ID, SCHEMA_VERSION, key
 from collab_jax.models.hf import FolderError
-from collab_jax.rl import experiment
+from collab_jax.rl import claims
 from collab_jax.runtime.errors import UserError
 
 
@@ -166,9 +166,9 @@ def test_a_run_begun_before_there_was_a_skew_goes_on_without_one(tmp_path):
     older = json.loads(config.to_json_best_effort())
     del older["cloud"]["error_skew"]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    assert experiment.differences(tmp_path / "config.json", config) == ""
+    assert claims.differences(tmp_path / "config.json", config) == ""
     config.cloud.error_skew = 1.0
-    differing = experiment.differences(tmp_path / "config.json", config)
+    differing = claims.differences(tmp_path / "config.json", config)
     assert differing == "cloud.error_skew=0.0 then, 1.0 now"
 
 

@@ -56,7 +56,7 @@ def test_rows_of_each_kind(tmp_path, name):
         "",
         {"messages": chat, "response": OTHER},
     )
-    assert demonstrations.read(file, nobody) == [
+    assert demonstrations.read(file, MARKER, nobody) == [
         Demonstration(USER, RIGHT),
         Demonstration(chat, OTHER),
     ]
@@ -65,7 +65,7 @@ def test_rows_of_each_kind(tmp_path, name):
     )
     asked = []
     prompts = lambda: asked.append(1) or {"train-7": USER}  # noqa: E731
-    assert demonstrations.read(file, prompts) == [
+    assert demonstrations.read(file, MARKER, prompts) == [
         Demonstration(USER, RIGHT),
         Demonstration(USER, OTHER),
     ]
@@ -91,14 +91,44 @@ def test_rows_of_each_kind(tmp_path, name):
 def test_bad_rows_are_named(tmp_path, row, says):
     file = write(tmp_path / "shown.jsonl", {"id": "train-7", "response": RIGHT}, row)
     with pytest.raises(UserError, match=f"shown.jsonl, {says}") as caught:
-        demonstrations.read(file, lambda: {"train-7": USER})
+        demonstrations.read(file, MARKER, lambda: {"train-7": USER})
     assert "\n" not in str(caught.value)
 
 
 def test_a_row_of_the_kind_call_teaches_the_call_alone(tmp_path):
     rows = [{"prompt": "x", "response": f"a {MARKER}", "kind": kind} for kind in ("call", "answer")]
-    read = demonstrations.read(write(tmp_path / "shown.jsonl", *rows), nobody)
+    read = demonstrations.read(write(tmp_path / "shown.jsonl", *rows), MARKER, nobody)
     assert [one.call_only for one in read] == [True, False]
+
+
+def test_a_call_without_the_marker_is_refused(tmp_path):
+    file = write(tmp_path / "shown.jsonl", {"prompt": "x", "response": RIGHT, "kind": "call"})
+    with pytest.raises(UserError, match="line 1: kind is call, but the response does not end with"):
+        demonstrations.read(file, MARKER, nobody)
+
+
+def test_space_after_the_marker_is_no_part_of_a_call(parts):
+    _, _, text = parts
+    plain, spaced = (
+        demonstrations.encode(Demonstration(USER, f"<think>no\n</think>{MARKER}{end}", True), text)
+        for end in ("", "\n")
+    )
+    assert plain == spaced and plain.response.count(text.marker_ids[0]) == 1
+
+
+def test_a_filter_that_nothing_passes_is_an_error_not_an_endless_search():
+    given = demonstrations.Given(
+        lambda: itertools.cycle([Demonstration(USER, RIGHT)]), [Demonstration(USER, RIGHT)], {}
+    )
+    kept = given.only(lambda one: "ok" in one.response, "is ok")
+    assert next(kept()) == Demonstration(USER, RIGHT)
+    with pytest.raises(UserError, match="no demonstration of half 1: give more of them"):
+        given.only(lambda one: False, "of half 1")
+
+
+def test_what_stands_before_the_question_changes_no_half():
+    with_system = [{"role": "system", "content": "Be brief."}, *USER]
+    assert demonstrations.half_of(with_system) == demonstrations.half_of(USER)
 
 
 def test_halves_are_about_equal_and_stay():
@@ -113,7 +143,7 @@ def test_files_that_are_not_there_or_cut_short(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-9])
     for path in (tmp_path / "none.jsonl", cut):
         with pytest.raises(UserError, match=f"cannot read the demonstrations .*{path.name}"):
-            demonstrations.read(path, nobody)
+            demonstrations.read(path, MARKER, nobody)
 
 
 def test_what_is_too_long_is_counted_and_left_out(parts, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from collab_jax.rl import experiment
+from collab_jax.rl import claims, experiment
 from collab_jax.runtime.errors import UserError
 
 
@@ -42,7 +42,7 @@ def config(small, tmp_path):
 
 
 def data_of(workdir):
-    return json.loads((workdir / "config.json").read_text())[experiment.DATA]
+    return json.loads((workdir / "config.json").read_text())[claims.DATA]
 
 
 def test_data_that_changed_between_two_starts_are_refused_by_name(config, rows, tmp_path):
@@ -115,9 +115,9 @@ def test_fingerprints_do_not_count_as_settings(config, rows, tmp_path):
     workdir = tmp_path / "run"
     experiment.examples(experiment.prepare(config(), workdir), "test")
     file = workdir / "config.json"
-    assert experiment.differences(file, config()) == ""
-    assert experiment.differences(file, config(), all_keys=False) == ""
-    assert experiment.differences(file, config(group=8)) == "group=4 then, 8 now"
+    assert claims.differences(file, config()) == ""
+    assert claims.differences(file, config(), all_keys=False) == ""
+    assert claims.differences(file, config(group=8)) == "group=4 then, 8 now"
 
 
 def test_special_tokens_left_to_be_found_are_kept(config, rows, tmp_path):
@@ -130,7 +130,7 @@ def test_special_tokens_left_to_be_found_are_kept(config, rows, tmp_path):
     assert {**saved["text"], "eos": tuple(saved["text"]["eos"])} == run.config.text.to_dict()
     assert given.text.pad == "auto"
     experiment.prepare(config(**{f"text__{key}": value for key, value in names.items()}), workdir)
-    assert experiment.differences(file, config()) == ""
+    assert claims.differences(file, config()) == ""
 
     # What the run has counts, not what would be found now; what is named must be the same.
     saved["text"]["pad"] = "<unk>"
@@ -153,7 +153,7 @@ def test_a_run_begun_before_there_was_a_system_prompt_goes_on(config, rows, tmp_
 
 
 def test_the_settings_that_may_differ_exist(config):
-    for name in experiment.MAY_DIFFER_ON_RESUME:
+    for name in claims.MAY_DIFFER_ON_RESUME:
         section, key = name.split(".")
         assert key in config()[section], name
 

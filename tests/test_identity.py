@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from collab_jax import evaluate, export
 from collab_jax.models import hf, identity
-from collab_jax.rl import experiment
+from collab_jax.rl import claims, experiment
 from collab_jax.runtime.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -112,7 +112,7 @@ def test_a_run_on_another_base_model_is_refused_by_every_command(
     config, workdir = small(model__path=str(folder), lora__rank=rank), tmp_path / "run"
     experiment.prepare(config, workdir)
     noted = json.loads((workdir / "config.json").read_text())
-    assert noted[experiment.BASE] == identity.fingerprint(folder)
+    assert noted[claims.BASE] == identity.fingerprint(folder)
     experiment.prepare(config, workdir)  # the same model goes on
     assert json.loads((workdir / "config.json").read_text()) == noted
     change(folder)
@@ -131,7 +131,7 @@ def test_a_run_begun_without_a_fingerprint_goes_on_and_gets_one(small, folder, t
     config, workdir = small(model__path=str(folder)), tmp_path / "run"
     experiment.prepare(config, workdir)
     old = json.loads((workdir / "config.json").read_text())
-    del old[experiment.BASE]
+    del old[claims.BASE]
     (workdir / "config.json").write_text(json.dumps(old))
     experiment.prepare(config, workdir)
     change_weights(folder)
@@ -153,5 +153,5 @@ def test_the_commit_of_a_hub_model_is_noted_and_kept_to(small, folder, tmp_path,
     for _ in range(2):
         experiment.prepare(config, workdir)
         noted = json.loads((workdir / "config.json").read_text())
-        assert noted[experiment.BASE]["commit"] == COMMIT
+        assert noted[claims.BASE]["commit"] == COMMIT
     assert asked == [("org/name", None), ("org/name", COMMIT)]

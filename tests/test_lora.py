@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
+from safetensors.flax import save_file
 from safetensors.numpy import load_file
 
 from collab_jax import export
@@ -270,6 +271,23 @@ def test_training_begins_with_the_adapter_that_is_named(small, tmp_path):
     state = experiment.load_state(experiment.prepare(config, tmp_path / "second"))
     compare = functools.partial(np.testing.assert_allclose, atol=1e-6)
     jax.tree.map(compare, state.params, start)
+
+
+def test_an_adapter_that_moves_no_token_begins_with_the_models_own(tmp_path):
+    """As PEFT writes one, in bfloat16."""
+    chosen = settings()
+    cfg, base = read("llama", chosen)
+    adapter = random_adapter(cfg, chosen)
+    lora.save(tmp_path, adapter, cfg, base, chosen, name="base")
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {lora.TOKENS: None}))
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    halved = {k: jax.numpy.asarray(x, "bfloat16") for k, x in stored.items() if "lora_" in k}
+    save_file(halved, tmp_path / "adapter_model.safetensors")
+    back = flat(lora.load(str(tmp_path), cfg, base, chosen, "float32"))
+    assert not back.pop("embed_tokens/lora_row").any()
+    for name, value in back.items():
+        np.testing.assert_allclose(value, flat(adapter)[name], rtol=0.01)
 
 
 @pytest.mark.parametrize(

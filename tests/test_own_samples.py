@@ -195,6 +195,8 @@ def test_sampling_goes_on_where_it_was(parts, tmp_path):
     assert [len(row.failed) for row in straight] == [1, 2, 1, 2, 1, 2, 1]
     with pytest.raises(KeyboardInterrupt):
         own("killed", Scripted(text, dies=2))
+    done = Scripted(text)
+    assert own("straight", done) == straight and done.steps == []  # the last, short batch as well
     samples = tmp_path / "killed.jsonl"
     with samples.open("a") as file:
         file.write('{"id": "train-4", "ri')  # a kill in the middle of a line

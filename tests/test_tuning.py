@@ -188,10 +188,28 @@ def test_the_plan_is_printed_before_the_first_step(make, tmp_path, capsys):
     assert "in 1 micro-batches" in line and "minutes to go" in line
 
 
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_ends_the_process_as_in_any_other(make, tmp_path, capsys):
+    config, cfg, text, params, _ = make()
+    stop = Stop()
+
+    def asking():
+        for number, one in enumerate(itertools.cycle(GIVEN)):
+            stop.requested |= number == 4  # read for step 2, the last
+            yield one
+
+    with pytest.raises(SystemExit) as ended:
+        Tuner(cfg, None, text, config, stop).tune(tmp_path, params, asking, 2)
+    assert ended.value.code == 0
+    stop.requested = False
+    Tuner(cfg, None, text, config, stop).tune(tmp_path, params, shown(GIVEN), 2)
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_a_loss_that_is_not_finite_ends_it(make, tmp_path):
     config, cfg, text, params, _ = make()
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
-    with pytest.raises(UserError, match="not finite in step 1: lower config.sft.learning_rate"):
+    with pytest.raises(UserError, match="not finite in step 1: .* lower config.sft.learning_rate"):
         Tuner(cfg, None, text, config, Stop()).tune(tmp_path, broken, shown(GIVEN), 2)
     assert Checkpoints(tmp_path / "checkpoints").latest() is None
 

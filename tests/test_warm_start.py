@@ -57,6 +57,40 @@ def test_own_samples_warm_the_model_up_and_their_file_does_the_same(small, tmp_p
 
 
 @pytest.mark.slow
+def test_a_kill_after_the_weights_were_written_costs_the_try_alone(small, tmp_path, monkeypatch):
+    config = small(sft__check_prompts=8)
+    measure = reach.measure
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reach, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(config, tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert not (tmp_path / "sft.json").exists()
+
+    def no_step(*_):
+        raise AssertionError("the tuning was finished")
+
+    monkeypatch.setattr(reach, "measure", measure)
+    monkeypatch.setattr(Tuner, "_steps", no_step)
+    assert sft.run(config, tmp_path) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "sft.json").read_text())["prompts"] == 8
+
+
+def test_what_is_refused_leaves_no_settings_behind(small, tmp_path):
+    with pytest.raises(UserError, match="none of .* demonstrations fits .* raise them"):
+        sft.run(small(max_new_tokens=4), tmp_path)
+    with pytest.raises(UserError, match="all .* train prompts have more than 2 tokens"):
+        sft.run(small(prompt_length=2, sft__source="self"), tmp_path)
+    with pytest.raises(UserError, match="config.lora.start='nowhere' has no adapter_config.json"):
+        sft.run(small(lora__rank=2, lora__start="nowhere"), tmp_path)
+    assert not (tmp_path / "warm_start" / "config.json").exists()
+
+
+@pytest.mark.slow
 def test_each_half_is_labelled_by_a_model_that_was_tuned_on_the_other(
     small, tmp_path, capsys, monkeypatch
 ):

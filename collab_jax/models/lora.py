@@ -15,14 +15,15 @@ adapter of other weights could then give one of them a logit above its twins'.
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.flax import load_file
+from safetensors.numpy import save_file
 
 from collab_jax.models import decoder, hf
 from collab_jax.models.decoder import DecoderConfig, Params
@@ -109,9 +110,9 @@ def _embeddings(cfg: DecoderConfig) -> tuple[str, ...]:
     return ("embed_tokens",) if cfg.tied else ("embed_tokens", "lm_head")
 
 
-def _moved_tokens(cfg: DecoderConfig) -> dict[str, list[int | None]]:
+def _moved_tokens(cfg: DecoderConfig) -> dict[str, list[int]]:
     """The tokens that an adapter moves, by module, as PEFT has them."""
-    return {module: [cfg.lora_token] for module in _embeddings(cfg)}
+    return {module: [cast(int, cfg.lora_token)] for module in _embeddings(cfg)}
 
 
 def _token_row(base: Params, module: str, token: int) -> np.ndarray:
@@ -148,7 +149,7 @@ def merge(base: Params, adapter: Params, cfg: DecoderConfig) -> Params:
         elif path[-1] == "lora_row":
             leaf = "kernel" if path[0] == "lm_head" else "embedding"
             weights = np.array(flat[path[0], leaf])
-            row = _token_row(base, path[0], cfg.lora_token or 0) + np.asarray(a, np.float32)
+            row = _token_row(base, path[0], cast(int, cfg.lora_token)) + np.asarray(a, np.float32)
             weights[(slice(None), cfg.lora_token) if leaf == "kernel" else cfg.lora_token] = row
             flat[path[0], leaf] = weights
     return traverse_util.unflatten_dict(flat)
@@ -166,11 +167,13 @@ def load(path: str, cfg: DecoderConfig, base: Params, settings: ConfigDict, dtyp
         raise UserError(f"config.lora.start={path!r} has no {CONFIG}: name an adapter's folder")
     try:
         said = json.loads((folder / CONFIG).read_text())
-        weights = load_file(folder / WEIGHTS)
+        weights = {
+            name: np.asarray(x, np.float32) for name, x in load_file(folder / WEIGHTS).items()
+        }
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read the adapter in {folder} ({error}): fetch it again") from None
     tokens = _moved_tokens(cfg)
-    if (said.get(TOKENS) or {}) != tokens:
+    if said.get(TOKENS) and said[TOKENS] != tokens:
         raise UserError(
             f"the adapter in {folder} moves the tokens {said.get(TOKENS)}, but "
             f"the decision token is {tokens}: set config.text.decision_token to its own"
@@ -183,6 +186,9 @@ def load(path: str, cfg: DecoderConfig, base: Params, settings: ConfigDict, dtyp
             )
     like = jax.eval_shape(lambda: init(cfg, settings, jax.random.key(0), dtype))
     wanted = {_peft_name(path): (path, leaf.shape) for path, leaf in _flat(like).items()}
+    for module in tokens if not said.get(TOKENS) else ():  # it moves no token yet
+        row = _token_row(base, module, tokens[module][0])
+        weights[_peft_name((module, "lora_row"))] = row[None]
     if differing := sorted(wanted.keys() ^ weights.keys()):
         raise UserError(
             f"the adapter in {folder} {'lacks' if differing[0] in wanted else 'has'} "
@@ -192,7 +198,7 @@ def load(path: str, cfg: DecoderConfig, base: Params, settings: ConfigDict, dtyp
     flat = {}
     for name, (at, shape) in wanted.items():
         if at[-1] == "lora_row" and weights[name].shape == (1, *shape):
-            moved = weights[name][0] - _token_row(base, at[0], cfg.lora_token or 0)
+            moved = weights[name][0] - _token_row(base, at[0], cast(int, cfg.lora_token))
             flat[at] = moved.astype(dtype)
             continue
         if weights[name].T.shape != shape:
@@ -234,7 +240,7 @@ def save(
     for path, value in _flat(adapter).items():
         value = np.asarray(value, np.float32)
         if path[-1] == "lora_row":  # PEFT has the whole row, not what is added
-            value = (_token_row(base, path[0], cfg.lora_token or 0) + value)[None]
+            value = (_token_row(base, path[0], cast(int, cfg.lora_token)) + value)[None]
         else:
             value = value.T
         weights[_peft_name(path)] = np.ascontiguousarray(value)

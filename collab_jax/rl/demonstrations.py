@@ -16,6 +16,7 @@ model calls after the like, and not that it makes it.
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +26,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from collab_jax.models.text import Messages, Text
+from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import base
+from collab_jax.tasks import Task, base
+
+LOOKED_AT = 1000  # demonstrations of a task that are counted before they are used
 
 
 class Demonstration(NamedTuple):
@@ -56,9 +60,9 @@ Item = TypeVar("Item")
 
 
 def read(
-    path: pathlib.Path, train_prompts: Callable[[], Mapping[str, Messages]]
+    path: pathlib.Path, marker: str, train_prompts: Callable[[], Mapping[str, Messages]]
 ) -> list[Demonstration]:
-    """The demonstrations of a file.
+    """The demonstrations of a file; a row of the kind "call" ends with `marker`.
 
     train_prompts() -> the training examples' prompts by id; called only if a row needs it. Raises
     UserError, naming file and line, for what is missing, empty, not of its type, or no JSON.
@@ -67,7 +71,7 @@ def read(
     demonstrations = []
     for number, line in _numbered_lines(path):
         try:
-            demonstrations.append(_demonstration(line, train_prompts))
+            demonstrations.append(_demonstration(line, marker, train_prompts))
         except UserError:  # about the training data
             raise
         except ValueError as error:
@@ -92,7 +96,9 @@ def _numbered_lines(path: pathlib.Path) -> list[tuple[int, str]]:
         ) from None
 
 
-def _demonstration(line: str, train_prompts: Callable[[], Mapping[str, Messages]]) -> Demonstration:
+def _demonstration(
+    line: str, marker: str, train_prompts: Callable[[], Mapping[str, Messages]]
+) -> Demonstration:
     """The demonstration of one line. Raises ValueError for a line that is none."""
     try:
         row = json.loads(line)
@@ -104,6 +110,8 @@ def _demonstration(line: str, train_prompts: Callable[[], Mapping[str, Messages]
     if not isinstance(response, str) or not response.strip():
         raise ValueError("no response: it must be a text that is not empty")
     call_only = row.get("kind") == "call"
+    if call_only and not base.called(response, marker):
+        raise ValueError(f"kind is call, but the response does not end with {marker!r}")
     if "messages" in row or "prompt" in row:
         chat = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
         if not _is_chat(chat):
@@ -146,7 +154,8 @@ def encode(demonstration: Demonstration, text: Text) -> Encoded:
     if not demonstration.call_only:
         response = text.response_ids(demonstration.response)
         return Encoded(prompt, response, len(response))
-    attempt = text.response_ids(demonstration.response.removesuffix(text.marker))[:-1]
+    attempt = demonstration.response.rstrip().removesuffix(text.marker.rstrip())
+    attempt = text.response_ids(attempt)[:-1]
     call = [*text.marker_ids, text.eos_ids[0]]
     return Encoded(prompt, [*attempt, *call], len(call))
 
@@ -188,8 +197,57 @@ def drop_too_long(
 
 
 def half_of(prompt: Messages) -> int:
-    """Which half, 0 or 1, a prompt is in: by a hash, the same wherever the prompt is met."""
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()[0] & 1
+    """Which half, 0 or 1, a prompt is in: by a hash of its last message, whatever stands before."""
+    return hashlib.sha256(prompt[-1]["content"].encode()).digest()[0] & 1
+
+
+class Given(NamedTuple):
+    """The demonstrations that a warm start is given, by a file or a task.
+
+    stream() starts an endless sequence, the same each time. known: all of a file that fit, or the
+    first of a task's. fingerprint: of a file, by its name.
+    """
+
+    stream: Callable[[], Iterator[Demonstration]]
+    known: list[Demonstration]
+    fingerprint: dict[str, dict]
+
+    def only(
+        self, keep: Callable[[Demonstration], bool], what: str
+    ) -> Callable[[], Iterator[Demonstration]]:
+        """Starts the sequence of those that `keep` takes. Raises UserError where there is none."""
+        if not any(map(keep, self.known)):
+            raise UserError(
+                f"no demonstration {what}: give more of them, or set config.sft.relabel_steps=0"
+            )
+        return lambda: filter(keep, self.stream())
+
+
+def of_file(
+    text: Text, config: ConfigDict, train_prompts: Callable[[], Mapping[str, Messages]]
+) -> Given:
+    """Those of the file that `config.sft.demonstrations` names, over and over."""
+    path = pathlib.Path(config.sft.demonstrations).expanduser()
+    found = read(path, text.marker, train_prompts)
+    contents = {path.name: files.fingerprint(map(json.dumps, found), "demonstrations")}
+    kept = drop_too_long(found, text, config)
+    return Given(lambda: endless(kept, config.seed), kept, contents)
+
+
+def of_task(task: Task, text: Text, config: ConfigDict) -> Given:
+    """Those that the task makes. Raises UserError where it makes none, or where none fits."""
+    make = task.demonstrations
+    if make is None:
+        raise UserError(
+            f"task {task.name!r} makes no demonstrations: set config.sft.source to self, or to file"
+        )
+
+    def stream() -> Iterator[Demonstration]:
+        pairs = make(config.seed)
+        return (Demonstration(task.prompt(example), response) for example, response in pairs)
+
+    first = drop_too_long(list(itertools.islice(stream(), LOOKED_AT)), text, config)
+    return Given(stream, first, {})
 
 
 def endless(items: Sequence[Item], seed: int) -> Iterator[Item]:

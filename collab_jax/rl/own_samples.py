@@ -156,7 +156,7 @@ def sample_and_judge(
     Batches are kept in `file` as they come, so that the same command goes on where it was.
     """
     config = respondent.config
-    judged = _kept_samples(file, config.prompts_per_step)
+    judged = _kept_samples(file, config.prompts_per_step, len(examples))
     batches = sampled_batches(
         respondent,
         params,
@@ -179,12 +179,13 @@ def sample_and_judge(
     return judged
 
 
-def _kept_samples(file: pathlib.Path, size: int) -> list[JudgedPrompt]:
-    """The whole batches of `size` prompts that `file` keeps; the file then has just these."""
+def _kept_samples(file: pathlib.Path, size: int, wanted: int) -> list[JudgedPrompt]:
+    """The `wanted` prompts if `file` has them, else whole batches; it then has just these."""
     contents = file.read_text() if file.exists() else ""
     # A kill may have cut the last line short.
     lines = contents[: contents.rfind("\n") + 1].splitlines()
-    lines = lines[: len(lines) // size * size]
+    if len(lines) < wanted:
+        lines = lines[: len(lines) // size * size]
     files.write_text(file, "".join(f"{line}\n" for line in lines))
     return [JudgedPrompt(**json.loads(line)) for line in lines]
 

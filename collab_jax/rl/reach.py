@@ -111,7 +111,7 @@ def margin_auc(tried: Tried) -> float | None:
 
 
 def format_reach(figures: dict[str, Any]) -> str:
-    """The figures of `measure_reach` as a line."""
+    """The figures of `measure` as a line."""
     margin = (
         "no decision state"
         if figures["margin"] is None
@@ -128,7 +128,7 @@ def format_reach(figures: dict[str, Any]) -> str:
 
 
 def warnings(figures: dict[str, Any]) -> list[str]:
-    """What in the figures of `measure_reach` would keep training from learning, with the fix."""
+    """What in the figures of `measure` would keep training from learning, with the fix."""
     messages = []
     if figures["called"] == 0:
         messages.append(

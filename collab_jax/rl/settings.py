@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from collab_jax.rl import algorithms
 from collab_jax.runtime.errors import UserError
 
+SOURCES = ("task", "file", "self")  # of demonstrations
+
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for settings that no run could use, with what to change."""
@@ -179,3 +181,53 @@ def _check_batches(config: ConfigDict) -> None:
 
 def _setting(config: ConfigDict, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)
+
+
+# ---- of the warm start
+
+
+def check_warm_start(config: ConfigDict) -> None:
+    """Raises UserError for settings that no warm start could use, with the fix."""
+    check_config(config)
+    _check_source(config.sft)
+    _check_tuning(config.sft)
+
+
+def _check_source(sft: ConfigDict) -> None:
+    """Raises UserError for settings about where demonstrations come from."""
+    _need(sft.source in SOURCES, f"config.sft.source={sft.source!r}: use one of {SOURCES}")
+    _need(
+        sft.source != "self" or sft.relabel_steps == 0,
+        "config.sft.source=self labels the model's own responses as it is: relabel_steps tunes it "
+        "before, on demonstrations of the task or of a file",
+    )
+    _need(
+        (sft.source == "file") == bool(sft.demonstrations),
+        f"config.sft.source={sft.source!r}, demonstrations={sft.demonstrations!r}: "
+        "source=file names a file, the others none",
+    )
+    _need(sft.keep >= 1, "config.sft.keep must be at least 1")
+    _need(
+        0 <= sft.marker_share < 1, f"config.sft.marker_share={sft.marker_share} must lie in [0, 1)"
+    )
+    _need(sft.prompts >= 0, "config.sft.prompts must be at least 0")
+
+
+def _check_tuning(sft: ConfigDict) -> None:
+    """Raises UserError for settings about the updates and the try after them."""
+    _need(
+        sft.steps >= 1,
+        "config.sft.steps must be at least 1: start from a config such as "
+        "configs/countdown_tiny_sft.py",
+    )
+    for key in ("batch_size", "micro_rows", "checkpoint_every"):
+        _need(sft[key] >= 1, f"config.sft.{key}={sft[key]} must be at least 1")
+    _need(
+        sft.relabel_steps >= 0,
+        f"config.sft.relabel_steps={sft.relabel_steps} must be at least 0: 0 relabels nothing",
+    )
+    _need(
+        0 <= sft.learning_rate < math.inf,
+        f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0",
+    )
+    _need(sft.check_prompts >= 0, "config.sft.check_prompts must be at least 0")

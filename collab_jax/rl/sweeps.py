@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from collab_jax.rl.experiment import differences
+from collab_jax.rl.claims import differences
 from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 

@@ -122,7 +122,7 @@ class Tuner:
         first = int(state.step)
         if first < steps:
             state = self._steps(folder, state, source, steps, optimizer, checkpoints)
-        if int(state.step) < steps:
+        if self._stop.requested:
             self._stop.exit(f"stopped and saved in {folder}; the same command goes on from there")
         return state.params
 
@@ -158,10 +158,10 @@ class Tuner:
                 writer.write({"step": step, "loss": mean, "grad_norm": norm, "seconds": seconds})
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
                 bar.update()
-                if not math.isfinite(mean):
+                if not (math.isfinite(mean) and math.isfinite(norm)):
                     raise UserError(
-                        f"the loss is not finite in step {step}: lower config.sft.learning_rate, "
-                        "and check the model's weights"
+                        f"loss {mean} or its gradient is not finite in step {step}: check the "
+                        "model's weights, or lower config.sft.learning_rate, in another --workdir"
                     )
                 # Asked once: a signal may come between the save and the return.
                 last = step == steps or self._stop.requested

@@ -10,12 +10,11 @@ What a start needs to go on is in WORKDIR/warm_start: the settings, and a folder
 with its metrics, checkpoints and samples.
 """
 
+import functools
 import itertools
 import json
-import math
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -26,78 +25,15 @@ from collab_jax.models import text as text_lib
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler
 from collab_jax.models.text import Text
-from collab_jax.rl import demonstrations, experiment, own_samples, rollout
-from collab_jax.rl.demonstrations import Demonstration
+from collab_jax.rl import claims, demonstrations, experiment, own_samples, rollout
+from collab_jax.rl.demonstrations import Demonstration, Given
 from collab_jax.rl.tuning import Source, Tuner
 from collab_jax.runtime import files, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
 from collab_jax.tasks import Example, Task, base
 
-SOURCES = ("task", "file", "self")
-FOLDER = "warm_start"  # in the workdir
-LOOKED_AT = 1000  # demonstrations of an endless stream that are counted before it is used
-
-# ----------------------------------------------------------------------------------------- settings
-
-
-def check_warm_start(config: ConfigDict) -> None:
-    """Raises UserError for settings that no warm start could use, with the fix."""
-    experiment.check_config(config)
-    _check_source(config.sft)
-    _check_tuning(config.sft)
-
-
-def _need(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
-def _check_source(sft: ConfigDict) -> None:
-    """Raises UserError for settings about where demonstrations come from."""
-    _need(sft.source in SOURCES, f"config.sft.source={sft.source!r}: use one of {SOURCES}")
-    _need(
-        sft.source != "self" or sft.relabel_steps == 0,
-        "config.sft.source=self labels the model's own responses as it is: relabel_steps tunes it "
-        "before, on demonstrations of the task or of a file",
-    )
-    _need(
-        (sft.source == "file") == bool(sft.demonstrations),
-        f"config.sft.source={sft.source!r}, demonstrations={sft.demonstrations!r}: "
-        "source=file names a file, the others none",
-    )
-    _need(sft.keep >= 1, "config.sft.keep must be at least 1")
-    _need(
-        0 <= sft.marker_share < 1, f"config.sft.marker_share={sft.marker_share} must lie in [0, 1)"
-    )
-    _need(sft.prompts >= 0, "config.sft.prompts must be at least 0")
-
-
-def _check_tuning(sft: ConfigDict) -> None:
-    """Raises UserError for settings about the updates and the try after them."""
-    _need(
-        sft.steps >= 1,
-        "config.sft.steps must be at least 1: start from a config such as "
-        "configs/countdown_tiny_sft.py",
-    )
-    devices = jax.local_device_count()
-    _need(
-        sft.batch_size >= 1 and sft.batch_size % devices == 0,
-        f"config.sft.batch_size={sft.batch_size} must be a positive multiple of the {devices} "
-        "devices",
-    )
-    for key in ("micro_rows", "checkpoint_every"):
-        _need(sft[key] >= 1, f"config.sft.{key}={sft[key]} must be at least 1")
-    _need(
-        sft.relabel_steps >= 0,
-        f"config.sft.relabel_steps={sft.relabel_steps} must be at least 0: 0 relabels nothing",
-    )
-    _need(
-        0 <= sft.learning_rate < math.inf,
-        f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0",
-    )
-    _need(sft.check_prompts >= 0, "config.sft.check_prompts must be at least 0")
-
+FOLDER, FIGURES = "warm_start", "sft.json"  # in the workdir; the figures come last
 
 # ------------------------------------------------------------------------------------ what is tuned
 
@@ -111,7 +47,9 @@ class WarmStart(NamedTuple):
     cfg: DecoderConfig  # with the adapter's scale, where there is one
     text: Text
     task: Task
+    given: Given | None  # demonstrations of the task or of a file; None: they are the model's own
     examples: list[Example]  # training examples whose prompts fit
+    check_examples: list[Example]  # to try the tuned model on
     sampler: Sampler
     params: Params  # what is tuned, before it is: the model, or an adapter; on the host
     frozen: Params | None  # the model that an adapter belongs to, with the axis D
@@ -131,47 +69,86 @@ class WarmStart(NamedTuple):
         return lora.join(self.frozen, parallel.replicate(params))
 
 
+def is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Whether an earlier start has finished this warm start; what it needed to go on is then gone.
+
+    Raises UserError where the workdir holds a warm start with other settings.
+    """
+    folder, figures = workdir / FOLDER, workdir / FIGURES
+    if not (folder / "config.json").exists():
+        return False
+    claims.claim(config, folder, unread=())
+    if figures.exists():
+        for checkpoints in folder.glob("*/checkpoints"):
+            shutil.rmtree(checkpoints)
+    return figures.exists()
+
+
 def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     """The parts of the warm start of a config, with `workdir` claimed for it.
 
     The model is that of `config.model.path`, or one from nothing by `config.sft.architecture`,
-    whose vocabulary is `config.sft.words`. Raises UserError with what to change.
+    whose vocabulary is `config.sft.words`. Raises UserError with what to change; what is refused
+    leaves no config.json, which would refuse the mended command.
     """
     folder = workdir / FOLDER
-    experiment.make_workdir(folder)
-    base = _from_nothing(config, folder) if config.sft.architecture else None
-    base = base or experiment.base_model(config, folder)
-    config, cfg = base.config, base.cfg
-    if not (folder / "config.json").exists():
-        (workdir / "sft.json").unlink(missing_ok=True)  # of another warm start
-    experiment.claim(config, folder)
-    if not config.sft.architecture:  # the settings, which are compared, describe all of that one
-        experiment.check_base(folder, base.folder)
-    examples = experiment.checked_examples(folder, task, base.text, config, "train")
-    frozen = None
-    if config.lora.rank:
-        whole = hf.load(base.folder, cfg, config.model.dtype)
-        params = lora.start(cfg, whole, config.lora, config.seed, config.model.param_dtype)
-        frozen = parallel.replicate(whole)
-    elif config.sft.architecture:
+    claims.make_workdir(folder)
+    nothing = bool(config.sft.architecture)
+    base = _from_nothing(config, folder) if nothing else experiment.base_model(config, folder)
+    config, cfg, text = base.config, base.cfg, base.text
+    given = None
+    if config.sft.source == "task":
+        given = demonstrations.of_task(task, text, config)
+    elif config.sft.source == "file":
+        given = demonstrations.of_file(text, config, lambda: _train_prompts(task))
+    train = experiment.load_split(task, text, config, "train")
+    splits, check_examples = {"train": train}, train.examples[-config.sft.check_prompts :]
+    if "validation" in task.splits:
+        splits["validation"] = experiment.load_split(task, text, config, "validation")
+        check_examples = splits["validation"].examples[: config.sft.check_prompts]
+    whole = None if nothing else hf.load(base.folder, cfg, _stored_dtype(config))
+    if whole is None:
         params = decoder.init(cfg, jax.random.key(config.seed))
+    elif config.lora.rank:
+        params = lora.start(cfg, whole, config.lora, config.seed, config.model.param_dtype)
     else:
-        params = hf.load(base.folder, cfg, config.model.param_dtype)
-    sampler = rollout.make_sampler(
-        cfg, base.text, config, group=config.group, temperature=config.temperature
-    )
+        params = whole
+
+    if not (folder / "config.json").exists():
+        (workdir / FIGURES).unlink(missing_ok=True)  # of another warm start
+    claims.claim(config, folder, unread=())
+    claims.check_reward(config, folder)
+    if not nothing:  # the settings, which are compared, say all of a model from nothing
+        claims.check_base(folder, base.folder)
+    for split, loaded in splits.items():
+        claims.check_unchanged(folder, split, loaded.contents)
+    if given and given.fingerprint:
+        claims.check_unchanged(folder, "demonstrations", given.fingerprint)
     return WarmStart(
         config=config,
         workdir=workdir,
         base_folder=base.folder,
         cfg=cfg,
-        text=base.text,
+        text=text,
         task=task,
-        examples=examples,
-        sampler=sampler,
+        given=given,
+        examples=train.examples,
+        check_examples=check_examples if config.sft.check_prompts else [],
+        sampler=rollout.make_sampler(
+            cfg, text, config, group=config.group, temperature=config.temperature
+        ),
         params=params,
-        frozen=frozen,
+        frozen=parallel.replicate(whole) if config.lora.rank else None,
     )
+
+
+def _stored_dtype(config: ConfigDict) -> str:
+    """That of the model's parameters: an adapter's model has the type of the computation."""
+    return config.model.dtype if config.lora.rank else config.model.param_dtype
+
+
+def _train_prompts(task: Task) -> dict[str, text_lib.Messages]:
+    return {example.id: task.prompt(example) for example in task.load("train")}
 
 
 def _from_nothing(config: ConfigDict, folder: pathlib.Path) -> experiment.BaseModel:
@@ -179,7 +156,7 @@ def _from_nothing(config: ConfigDict, folder: pathlib.Path) -> experiment.BaseMo
     if config.lora.rank:
         raise UserError("config.sft.architecture makes a model from nothing: set lora.rank=0")
     place = folder / "architecture"
-    experiment.make_workdir(place)
+    claims.make_workdir(place)
     words = text_lib.word_tokenizer(config.sft.words, config.text.pad, config.text.eos[0], "<unk>")
     words.save_pretrained(place)
     hf_config = dict(config.sft.architecture)
@@ -189,20 +166,6 @@ def _from_nothing(config: ConfigDict, folder: pathlib.Path) -> experiment.BaseMo
     text = text_lib.load(place, config.text)
     config.text.update(text.special._asdict())
     return experiment.BaseModel(config, place, cfg, text)
-
-
-def check_examples(start: WarmStart) -> list[Example]:
-    """The prompts to try the tuned model on: `sft.check_prompts` of the validation split.
-
-    Of a task that has none, the last training prompts.
-    """
-    count, task = start.config.sft.check_prompts, start.task
-    if "validation" not in task.splits:
-        return start.examples[len(start.examples) - count :]
-    held_out = experiment.checked_examples(
-        start.folder, task, start.text, start.config, "validation"
-    )
-    return held_out[:count]
 
 
 def write(start: WarmStart, params: Params) -> None:
@@ -216,8 +179,6 @@ def write(start: WarmStart, params: Params) -> None:
     else:
         hf_config, dtype = hf.read_config(start.base_folder), config.model.param_dtype
         hf.save(start.workdir, params, hf_config, dtype, start.base_folder)
-    for checkpoints in start.folder.glob("*/checkpoints"):
-        shutil.rmtree(checkpoints)
 
 
 # --------------------------------------------------------------------------------- on what, and how
@@ -229,38 +190,15 @@ def tuned(start: WarmStart, stop: GracefulStop) -> Params:
     `stop` may end the process, with what is done so far saved.
     """
     config, tuner = start.config, Tuner(start.cfg, start.frozen, start.text, start.config, stop)
-    if config.sft.source == "self":
+    if start.given is None:
         file = start.folder / "samples.jsonl"
-        examples = start.examples[: config.sft.prompts or None]
-        judged = _answered(start, start.params, examples, file)
-        source = _endless(start, _own_demonstrations(start, judged))
+        own = _answered(start, start.params, start.examples[: config.sft.prompts or None], file)
+        source = _endless(start, _own_demonstrations(start, own))
+    elif config.sft.relabel_steps:
+        source = _relabelled(start, start.given, tuner)
     else:
-        source = _given(start)
-        if config.sft.relabel_steps:
-            source = _relabelled(start, tuner, source)
+        source = start.given.stream
     return tuner.tune(start.folder / "tuning", start.params, source, config.sft.steps)
-
-
-def _given(start: WarmStart) -> Source:
-    """The demonstrations of the task, or of the file that the config names."""
-    config, task = start.config, start.task
-    if config.sft.source == "file":
-        path = pathlib.Path(config.sft.demonstrations).expanduser()
-        read = demonstrations.read(path, lambda: _train_prompts(start))
-        lines = (json.dumps(one) for one in read)
-        contents = {path.name: experiment.fingerprint(lines, "demonstrations")}
-        experiment.check_unchanged(start.folder, "demonstrations", contents)
-        return _endless(start, read)
-    make = task.demonstrations
-    assert make is not None  # the command has checked it
-
-    def stream() -> Iterator[Demonstration]:
-        pairs = make(config.seed)
-        return (Demonstration(task.prompt(example), response) for example, response in pairs)
-
-    first = list(itertools.islice(stream(), LOOKED_AT))
-    demonstrations.drop_too_long(first, start.text, config)
-    return stream
 
 
 def _endless(start: WarmStart, items: list[Demonstration]) -> Source:
@@ -269,29 +207,34 @@ def _endless(start: WarmStart, items: list[Demonstration]) -> Source:
     return lambda: demonstrations.endless(kept, start.config.seed)
 
 
-def _relabelled(start: WarmStart, tuner: Tuner, given: Source) -> Source:
+def _relabelled(start: WarmStart, given: Given, tuner: Tuner) -> Source:
     """The given demonstrations that answer, and the model's own after a tuning on the other half.
 
     As many given ones as there are training examples.
     """
-    sft, marker = start.config.sft, start.text.marker
+    sft = start.config.sft
 
-    def answers() -> Iterator[Demonstration]:
-        return (one for one in given() if not base.called(one.response, marker))
+    def answers(one: Demonstration) -> bool:
+        return not (one.call_only or base.called(one.response, start.text.marker))
 
     judged = []
     for half in (0, 1):
         folder = start.folder / f"half-{half}"
-        own = lambda: (d for d in answers() if demonstrations.half_of(d.prompt) == half)  # noqa: B023, E731
-        params = tuner.tune(folder, start.params, own, sft.relabel_steps)
+        in_half = functools.partial(_is_in_half, half=half)
+        shown = given.only(lambda one: answers(one) and in_half(one.prompt), f"of half {half}")  # noqa: B023
+        params = tuner.tune(folder, start.params, shown, sft.relabel_steps)
         others = [
             example
             for example in start.examples[: sft.prompts or None]
-            if demonstrations.half_of(start.task.prompt(example)) != half
+            if not in_half(start.task.prompt(example))
         ]
         judged += _answered(start, params, others, folder / "samples.jsonl")
-    as_given = list(itertools.islice(answers(), len(start.examples)))
+    as_given = list(itertools.islice(given.only(answers, "answers")(), len(start.examples)))
     return _endless(start, [*as_given, *_own_demonstrations(start, judged)])
+
+
+def _is_in_half(prompt: text_lib.Messages, half: int) -> bool:
+    return demonstrations.half_of(prompt) == half
 
 
 def _answered(
@@ -311,8 +254,4 @@ def _own_demonstrations(
     config, path = start.config, start.workdir / "demonstrations.jsonl"
     rows = own_samples.choose(judged, config.sft.marker_share, start.text.marker, config.seed)
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return demonstrations.read(path, lambda: _train_prompts(start))
-
-
-def _train_prompts(start: WarmStart) -> dict[str, text_lib.Messages]:
-    return {example.id: start.task.prompt(example) for example in start.task.load("train")}
+    return demonstrations.read(path, start.text.marker, lambda: _train_prompts(start.task))

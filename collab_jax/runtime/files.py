@@ -1,13 +1,14 @@
-"""Files that are whole or absent: written beside their place, then renamed; where to cache them.
+"""Files that are whole or absent: written beside their place, then renamed; caches, fingerprints.
 
 A process that is killed at any moment leaves the old file or the new one, never half of either. A
 kill may leave a scratch file as well, named NAME.PID.tmp, which nothing reads.
 """
 
 import contextlib
+import hashlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 @contextlib.contextmanager
@@ -38,3 +39,12 @@ def cache_folder() -> pathlib.Path:
     """Returns the folder for what can be made again; XDG_CACHE_HOME sets where it lies."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(cache).expanduser() / "collab_jax"
+
+
+def fingerprint(lines: Iterable[str], unit: str) -> dict[str, int | str]:
+    """Returns how many lines there are, by the name of their unit, and the SHA-256 of them all."""
+    digest, count = hashlib.sha256(), 0
+    for line in lines:
+        digest.update(f"{len(line)}:{line}".encode())
+        count += 1
+    return {unit: count, "sha256": digest.hexdigest()}
