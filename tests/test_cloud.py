@@ -109,7 +109,8 @@ def test_skewed_rate_by_hand():
     assert chances == pytest.approx([1 / 3, 1 / 2, 2 / 3])
     for difficulty in (0.0, 0.4, 1.0):
         assert skewed_rate(0.0, 3.0, difficulty) == 0 and skewed_rate(1.0, 3.0, difficulty) == 1
-        assert skewed_rate(0.06, 1e-9, difficulty) == pytest.approx(0.06)
+        for skew in (1e-9, 1e-15, 1e-17, 1e-300):
+            assert skewed_rate(0.06, skew, difficulty) == pytest.approx(0.06)
 
 
 def skewed(skew, rate=0.1, n=10_000):

@@ -3,6 +3,7 @@
 The parameters are the same, bit for bit, as with a healthy server, or a resume is exact.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -68,6 +69,17 @@ def configure(small):
         return small(**settings | {"eval__prompts": 0} | overrides)
 
     return make
+
+
+def test_status_tells_of_every_split_of_the_task(small, tmp_path, capsys):
+    for split, n in (("train", 3), ("validation", 2), ("test", 1)):
+        lines = [{"id": f"{split}{i}", "problem": f"{split} {i}?", "answer": "1"} for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    config = small(task__name="jsonl", task__data_dir=str(tmp_path), task__prompt="{problem}")
+    assert commands.status(config, tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    for line in ("train: 3 of 3", "validation: 2 of 2", "test: 1 of 1"):
+        assert f"{line} prompts have no answer" in said
 
 
 @pytest.mark.slow

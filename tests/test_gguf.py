@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 import re
+import resource
 import tempfile
 
 import gguf
@@ -180,6 +181,8 @@ def write(file, config, weights, quant=Q.F32, tensors=None, **metadata):
             writer.add_array(key, value)
         elif isinstance(value, bool):
             writer.add_bool(key, value)
+        elif isinstance(value, int) and value < 0:
+            writer.add_int32(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
         elif isinstance(value, float):
@@ -480,6 +483,40 @@ def test_a_file_is_converted_once_and_another_file_gets_another_folder(
     assert hf.locate(str(file)) != folder
 
 
+@pytest.mark.parametrize(
+    "lost",
+    ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"],
+)
+def test_a_folder_that_lost_a_file_is_made_again(cache, tmp_path, lost):
+    config = hf_config("llama", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config))
+    folder = hf.locate(str(file))
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / lost).unlink()
+    assert hf.locate(str(file)) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert [*cache.iterdir()] == [folder]
+
+
+def test_a_folder_that_lost_a_shard_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
+    config = hf_config("llama", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config))
+    folder = hf.locate(str(file))
+    for lost in (*folder.glob("model-00002-*"), folder / shards.INDEX):
+        lost.unlink()
+        assert hf.locate(str(file)) == folder and lost.is_file()
+
+
+def test_a_conversion_that_was_killed_is_told_by_its_name(cache, tmp_path, monkeypatch):
+    config = hf_config("llama", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config))
+    names = []
+    monkeypatch.setattr(shards, "write", lambda *_: names.extend(p.name for p in cache.iterdir()))
+    hf.locate(str(file))
+    assert len(names) == 1 and names[0].startswith("unfinished-")
+
+
 def test_a_conversion_that_stops_leaves_nothing(cache, tmp_path, monkeypatch):
     config = hf_config("llama", num_hidden_layers=1)
     file = write(tmp_path / "a.gguf", config, hf_weights(config))
@@ -508,6 +545,20 @@ def test_of_two_processes_that_convert_one_file_either_is_first(cache, tmp_path,
     monkeypatch.setattr(gguf_lib, "_write_folder", beaten)
     folder = hf.locate(str(file))
     assert [*cache.iterdir()] == [folder] and (folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize("size", [100, 8_000, 200_000])  # config.json, tokenizer.json, weights
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(cache, tmp_path, size):
+    config = hf_config("llama", num_hidden_layers=1)
+    file = write(tmp_path / "a.gguf", config, hf_weights(config))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # no file may be larger
+    try:
+        with pytest.raises(UserError, match="cannot write to .*too large.*: free space") as caught:
+            hf.locate(str(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value) and [*cache.iterdir()] == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -547,7 +598,30 @@ def test_a_truncated_file_is_named(tmp_path, share):
         ({"tokenizer__ggml__pre": "tekken"}, "pre-tokenizer 'tekken' is not supported: only gpt-2"),
         ({"tokenizer__ggml__merges": ["q q"]}, "the merges do not fit the vocabulary"),
         ({"tokenizer__ggml__tokens": [*TOKENS[:-5], *"aaaaa"]}, "a token stands twice"),
-        ({"tokenizer__ggml__eos_token_id": 9999}, "special tokens lie beyond the "),
+        ({"tokenizer__ggml__eos_token_id": 9999}, "the eos token 9999 is none of the "),
+        ({"tokenizer__ggml__bos_token_id": "a"}, "the bos token 'a' is none of the "),
+        ({"tokenizer__ggml__eot_token_id": 9999}, "the eot token 9999 is none of the "),
+        ({"tokenizer__ggml__bos_token_id": -1}, "the bos token -1 is none of the "),
+        ({"tokenizer__ggml__token_type": [*KINDS, 1]}, "there are .* tokens, but types of "),
+        ({"tokenizer__ggml__token_type": KINDS[:-1]}, "there are .* tokens, but types of "),
+        ({"tokenizer__ggml__bos_token_id": PAD}, r"BOS token '\[PAD0\]' is marked as unused"),
+        ({"tokenizer__ggml__tokens": [*TOKENS, "b c"]}, "is no embedding of .* tokens: fetch"),
+        ({"tokenizer__ggml__merges": [1, 2]}, "cannot be .AttributeError.*: fetch it again"),
+        ({"split__count": "two"}, "cannot be .TypeError: .*: fetch it again"),
+        ({"llama__rope__freq_base": math.nan}, "llama.rope.freq_base is nan, no positive"),
+        ({"llama__rope__freq_base": math.inf}, "llama.rope.freq_base is inf, no positive"),
+        ({"llama__block_count": 1.5}, "llama.block_count is 1.5, no positive"),
+        ({"llama__block_count": 2}, "no weight 'model.layers.1.* of 2 layers: fetch the"),
+        ({"tensors": {"output_norm.weight": None}}, "no weight 'model.norm.weight' in a mod"),
+        (
+            {"tensors": {"blk.7.attn_q.weight": np.ones((4, 4), "f4")}},
+            "an unknown weight 'model.layers.7.self_attn.q_proj.weight' in a model of 1 layers",
+        ),
+        (
+            {"tensors": {"blk.0.attn_q.weight": np.ones((250, 256), "f4")}},
+            "cannot be .ValueError: .*reshape.*: fetch it again",
+        ),
+        ({"tensors": {"token_embd.weight": np.ones(256, "f4")}}, "is no embedding of .* tokens"),
         ({"llama__block_count": None}, "llama.block_count is None, no positive"),
         ({"llama__attention__head_count": 0}, "llama.attention.head_count is 0, no positive"),
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling 'yarn' is not supported: only Ll"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import runpy
 import zipfile
 from collections import Counter
@@ -146,7 +147,7 @@ def test_three_splits_share_no_problem_and_have_a_fixed_order(folder):
     loaded = {split: task.load(split) for split in ("train", "validation", "test")}
     ids = {split: [e.id for e in examples] for split, examples in loaded.items()}
     assert sorted(ids["train"] + ids["validation"]) == sorted(f"t{i}" for i in range(60))
-    assert len(ids["validation"]) == 9 and set(ids["test"]) == {"c0", "c1", "c2"}
+    assert len(ids["validation"]) == 2 and set(ids["test"]) == {"c0", "c1", "c2"}
     for split in ("train", "validation"):
         assert {splits.split_of(e.problem["problem"]) for e in loaded[split]} == {split}
     write(folder / "svamp_train.jsonl", [training_row(i, 1 + i % 3) for i in reversed(range(60))])
@@ -166,11 +167,27 @@ def test_more_steps_are_harder(folder):
     assert found == {"c0": "1-step", "c1": "2-step", "c2": "1-step"}
 
 
+def test_a_training_row_whose_last_step_is_not_the_answer_is_left_out(folder):
+    train = [training_row(i, 1 + i % 3) for i in range(60)]
+    long = dict(answer="9.555555555555557", solution="2+1=3, 172/18=9.5556")
+    rounded = dict(answer="0.25", solution="2.99/12=0.2492")
+    same = dict(answer="0.75", solution="0.5+0.25=0.7500")
+    changes = {0: long, 1: rounded, 2: same}
+    write(folder / "svamp_train.jsonl", [row | changes.get(i, {}) for i, row in enumerate(train)])
+    task = make_task(config(folder))
+    examples = task.load("train") + task.load("validation")
+    assert {e.id for e in examples} == {f"t{i}" for i in range(2, 60)}
+    # 58 are ranked: 20 of one step (t0 is out, t2 has one in the place of three), then 19 of two
+    assert {e.stratum: e.difficulty for e in examples}["2-step"] == (20 + 19 / 2) / 58
+
+
 def test_a_split_that_is_not_there_is_told(folder, small, tmp_path):
     write(folder / "svamp_train.jsonl", [training_row(0)])
-    with pytest.raises(UserError, match="none of the 1 rows of svamp_train is for validation"):
+    with pytest.raises(
+        UserError, match="none of the 1 usable rows of svamp_train is for validation"
+    ):
         make_task(config(folder)).load("validation")
-    with pytest.raises(UserError, match="'countdown' has no validation split: use .* train, test"):
+    with pytest.raises(UserError, match="'countdown' has no validation split, only train and test"):
         evaluate.main(small(), tmp_path / "run", "validation")
     write(folder / "svamp_train.jsonl", [{"id": "x", "problem": "p", "answer": "1"}])
     with pytest.raises(UserError, match="svamp_train.jsonl, line 1 has no solution"):
@@ -261,10 +278,19 @@ def real():
 def test_real_rows_are_split_and_right():
     task = make_task(real())
     sizes = {split: len(task.load(split)) for split in ("train", "validation", "test")}
-    assert sizes == {"train": 2540, "validation": 274, "test": 1000}
-    found = list(itertools.islice(task.demonstrations(0), 2540))
+    assert sizes == {"train": 2509, "validation": 257, "test": 1000}
+    found = list(itertools.islice(task.demonstrations(0), 2509))
     verdicts = task.verify(*zip(*found, strict=True))
     assert all(v.correct or v.called for v in verdicts)
+    shown = task.load("train") + task.load("validation")
+    last = [(e, f"<answer>{e.problem['solution'].split('=')[-1]}</answer>") for e in shown]
+    assert all(v.correct for v in task.verify(*zip(*last, strict=True)))
+    words = {
+        split: {tuple(re.findall("[a-z]+", e.problem["problem"].lower())) for e in task.load(split)}
+        for split in sizes
+    }
+    assert not words["validation"] & (words["train"] | words["test"])
+    assert len(words["train"] & words["test"]) == 1  # as the authors published them
     for split in sizes:
         mean = sum(e.difficulty for e in task.load(split)) / sizes[split]
         assert abs(mean - 0.5) < 0.04

@@ -206,7 +206,7 @@ def status(config: ConfigDict, workdir: pathlib.Path) -> int:
     )
     [(leased,)] = store.query("SELECT COUNT(*) FROM leases WHERE expires > ?", [time.time()])
     print(f"being bought: {leased}")
-    for split in ("train", "test"):
+    for split in run.task.splits:
         missing, total = len(missing_prompts(run, split)), len(experiment.examples(run, split))
         print(f"{split}: {missing} of {total} prompts have no answer")
     return 0

@@ -99,10 +99,10 @@ def skewed_rate(rate: float, skew: float, difficulty: float) -> float:
 
     The odds of an error are c exp(skew * difficulty): the hardest problem's are exp(skew) times the
     easiest one's. The mean is the integral of odds / (1 + odds) from 0 to 1, and for the rate that
-    is c = (exp(skew * rate) - 1) / (exp(skew) - exp(skew * rate)). skew: above 0.
+    is c = (exp(skew * rate) - 1) / (exp(skew) - exp(skew * rate)). skew: above 0, however small.
     """
     wrong = math.expm1(skew * rate) * math.exp(skew * difficulty)
-    right = math.exp(skew) - math.exp(skew * rate)
+    right = math.exp(skew * rate) * math.expm1(skew * (1 - rate))
     return wrong / (wrong + right)
 
 

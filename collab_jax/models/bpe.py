@@ -80,10 +80,16 @@ def make(
             f"pre-tokenizer {pre!r} is not supported: only {', '.join(PRE_TOKENIZERS)} are"
         )
     rule = PRE_TOKENIZERS[pre]
+    if len(kinds) != len(tokens):
+        raise TokenizerError(
+            f"there are {len(tokens)} tokens, but types of {len(kinds)}: fetch the file again"
+        )
     used = [i for i, kind in enumerate(kinds) if kind != UNUSED]
     vocabulary = {tokens[i]: i for i in used}
     if len(vocabulary) < len(used):
         raise TokenizerError("a token stands twice in the vocabulary")
+    if bos is not None and bos not in vocabulary:
+        raise TokenizerError(f"the BOS token {bos!r} is marked as unused: fetch the file again")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=rule.whole_words))

@@ -7,18 +7,30 @@ of a quantized one exactly. What a file says is read with the `gguf` package.
 
 import hashlib
 import json
+import math
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterable
+from types import UnionType
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from safetensors import SafetensorError
 
 from collab_jax.models import bpe, shards
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import cache_folder, write_text
 
+FILES = (  # of a converted folder, beside its weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+SCRATCH = "unfinished-"  # how a folder's name begins while it is made; a kill leaves it
 CONVERSION = 1  # raised when the same file gives another folder, so that no old one is read
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -65,7 +77,8 @@ class Contents(NamedTuple):
 def convert(file: pathlib.Path) -> pathlib.Path:
     """The Hugging Face folder of a GGUF file; made at the first call, whole or not at all.
 
-    Raises GGUFError where the file is damaged, or holds what the decoder does not compute.
+    It is made again where a file of it is missing, as after a cleaning of the cache. Raises
+    GGUFError where the GGUF file is damaged, or holds what the decoder does not compute.
     """
     try:
         with file.open("rb") as opened:
@@ -74,26 +87,38 @@ def convert(file: pathlib.Path) -> pathlib.Path:
         raise GGUFError(f"cannot read {file} ({error.strerror}): give another file") from None
     cache = cache_folder() / "models"
     folder = cache / f"gguf-{CONVERSION}-{digest[:16]}"
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=cache) as scratch:
             made = pathlib.Path(scratch) / "model"
             contents = _read(file)
             print(f"converting {file} into {folder}, once")
             _write_folder(made, contents)
+            if folder.exists() and not _is_whole(folder):
+                folder.rename(pathlib.Path(scratch) / "incomplete")
             made.rename(folder)
     except UserError as error:
         raise GGUFError(f"{file}: {error}") from None
-    except OSError as error:
-        if folder.is_dir():  # another process was faster
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise GGUFError(
+            f"{file}: what it says of the model cannot be ({reason}): fetch it again"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        if _is_whole(folder):  # another process was faster
             return folder
         raise GGUFError(
-            f"cannot write to {cache} ({error.strerror}): free space there, "
+            f"cannot write to {cache} ({error}): free space there, "
             "or choose another place by XDG_CACHE_HOME"
         ) from None
     return folder
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether a folder has all that `_write_folder` writes."""
+    return all((folder / name).is_file() for name in FILES) and shards.are_whole(folder)
 
 
 def _read(file: pathlib.Path) -> Contents:
@@ -122,6 +147,7 @@ def _write_folder(folder: pathlib.Path, contents: Contents) -> None:
     tensors = contents.tensors
     config = _config(contents)
     names = _weight_names(tensors)
+    _check_names(names, config)
     folder.mkdir()
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(contents.metadata))
@@ -168,6 +194,23 @@ def _weight_names(tensors: dict[str, gguf.ReaderTensor]) -> dict[str, str]:
     return names
 
 
+def _check_names(names: Iterable[str], config: dict[str, Any]) -> None:
+    """Raises GGUFError unless the names are those of the decoder's matrices and norms."""
+    of_layer = set(BLOCK.values())
+    if config["model_type"] != "qwen3":
+        of_layer -= {BLOCK["attn_q_norm"], BLOCK["attn_k_norm"]}
+    layers = config["num_hidden_layers"]
+    wanted = {f"model.layers.{i}.{stem}.weight" for i in range(layers) for stem in of_layer}
+    wanted |= {"model.embed_tokens.weight", "model.norm.weight"}
+    found = {name for name in names if name.endswith(".weight")} - {"lm_head.weight"}
+    for what, some in (("no", wanted - found), ("an unknown", found - wanted)):
+        if some:
+            raise GGUFError(
+                f"there is {what} weight {min(some)!r} in a model of {layers} layers: "
+                "fetch the file again"
+            )
+
+
 # ---- config.json
 
 
@@ -180,25 +223,34 @@ def _config(contents: Contents) -> dict[str, Any]:
             f"architecture {kind!r} is not supported: only {', '.join(ARCHITECTURES)} are"
         )
 
-    def number(key: str, default: float | None = None) -> Any:
+    def number(key: str, default: float | None = None, of: type | UnionType = int) -> Any:
         value = metadata.get(f"{kind}.{key}", default)
-        if not isinstance(value, int | float) or value <= 0:
+        if not isinstance(value, of) or not 0 < value < math.inf:
             raise GGUFError(f"{kind}.{key} is {value}, no positive number: fetch the file again")
         return value
 
     if "token_embd.weight" not in tensors:
         raise GGUFError("there is no tensor token_embd.weight: fetch the file again")
+    width, *rows = map(int, tensors["token_embd.weight"].shape)
+    tokens = len(metadata.get("tokenizer.ggml.tokens", []))
+    if len(rows) != 1 or width != number("embedding_length") or rows[0] < tokens:
+        raise GGUFError(
+            f"the tensor token_embd.weight is no embedding of {tokens} tokens: fetch the file again"
+        )
     heads = number("attention.head_count")
-    head_dim = number("attention.key_length", number("embedding_length") // heads)
+    head_dim = number("attention.key_length", width // heads)
+    epsilon = number("attention.layer_norm_rms_epsilon", of=int | float)
+    theta = number("rope.freq_base", 1e4, of=int | float)
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_dim) != head_dim:
             raise GGUFError(f"{kind}.{key} differs from the {head_dim} of a key: not supported")
+    special = _special_ids(metadata)
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "hidden_act": "silu",
-        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
-        "hidden_size": number("embedding_length"),
+        "vocab_size": rows[0],
+        "hidden_size": width,
         "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
@@ -206,13 +258,13 @@ def _config(contents: Contents) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": number("context_length"),
         # Stored as float32: the shortest number that it stands for (1e-5, not 9.99999974e-6).
-        "rms_norm_eps": float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
-        "rope_parameters": _rope(contents, number("rope.freq_base", 1e4), head_dim),
+        "rms_norm_eps": float(str(np.float32(epsilon))),
+        "rope_parameters": _rope(contents, theta, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": special.get("bos"),
+        "eos_token_id": special.get("eos"),
         "dtype": "float32",
     }
 
@@ -261,14 +313,10 @@ def _write_tokenizer(folder: pathlib.Path, metadata: dict[str, Any]) -> None:
         # transformers reads the tokenizer of every such folder with Qwen2's.
         raise GGUFError(f"pre-tokenizer {pre!r} is not supported with architecture 'qwen2'")
     tokens = metadata.get("tokenizer.ggml.tokens", [])
-    ids = {
-        f"{name}_token": metadata[f"tokenizer.ggml.{key}_token_id"]
-        for name, key in SPECIAL_TOKENS.items()
-        if f"tokenizer.ggml.{key}_token_id" in metadata
+    ids = _special_ids(metadata)
+    special = {
+        f"{name}_token": tokens[ids[key]] for name, key in SPECIAL_TOKENS.items() if key in ids
     }
-    if not all(i < len(tokens) for i in ids.values()):
-        raise GGUFError(f"special tokens lie beyond the {len(tokens)} tokens: fetch the file again")
-    special = {name: tokens[i] for name, i in ids.items()}
     tokenizer = bpe.make(
         tokens,
         metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)),
@@ -277,7 +325,7 @@ def _write_tokenizer(folder: pathlib.Path, metadata: dict[str, Any]) -> None:
         bos=special.get("bos_token"),
         adds_bos=metadata.get("tokenizer.ggml.add_bos_token"),
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_text(folder / "chat_template.jinja", template)
     _write_json(
         folder / "tokenizer_config.json",
@@ -290,15 +338,31 @@ def _write_tokenizer(folder: pathlib.Path, metadata: dict[str, Any]) -> None:
     )
 
 
+def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+    """The ids of the special tokens that a file has, by GGUF's names."""
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    found = {
+        name: metadata.get(f"tokenizer.ggml.{name}_token_id")
+        for name in (*SPECIAL_TOKENS.values(), *END_TOKENS)
+    }
+    ids = {name: i for name, i in found.items() if i is not None}
+    for name, i in ids.items():
+        if i not in range(len(tokens)):
+            raise GGUFError(
+                f"the {name} token {i!r} is none of the {len(tokens)} tokens: fetch the file again"
+            )
+    return ids
+
+
 def _write_json(file: pathlib.Path, contents: dict[str, Any]) -> None:
     write_text(file, json.dumps(contents, indent=2, sort_keys=True) + "\n")
 
 
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
     """The contents of generation_config.json, with every token that ends a response."""
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in END_TOKENS]
+    ids = _special_ids(metadata)
     return {
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(i for i in ids if i is not None)),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": list(dict.fromkeys(ids[name] for name in END_TOKENS if name in ids)),
+        "pad_token_id": ids.get("padding"),
     }

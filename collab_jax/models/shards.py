@@ -45,6 +45,17 @@ def write(
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
+def are_whole(folder: pathlib.Path) -> bool:
+    """Whether all files that `write` left in a folder are there."""
+    if (folder / "model.safetensors").is_file():
+        return True
+    try:
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except OSError:
+        return False
+    return all((folder / file).is_file() for file in set(places.values()))
+
+
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
     """The names in order, in groups of at most SHARD_BYTES (or of one weight)."""
     groups: list[list[str]] = [[]]

@@ -78,7 +78,7 @@ def _single_task(config: ConfigDict) -> Task:
     def load(split: str) -> list[Example]:
         if split not in task.splits:
             raise TaskError(
-                f"task {task.name!r} has no {split} split: use one of {', '.join(task.splits)}"
+                f"task {task.name!r} has no {split} split, only {' and '.join(task.splits)}"
             )
         return [dataclasses.replace(example, task=task.name) for example in task.load(split)]
 

@@ -5,25 +5,23 @@ of a file.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 VALIDATION_SHARE = 0.1  # of the templates of a training file
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 def template(problem: str) -> str:
-    """The text of a problem with its numbers left out, in lower case and with single spaces."""
-    return " ".join(_NUMBER.sub(" ", problem).casefold().split())
+    """The words of a problem, each a run of letters, in lower case and with single spaces."""
+    return " ".join("".join(c if c.isalpha() else " " for c in problem.casefold()).split())
 
 
 def split_of(problem: str) -> str:
     """'train' or 'validation': the split of a training problem, by the hash of its template.
 
-    Problems that differ in their numbers alone are always in the same split.
+    Problems that differ in numbers, punctuation or case alone are always in the same split.
     """
     return "validation" if _unit_hash(template(problem)) < VALIDATION_SHARE else "train"
 
