@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-from safetensors import SafetensorError
 
 from collab_jax.models import bpe, shards
 from collab_jax.runtime.errors import UserError
@@ -106,7 +105,7 @@ def convert(file: pathlib.Path) -> pathlib.Path:
         raise GGUFError(
             f"{file}: what it says of the model cannot be ({reason}): fetch it again"
         ) from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if _is_whole(folder):  # another process was faster
             return folder
         raise GGUFError(

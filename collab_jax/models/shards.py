@@ -1,11 +1,13 @@
 """Weights as safetensors files: one, or shards with an index, each written beside its place."""
 
+import errno
 import json
 import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.flax import save_file
 
 from collab_jax.runtime.files import replacing, write_text
@@ -31,7 +33,10 @@ def write(
     for file, names in zip(files, groups, strict=True):
         with replacing(folder / file) as scratch:
             weights = {name: jax.numpy.asarray(weight(name)) for name in names}
-            save_file(weights, scratch, metadata={"format": "pt"})
+            try:
+                save_file(weights, scratch, metadata={"format": "pt"})
+            except SafetensorError as error:  # what it makes of a full disk
+                raise OSError(errno.EIO, str(error)) from None
             scratch.chmod(0o644)  # safetensors makes it for the owner alone
     for stale in {path.name for path in folder.glob("model*.safetensors")} - set(files):
         (folder / stale).unlink()
