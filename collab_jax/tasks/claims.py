@@ -23,7 +23,7 @@ _PARTS = rf"(?:halves\b|{_PART}s\b|{_PART}(?=\W*$| of\b))"  # no "9 third grader
 _DENIED = re.compile(
     r"n't\b|\b(?:not|never|cannot|neither|nor|none|wrong|incorrect|false|untrue|invalid|impossible"
     r"|mistake[ns]?|except|excluding|without|unlike|hardly|unequal|unless|reject(?:ed)?|ruled? out"
-    r"|(?:anything|everything|nothing|all) but|other than|rather than|instead of|far from"
+    r"|(?:anything|everything|nothing|all|numbers?) but|other than|rather than|instead of|far from"
     rf"|differ(?:s|ent) from|doubt\w*|used to be|(?:is|was) too|no (?:longer|way|{_NUMBER})"
     r"|no(?=\W*$))\b",
     re.IGNORECASE,
@@ -31,7 +31,8 @@ _DENIED = re.compile(
 _BEFORE = (  # "at least 9", "twice 9"
     r"\b(?:than|least|most|about|around|approximately|roughly|nearly|almost|between|over|under"
     r"|above|below|beyond|beneath|past|up to|exceed(?:s|ing)?|within|twice|thrice|double|triple"
-    rf"|times|plus|minus|negative|power|divided by|multiplied by)(?: [a-z]+)? {_NUMBER}"
+    r"|times|plus|minus|negative|power|divided by|multiplied by|near|close to|root|log|ln|sin|cos"
+    rf"|tan)(?: [a-z]+)? {_NUMBER}"
 )
 _OF = (  # "half of 9", "the sum of 9 and"
     rf"\b(?:{_PART}|root|square|cube|sum|product|difference|quotient|ratio|remainder|factorial"
@@ -41,6 +42,7 @@ _OF = (  # "half of 9", "the sum of 9 and"
 _AFTER = (  # "9 thirds", "9 or more", "9 times as many"
     rf"(?:\d|\b{_NUMERAL})\)?[ -](?:{_PARTS}|(?:squared|cubed|factorial|plus|minus|less|over|mod"
     r"|choose|divided|multiplied|to the|below|under|short of|at (?:most|least)|(?:min|max)imum"
+    r"|negative|off|double|in (?:binary|hex[a-z]*|octal|base)"
     r"|(?:and|or) (?:more|less|fewer|so|higher|lower|greater|above|below|over|under|up|beyond)"
     r"|ish|tens|pairs?|scores?|gross|bn|mil|grand|lakhs?|crores?|dozens?|hundreds?|thousands?"
     rf"|(?-i:k)|[a-z]{{1,4}}illions?|point(?= )|times(?= \w))\b|from {_NUMBER}|{_NUMERAL})"
@@ -54,11 +56,11 @@ _OPEN = re.compile(  # no "May"
 _STANDALONE = re.compile(
     rf"(?<![\w.+*/^<>=-])(?<![-+*/^<>] ){_DIGITS}(?![\w^])(?! ?[-+*/^<>=] ?\S)"
 )
-_QUOTED = rf"[$(]*{_DIGITS}[$)]*"
+_QUOTED = rf"[$(]*(?:{_DIGITS}|(?-i:[A-J])\b)[$)]*"
 _ASIDES = re.compile(
     r"(?<=\S)[,;(]?\s*\b(?:because|since)\b(?:(?![.!?]\s+[A-Z]).)*"  # "9, because 4 + 5 = 9"
     rf"|\bnot {_QUOTED}[,;.]? (?=(?:but|it is|it's|which is)\b)"  # "it is not 8, it is 9"
-    rf"|(?<=[\w)$])(?:, (?:and |but )?not| rather than| instead of) {_QUOTED}(?=[.!]?\s*$)"
+    rf"|(?<=[\w)$])(?:[,.] (?:and |but )?not| rather than| instead of) {_QUOTED}(?=[.!]?\s*$)"
     r"|\bwho \w+(?: not|n't)\b",  # "9 children who did not go"
     re.IGNORECASE | re.DOTALL,
 )

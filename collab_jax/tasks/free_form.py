@@ -134,9 +134,10 @@ def _has_words(text: str) -> bool:
     return re.search(r"[a-zA-Z]{4,}|\d(?:st|nd|rd|th)\b", plain) is not None
 
 
-# A sum or a product of numbers, such as 25-12 or (2)(5); no power of ten, as in 6 \times 10^3.
+# A sum or a product of numbers, such as 25-12, (2)(5) or 4!; no power of ten, as in 6 \times 10^3.
 _OPERATION = re.compile(
-    r"[\d)}](?:[-+*/]|\\(?:times|cdot|div)(?![a-zA-Z])(?! *10 *\^)) *[-+]?[\d(.\\{]|[\d)]\([-\d]"
+    r"[\d)}](?:[-+*/]|\\(?:times|cdot|div)(?![a-zA-Z])(?! *10 *\^)) *[-+]?[\d(.\\{]"
+    r"|[\d)](?:\([-\d]|!)"
 )
 
 

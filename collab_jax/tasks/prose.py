@@ -83,7 +83,14 @@ _REST = re.compile(  # what follows a stated number: "9 apples in 3 boxes"
 _NUMBER = re.compile(
     r"(?<![-+*/^<>] )(?<![^\s$€£])-?(?:\\?[$€£]\s*)?-?"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:[.,]?\d+)(?:/\d+)?"
-    r"(?=[.,;:!?)]*(?:\s|$)|\\?[%$€£])(?!\s*(?:[-+*/^=<>\\]|hundred|thousand|[mbtr]+illion|dozen))"
+    r"(?=[.,;:!?)]*(?:\s|$)|\\?[%$€£])(?!\s*(?:[-+*/^=<>\\]|pi\b))"
+)
+# "9 is half of it" or "9 was a slip", but not "9 is the answer".
+_NOT_AFFIRMED = re.compile(
+    r"\W*[\d.,/]+\s+(?:is|was)\s+(?!(?:correct|right|left|how|what"
+    r"|(?:the|my|our|his|her|their)\s+(?:\w+\s+)?"
+    r"(?:answer|result|solution|total|number|sum|difference|product|value|amount|cost|price))\b)",
+    re.IGNORECASE,
 )
 
 
@@ -105,9 +112,8 @@ def answer_in(text: str) -> str:
     if claims.denied(rest or text):
         return sentence if claims.denied(sentence) else text
     answer = _stated(sentence, rest is not None) if _has_words(sentence) else sentence
-    plain = _DELIMITERS.sub(" ", answer).strip(" .")
-    is_number = _ANY_NUMBER.fullmatch(plain) is not None
-    return text if is_number and claims.undecided(text[_clause_start(text) :]) else answer
+    one_number = _ANY_NUMBER.fullmatch(_DELIMITERS.sub(" ", answer).strip(" ."))
+    return text if one_number and claims.undecided(text[_clause_start(text) :]) else answer
 
 
 def _clause_start(text: str) -> int:
@@ -138,12 +144,11 @@ def _stated(sentence: str, after_cue: bool) -> str:
         (match.start(), match.end(), next(filter(None, match.groups())))
         for match in _MATH.finditer(sentence)
     ]
-    if not maths:
-        return _stated_in_words(sentence, after_cue)
-    if (listed := _stated_in_math(sentence, maths)) is not None:
-        return listed
-    words = re.sub(r"\s+", " ", _DELIMITERS.sub(" ", sentence))
-    return _stated_in_words(words, after_cue)
+    words = re.sub(r"\s+", " ", _DELIMITERS.sub(" ", sentence)) if maths else sentence
+    if _NOT_AFFIRMED.match(words):
+        return sentence
+    listed = _stated_in_math(sentence, maths) if maths else None
+    return _stated_in_words(words, after_cue) if listed is None else listed
 
 
 def _stated_in_math(sentence: str, maths: list[tuple[int, int, str]]) -> str | None:
@@ -151,9 +156,10 @@ def _stated_in_math(sentence: str, maths: list[tuple[int, int, str]]) -> str | N
     start, end, content = maths[-1]
     if _NUMBER.search(sentence[end:]) or re.fullmatch(r"\s*[a-zA-Z]\s*", content):
         return None
-    for start_of_one, end_of_one, _ in maths:  # "10 - $5$"
-        before = sentence[:start_of_one].rstrip()[-1:]
-        if (before and before in "-+*/^<>") or _OPERATION.match(sentence, end_of_one):
+    for left, right, _ in maths:  # "10 - $5$"
+        if sentence[:left].rstrip().endswith(tuple("-+*/^<>")):
+            return None
+        if _OPERATION.match(sentence, right):
             return None
     verbs = _VERB.finditer(sentence, 0, start)
     after = sentence[max([0, *(verb.end() for verb in verbs)]) :]
@@ -196,9 +202,17 @@ def _numbers(sentence: str) -> list[str]:
 _LETTER = re.compile(
     r"[(\s]*(?i:option|choice)?[(\s]*([A-J])(?:([).:,]+(?:\s.*)?)|(\s+-\s.*))?", re.DOTALL
 )
-_OTHER_LETTER = re.compile(r"(?:^|(?<=[\s(,]))(?:([A-J])[).:]|([A-HJ])(?=,|\s*$|\s+(?:and|or)\b))")
-# Not "A. Not enough is known" or "A. Wrong, wrong", the text of a choice.
-_LETTER_DENIED = re.compile(r"[).:,\s]*(?:(?:is|was|are|can|does|seems|looks)\b|(?=[a-z]))")
+_OTHER = r"\(?([A-HJ])"  # no I, which is a number or a word more often
+_MARKED = rf"{_OTHER}[).:](?!\s[a-z])"  # "(B)" or "B.", no "E. coli"
+_OTHER_LETTER = re.compile(  # "A, B", "(A) and (B)", "A) B)", "A. 3 or B. 4", "A. 3\nB. 4"
+    rf"^[).:]*\s*(?:,|&|/|(?:and|or)\b)\s*{_OTHER}(?=[).:,]|\s*$)"
+    rf"|(?:^[).:]+\s*|\b(?:and|or)\s+|\n\s*){_MARKED}|^[^(]*\s{_OTHER}\)"
+)
+# "A is", "A: wrong", but not the text of a choice, as "A. without a name" or "A. Wrong, wrong".
+_ABOUT_LETTER = re.compile(
+    r"[-().:,\s]*(?:(?:(?:is|was|can|seems|looks)\b|isn't|(?:cannot|can't) be\b).*|[a-z]+\W*)",
+    re.DOTALL,
+)
 
 
 def letter(text: str) -> str | None:
@@ -210,9 +224,9 @@ def letter(text: str) -> str | None:
         plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$]", r"\1", part)
         if match := _LETTER.fullmatch(claims.without_asides(plain).strip(" .\n")):
             rest = match[2] or match[3] or ""
-            others = {a or b for a, b in _OTHER_LETTER.findall(rest)} - {match[1]}
-            denied = _LETTER_DENIED.match(rest) and claims.denied(rest)
-            return None if others or denied else match[1]
+            others = {name for names in _OTHER_LETTER.findall(rest) for name in names if name}
+            denied = _ABOUT_LETTER.fullmatch(rest) is not None and claims.denied(rest)
+            return None if denied or others - {match[1]} else match[1]
     return None
 
 

@@ -67,7 +67,7 @@ _SIGNS = re.compile(r"\\?[$%]|(?<!\\)\\[()\[\]]")
 _TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|rm|bf)"
 _WRAPPED = re.compile(rf"{_TEXT} *\{{([^{{}}]*)\}}")
 # Words after a number that are no unit, besides those of `claims.py`.
-_NO_UNIT = r"(?:and|or|to|out)\b"
+_NO_UNIT = r"(?:and|or|to|out|was|were|are|ha[sd]|have|will|would|could|should)\b"
 _UNIT_AS_TEXT = re.compile(
     rf"(?<=[\d}})]) *{_TEXT} *\{{ *(?! *{_NO_UNIT})[^{{}}\d]*\}}(?:\^ *\{{?\d\}}?)?(?= *(?:[,;]|$))"
 )
