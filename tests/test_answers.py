@@ -60,6 +60,24 @@ CLASSES = {
             "We get x + y = 9 and more",
         ],
     ),
+    "signs": (
+        "-9",
+        ["negative $9$", "The answer is minus $9$", "It is -$9$.", "minus 9", "-9 degrees"],
+        ["9", "The answer is 9", "negative $8$"],
+    ),
+    "no sign": (
+        "9",
+        ["The answer is $9$"],
+        ["negative $9$", "It is minus 9", "-$9$", "$18$ - $9$"],
+    ),
+    "sums in place of a number": (
+        "13",
+        ["13", "26/2", "25 - 12 = 13", "x = 25 - 12 = 13"],
+        ["25-12", "25000-1500*8-12987", "x = 25-12", "2.5+10.5", r"$13 \cdot 1$", "(2)(6.5)"],
+    ),
+    "factorials": ("24", ["24"], ["4!", "The answer is 4!"]),
+    "powers": ("1024", ["2^{10}", r"1.024 \times 10^3"], ["2^{9}", r"2 \cdot 2^{9}"]),
+    "pairs": ("(1,2)", ["x=1, y=2", "y=2, x=1", "(x,y)=(1,2)"], ["y=1, x=2", "(y,x)=(1,2)"]),
     "emphasis and lines": (
         "9",
         ["**9**", "**Answer:** 9", "`9`", "The answer is\n\n9", "4 + 5 = 9\nAnswer: 9", "\n9\n"],
@@ -143,7 +161,41 @@ CLASSES = {
             "(C) 12",
             "C) 12 apples",
         ],
-        ["B", "12", "(B) C"],
+        [
+            "B",
+            "12",
+            "(B) C",
+            "(C) and (D)",
+            "C, D",
+            "C) D)",
+            "C or D",
+            "C. is wrong, so D",
+            "The wrong option is C",
+            "C: incorrect",
+            "C - wrong",
+            "C (wrong)",
+            "C isn't right",
+            "C. 3 or D. 4",
+            "C) 3 D) 4",
+            "C / D",
+            "not C",
+        ],
+    ),
+    "letters before words": (
+        "A",
+        [
+            "A. Not enough is known",
+            "A. Wrong, Wrong",
+            "A. I and II",
+            "A) A train",
+            "A. none of the above",
+            "A. 9, without a remainder",
+            "A. B and C",
+            "A. bacteria such as E. coli",
+            "A, not B",
+            "The answer is A, because 2 + 2 = 4",
+        ],
+        [],
     ),
     "words": (
         r"\text{Monday}",
@@ -175,7 +227,18 @@ def test_what_a_spelling_settles_needs_no_worker(monkeypatch):
 
 @pytest.mark.parametrize(
     "part",
-    ["(", "_A", "A_{a}", "x=", "9 apples and ", "is ", "$9$ and ", r"\boxed{1} and ", "1 000 "],
+    [
+        "(",
+        "_A",
+        "A_{a}",
+        "x=",
+        "9 apples and ",
+        "is ",
+        "$9$ and ",
+        r"\boxed{1} and ",
+        r"\boxed{",
+        "1 000 ",
+    ],
 )
 def test_reading_an_answer_costs_little_whatever_it_is(part):
     text = (part * 500)[: math.MAX_ANSWER]
@@ -184,6 +247,21 @@ def test_reading_an_answer_costs_little_whatever_it_is(part):
     prose.last_answer(part * 5000)
     prose.last_letter(part * 5000)
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "contents"),
+    [
+        (r"\boxed{1} \boxed{2}", ["1", "2"]),
+        (r"\boxed{\boxed{1}}", [r"\boxed{1}"]),
+        (r"\boxed{\frac{1}{2}}}", [r"\frac{1}{2}"]),
+        (r"\boxed{\{1\}}", [r"\{1\}"]),
+        (r"{ \boxed{\fbox{2}", ["2"]),
+        (r"\boxed{" * 3000, []),
+    ],
+)
+def test_boxes_that_close(text, contents):
+    assert [content for _, _, content in prose.boxes(text)] == contents
 
 
 # ---- golds that are not the answer
@@ -250,6 +328,13 @@ def test_an_answer_without_tags(response, answer):
         ("Let us see: 2 + 2 = 4.\nSo we choose it.\nA. 4", "A"),
         ("<think> 4 </think> A", "A"),
         ("**A**", "A"),
+        ("A. 4\nIt is 2 + 2.", "A"),
+        ("A. 3\nB. 4\nC. 5\nI cannot tell.", None),
+        ("A. 3\nB. 4\nC. 5", None),
+        ("A. 3\nB. 4\nC. 5\nThe answer is B", "B"),
+        ("A. 3\nB. 4\nC. 5\nB", "B"),
+        ("It is hard. " * 200 + "\nA. 4\nIt is 2 + 2." + " Or so." * 270, None),
+        ("The wrong option is A", None),
         ("A good question", None),
         ("42", None),
         ("", None),

@@ -347,6 +347,8 @@ def test_prompt_without_a_solution():
         ("I try 5+4=9 no\n(3+5)*4", True),
         ("The answer: (3+5)*4 = 32", True),
         ("(3+5)*4\nThat is it.", True),
+        ("(3+5)*4\n32", True),
+        ("(3+5)*4\n(32)", True),
         ("3+5+4", False),
         ("3 5 4", False),
         ("", False),

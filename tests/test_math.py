@@ -332,7 +332,7 @@ def test_a_maths_task_from_files(tmp_path):
     assert (train.id, train.stratum, test.id) == ("r1", "level 3", "r3")
     assert task.prompt(test) == [{"role": "user", "content": "Solve: What is 3+3?"}]
     assert "What is 3+3?" in task.cloud_prompt(test)[0]["content"]
-    responses = [answered("6.0"), answered("7"), MARKER, answered(r"\boxed{2+2+2}"), "6"]
+    responses = [answered("6.0"), answered("7"), MARKER, answered(r"\boxed{\sqrt{36}}"), "6"]
     assert [v[:3] for v in task.verify([test] * 5, responses)] == [
         (True, False, True),
         (False, False, True),

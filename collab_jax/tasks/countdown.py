@@ -273,7 +273,7 @@ def _verdict(example: Example, response: str, marker: str) -> Verdict:
     )
 
 
-_EXPRESSION = re.compile(r"[0-9()][-+*/()0-9 ]*[0-9)]")
+_EXPRESSION = re.compile(r"[0-9(][0-9() ]*[-+*/][-+*/()0-9 ]*[0-9)]")
 
 
 def _last_expression(_: Example, response: str) -> str | None:

@@ -86,7 +86,8 @@ def same(gold: str, prediction: str) -> bool:
         )
     values = [spelling.named(element) for element in b]
     if kind == "()" and other == "set" and "" not in (names := dict(values)):  # x=3,y=4
-        return len(names) == len(a) and [_key(e) for e in a] == [_key(v) for _, v in values]
+        ordered = [names[name] for name in sorted(names, key=lambda name: name.strip("\\"))]
+        return len(names) == len(a) and [_key(e) for e in a] == [_key(v) for v in ordered]
     one, another = spelling.without_names(gold), spelling.without_names(prediction)
     return _key(one) == _key(another) or _rounded(one, another)
 
@@ -133,15 +134,25 @@ def _has_words(text: str) -> bool:
     return re.search(r"[a-zA-Z]{4,}|\d(?:st|nd|rd|th)\b", plain) is not None
 
 
-def differ(gold: str, prediction: str) -> bool:
-    """True where no algebra can make two normal answers that are not the same equal.
+# A sum or a product of numbers, such as 25-12, (2)(5) or 4!; no power of ten, as in 6 \times 10^3.
+_OPERATION = re.compile(
+    r"[\d)}](?:[-+*/]|\\(?:times|cdot|div)(?![a-zA-Z])(?! *10 *\^)) *[-+]?[\d(.\\{]"
+    r"|[\d)](?:\([-\d]|!)"
+)
 
-    math-verify would take an equation for its right-hand side, and `1 2` for 3.
+
+def _numbers(text: str) -> list[Fraction | None]:
+    return [spelling.number(element) for element in spelling.list_of(text)[1]]
+
+
+def differ(gold: str, prediction: str) -> bool:
+    """True where no algebra may make two normal answers that are not the same equal.
+
+    math-verify would take an equation for its right-hand side, `1 2` for 3, and the way to a
+    number, as 25-12, for the number.
     """
-    if all(
-        spelling.number(element) is not None
-        for e in (gold, prediction)
-        for element in spelling.list_of(e)[1]
+    if None not in _numbers(gold) and (
+        None not in _numbers(prediction) or _OPERATION.search(prediction)
     ):
         return True
     if _has_words(gold) or _has_words(prediction):

@@ -1,9 +1,9 @@
 """Mathematics with a final answer: MATH, GSM8K and the benchmarks that are only for evaluation.
 
 How an answer is found in a response (`extract`), when two answers are the same (`equal`), and the
-tasks. An answer is taken out of its sentence (`prose.py`) and written in one spelling
-(`spelling.py`), in which most can be compared (`free_form.py`). What that does not settle goes to
-math-verify (`verifier.py`).
+tasks. An answer is taken out of its sentence (`prose.py`), unless this does not claim it
+(`claims.py`), and written in one spelling (`spelling.py`), in which most can be compared
+(`free_form.py`). What that does not settle goes to math-verify (`verifier.py`).
 """
 
 from collections.abc import Sequence

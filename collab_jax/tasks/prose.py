@@ -6,9 +6,11 @@ answer out of a sentence, and `last_answer` out of a whole response without tags
 
 import re
 
+from collab_jax.tasks import claims
+
 # ---- boxes
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)[{}]")
 _DELIMITERS = re.compile(r"\$+|\\[()\[\]]|\\q?quad|\\(?:text|mbox|textrm)\s*\{|[{}~]|\\[,;: ]")
 # What may stand between the parts of one answer: "\boxed{3} boys and \boxed{4} girls", "x = ".
 _BETWEEN = re.compile(r"(?:[a-zA-Z()\s]*(?:[,;&]|\b(?:and|or)\b))?\s*(?:[a-zA-Z]\w*\s*=)?\s*")
@@ -16,15 +18,16 @@ _BETWEEN = re.compile(r"(?:[a-zA-Z()\s]*(?:[,;&]|\b(?:and|or)\b))?\s*(?:[a-zA-Z]
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""(start, end, content) of each closed \boxed or \fbox, in order, none within another."""
-    found, at = [], 0
-    while match := _BOX.search(text, at):
-        depth, at = 1, match.end()
-        for i in range(at, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0) if text[i - 1] != "\\" else 0
-            if depth == 0:
-                found.append((match.start(), i + 1, text[at:i]))
-                at = i + 1
-                break
+    found, opened = [], []  # opened: (start of the brace, start of its content)
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append((brace.start(), brace.end()))
+        elif opened:
+            start, inner = opened.pop()
+            if inner - start > 1:  # a box, and no plain brace
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, brace.end(), text[inner : brace.start()]))
     return found
 
 
@@ -57,6 +60,10 @@ _CUE = re.compile(
     r"|^\s*(?:answer|option|choice)\b",
     re.IGNORECASE,
 )
+# A clause that goes on from what was said before it: "it is not 8, so the answer is 9".
+_CLAUSE = re.compile(r"[.!?;:]\s|\n|,\s+(?:but|so|then|thus|hence|therefore)\b", re.IGNORECASE)
+_MINUS = re.compile(r"(?<!\d )\b(?:negative|minus)\s+(\$+|\\[(\[])?\s*(?=[\d\\])")
+_OPERATION = re.compile(r"\s*[-+*/^<>]\s*[\d$\\(]")
 _SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z])|\n\s*\n")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\s*\{(?:matrix|[bp]matrix|array)\})?")
@@ -68,19 +75,22 @@ _VERB = re.compile(
 _FORMULA = re.compile(  # with a variable in it
     r"[\\^_]|\d[a-zA-Z]|\b[a-zA-Z]\s*[-+*]|[-+*]\s*[a-zA-Z]\b"
 )
-_REASON = re.compile(r"[,;(]?\s*\b(?:because|since)\b", re.IGNORECASE)
 _REST = re.compile(  # what follows a stated number: "9 apples in 3 boxes"
     r"\s*(?:(?<!\\)\b(?:in|for|after|from|at|when|if|with|which|so|left|by)\b"
     r"|(?<!\\)[.;!]\s|(?<!\\),\s+(?![-\d\\]))"
 )
 # A number that stands alone, no part of a formula, a time or a larger number.
 _NUMBER = re.compile(
-    r"(?<![^\s$€£])-?(?:\\?[$€£]\s*)?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:[.,]?\d+)(?:/\d+)?"
-    r"(?=[.,;:!?)]*(?:\s|$)|\\?[%$€£])(?!\s*(?:[-+*/^=<>\\]|hundred|thousand|[mbtr]+illion|dozen))"
+    r"(?<![-+*/^<>] )(?<![^\s$€£])-?(?:\\?[$€£]\s*)?-?"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:[.,]?\d+)(?:/\d+)?"
+    r"(?=[.,;:!?)]*(?:\s|$)|\\?[%$€£])(?!\s*(?:[-+*/^=<>\\]|pi\b))"
 )
-_NOT_JUST = re.compile(  # before a number: "not 9", "at least 9", "4 + 9"
-    r"(?:\b(?:not|minus|than|least|most|about|around|approximately|roughly|nearly|almost|between)\s+"
-    r"|between\s+\S+\s+and\s+|n't\s+|[-+*/^<>]\s*)(?:\w+\s+)?$"
+# "9 is half of it" or "9 was a slip", but not "9 is the answer".
+_NOT_AFFIRMED = re.compile(
+    r"\W*[\d.,/]+\s+(?:is|was)\s+(?!(?:correct|right|left|how|what"
+    r"|(?:the|my|our|his|her|their)\s+(?:\w+\s+)?"
+    r"(?:answer|result|solution|total|number|sum|difference|product|value|amount|cost|price))\b)",
+    re.IGNORECASE,
 )
 
 
@@ -94,42 +104,77 @@ def answer_in(text: str) -> str:
     if (box := boxed(text)) is not None:
         return box
     text = _EMPHASIS.sub(lambda match: next(filter(None, match.groups())), text.strip())
-    text = re.sub(r"\bnegative (?=\d)", "-", text)
+    text = claims.without_asides(_MINUS.sub(r"\1-", text))
     if not _has_words(text):
         return text
-    if (rest := after_cue(text)) is not None:
-        text = _SENTENCE_END.split(rest)[0].strip()
-        if not _has_words(text):
-            return text
-    maths = [
-        (match.start(), match.end(), next(filter(None, match.groups())))
-        for match in _MATH.finditer(text)
-    ]
-    if maths and not _NUMBER.search(text[maths[-1][1] :]):
-        listed = _last_listed(text, maths)
-        if listed and not re.fullmatch(r"\s*[a-zA-Z]\s*", maths[-1][2]):
-            return listed
-    return _stated(_DELIMITERS.sub(" ", text) if maths else text, rest is not None)
+    rest = after_cue(text)
+    sentence = text if rest is None else _SENTENCE_END.split(rest)[0].strip()
+    if claims.denied(rest or text):
+        return sentence if claims.denied(sentence) else text
+    answer = _stated(sentence, rest is not None) if _has_words(sentence) else sentence
+    one_number = _ANY_NUMBER.fullmatch(_DELIMITERS.sub(" ", answer).strip(" ."))
+    return text if one_number and claims.undecided(text[_clause_start(text) :]) else answer
+
+
+def _clause_start(text: str) -> int:
+    """Where the clause begins that has the last "the answer is"; 0 where none has."""
+    cues = list(_CUE.finditer(text))
+    return max([0, *(c.end() for c in _CLAUSE.finditer(text, 0, cues[-1].start()))]) if cues else 0
 
 
 def after_cue(text: str) -> str | None:
-    """What follows the last "the answer is" or "Answer:" of a text; None: nothing does."""
+    """What follows the last "the answer is" or "Answer:" of a text; None: nothing does.
+
+    Where the words before it deny it, as in "the wrong answer is", they are part of it.
+    """
     cues = list(_CUE.finditer(text))
-    return (text[cues[-1].end() :].lstrip("}*: \n").rstrip("* \n") or None) if cues else None
+    rest = text[cues[-1].end() :].lstrip("}*: \n").rstrip("* \n") if cues else ""
+    if not rest:
+        return None
+    head = text[_clause_start(text) : cues[-1].end()]
+    return f"{head} {rest}" if claims.denied(head) else rest
 
 
 def _stated(sentence: str, after_cue: bool) -> str:
-    """What a sentence without math delimiters states: the part after its verb, or its number.
+    """What a sentence with words states: its math, the part after its verb, or its number.
 
     after_cue: it is the end of a sentence, what follows "the answer is".
     """
-    if (conclusion := _REASON.split(sentence, maxsplit=1)[0]).strip():  # "9, because 4 + 5 = 9"
-        sentence = conclusion
+    maths = [
+        (match.start(), match.end(), next(filter(None, match.groups())))
+        for match in _MATH.finditer(sentence)
+    ]
+    words = re.sub(r"\s+", " ", _DELIMITERS.sub(" ", sentence)) if maths else sentence
+    if _NOT_AFFIRMED.match(words):
+        return sentence
+    listed = _stated_in_math(sentence, maths) if maths else None
+    return _stated_in_words(words, after_cue) if listed is None else listed
+
+
+def _stated_in_math(sentence: str, maths: list[tuple[int, int, str]]) -> str | None:
+    """What the last (start, end, content) of a sentence state; None where words must tell."""
+    start, end, content = maths[-1]
+    if _NUMBER.search(sentence[end:]) or re.fullmatch(r"\s*[a-zA-Z]\s*", content):
+        return None
+    for left, right, _ in maths:  # "10 - $5$"
+        if sentence[:left].rstrip().endswith(tuple("-+*/^<>")):
+            return None
+        if _OPERATION.match(sentence, right):
+            return None
+    verbs = _VERB.finditer(sentence, 0, start)
+    after = sentence[max([0, *(verb.end() for verb in verbs)]) :]
+    return sentence if claims.altered(after) else _last_listed(sentence, maths)
+
+
+def _stated_in_words(sentence: str, after_cue: bool) -> str:
+    """What a sentence without math delimiters states: the part after its verb, or its number."""
     numbers = _numbers(sentence)
     verbs = list(_VERB.finditer(sentence))
     stating = [verb for verb in verbs if not _in_equation(sentence, verb)]
     starts = [0] * after_cue + [verb.end() for verb in stating]
     for start in reversed(starts):
+        if claims.altered(sentence[start:]):
+            return sentence
         after = _REST.split(sentence[start:], maxsplit=1)[0].strip().rstrip(".")
         if after and (not _has_words(after) or not numbers):
             return after
@@ -138,7 +183,8 @@ def _stated(sentence: str, after_cue: bool) -> str:
             return stated[0]
         if stated:
             return sentence
-    return numbers[0] if len(numbers) == 1 and stating == verbs else sentence
+    alone = len(numbers) == 1 and stating == verbs and not claims.altered(sentence)
+    return numbers[0] if alone else sentence
 
 
 def _in_equation(sentence: str, verb: re.Match) -> bool:
@@ -148,25 +194,39 @@ def _in_equation(sentence: str, verb: re.Match) -> bool:
 
 def _numbers(sentence: str) -> list[str]:
     """The different numbers that a sentence gives as such."""
-    found = [
-        match[0].strip()
-        for match in _NUMBER.finditer(sentence)
-        if not _NOT_JUST.search(sentence[: match.start()])
-    ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(match[0].strip() for match in _NUMBER.finditer(sentence)))
 
+
+# ---- letters of choices
 
 _LETTER = re.compile(
-    r"[(\s]*(?i:option|choice)?[(\s]*([A-J])(?:[).:,]+(?:\s.*)?|\s+-\s.*)?", re.DOTALL
+    r"[(\s]*(?i:option|choice)?[(\s]*([A-J])(?:([).:,]+(?:\s.*)?)|(\s+-\s.*))?", re.DOTALL
+)
+_OTHER = r"\(?([A-HJ])"  # no I, which is a number or a word more often
+_MARKED = rf"{_OTHER}[).:](?!\s[a-z])"  # "(B)" or "B.", no "E. coli"
+_OTHER_LETTER = re.compile(  # "A, B", "(A) and (B)", "A) B)", "A. 3 or B. 4", "A. 3\nB. 4"
+    rf"^[).:]*\s*(?:,|&|/|(?:and|or)\b)\s*{_OTHER}(?=[).:,]|\s*$)"
+    rf"|(?:^[).:]+\s*|\b(?:and|or)\s+|\n\s*){_MARKED}|^[^(]*\s{_OTHER}\)"
+)
+# "A is", "A: wrong", but not the text of a choice, as "A. without a name" or "A. Wrong, wrong".
+_ABOUT_LETTER = re.compile(
+    r"[-().:,\s]*(?:(?:(?:is|was|can|seems|looks)\b|isn't|(?:cannot|can't) be\b).*|[a-z]+\W*)",
+    re.DOTALL,
 )
 
 
 def letter(text: str) -> str | None:
-    """The letter of a choice that an answer begins with: "B", "(B)", "B. 42", "B) four"."""
+    """The letter of a choice that an answer begins with: "B", "(B)", "B. 42", "B) four".
+
+    None where it names another one too, or takes it back: "A and B", "A: wrong".
+    """
     for part in (text, after_cue(text) or "", answer_in(text)):
         plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$]", r"\1", part)
-        if match := _LETTER.fullmatch(plain.strip(" .\n")):
-            return match[1]
+        if match := _LETTER.fullmatch(claims.without_asides(plain).strip(" .\n")):
+            rest = match[2] or match[3] or ""
+            others = {name for names in _OTHER_LETTER.findall(rest) for name in names if name}
+            denied = _ABOUT_LETTER.fullmatch(rest) is not None and claims.denied(rest)
+            return None if denied or others - {match[1]} else match[1]
     return None
 
 
@@ -203,12 +263,20 @@ def last_answer(response: str) -> str | None:
 
 
 def last_letter(response: str) -> str | None:
-    """The letter of the choice that a response without tags states, or begins or ends with."""
+    """The letter of the choice that a response without tags states, or begins or ends with.
+
+    Lines that begin with different letters are a list of choices, and choose none.
+    """
     text = _end(response)
-    stated = _last_statement(text)
+    if found := letter(_last_statement(text) or ""):
+        return found
     lines = text.splitlines() or [""]
-    found = (letter(part) for part in (stated or "", lines[0], lines[-1]))
-    return next(filter(None, found), None)
+    letters = [letter(line) for line in lines]
+    if letters[-1] == lines[-1].strip(" .*()"):
+        return letters[-1]
+    ends = letters[-1:] if len(response) > LENGTH else [letters[0], letters[-1]]
+    chosen = set(ends) - {None}
+    return chosen.pop() if len(chosen) == 1 and len(set(letters) - {None}) == 1 else None
 
 
 def last_line(response: str) -> str | None:

@@ -6,6 +6,8 @@ That is the names of its values (`named`), its elements (`list_of`) and its exac
 import re
 from fractions import Fraction
 
+from collab_jax.tasks import claims
+from collab_jax.tasks.claims import NUMERALS
 from collab_jax.tasks.expressions import value as value_of
 
 # ---- one spelling
@@ -54,13 +56,7 @@ _COMMANDS = [  # (what may be written, its one spelling)
         (r"\\\}", r"\\rbrace "),
     )
 ]
-_NUMERALS = {
-    word: str(i)
-    for i, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty".split()
-    )
-}
+_NUMERALS = {word: str(i) for i, word in enumerate(NUMERALS)}
 _NUMERAL = re.compile(rf"({'|'.join(_NUMERALS)})(?=\W*$| [a-z]+\W*$)", re.IGNORECASE)
 _SPACED_THOUSANDS = re.compile(  # 12\,000 and 12 000
     r"(?<![\d.,] )(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~|\{,\}|,?\\!\s*)\d{3})+(?!\d)"
@@ -70,8 +66,8 @@ _SPACE = re.compile(r"(?:(?<!\\)\\[,;:! ]|\\q?quad|~|\s)+")  # not in "\\ ", a r
 _SIGNS = re.compile(r"\\?[$%]|(?<!\\)\\[()\[\]]")
 _TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|rm|bf)"
 _WRAPPED = re.compile(rf"{_TEXT} *\{{([^{{}}]*)\}}")
-# Words after a number that are no unit: they make it another number, or are part of a formula.
-_NO_UNIT = r"(?:and|or|to|out|mod|over|choose|(?:mi|bi|tri)llion|thousand|hundred|dozen)s?\b"
+# Words after a number that are no unit, besides those of `claims.py`.
+_NO_UNIT = r"(?:and|or|to|out|was|were|are|ha[sd]|have|will|would|could|should)\b"
 _UNIT_AS_TEXT = re.compile(
     rf"(?<=[\d}})]) *{_TEXT} *\{{ *(?! *{_NO_UNIT})[^{{}}\d]*\}}(?:\^ *\{{?\d\}}?)?(?= *(?:[,;]|$))"
 )
@@ -97,7 +93,8 @@ def normal(answer: str) -> str:
     not 12. So is a space between a command and a letter.
     """
     text = answer.strip().lstrip("= ").translate(_UNICODE)
-    if numeral := _NUMERAL.match(text):  # nine, nine apples
+    plain = not claims.denied(text) and not claims.altered(text)  # else each word counts
+    if plain and (numeral := _NUMERAL.match(text)):  # nine, nine apples
         text = _NUMERALS[numeral[1].lower()] + text[numeral.end() :]
     if "\\begin" not in text:  # there "\\\\" ends a row; elsewhere a command was escaped twice
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
@@ -105,9 +102,10 @@ def normal(answer: str) -> str:
         text = pattern.sub(spelling, text)
     text = _SPACED_THOUSANDS.sub(lambda match: re.sub(r"[^\d$-]", "", match[0]), text)
     text = _SPACE.sub(" ", _SIGNS.sub("", text)).strip()
-    text = _UNIT_AS_TEXT.sub("", text.rstrip(".,; "))
+    text = text.rstrip(".,; ")
+    text = _UNIT_AS_TEXT.sub("", text) if plain else text
     text = _WRAPPED.sub(r"\1", text).strip().rstrip(".,; ")
-    text = _UNIT_AS_WORDS.sub("", text)
+    text = _UNIT_AS_WORDS.sub("", text) if plain else text
     if _THOUSANDS.fullmatch(text):  # 32,349, but not 32, 349, which is a list
         text = text.replace(",", "")
     text = re.sub(" +", " ", _AND.sub(",", _solutions(text)))
@@ -154,6 +152,9 @@ def named(element: str) -> tuple[str, str]:
     if approximately:
         element = f"{exact}={rounded.strip()}" if _NAME.fullmatch(exact) else exact
     match = _NAMED.match(element)
+    variables = re.findall("[a-zA-Z]", match[0]) if match and match[0][0] == "(" else []
+    if variables != sorted(variables):  # (y,x)=(1,2) is not (1,2)
+        match = None
     name, value = (match[0], element[match.end() :]) if match else ("", element)
     *steps, last = _EQUALS.split(value)
     if name and steps and not any(_LETTERS.search(step) for step in steps):
