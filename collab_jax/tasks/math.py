@@ -2,7 +2,7 @@
 
 How an answer is found in a response (`extract`), when two answers are the same (`equal`), and the
 tasks. An answer is taken out of its sentence (`prose.py`), unless this does not claim it
-(`claims.py`), and written in one spelling (`spelling.py`), in which most can be compared
+(`denials.py`), and written in one spelling (`spelling.py`), in which most can be compared
 (`free_form.py`). What that does not settle goes to math-verify (`verifier.py`).
 """
 

@@ -6,7 +6,7 @@ answer out of a sentence, and `last_answer` out of a whole response without tags
 
 import re
 
-from collab_jax.tasks import claims
+from collab_jax.tasks import denials
 
 # ---- boxes
 
@@ -104,16 +104,16 @@ def answer_in(text: str) -> str:
     if (box := boxed(text)) is not None:
         return box
     text = _EMPHASIS.sub(lambda match: next(filter(None, match.groups())), text.strip())
-    text = claims.without_asides(_MINUS.sub(r"\1-", text))
+    text = denials.without_asides(_MINUS.sub(r"\1-", text))
     if not _has_words(text):
         return text
     rest = after_cue(text)
     sentence = text if rest is None else _SENTENCE_END.split(rest)[0].strip()
-    if claims.denied(rest or text):
-        return sentence if claims.denied(sentence) else text
+    if denials.denied(rest or text):
+        return sentence if denials.denied(sentence) else text
     answer = _stated(sentence, rest is not None) if _has_words(sentence) else sentence
     one_number = _ANY_NUMBER.fullmatch(_DELIMITERS.sub(" ", answer).strip(" ."))
-    return text if one_number and claims.undecided(text[_clause_start(text) :]) else answer
+    return text if one_number and denials.undecided(text[_clause_start(text) :]) else answer
 
 
 def _clause_start(text: str) -> int:
@@ -132,7 +132,7 @@ def after_cue(text: str) -> str | None:
     if not rest:
         return None
     head = text[_clause_start(text) : cues[-1].end()]
-    return f"{head} {rest}" if claims.denied(head) else rest
+    return f"{head} {rest}" if denials.denied(head) else rest
 
 
 def _stated(sentence: str, after_cue: bool) -> str:
@@ -163,7 +163,7 @@ def _stated_in_math(sentence: str, maths: list[tuple[int, int, str]]) -> str | N
             return None
     verbs = _VERB.finditer(sentence, 0, start)
     after = sentence[max([0, *(verb.end() for verb in verbs)]) :]
-    return sentence if claims.altered(after) else _last_listed(sentence, maths)
+    return sentence if denials.altered(after) else _last_listed(sentence, maths)
 
 
 def _stated_in_words(sentence: str, after_cue: bool) -> str:
@@ -173,7 +173,7 @@ def _stated_in_words(sentence: str, after_cue: bool) -> str:
     stating = [verb for verb in verbs if not _in_equation(sentence, verb)]
     starts = [0] * after_cue + [verb.end() for verb in stating]
     for start in reversed(starts):
-        if claims.altered(sentence[start:]):
+        if denials.altered(sentence[start:]):
             return sentence
         after = _REST.split(sentence[start:], maxsplit=1)[0].strip().rstrip(".")
         if after and (not _has_words(after) or not numbers):
@@ -183,7 +183,7 @@ def _stated_in_words(sentence: str, after_cue: bool) -> str:
             return stated[0]
         if stated:
             return sentence
-    alone = len(numbers) == 1 and stating == verbs and not claims.altered(sentence)
+    alone = len(numbers) == 1 and stating == verbs and not denials.altered(sentence)
     return numbers[0] if alone else sentence
 
 
@@ -222,10 +222,10 @@ def letter(text: str) -> str | None:
     """
     for part in (text, after_cue(text) or "", answer_in(text)):
         plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$]", r"\1", part)
-        if match := _LETTER.fullmatch(claims.without_asides(plain).strip(" .\n")):
+        if match := _LETTER.fullmatch(denials.without_asides(plain).strip(" .\n")):
             rest = match[2] or match[3] or ""
             others = {name for names in _OTHER_LETTER.findall(rest) for name in names if name}
-            denied = _ABOUT_LETTER.fullmatch(rest) is not None and claims.denied(rest)
+            denied = _ABOUT_LETTER.fullmatch(rest) is not None and denials.denied(rest)
             return None if denied or others - {match[1]} else match[1]
     return None
 

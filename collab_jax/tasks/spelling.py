@@ -6,8 +6,8 @@ That is the names of its values (`named`), its elements (`list_of`) and its exac
 import re
 from fractions import Fraction
 
-from collab_jax.tasks import claims
-from collab_jax.tasks.claims import NUMERALS
+from collab_jax.tasks import denials
+from collab_jax.tasks.denials import NUMERALS
 from collab_jax.tasks.expressions import value as value_of
 
 # ---- one spelling
@@ -66,7 +66,7 @@ _SPACE = re.compile(r"(?:(?<!\\)\\[,;:! ]|\\q?quad|~|\s)+")  # not in "\\ ", a r
 _SIGNS = re.compile(r"\\?[$%]|(?<!\\)\\[()\[\]]")
 _TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|rm|bf)"
 _WRAPPED = re.compile(rf"{_TEXT} *\{{([^{{}}]*)\}}")
-# Words after a number that are no unit, besides those of `claims.py`.
+# Words after a number that are no unit, besides those of `denials.py`.
 _NO_UNIT = r"(?:and|or|to|out|was|were|are|ha[sd]|have|will|would|could|should)\b"
 _UNIT_AS_TEXT = re.compile(
     rf"(?<=[\d}})]) *{_TEXT} *\{{ *(?! *{_NO_UNIT})[^{{}}\d]*\}}(?:\^ *\{{?\d\}}?)?(?= *(?:[,;]|$))"
@@ -93,7 +93,7 @@ def normal(answer: str) -> str:
     not 12. So is a space between a command and a letter.
     """
     text = answer.strip().lstrip("= ").translate(_UNICODE)
-    plain = not claims.denied(text) and not claims.altered(text)  # else each word counts
+    plain = not denials.denied(text) and not denials.altered(text)  # else each word counts
     if plain and (numeral := _NUMERAL.match(text)):  # nine, nine apples
         text = _NUMERALS[numeral[1].lower()] + text[numeral.end() :]
     if "\\begin" not in text:  # there "\\\\" ends a row; elsewhere a command was escaped twice

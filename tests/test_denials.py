@@ -2,7 +2,7 @@
 
 import pytest
 
-from collab_jax.tasks import claims, math
+from collab_jax.tasks import denials, math
 
 # One class a line: (what it is, gold, right predictions, wrong ones).
 CLASSES = {
@@ -141,12 +141,12 @@ def test_an_answer_in_words_may_deny():
     ],
 )
 def test_asides(text, rest):
-    assert claims.without_asides(text) == rest
+    assert denials.without_asides(text) == rest
 
 
 def test_numbers_that_are_the_same_leave_nothing_open():
-    assert not claims.undecided("7 or 7")
-    assert not claims.undecided("7, and 12")
-    assert not claims.undecided("if 3, it is 7")
-    assert not claims.undecided("3 + 4 = 7, or so")
-    assert claims.undecided("7, or 12 in May")
+    assert not denials.undecided("7 or 7")
+    assert not denials.undecided("7, and 12")
+    assert not denials.undecided("if 3, it is 7")
+    assert not denials.undecided("3 + 4 = 7, or so")
+    assert denials.undecided("7, or 12 in May")
