@@ -21,7 +21,7 @@ from collab_jax import records, sweep
 from collab_jax.reports import publish
 from collab_jax.reports import sweep as sweep_report
 from collab_jax.rl import sweeps
-from collab_jax.rl.experiment import claim, make_workdir
+from collab_jax.rl.claims import claim, make_workdir
 from collab_jax.rl.sweeps import Cell, Sweep
 from collab_jax.runtime import metrics
 from collab_jax.runtime.errors import UserError
