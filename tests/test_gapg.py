@@ -489,6 +489,7 @@ def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
     assert metrics["no_signal"][0] == metrics["kept"][0] == Q and metrics["grad_norm"][0] == 0
 
 
+@pytest.mark.slow
 def test_drift_is_measured_against_the_sampled_log_probabilities(stepped):
     batch = rollout()
     exact = batch_logprobs(start().params, batch)

@@ -117,6 +117,7 @@ def test_merging_by_hand():
     assert base["embed_tokens"]["embedding"][1, 0] == 2  # the base stays what it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_token_with_a_twin_can_be_told_from_it(kind):
     """Two tokens that are alike to the bit have the same logit, whatever other weights learn."""

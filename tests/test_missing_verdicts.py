@@ -116,6 +116,7 @@ def test_a_repeated_step_does_without_the_same_verdicts_of_the_verifier(small, t
     assert asked and not any(map(length_is_even, asked))
 
 
+@pytest.mark.slow
 def test_responses_to_one_prompt_that_occurs_twice_are_told_apart(small, tmp_path):
     """Where two epochs meet, a step may have a prompt twice, and so two groups of responses."""
     run = experiment.prepare(small(eval__prompts=0), tmp_path)

@@ -182,6 +182,7 @@ def test_sampled_logp_is_the_teacher_forced_one():
     np.testing.assert_allclose(samples.logp.reshape(-1, T)[mask], forced[mask], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_eos_is_inside_the_mask_and_nothing_after_it():
     samples = sampled()
     length = samples.mask.sum(-1)

@@ -235,6 +235,7 @@ def test_a_sweep_continues_from_what_is_published_with_the_same_figures(
     assert (to / "report.md").read_text() == said
 
 
+@pytest.mark.slow
 def test_what_is_published_has_each_text_once_and_nothing_that_is_remade(
     tmp_path, stand_in, monkeypatch
 ):

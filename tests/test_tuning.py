@@ -85,6 +85,7 @@ def reference(params, cfg, text, config, batch):
     return single_rows(params, cfg, prompts, mask, responses, taught)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [GIVEN[:4], [*GIVEN[:3], CALL]], ids=["answers", "a call"])
 def test_a_packed_step_is_that_of_single_rows(make, tmp_path, batch):
     config, cfg, text, params, _ = make()
