@@ -35,6 +35,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     settings.check_warm_start(config)
     claims.make_workdir(workdir)  # now, not after hours
     if warm_start.is_finished(config, workdir):
+        warm_start.discard_checkpoints(workdir)  # a kill may have come before
         print(f"{workdir} is finished: its figures are in {warm_start.FIGURES}")
         return 0
     task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
@@ -48,7 +49,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         for warning in reach.warnings(figures):
             print(f"warning: {warning}", file=sys.stderr)
     files.write_text(workdir / warm_start.FIGURES, json.dumps(figures, indent=2) + "\n")
-    warm_start.is_finished(config, workdir)  # nothing is needed to go on any more
+    warm_start.discard_checkpoints(workdir)
     print(f"wrote {workdir}")
     return 0
 

@@ -70,18 +70,21 @@ class WarmStart(NamedTuple):
 
 
 def is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
-    """Whether an earlier start has finished this warm start; what it needed to go on is then gone.
+    """Whether an earlier start has finished this warm start.
 
     Raises UserError where the workdir holds a warm start with other settings.
     """
-    folder, figures = workdir / FOLDER, workdir / FIGURES
+    folder = workdir / FOLDER
     if not (folder / "config.json").exists():
         return False
     claims.claim(config, folder, unread=())
-    if figures.exists():
-        for checkpoints in folder.glob("*/checkpoints"):
-            shutil.rmtree(checkpoints)
-    return figures.exists()
+    return (workdir / FIGURES).exists()
+
+
+def discard_checkpoints(workdir: pathlib.Path) -> None:
+    """Removes the checkpoints of a finished warm start, if they are there."""
+    for checkpoints in (workdir / FOLDER).glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
