@@ -4,8 +4,9 @@ r"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from 
 
 Expected after 1,200 steps (20 to 35 minutes on two cores, before demonstrations were packed): last
 loss 0.175 nats a token. Greedy, with the marker disallowed, it solves 65 % of the prompts with
-three numbers and 30 % of those with four. In natural decoding it calls on 9 % of the prompts and answers half of them wrong: on 35 % it
-says itself that its answer is wrong (`no`), on 16 % that it is right (`ok`).
+three numbers and 30 % of those with four. In natural decoding it calls on 9 % of the prompts and
+answers half of them wrong: on 35 % it says itself that its answer is wrong (`no`), on 16 % that it
+is right (`ok`).
 """
 
 import pathlib
