@@ -32,16 +32,20 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 def get_config() -> ConfigDict:
     config = common["get_config"]()
     config.budget = 0.3
-    config.prompt_length = 112
+    config.group = 4
+    config.prompt_length = 96
     config.max_new_tokens = 48
     config.cpu_devices = 1
 
     config.model.path = "smollm2-135m"
+    config.model.dtype = "bfloat16"
+    config.decode.cache_dtype = "bfloat16"
     config.lora.rank = 8
     config.lora.alpha = 16.0
 
     config.task.name = "svamp"
     config.task.prompt = "{problem}"
+    config.task.system = "Solve the problem."
     config.task.demo_give_up = 0.0  # when to call comes from the model's own failures
 
     config.cloud.error_rate = 0.06
@@ -53,15 +57,15 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 1000
     config.eval.batch_size = 64
 
-    config.sft.relabel_steps = 80  # two passes over each half
+    config.sft.relabel_steps = 120
     config.sft.prompts = 1200
     config.sft.keep = 2
     config.sft.marker_share = 0.4
-    config.sft.steps = 200
-    config.sft.batch_size = 32
+    config.sft.steps = 400
+    config.sft.batch_size = 16
     config.sft.micro_rows = 1
-    config.sft.checkpoint_every = 20
-    config.sft.learning_rate = 5e-4
+    config.sft.checkpoint_every = 40
+    config.sft.learning_rate = 1e-3
     config.sft.warmup_steps = 10
     config.sft.check_prompts = 128
     return config

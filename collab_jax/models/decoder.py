@@ -115,11 +115,13 @@ def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array
         w = jnp.exp(s - jnp.moveaxis(best.reshape(R, g, K, n, t), 1, 2)[..., None])
         total += by_row(w.sum(-1))
         part = jnp.einsum(
-            "rkqs,rksh->rkqh", w.astype(q.dtype).reshape(R, K, g * n * t, -1), v.astype(q.dtype)
+            "rkqs,rksh->rkqh",
+            w.astype(q.dtype).reshape(R, K, g * n * t, -1),
+            v.astype(q.dtype),
+            preferred_element_type=jnp.float32,
         )
         y += by_row(part.reshape(R, K, g, n, t, H))
-    y = y / total[..., None].astype(q.dtype)
-    return y.transpose(0, 3, 1, 2, 4)
+    return (y / total[..., None]).astype(q.dtype).transpose(0, 3, 1, 2, 4)
 
 
 KV = tuple[jax.Array, jax.Array]  # keys and values of one layer, of one segment
