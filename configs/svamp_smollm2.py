@@ -57,10 +57,10 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 1000
     config.eval.batch_size = 64
 
-    config.sft.relabel_steps = 120
+    config.sft.relabel_steps = 100
     config.sft.prompts = 1200
-    config.sft.keep = 2
-    config.sft.marker_share = 0.4
+    config.sft.keep = 4
+    config.sft.marker_share = 0.5
     config.sft.steps = 400
     config.sft.batch_size = 16
     config.sft.micro_rows = 1

@@ -11,7 +11,7 @@ from collab_jax.models import text as text_lib
 from collab_jax.rl import demonstrations
 from collab_jax.rl.demonstrations import Demonstration
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, make_task
+from collab_jax.tasks import Example, make_task, splits
 
 MARKER = "<unknown> I need external assistance </unknown>"
 RIGHT = "<think>3+4=7,7+5=12 ok</think><answer>3+4+5</answer>"
@@ -128,14 +128,19 @@ def test_a_filter_that_nothing_passes_is_an_error_not_an_endless_search():
 
 def test_what_stands_before_the_question_changes_no_half():
     with_system = [{"role": "system", "content": "Be brief."}, *USER]
-    assert demonstrations.half_of(with_system) == demonstrations.half_of(USER)
+    assert demonstrations.half_of(with_system, str) == demonstrations.half_of(USER, str)
 
 
 def test_halves_are_about_equal_and_stay():
     prompts = [[{"role": "user", "content": str(i)}] for i in range(400)]
-    halves = [demonstrations.half_of(prompt) for prompt in prompts]
+    halves = [demonstrations.half_of(prompt, str) for prompt in prompts]
     assert 160 < sum(halves) < 240 and set(halves) == {0, 1}
-    assert halves == [demonstrations.half_of(json.loads(json.dumps(p))) for p in prompts]
+    assert halves == [demonstrations.half_of(json.loads(json.dumps(p)), str) for p in prompts]
+
+
+def test_problems_of_one_template_are_in_one_half():
+    prompts = [[{"role": "user", "content": f"Ann has {i} pens."}] for i in range(40)]
+    assert len({demonstrations.half_of(prompt, splits.template) for prompt in prompts}) == 1
 
 
 def test_files_that_are_not_there_or_cut_short(tmp_path):

@@ -221,7 +221,8 @@ def test_a_share_stops_anywhere_and_calls(folder):
     # 600 expected, standard deviation sqrt(2,000 x 0.3 x 0.7) = 20.5; four of them = 82
     assert 518 <= len(calls) <= 682
     assert all(v.called for v in make_task(config(folder)).verify(*zip(*calls, strict=True)))
-    of_two = Counter(r.removesuffix(MARKER) for e, r in calls if e.stratum == "2-step")
+    two = [(e, r) for e, r in calls if e.problem["solution"] == "2+1=3, 3*2=6"]
+    of_two = Counter(r.removesuffix(MARKER) for e, r in two)
     stops = ["", "2+1=3\n", "2+1=3\n3*2=6\n", "2+1=3\n3*2=6</think>\n"]
     assert set(of_two) == {f"<think>{stop}" for stop in stops}
     assert min(of_two.values()) > 0.5 * sum(of_two.values()) / 4
@@ -231,9 +232,16 @@ def test_a_seed_fixes_demonstrations(folder):
     first = demonstrated(folder, 200, demo_give_up=0.5)
     assert demonstrated(folder, 200, demo_give_up=0.5) == first
     assert demonstrated(folder, 200, seed=1, demo_give_up=0.5) != first
-    epochs = [e.id for e, _ in first]
-    n = len(make_task(config(folder)).load("train"))
-    assert set(epochs[:n]) == set(epochs[n : 2 * n]) and epochs[:n] != epochs[n : 2 * n]
+    train = {e.id: e for e in make_task(config(folder)).load("train")}
+    n = len(train)
+    epochs = [[e.id for e, _ in first[i : i + n]] for i in (0, n, 2 * n)]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2]) == set(train)
+    assert epochs[0] != epochs[1] != epochs[2]
+    as_published = [e.problem == train[e.id].problem for e, _ in first[: 3 * n]]
+    assert all(as_published[:n]) and all(as_published[2 * n :])
+    assert sum(as_published[n : 2 * n]) < 0.7 * n  # the others have other numbers
+    verdicts = make_task(config(folder)).verify(*zip(*first, strict=True))
+    assert all(v.correct or v.called for v in verdicts)
 
 
 # ---- verdicts, the cloud

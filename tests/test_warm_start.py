@@ -101,7 +101,7 @@ def test_each_half_is_labelled_by_a_model_that_was_tuned_on_the_other(
 
     def spy(tuner, folder, params, source, steps):
         demonstrations_of_it = [one for one, _ in zip(source(), range(40), strict=False)]
-        seen[folder.name] = {half_of(one.prompt) for one in demonstrations_of_it}
+        seen[folder.name] = {half_of(one.prompt, str) for one in demonstrations_of_it}
         assert not any(
             base.called(one.response, MARKER) != one.call_only for one in demonstrations_of_it
         )
@@ -113,7 +113,7 @@ def test_each_half_is_labelled_by_a_model_that_was_tuned_on_the_other(
     prompts = {e.id: task.prompt(e) for e in task.load("train")}
     answered = [rows_of(tmp_path / "warm_start" / f"half-{h}" / "samples.jsonl") for h in (0, 1)]
     for half, rows in enumerate(answered):
-        assert {half_of(prompts[row["id"]]) for row in rows} == {1 - half}
+        assert {half_of(prompts[row["id"]], str) for row in rows} == {1 - half}
     assert len(answered[0]) + len(answered[1]) == len(prompts)
     rows = rows_of(tmp_path / "demonstrations.jsonl")
     assert {row["kind"] for row in rows} == {"answer", "call"}

@@ -196,9 +196,12 @@ def drop_too_long(
     return kept
 
 
-def half_of(prompt: Messages) -> int:
-    """Which half, 0 or 1, a prompt is in: by a hash of its last message, whatever stands before."""
-    return hashlib.sha256(prompt[-1]["content"].encode()).digest()[0] & 1
+def half_of(prompt: Messages, template: Callable[[str], str]) -> int:
+    """Which half, 0 or 1, a prompt is in: by a hash of its last message, whatever stands before.
+
+    Those with the same `Task.template` are in the same half.
+    """
+    return hashlib.sha256(template(prompt[-1]["content"]).encode()).digest()[0] & 1
 
 
 class Given(NamedTuple):

@@ -10,7 +10,6 @@ What a start needs to go on is in WORKDIR/warm_start: the settings, and a folder
 with its metrics, checkpoints and samples.
 """
 
-import functools
 import itertools
 import json
 import pathlib
@@ -213,31 +212,33 @@ def _endless(start: WarmStart, items: list[Demonstration]) -> Source:
 def _relabelled(start: WarmStart, given: Given, tuner: Tuner) -> Source:
     """The given demonstrations that answer, and the model's own after a tuning on the other half.
 
-    As many given ones as there are training examples.
+    Twice as many given ones as there are training examples: a task may show them in two ways.
     """
     sft = start.config.sft
 
     def answers(one: Demonstration) -> bool:
         return not (one.call_only or base.called(one.response, start.text.marker))
 
+    def half_of(prompt: text_lib.Messages) -> int:
+        return demonstrations.half_of(prompt, start.task.template)
+
     judged = []
     for half in (0, 1):
         folder = start.folder / f"half-{half}"
-        in_half = functools.partial(_is_in_half, half=half)
-        shown = given.only(lambda one: answers(one) and in_half(one.prompt), f"of half {half}")  # noqa: B023
+        shown = given.only(
+            lambda one: answers(one) and half_of(one.prompt) == half,  # noqa: B023
+            f"of half {half}",
+        )
         params = tuner.tune(folder, start.params, shown, sft.relabel_steps)
         others = [
             example
             for example in start.examples[: sft.prompts or None]
-            if not in_half(start.task.prompt(example))
+            if half_of(start.task.prompt(example)) != half
         ]
         judged += _answered(start, params, others, folder / "samples.jsonl")
-    as_given = list(itertools.islice(given.only(answers, "answers")(), len(start.examples)))
+    wanted = 2 * len(start.examples)
+    as_given = list(itertools.islice(given.only(answers, "answers")(), wanted))
     return _endless(start, [*as_given, *_own_demonstrations(start, judged)])
-
-
-def _is_in_half(prompt: text_lib.Messages, half: int) -> bool:
-    return demonstrations.half_of(prompt) == half
 
 
 def _answered(

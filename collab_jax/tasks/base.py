@@ -66,7 +66,8 @@ class Task:
     read_answer(example, response) -> the answer of a response without tags, None where there is
     none; None: the task reads nothing without tags. Evaluation alone uses it (`lenient_correct`).
     demonstrations(seed) -> endless (example, response) pairs for the warm start; None: there are
-    none.
+    none. template(prompt) -> what problems have in common that are alike but for details, such as
+    their numbers.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task:
     weights: Mapping[str, float] | None = None
     read_answer: ReadAnswer | None = None
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None
+    template: Callable[[str], str] = str
 
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)

@@ -114,23 +114,22 @@ def make_task(
     ranked: bool = False,
     read_answer: base.ReadAnswer | None = None,
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None,
+    template: Callable[[str], str] = str,
 ) -> Task:
     """The task of `config.task.name`, whose prompts are templates with {problem} in them.
 
     The device's template is `config.task.prompt`, the cloud's `cloud_prompt`. gold(example) -> the
     right answer, None where there is none. compare(golds, responses) -> whether the answer of each
     response is its gold one; None where the comparison ran out of time. splits, read_answer,
-    demonstrations: as in `Task`. ranked: whether examples have a difficulty.
+    demonstrations, template: as in `Task`. ranked: whether examples have a difficulty.
     Raises TaskError for a prompt without {problem}.
     """
-    template, marker = config.task.prompt, config.text.marker
-    if "{problem}" not in template:
-        raise TaskError(
-            f"config.task.prompt={template!r} needs {{problem}}, where the problem goes"
-        )
+    asked, marker = config.task.prompt, config.text.marker
+    if "{problem}" not in asked:
+        raise TaskError(f"config.task.prompt={asked!r} needs {{problem}}, where the problem goes")
 
-    def messages(template: str, example: Example) -> Messages:
-        return [{"role": "user", "content": template.replace("{problem}", problem(example))}]
+    def messages(asked: str, example: Example) -> Messages:
+        return [{"role": "user", "content": asked.replace("{problem}", problem(example))}]
 
     def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
         golds = {i: answer for i, e in enumerate(examples) if (answer := gold(e)) is not None}
@@ -169,7 +168,7 @@ def make_task(
     return Task(
         name=config.task.name,
         load=load,
-        prompt=lambda example: messages(template, example),
+        prompt=lambda example: messages(asked, example),
         cloud_prompt=lambda example: messages(cloud_prompt, example),
         verify=verify,
         splits=splits,
@@ -178,4 +177,5 @@ def make_task(
         gold=gold,
         read_answer=read_answer,
         demonstrations=demonstrations,
+        template=template,
     )

@@ -6,6 +6,8 @@ rows whose last step is not exactly the answer are left out: 48 of 2,814, most o
 answer such as 9.555555555555557, which nobody could derive from the step 172/18=9.5556.
 """
 
+import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import math, prose, rows, spelling, splits
+from collab_jax.tasks import math, prose, renumber, rows, spelling, splits
 from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
 
 _CLOUD_PROMPT = (
@@ -78,13 +80,17 @@ def demonstrations(
 ) -> Iterator[tuple[Example, str]]:
     """Endless (example, response): in each epoch all training examples once, in another order.
 
-    A response shows the steps, each on a line. A share `give_up` of them stops at random, without a
-    look at the problem, and ends with the marker: before a step, after the last one, or where the
-    answer would open.
+    In every second epoch problems have other numbers where that is safe (`renumber.py`). A response
+    shows the steps, each on a line. A share `give_up` of them stops at random, without a look at
+    the problem, and ends with the marker: before a step, after the last one, or where the answer
+    would open.
     """
     rng = random.Random(f"demonstrations {seed}")
-    while True:
+    for epoch in itertools.count():
         for example in rng.sample(examples, len(examples)):
+            if epoch % 2:
+                row = renumber.renumbered(example.problem, rng)
+                example = dataclasses.replace(example, problem=row)
             lines = steps(example.problem)
             thought = "<think>" + "\n".join(lines) + "</think>\n"
             if rng.random() >= give_up:
@@ -112,4 +118,5 @@ def make_task(config: ConfigDict) -> Task:
         demonstrations=lambda seed: demonstrations(
             seed, load(config.task, "train"), config.task.demo_give_up, config.text.marker
         ),
+        template=splits.template,
     )
