@@ -35,6 +35,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax  # noqa: E402
 
+from collab_jax.models import published  # noqa: E402
+from collab_jax.runtime.errors import UserError  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_platforms", "cpu")
 
@@ -74,3 +77,12 @@ def small(data_dir):
         return config.lock()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_file():
+    """The GGUF file of SmolLM2; where its package is absent the test is skipped."""
+    try:
+        return published.packaged_file("smollm2-135m")
+    except UserError as error:
+        pytest.skip(str(error))

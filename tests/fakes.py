@@ -1,7 +1,9 @@
-"""What several test modules share: a cloud without a network, its prompts, and small records."""
+"""What several test modules share: a cloud without a network, its prompts, records and rows."""
 
+import json
 import pathlib
 import runpy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,6 +105,22 @@ def make_table(n: int | None = None, seed: int = 0, **columns) -> records.Record
     return records.check(
         {name: list(column) for name, column in (base | columns).items()}, "a test's table"
     )
+
+
+# ---------------------------------------------------------------- rows of a task
+
+
+def svamp_row(i: int, steps: int = 1) -> dict[str, str]:
+    """Training row number i, with one to three steps; of the first 60 two are for validation."""
+    solution = ["2+1=3", "3*2=6", "6-5=1"][:steps]
+    answer = solution[-1].split("=")[1]
+    problem = f"Pen number {chr(97 + i // 26)}{chr(97 + i % 26)} has 2 caps and {steps} nibs."
+    return {"id": f"t{i}", "problem": problem, "answer": answer, "solution": ", ".join(solution)}
+
+
+def write_rows(path: pathlib.Path, rows: Iterable[dict]) -> None:
+    """Writes rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------- runs

@@ -14,7 +14,6 @@ from vocabularies import CUTS, TEMPLATE, byte_level
 from collab_jax.models import hf
 from collab_jax.models import text as text_lib
 from collab_jax.models.decision import ANSWER, Opening, opening
-from collab_jax.runtime.errors import UserError
 
 SETTINGS = ConfigDict(
     dict(marker="<unknown> help </unknown>", decision_token="auto", pad="auto", eos=("auto",))
@@ -134,11 +133,8 @@ def test_a_space_before_a_word_and_an_id_without_a_token(tmp_path):
     assert walk(opens, [1, 2, 4, 1, 5, 3]) == [1, 0, 0, 1, 0, 0]  # 5 is no token
 
 
+@pytest.mark.usefixtures("smollm2_file")
 def test_an_opening_is_found_as_in_the_text_by_smollm2():
-    try:
-        folder = hf.locate("smollm2-135m")
-    except UserError as error:
-        pytest.skip(str(error))
-    text = text_lib.load(folder, SETTINGS)
+    text = text_lib.load(hf.locate("smollm2-135m"), SETTINGS)
     assert text.tokenizer.tokenize("f(x)<answer>5")[3] == ")<"
     assert len(check_by_text(text, seed=0)) > 3

@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType as Q
 from transformers import AutoTokenizer
 
 from collab_jax import export
-from collab_jax.models import bpe, decoder, hf, published, shards
+from collab_jax.models import bpe, decoder, hf, shards
 from collab_jax.models import gguf as gguf_lib
 from collab_jax.models.decoder_config import RopeScaling
 from collab_jax.rl import experiment
@@ -687,15 +687,11 @@ def test_a_file_that_is_absent_or_something_else(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(smollm2_file):
     """(file, folder) of the packaged model, converted in a cache of its own."""
-    try:
-        file = published.packaged_file("smollm2-135m")
-    except UserError as error:
-        pytest.skip(str(error))
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", scratch)
-        yield file, hf.locate("smollm2-135m")
+        yield smollm2_file, hf.locate("smollm2-135m")
 
 
 @pytest.mark.slow

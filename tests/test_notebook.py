@@ -83,7 +83,7 @@ def run_notebook(tmp_path_factory):
             patch.setenv("IPYTHONDIR", str(tmp / "ipython"))
             where = {"metadata": {"path": str(NOTEBOOK.parent)}}
             nbclient.NotebookClient(
-                notebook, timeout=600, kernel_name="this-python", resources=where
+                notebook, timeout=1800, kernel_name="this-python", resources=where
             ).execute()
         outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
         assert not any(
@@ -154,29 +154,34 @@ def test_results_are_read_as_they_were_published(run_notebook):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_model_of_ones_own_goes_from_folder_to_calibrated_export(run_notebook, tmp_path):
-    """By the notebook's small stand-in, taught for a shorter time: each stage leaves what the next
-    one and a server need.
-    """
-    names = {"WORKDIR": str(tmp_path), "SCHOOL": "150"}
+@pytest.mark.usefixtures("smollm2_file")
+def test_a_pretrained_model_goes_from_its_weights_to_a_calibrated_export(run_notebook, tmp_path):
+    """Each stage leaves what the next one and a server need."""
     out = run_notebook(
-        NOTEBOOK.parent / "04_bring_your_model.ipynb",
-        **{f"COLLAB_JAX_NOTEBOOK_{k}": v for k, v in names.items()},
+        NOTEBOOK.parent / "04_bring_your_model.ipynb", COLLAB_JAX_NOTEBOOK_WORKDIR=str(tmp_path)
     )
-    assert "on each of 1 device" in "".join(out["memory"])
-    kinds = dict(re.findall(r"(\d+) x (answer|call), for example", out["warm"][-1]))
-    assert sorted(kinds.values()) == ["answer", "call"]
-    assert dict(rows(out["reach"]))["prompts"] == "32"
-    assert "| accuracy on the device" in (tmp_path / "run" / "report.md").read_text()
+    printed = {key: "".join(x for x in cell if isinstance(x, str)) for key, cell in out.items()}
+    assert re.findall(r"(\d+) for (\w+)", printed["data"]) == [
+        ("80", "train"),
+        ("16", "validation"),
+        ("12", "test"),
+    ]
+    assert "`<jupyter_script>`" in rows(out["text-settings"])[2]
+    assert printed["text-settings"].endswith("<jupyter_script> <|im_end|>\n")
+    assert "on each of 1 device" in printed["memory"]
+    kinds = dict(re.findall(r"(\w+): (\d+), for example <think>", printed["warm"]))
+    assert kinds.keys() == {"answer", "call"} and "warning" not in printed["warm"]
+    assert dict(rows(out["reach"]))["prompts"] == "4"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "| accuracy on the device" in out["train"][-1]["text/markdown"]
     config = collab_config.read(tmp_path / "model")
-    assert config["decision_token"] == "<|quad_start|>" and config["marker"].startswith("<unknown>")
+    assert config["decision_token"] == "<jupyter_script>"
     assert (config["target"], config["value"]) == ("rate", 0.3)
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert (
-        "The call begins with one token, `<|quad_start|>`" in card
-        and "before and after training" in card
-    )
-    assert re.match(r"\d+ parameters, ", out["use"][0]) and "model.safetensors" in out["use"][0]
+    assert len(rows(out["use"])) == len(config["biases"])
+    for folder, weights in (("model", "model"), ("adapter", "adapter_model")):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "The call begins with one token, `<jupyter_script>`" in card
+        assert f"{weights}.safetensors" in printed["use"]
 
 
 @pytest.mark.slow

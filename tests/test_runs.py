@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL
-from fakes import comparable_metrics, saved_state
+from fakes import comparable_metrics, saved_state, svamp_row, write_rows
 
 from collab_jax.models import hf
 from collab_jax.runtime import metrics
+from collab_jax.runtime.checkpoint import Checkpoints
 
 
 def command(module, workdir, data_dir, *more, config="configs/countdown_tiny.py", **overrides):
@@ -45,6 +46,15 @@ def wait_for_rows(process, workdir, count):
         time.sleep(0.01)
 
 
+def kill_after(count, start, folder):
+    """Runs the command `start`, and kills it once metrics.jsonl in `folder` has `count` rows."""
+    process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_rows(process, folder, count)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+
+
 @pytest.fixture(scope="module")
 def straight(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
@@ -56,11 +66,7 @@ def straight(data_dir, tmp_path_factory):
 @pytest.mark.slow
 def test_killed_stopped_and_resumed_equals_straight_bit_for_bit(straight, data_dir, tmp_path):
     start = command("train", tmp_path, data_dir)
-    first = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_rows(first, tmp_path, 3)
-    first.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
-    first.communicate()
+    kill_after(3, start, tmp_path)
     written = len(metrics.read(tmp_path / "metrics.jsonl"))
 
     second = subprocess.Popen(
@@ -80,6 +86,57 @@ def test_killed_stopped_and_resumed_equals_straight_bit_for_bit(straight, data_d
         and a["cloud_calls"] == b["cloud_calls"]
         and a["filter"] == b["filter"]
     )
+
+
+SMOLLM2 = {
+    "prompt_length": 48,
+    "max_new_tokens": 32,
+    "prompts_per_step": 2,
+    "algorithm.filter": "none",  # each step has a gradient, unless all rewards are alike
+    "decode.slot_counts": 1,  # fewer programs to compile
+    "train.lengths": 1,
+    "eval.prompts": 0,
+    "sft.relabel_steps": 0,
+    "sft.steps": 12,
+    "sft.batch_size": 2,
+    "sft.checkpoint_every": 4,
+    "sft.learning_rate": 5e-3,
+    "sft.warmup_steps": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.usefixtures("smollm2_file")
+def test_a_killed_warm_start_and_training_of_smollm2_end_with_the_same_adapter(tmp_path):
+    """Two programs of the tuning and two of the training are compiled, once each."""
+    write_rows(tmp_path / "svamp_train.jsonl", [svamp_row(i, 1 + i % 2) for i in range(60)])
+    straight, other = tmp_path / "straight", tmp_path / "other"
+
+    def smollm2(module, workdir, *flags):
+        config = "configs/svamp_smollm2.py"
+        return command(module, workdir, tmp_path, *flags, config=config, **SMOLLM2)
+
+    done = run(smollm2("sft", straight / "start"))
+    assert done.returncode == 0, done.stderr
+    tunings = [place / "start" / "warm_start" / "tuning" for place in (straight, other)]
+    kill_after(5, smollm2("sft", other / "start"), tunings[1])
+    assert 4 <= Checkpoints(tunings[1] / "checkpoints").latest() < 12
+    assert run(smollm2("sft", other / "start")).returncode == 0
+    assert comparable_metrics(tunings[0]) == comparable_metrics(tunings[1])
+    adapters = [place / "start" / "adapter_model.safetensors" for place in (straight, other)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+    begin = f"--config.lora.start={straight / 'start'}"
+    done = run(smollm2("train", straight / "run", begin))
+    assert done.returncode == 0, done.stderr
+    kill_after(3, smollm2("train", other / "run", begin), other / "run")
+    assert 2 <= Checkpoints(other / "run" / "checkpoints").latest() < 6
+    assert run(smollm2("train", other / "run", begin)).returncode == 0
+    runs = straight / "run", other / "run"
+    jax.tree.map(np.testing.assert_array_equal, *(saved_state(place, 6) for place in runs))
+    rows = comparable_metrics(runs[0])
+    assert rows == comparable_metrics(runs[1]) and any(row["grad_norm"] > 0 for row in rows[2:])
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
+from fakes import svamp_row, write_rows
 
 from collab_jax import evaluate
 from collab_jax.cloud import make_cloud
@@ -26,27 +27,16 @@ def config(folder, **changes):
     return config
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def training_row(i, steps=1):
-    solution = ["2+1=3", "3*2=6", "6-5=1"][:steps]
-    answer = solution[-1].split("=")[1]
-    problem = f"Pen number {chr(97 + i // 26)}{chr(97 + i % 26)} has 2 caps and {steps} nibs."
-    return {"id": f"t{i}", "problem": problem, "answer": answer, "solution": ", ".join(solution)}
-
-
 @pytest.fixture
 def folder(tmp_path):
     """60 training rows of one to three steps, and three test rows."""
-    write(tmp_path / "svamp_train.jsonl", [training_row(i, 1 + i % 3) for i in range(60)])
+    write_rows(tmp_path / "svamp_train.jsonl", [svamp_row(i, 1 + i % 3) for i in range(60)])
     equations = {
         "8.0": "( 16.0 / 2.0 )",
         "146": "( 100.0 + ( 23.0 * 2.0 ) )",
         "-3": "( 2.0 - 5.0 )",
     }
-    write(
+    write_rows(
         tmp_path / "svamp_test.jsonl",
         [
             {"id": f"c{i}", "problem": f"Test {i}?", "answer": answer, "equation": equation}
@@ -150,7 +140,7 @@ def test_three_splits_share_no_problem_and_have_a_fixed_order(folder):
     assert len(ids["validation"]) == 2 and set(ids["test"]) == {"c0", "c1", "c2"}
     for split in ("train", "validation"):
         assert {splits.split_of(e.problem["problem"]) for e in loaded[split]} == {split}
-    write(folder / "svamp_train.jsonl", [training_row(i, 1 + i % 3) for i in reversed(range(60))])
+    write_rows(folder / "svamp_train.jsonl", [svamp_row(i, 1 + i % 3) for i in reversed(range(60))])
     again = make_task(config(folder))
     assert {split: [e.id for e in again.load(split)] for split in ids} == ids
     assert ids["train"] != sorted(ids["train"], key=lambda key: int(key[1:]))
@@ -168,12 +158,14 @@ def test_more_steps_are_harder(folder):
 
 
 def test_a_training_row_whose_last_step_is_not_the_answer_is_left_out(folder):
-    train = [training_row(i, 1 + i % 3) for i in range(60)]
+    train = [svamp_row(i, 1 + i % 3) for i in range(60)]
     long = dict(answer="9.555555555555557", solution="2+1=3, 172/18=9.5556")
     rounded = dict(answer="0.25", solution="2.99/12=0.2492")
     same = dict(answer="0.75", solution="0.5+0.25=0.7500")
     changes = {0: long, 1: rounded, 2: same}
-    write(folder / "svamp_train.jsonl", [row | changes.get(i, {}) for i, row in enumerate(train)])
+    write_rows(
+        folder / "svamp_train.jsonl", [row | changes.get(i, {}) for i, row in enumerate(train)]
+    )
     task = make_task(config(folder))
     examples = task.load("train") + task.load("validation")
     assert {e.id for e in examples} == {f"t{i}" for i in range(2, 60)}
@@ -182,14 +174,14 @@ def test_a_training_row_whose_last_step_is_not_the_answer_is_left_out(folder):
 
 
 def test_a_split_that_is_not_there_is_told(folder, small, tmp_path):
-    write(folder / "svamp_train.jsonl", [training_row(0)])
+    write_rows(folder / "svamp_train.jsonl", [svamp_row(0)])
     with pytest.raises(
         UserError, match="none of the 1 usable rows of svamp_train is for validation"
     ):
         make_task(config(folder)).load("validation")
     with pytest.raises(UserError, match="'countdown' has no validation split, only train and test"):
         evaluate.main(small(), tmp_path / "run", "validation")
-    write(folder / "svamp_train.jsonl", [{"id": "x", "problem": "p", "answer": "1"}])
+    write_rows(folder / "svamp_train.jsonl", [{"id": "x", "problem": "p", "answer": "1"}])
     with pytest.raises(UserError, match="svamp_train.jsonl, line 1 has no solution"):
         make_task(config(folder)).load("train")
 
