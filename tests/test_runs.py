@@ -111,6 +111,8 @@ SMOLLM2 = {
 def test_a_killed_warm_start_and_training_of_smollm2_end_with_the_same_adapter(tmp_path):
     """Two programs of the tuning and two of the training are compiled, once each."""
     write_rows(tmp_path / "svamp_train.jsonl", [svamp_row(i, 1 + i % 2) for i in range(60)])
+    test_row = {"id": "c0", "problem": "Twice four?", "answer": "8", "equation": "( 2 * 4 )"}
+    write_rows(tmp_path / "svamp_test.jsonl", [test_row])
     straight, other = tmp_path / "straight", tmp_path / "other"
 
     def smollm2(module, workdir, *flags):
