@@ -51,8 +51,11 @@ def get_config() -> ConfigDict:
     config.cloud.error_rate = 0.06
     config.cloud.error_skew = 3.0
 
-    config.optim.learning_rate = 1e-4
-    config.train.steps = 100
+    config.temperature = 0.5
+    config.algorithm.filter = "none"
+    config.optim.learning_rate = 2e-4
+    config.optim.average = 0.95
+    config.train.steps = 60
     config.train.checkpoint_every = 10
     config.eval.prompts = 1000
     config.eval.batch_size = 64
@@ -61,7 +64,7 @@ def get_config() -> ConfigDict:
     config.sft.prompts = 1200
     config.sft.keep = 4
     config.sft.marker_share = 0.5
-    config.sft.steps = 400
+    config.sft.steps = 320
     config.sft.batch_size = 16
     config.sft.micro_rows = 1
     config.sft.checkpoint_every = 40

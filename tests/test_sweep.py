@@ -138,12 +138,17 @@ def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys)
 
 
 def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
-    other = Sweep(TWO.config, {}, {"b": Cell({}, (0, 1)), "c": Cell({"eval.prompts": 7}, (0,))})
+    cells = {
+        "b": Cell({}, (0, 1)),
+        "c": Cell({"eval.prompts": 7}, (0,)),
+        "d": Cell({"lora.start": "elsewhere"}, (0,)),
+    }
+    other = Sweep(TWO.config, {}, cells)
     sweeps.run(other, tmp_path / "out")
     evaluated = {
         path.parent.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("evaluated")
     }
-    assert evaluated == {"b/seed-0", "c/seed-0"}
+    assert evaluated == {"b/seed-0", "c/seed-0", "d/seed-0"}
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # share before.parquet.
 START_KEYS = {
     "model",
+    "lora",
     "text",
     "task",
     "cloud",
