@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 2e-4
     config.optim.average = 0.95
     config.train.steps = 60
+    config.train.micro_rows = 16
     config.train.checkpoint_every = 10
     config.eval.prompts = 1000
     config.eval.batch_size = 64
