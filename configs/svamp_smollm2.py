@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     config.train.micro_rows = 16
     config.train.checkpoint_every = 10
     config.eval.prompts = 1000
-    config.eval.batch_size = 64
+    config.eval.batch_size = 250
 
     config.sft.relabel_steps = 100
     config.sft.prompts = 1200
