@@ -30,9 +30,10 @@ from collab_jax.rl import packing
 
 GIB = 2**30
 PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")
-PROCESS = 0.65 * GIB  # Python, the libraries, a tokenizer of a large vocabulary
-BLOCK = 2.6 * 2**20  # one block's forward pass in one program: its trace and its machine code
-BACKWARD = 3  # a block's forward and backward pass, in as many forward passes
+PROCESS = 0.45 * GIB  # Python, the libraries, a tokenizer of a large vocabulary
+PROGRAM = 10 * 2**20  # what a compiled program keeps, whatever is in it
+BLOCK = 1.5 * 2**20  # and beside for each forward pass of a block: its trace and machine code
+BACKWARD = 3  # a block's forward and backward pass, in forward passes
 
 Bytes = dict[str, float]  # by purpose
 
@@ -240,10 +241,12 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     sampling = max(sampled, evaluated, key=lambda sizes: sum(sizes.values()))
     sampling["activations"] += cast
     evaluating = 1 + config.decode.segments if config.eval.prompts else 0
-    updating = 1 + BACKWARD * (1 + config.train.lengths)  # the prompts, and each length
-    blocks = cfg.num_layers * (_sampling_programs(config) + evaluating + updating)
+    # The update passes through the prompts, then back through each length of responses and them.
+    updating = 1 + BACKWARD * (config.train.lengths + 1)
+    programs = _sampling_programs(config) + evaluating
+    compiled = _compiled(cfg, programs + 1, programs + updating)
     copies = 0 if cpu else sum(weights.held.values())  # while they are loaded or saved
-    return Plan(weights.held, update, sampling, _host(blocks, copies))
+    return Plan(weights.held, update, sampling, _host(compiled, copies))
 
 
 def plan_warm_start(
@@ -263,19 +266,24 @@ def plan_warm_start(
     prompts = -(-config.prompts_per_step // devices)
     sampling = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
     sampling["activations"] += weights.cast
-    blocks = cfg.num_layers * (_sampling_programs(config) + BACKWARD)
+    programs = _sampling_programs(config)
+    compiled = _compiled(cfg, programs + 1, programs + BACKWARD)
     # What each tuning starts from stays on the host.
     copies = weights.trained * weights.param if cpu else sum(weights.held.values())
-    return Plan(weights.held, update, sampling, _host(blocks, copies))
+    return Plan(weights.held, update, sampling, _host(compiled, copies))
 
 
 TRAINING = Work(plan, "train.micro_rows")
 WARM_START = Work(plan_warm_start, "sft.micro_rows")
 
 
-def _host(blocks: float, copies: float) -> Bytes:
-    """Bytes on the host, with so many blocks in compiled programs."""
-    return {"process": PROCESS, "programs": BLOCK * blocks, "copies": copies}
+def _host(programs: float, copies: float) -> Bytes:
+    return {"process": PROCESS, "programs": programs, "copies": copies}
+
+
+def _compiled(cfg: DecoderConfig, programs: int, passes: int) -> float:
+    """Bytes of so many programs, in which there are so many forward passes of the model."""
+    return PROGRAM * programs + BLOCK * cfg.num_layers * passes
 
 
 def _sampling_programs(config: ConfigDict) -> int:
