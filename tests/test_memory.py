@@ -310,6 +310,16 @@ def command(module, *flags):
     return subprocess.run([*line, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+FEW_PROGRAMS = [
+    "--config.decode.segments=1",
+    "--config.decode.slot_counts=1",
+    "--config.train.lengths=1",
+    "--config.eval.prompts=0",
+    "--config.task.train_examples=64",
+    "--config.task.test_examples=32",
+]
+
+
 @pytest.mark.parametrize(
     "module, flags",
     [
@@ -321,11 +331,7 @@ def command(module, *flags):
 @pytest.mark.slow
 def test_the_plan_of_a_process_is_the_largest_that_it_becomes(data_dir, tmp_path, module, flags):
     line = [sys.executable, "-m", f"collab_jax.{module}", "--config=configs/countdown_tiny.py"]
-    small = [
-        f"--workdir={tmp_path}",
-        f"--config.task.data_dir={data_dir}",
-        "--config.eval.prompts=0",
-    ]
+    small = [f"--workdir={tmp_path / 'run'}", f"--config.task.data_dir={data_dir}", *FEW_PROGRAMS]
     with (tmp_path / "out").open("w+") as out:
         process = subprocess.Popen([*line, *small, *flags], cwd=ROOT, stdout=out, stderr=out)
         _, status, used = os.wait4(process.pid, 0)
