@@ -9,9 +9,10 @@ Against the compiler's own count, on a CPU, the estimate is right within 15 % (t
 compiler makes nothing of narrow activations, remat and chunks of logits, so these could not be
 checked in this way. An allocator needs some room beside.
 
-On the host are the process itself, its compiled programs, and copies of what the devices hold. Its
-constants were measured on a CPU, as the largest resident set of processes. `memory_check.py`
-compares a plan with the memory that there is.
+On the host are the process itself, its compiled programs, and copies of what the devices hold. The
+constants of these were measured on a CPU, with the embedded model and three blocks of SmolLM2; a
+test compares plans with the largest resident sets of processes. `memory_check.py` compares a plan
+with the memory that there is.
 """
 
 import dataclasses
