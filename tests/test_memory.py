@@ -310,6 +310,7 @@ def command(module, *flags):
     return subprocess.run([*line, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+FEW_ROWS = ["--config.prompts_per_step=8", "--config.group=4", "--config.train.micro_rows=16"]
 FEW_PROGRAMS = [
     "--config.decode.segments=1",
     "--config.decode.slot_counts=1",
@@ -323,7 +324,7 @@ FEW_PROGRAMS = [
 @pytest.mark.parametrize(
     "module, flags",
     [
-        ("train", ["--config.train.steps=1", "--config.train.micro_rows=128"]),
+        ("train", ["--config.train.steps=2", *FEW_ROWS]),
         ("sft", ["--config.sft.steps=1", "--config.sft.check_prompts=32"]),
     ],
     ids=["train", "sft"],

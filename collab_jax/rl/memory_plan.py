@@ -31,7 +31,7 @@ from collab_jax.rl import packing
 
 GIB = 2**30
 PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")
-PROCESS = 0.45 * GIB  # Python, the libraries, a tokenizer of a large vocabulary
+PROCESS = 0.5 * GIB  # Python, the libraries, a tokenizer of a large vocabulary
 PROGRAM = 10 * 2**20  # what a compiled program keeps, whatever is in it
 BLOCK = 1.5 * 2**20  # and beside for each forward pass of a block: its trace and machine code
 BACKWARD = 3  # a block's forward and backward pass, in forward passes
