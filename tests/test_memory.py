@@ -310,7 +310,6 @@ def command(module, *flags):
     return subprocess.run([*line, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-FEW_ROWS = ["--config.prompts_per_step=8", "--config.group=4", "--config.train.micro_rows=16"]
 FEW_PROGRAMS = [
     "--config.decode.segments=1",
     "--config.decode.slot_counts=1",
@@ -318,23 +317,17 @@ FEW_PROGRAMS = [
     "--config.eval.prompts=0",
     "--config.task.train_examples=64",
     "--config.task.test_examples=32",
+    "--config.sft.steps=1",
+    "--config.sft.check_prompts=32",
 ]
 
 
-@pytest.mark.parametrize(
-    "module, flags",
-    [
-        ("train", ["--config.train.steps=2", *FEW_ROWS]),
-        ("sft", ["--config.sft.steps=1", "--config.sft.check_prompts=32"]),
-    ],
-    ids=["train", "sft"],
-)
 @pytest.mark.slow
-def test_the_plan_of_a_process_is_the_largest_that_it_becomes(data_dir, tmp_path, module, flags):
-    line = [sys.executable, "-m", f"collab_jax.{module}", "--config=configs/countdown_tiny.py"]
+def test_the_plan_of_a_warm_start_is_the_largest_that_its_process_becomes(data_dir, tmp_path):
+    line = [sys.executable, "-m", "collab_jax.sft", "--config=configs/countdown_tiny.py"]
     small = [f"--workdir={tmp_path / 'run'}", f"--config.task.data_dir={data_dir}", *FEW_PROGRAMS]
     with (tmp_path / "out").open("w+") as out:
-        process = subprocess.Popen([*line, *small, *flags], cwd=ROOT, stdout=out, stderr=out)
+        process = subprocess.Popen([*line, *small], cwd=ROOT, stdout=out, stderr=out)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = status  # it is waited for
         out.seek(0)
