@@ -49,7 +49,7 @@ class Program:
 
     def __init__(self, body: Callable, donate: tuple[int, ...] = ()):
         self._mapped: Any = pmap(body, donate)
-        self._compiled: Callable | None = None
+        self._compiled: Any = None
 
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
