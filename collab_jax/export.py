@@ -3,7 +3,8 @@
     python -m collab_jax.export --config FILE --workdir RUN --out FOLDER [--adapter]
 
 A run with `config.lora` is merged into its model, or, with --adapter, written as an adapter that
-PEFT and vLLM load. The folder gets a model card (README.md) that says how to call the model and,
+PEFT and vLLM load. In an empty workdir the adapter that `config.lora.start` names is exported, as
+one that is bundled. The folder gets a model card (README.md) that says how to call the model and,
 where the run has its report, what was measured.
 """
 
@@ -21,6 +22,7 @@ from collab_jax.models import hf, lora
 from collab_jax.reports import run as run_report
 from collab_jax.rl import experiment
 from collab_jax.rl.experiment import Run
+from collab_jax.routing import collab_config
 from collab_jax.runtime import cli, files
 from collab_jax.runtime.errors import UserError
 
@@ -28,12 +30,13 @@ from collab_jax.runtime.errors import UserError
 def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
     """Writes the run's last checkpoint to `out` and returns its step.
 
-    adapter: the adapter alone, else the whole model. Raises UserError where there is no checkpoint,
+    adapter: the adapter alone, else the whole model. Where a run that starts from an adapter has no
+    checkpoint, its start is written, as step 0. Raises UserError where there is nothing to export,
     or no adapter, or `out` cannot be written.
     """
     config = run.config
-    step = run.checkpoints.latest()
-    if step is None:
+    step = run.checkpoints.latest() or 0
+    if not step and not config.lora.start:
         raise UserError(
             f"{run.workdir} holds no checkpoint: train first, with this --workdir and settings"
         )
@@ -65,10 +68,19 @@ def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
             hf.save(out, params, hf.read_config(run.folder), config.model.param_dtype, run.folder)
         if not (run.folder / hf.GENERATION).is_file():
             hf.save_generation_config(out, run.text.eos_ids, run.text.pad_id)
+        if not step:
+            _copy_calibration(lora.folder_of(config.lora.start), out)
         files.write_text(out / "README.md", model_card(run, step, adapter=adapter))
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
     return step
+
+
+def _copy_calibration(adapter: pathlib.Path, out: pathlib.Path) -> None:
+    """Copies the biases of an adapter that is exported as it is, where it has them."""
+    calibration = adapter / collab_config.NAME
+    if calibration.is_file():
+        files.write_text(out / collab_config.NAME, calibration.read_text())
 
 
 def model_card(run: Run, step: int, *, adapter: bool) -> str:
@@ -76,6 +88,9 @@ def model_card(run: Run, step: int, *, adapter: bool) -> str:
     config = run.config
     base, _ = hf.split_revision(config.model.path)
     name = pathlib.Path(base).name
+    trained = f"budget {config.budget:g}, {step} steps, seed {config.seed}"
+    if not step:
+        trained = f"the adapter {config.lora.start} as it was given"
     return f"""---
 base_model: {base}
 library_name: {"peft" if adapter else "transformers"}
@@ -85,8 +100,7 @@ tags: [collab_jax, device-cloud, routing]
 
 # {name}, which knows when to ask the cloud
 
-Post-trained by collab_jax ({config.task.name}, budget {config.budget:g}, {step} steps, \
-seed {config.seed}) to answer what it can and to
+Post-trained by collab_jax ({config.task.name}, {trained}) to answer what it can and to
 end with `{run.text.marker}` where a larger model should answer instead.
 
 ## How to call it

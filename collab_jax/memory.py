@@ -10,7 +10,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from collab_jax.models import hf, lora
-from collab_jax.rl import memory_plan
+from collab_jax.rl import memory_check
+from collab_jax.rl.memory_plan import GIB
 from collab_jax.runtime import cli
 
 
@@ -19,7 +20,7 @@ def show_plan(config: ConfigDict, devices: int, gib: float) -> int:
     architecture = hf.architecture(config.model.path)
     cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
     cfg = lora.configure(cfg, config.lora, decision_id=None)
-    print(memory_plan.check_fits(cfg, config, devices, gib * memory_plan.GIB))
+    print(memory_check.check_fits(cfg, config, memory_check.Machine(devices, gib * GIB)))
     return 0
 
 

@@ -26,7 +26,7 @@ from collab_jax.models.sampler import Sampler
 from collab_jax.records import Records
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
-from collab_jax.rl import evaluation, experiment, memory_plan, rollout, training
+from collab_jax.rl import evaluation, experiment, memory_check, rollout, training
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
 from collab_jax.runtime import cli, metrics, parallel
@@ -38,7 +38,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Trains the run in `workdir`, evaluates it before and after; returns the exit status."""
     stop = process.GracefulStop()
     run = experiment.prepare(config, workdir)
-    print(memory_plan.check_fits_here(run.cfg, config))
+    print(memory_check.check_fits(run.cfg, config, memory_check.this_machine()))
     print(_where_it_stands(run))
     recorded.check(run)
     sampler = evaluation.greedy_sampler(run)

@@ -10,6 +10,13 @@ esac
 set -- configs/svamp_smollm2.py "$@"
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 . launch/stages.sh
+takes=(
+  [collab_jax.sft]="an hour on two cores; each part says when it will end"
+  [collab_jax.train]="half an hour with two evaluations"
+  [collab_jax.evaluate]="4 minutes"
+  [collab_jax.export]="half a minute"
+  [collab_jax.calibrate]="10 seconds"
+)
 
 prepare
 # Without what it asks for: that is another program to run the model, and would be compiled for minutes.

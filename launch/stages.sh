@@ -8,6 +8,8 @@
 # Checked before anything is installed; in a sourced file $@ holds the script's arguments.
 [ $# -ge 2 ] || fail "usage: $0 CONFIG WORKDIR [--config.KEY=VALUE ...]"
 
+declare -A takes # what to expect of a module's stage, for whoever knows
+
 # stage RESULT MODULE [ARGUMENT ...]
 stage() {
   local result="$1"
@@ -16,7 +18,7 @@ stage() {
     say "$result is there"
     return
   fi
-  say "making $result: $1"
+  say "making $result: $1${takes[$1]:+, ${takes[$1]}}"
   .venv/bin/python -m "$@"
   # Training that was asked to stop saves and exits with 0.
   [ -e "$result" ] || fail "$result was not made: run the same command again to go on"

@@ -1,4 +1,4 @@
-"""Where an answer opens: what the tokens say of it is what the decoded text says."""
+"""Where an answer opens, by tokens as by the decoded text; which token a random number draws."""
 
 import random
 
@@ -13,7 +13,7 @@ from vocabularies import CUTS, TEMPLATE, byte_level
 
 from collab_jax.models import hf
 from collab_jax.models import text as text_lib
-from collab_jax.models.decision import ANSWER, Opening, opening
+from collab_jax.models.decision import ANSWER, Opening, invert, opening
 
 SETTINGS = ConfigDict(
     dict(marker="<unknown> help </unknown>", decision_token="auto", pad="auto", eos=("auto",))
@@ -138,3 +138,34 @@ def test_an_opening_is_found_as_in_the_text_by_smollm2():
     text = text_lib.load(hf.locate("smollm2-135m"), SETTINGS)
     assert text.tokenizer.tokenize("f(x)<answer>5")[3] == ")<"
     assert len(check_by_text(text, seed=0)) > 3
+
+
+# ---- a token is drawn
+
+
+def test_a_number_draws_the_token_whose_share_it_falls_in():
+    logits = jnp.log(jnp.array([0.5, 0.0, 0.25, 0.25]))
+    numbers = jnp.array([0.0, 0.49, 0.5, 0.74, 0.75, 0.999])
+    tokens = invert(jnp.tile(logits, (6, 1)), numbers)
+    assert tokens.tolist() == [0, 0, 2, 2, 3, 3] and tokens.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("vocabulary", [1, 29, 256, 700])
+def test_all_numbers_together_draw_each_token_as_often_as_it_is_likely(vocabulary):
+    logits = 3 * jax.random.normal(jax.random.key(vocabulary), (vocabulary,))
+    logits = jnp.where(jnp.arange(vocabulary) % 5 == 3, -jnp.inf, logits)
+    count = 4096
+    numbers = (jnp.arange(count) + 0.5) / count
+    tokens = invert(jnp.broadcast_to(logits, (count, vocabulary)), numbers)
+    drawn = np.bincount(tokens, minlength=vocabulary)
+    np.testing.assert_allclose(drawn, count * jax.nn.softmax(logits), atol=1.01)
+
+
+def test_the_ends_draw_tokens_that_can_be():
+    logits = (
+        jax.random.normal(jax.random.key(0), (400, 49_152)) * jnp.linspace(0.1, 20, 400)[:, None]
+    )
+    logits = jnp.where(jnp.arange(49_152) % 300 < 100, -jnp.inf, logits)
+    for number in (0.0, 1 - 2.0**-24):
+        tokens = np.asarray(invert(logits, jnp.full(400, number)))
+        assert np.isfinite(np.asarray(logits)[np.arange(400), tokens]).all()

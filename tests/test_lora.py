@@ -261,6 +261,21 @@ def test_a_saved_adapter_is_read_back(kind, tmp_path):
             np.testing.assert_array_equal(flat(back)[name], value)
 
 
+def test_an_adapter_is_saved_in_the_type_that_it_is_computed_in(tmp_path):
+    chosen = settings()
+    cfg, base = read("llama", chosen)
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    adapter = random_adapter(cfg, chosen)
+    lora.save(tmp_path, adapter, cfg, base, chosen, name="base")
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {str(x.dtype) for k, x in stored.items() if "lora_" in k} == {"bfloat16"}
+    assert {str(x.dtype) for k, x in stored.items() if "lora_" not in k} == {"float32"}
+    for name, value in flat(lora.load(str(tmp_path), cfg, base, chosen, "float32")).items():
+        if not name.endswith("lora_row"):
+            computed = np.asarray(jax.numpy.asarray(flat(adapter)[name], "bfloat16"), np.float32)
+            np.testing.assert_array_equal(value, computed)
+
+
 def test_training_begins_with_the_adapter_that_is_named(small, tmp_path):
     targets = ("q_proj", "up_proj")
     config = small(lora__rank=2, lora__targets=targets)
@@ -367,6 +382,26 @@ def test_an_adapter_of_a_run_without_one_is_refused(small, tmp_path, monkeypatch
     monkeypatch.setattr(run.checkpoints, "latest", lambda: 1)
     with pytest.raises(UserError, match="lora.rank=0"):
         export.export_checkpoint(run, tmp_path / "out", adapter=True)
+
+
+def test_the_adapter_that_a_run_would_begin_with_is_exported(small, tmp_path, capsys):
+    chosen = {"lora__rank": 2, "lora__targets": ("q_proj",)}
+    run = experiment.prepare(small(**chosen), tmp_path / "a")
+    state = experiment.load_state(run)
+    start = jax.tree.map(lambda x: x + 0.01, state.params)
+    given = tmp_path / "given"
+    lora.save(given, start, run.cfg, state.frozen, run.config.lora, name="x")
+    (given / "collab_config.json").write_text("{}")
+    config = small(**chosen, lora__start=str(given))
+    for adapter in (False, True):
+        out = tmp_path / f"out-{adapter}"
+        assert export.main(config, tmp_path / "empty", out, adapter) == 0
+        assert "wrote step 0" in capsys.readouterr().out
+        assert (out / "collab_config.json").read_text() == "{}"
+        assert "as it was given" in (out / "README.md").read_text()
+    again = load_file(tmp_path / "out-True" / "adapter_model.safetensors")
+    for name, value in load_file(given / "adapter_model.safetensors").items():
+        np.testing.assert_allclose(again[name], value, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])

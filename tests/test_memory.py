@@ -1,5 +1,7 @@
-"""The estimate of memory against the compiler's own, and the refusal of what does not fit."""
+"""The estimate of memory against the compiler's own and a process's, and what does not fit."""
 
+import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,7 +14,8 @@ from conftest import ROOT
 from collab_jax import gapg, train
 from collab_jax.bench import measure
 from collab_jax.models import decision, hf, lora, published, sampler
-from collab_jax.rl import memory_plan, optim, step
+from collab_jax.rl import memory_check, memory_plan, optim, step
+from collab_jax.rl.memory_check import Machine
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 
@@ -205,18 +208,18 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_wou
     small, tmp_path, monkeypatch
 ):
     cfg, config = make()
-    need = memory_plan.plan(cfg, config, 2).total
-    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory_plan.check_fits(
-        cfg, config, 2, need
+    need = memory_plan.plan(cfg, config, 2).on_device
+    assert f"at most {need / 2**20:.1f} of {need / 2**20:.1f} MiB" in memory_check.check_fits(
+        cfg, config, Machine(2, need)
     )
     with pytest.raises(
         UserError, match=r"GiB on each of 2 devices.*it fits with --config.train.micro_rows=4\n"
     ):
-        memory_plan.check_fits(cfg, config, 2, need - 1)
+        memory_check.check_fits(cfg, config, Machine(2, need - 1))
     with pytest.raises(UserError, match="no setting makes it fit: use a smaller model"):
-        memory_plan.check_fits(cfg, config, 2, 1000)
-    monkeypatch.setattr(memory_plan, "device_memory", lambda: 1000.0)
-    with pytest.raises(UserError, match="GiB"):  # the command line asks
+        memory_check.check_fits(cfg, config, Machine(2, 1000))
+    monkeypatch.setattr(memory_check, "host_memory", lambda: 1000.0)
+    with pytest.raises(UserError, match="GiB of this machine"):  # the command line asks
         train.main(small(), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "0").exists()
 
@@ -224,19 +227,48 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_allocated_with_what_wou
 def test_what_is_named_fits_and_nothing_milder_does():
     cfg, config = make()
     for have in (0.8, 0.6, 0.45, 0.3):
-        have *= memory_plan.plan(cfg, config, 2).total
-        changes = memory_plan.settings_that_fit(cfg, config, 2, have)
+        have *= memory_plan.plan(cfg, config, 2).on_device
+        changes = memory_check.settings_that_fit(cfg, config, Machine(2, have))
         fits = []
-        for other in memory_plan.smaller_settings(config, 2):
-            fits.append(
-                memory_plan.plan(
-                    *memory_plan.changed(cfg, config, other), other.get("devices", 2)
-                ).total
-                <= have
-            )
+        for other in memory_check.smaller_settings(config, 2, memory_plan.TRAINING):
+            devices = other.get("devices", 2)
+            plan = memory_plan.plan(*memory_check.changed(cfg, config, other), devices)
+            fits.append(plan.on_device <= have)
             if other == changes:
                 break
         assert fits[-1] and not any(fits[:-1])
+
+
+def test_host_devices_share_the_memory_of_the_host_with_their_process():
+    cfg, config = make()
+    plan = memory_plan.plan(cfg, config, 2, cpu=True)
+    needed = plan.on_host + 2 * plan.on_device
+    enough, short = Machine(2, needed, cpu=True), Machine(2, needed - 1, cpu=True)
+    assert f"at most {needed / 2**20:.1f} of" in memory_check.check_fits(cfg, config, enough)
+    with pytest.raises(UserError, match="GiB of this machine"):
+        memory_check.check_fits(cfg, config, short)
+    # An accelerator holds its part itself; the host then has a copy to load from and to save.
+    apart = memory_plan.plan(cfg, config, 2)
+    assert apart.host["copies"] == sum(apart.held.values()) and not plan.host["copies"]
+    assert memory_check.host_memory() > 2**28
+
+
+def test_the_plan_of_a_warm_start_by_hand():
+    """One row a pass has 2 * (24 + 57) columns and teaches 2 * 57 tokens."""
+    cfg, config = make({"sft.micro_rows": 1, "train.logprob_chunk": 16})
+    plan = memory_plan.plan_warm_start(cfg, config, 1)
+    assert plan.held == memory_plan.plan(cfg, config, 1).held
+    assert plan.update["logits"] == 4 * 768 * (16 + 16)
+    on_cpu = memory_plan.plan_warm_start(cfg, config, 1, cpu=True)
+    assert on_cpu.update["logits"] == 4 * 768 * (2 * 57 + 16)
+    assert on_cpu.host["copies"] == plan.held["parameters"]  # what each tuning starts from
+    twice = make({"sft.micro_rows": 2, "train.logprob_chunk": 16})
+    more = memory_plan.plan_warm_start(*twice, 1).update
+    assert more["activations"] == 2 * plan.update["activations"]
+    tight = Machine(1, memory_plan.plan_warm_start(*twice, 1).on_device - 1)
+    assert memory_check.settings_that_fit(*twice, tight, memory_plan.WARM_START) == {
+        "sft.micro_rows": 1
+    }
 
 
 def test_half_precision_remat_smaller_chunks_lora_and_more_devices_need_less():
@@ -253,7 +285,6 @@ def test_half_precision_remat_smaller_chunks_lora_and_more_devices_need_less():
     assert less("held", lora__rank=2) and less(
         "held", model__param_dtype="bfloat16", model__dtype="bfloat16"
     )
-    assert memory_plan.device_memory() > 2**28
 
 
 def test_published_shapes_have_the_sizes_of_their_names():
@@ -277,6 +308,35 @@ def command(module, *flags):
     """The process of one of the commands, when it has ended."""
     line = [sys.executable, "-m", f"collab_jax.{module}", "--config=configs/countdown_tiny.py"]
     return subprocess.run([*line, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+FEW_PROGRAMS = [
+    "--config.decode.segments=1",
+    "--config.decode.slot_counts=1",
+    "--config.train.lengths=1",
+    "--config.eval.prompts=0",
+    "--config.task.train_examples=64",
+    "--config.task.test_examples=32",
+    "--config.sft.steps=1",
+    "--config.sft.check_prompts=32",
+]
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_warm_start_is_the_largest_that_its_process_becomes(data_dir, tmp_path):
+    line = [sys.executable, "-m", "collab_jax.sft", "--config=configs/countdown_tiny.py"]
+    small = [f"--workdir={tmp_path / 'run'}", f"--config.task.data_dir={data_dir}", *FEW_PROGRAMS]
+    with (tmp_path / "out").open("w+") as out:
+        process = subprocess.Popen([*line, *small], cwd=ROOT, stdout=out, stderr=out)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = status  # it is waited for
+        out.seek(0)
+        text = out.read()
+    assert status == 0, text
+    planned = re.search(r"at most ([\d.]+) of [\d.]+ (MiB|GiB): ", text)
+    assert planned, text
+    size = float(planned[1]) * {"MiB": 2**20, "GiB": 2**30}[planned[2]]
+    assert size / (used.ru_maxrss * 1024) == pytest.approx(1, abs=0.2), text
 
 
 @pytest.mark.slow

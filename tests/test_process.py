@@ -4,6 +4,7 @@ once more with its allocator, and the flags of one command are refused by the ot
 
 import ast
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -25,6 +26,20 @@ no_restart_here = pytest.mark.skipif(
 def environment(**extra):
     plain = {name: value for name, value in os.environ.items() if name not in process.ALLOCATOR}
     return plain | {"PYTHONPATH": str(ROOT)} | extra
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system_though_it_lies_in_pieces():
+    def resident():
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [b"x" * 60_000 for _ in range(2000)]
+    kept = pieces[::2]
+    del pieces
+    before = resident()
+    process.return_free_memory()
+    assert before - resident() > 30e6 and len(kept) == 1000
 
 
 def run(*command, **extra):

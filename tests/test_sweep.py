@@ -138,12 +138,17 @@ def test_finished_runs_are_kept_and_failed_ones_told(tmp_path, stand_in, capsys)
 
 
 def test_the_start_is_evaluated_once_where_it_is_the_same(tmp_path, stand_in):
-    other = Sweep(TWO.config, {}, {"b": Cell({}, (0, 1)), "c": Cell({"eval.prompts": 7}, (0,))})
+    cells = {
+        "b": Cell({}, (0, 1)),
+        "c": Cell({"eval.prompts": 7}, (0,)),
+        "d": Cell({"lora.start": "elsewhere"}, (0,)),
+    }
+    other = Sweep(TWO.config, {}, cells)
     sweeps.run(other, tmp_path / "out")
     evaluated = {
         path.parent.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("evaluated")
     }
-    assert evaluated == {"b/seed-0", "c/seed-0"}
+    assert evaluated == {"b/seed-0", "c/seed-0", "d/seed-0"}
 
 
 @pytest.mark.slow
@@ -260,6 +265,21 @@ def test_what_is_published_has_each_text_once_and_nothing_that_is_remade(
     assert "b: random" in shown and "a: margin" in shown and "a: random" not in shown
 
 
+def test_prompts_that_are_not_to_be_copied_are_read_from_the_data_again(
+    tmp_path, stand_in, monkeypatch
+):
+    monkeypatch.setattr(sweeps, "load", lambda path: TWO._replace(prompts=False))
+    out, to = tmp_path / "out", tmp_path / "published"
+    flags = ["--config", "x.py", "--out"]
+    assert sweep.main([*flags, str(out), "--publish", str(to)]) == 0
+    assert not any("prompt" in columns for columns in columns_of(to, "after").values())
+    tables = [records.read(path) for path in sorted(out.rglob("*.parquet"))]
+    prompts = {k: p for table in tables for k, p in zip(table["id"], table["prompt"], strict=True)}
+    monkeypatch.setattr(sweep_report, "_prompts_of", lambda sweep: prompts)
+    assert sweep.main([*flags, str(to)]) == 0
+    assert (to / "compare.json").read_text() == (out / "compare.json").read_text()
+
+
 def test_figures_are_published_in_few_colours(tmp_path, stand_in, monkeypatch):
     monkeypatch.setattr(sweeps, "load", lambda path: TWO)
     out, to = tmp_path / "out", tmp_path / "published"
@@ -278,10 +298,12 @@ def test_of_tables_with_some_prompts_in_common_each_prompt_is_kept_once():
     kept = publish._without_prompts(second, {"a", "b", "c", "d"})
     assert kept["prompt"].tolist() == ["", "", "E", "F"]
     assert "prompt" not in publish._without_prompts(second, set("cdef"))
-    tables = sweep_report._with_prompts([kept, first])
+    tables = sweep_report._with_prompts([kept, first], {})
     assert [table["prompt"].tolist() for table in tables] == [list("CDEF"), list("ABCD")]
-    (alone,) = sweep_report._with_prompts([kept])
+    (alone,) = sweep_report._with_prompts([kept], {})
     assert alone["prompt"].tolist() == ["", "", "E", "F"]  # as far as it is known
+    (fetched,) = sweep_report._with_prompts([kept], {"c": "C", "d": "D"})
+    assert fetched["prompt"].tolist() == list("CDEF")
 
 
 def test_metrics_are_rounded_and_counts_are_not():

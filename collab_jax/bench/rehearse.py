@@ -23,7 +23,8 @@ from collab_jax import gapg
 from collab_jax.bench import measure, work
 from collab_jax.models import hf
 from collab_jax.models.special_tokens import is_auto
-from collab_jax.rl import experiment, memory_plan, training
+from collab_jax.rl import experiment, memory_check, training
+from collab_jax.rl.memory_plan import GIB
 from collab_jax.runtime import cli, markdown, parallel, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
@@ -157,23 +158,19 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
         name, config = config.model.path, config.copy_and_resolve_references()
         architecture = architecture_of(config, layers)
         cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
-        plan = memory_plan.check_fits_here(cfg, config)
+        plan = memory_check.check_fits(cfg, config, memory_check.this_machine())
         made = make_folder(config, architecture, folder / "model")
         config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
         run = experiment.prepare(config, folder / "run")
         ceiling = measure.matmul_ceiling(config.model.dtype)
         rows = run_steps(run, steps, ceiling)
     machine = " ".join(f"{key} {value}," for key, value in process.machine().items())
-    where = (
-        "the process, of which the plan is only the devices' part"
-        if jax.default_backend() == "cpu"
-        else "one device"
-    )
+    where = "the process" if jax.default_backend() == "cpu" else "one device"
     return (
         f"{name}: {made}\n"
         f"{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n"
         f"{plan}\n\n{markdown.table(HEADER, rows)}\n\n"
-        f"peak memory {measure.peak_memory() / memory_plan.GIB:.2f} GiB ({where})"
+        f"peak memory {measure.peak_memory() / GIB:.2f} GiB ({where})"
     )
 
 

@@ -131,6 +131,35 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(logits >= jnp.minimum(threshold, order[:, :1]), logits, -jnp.inf)
 
 
+def invert(logits: jax.Array, u: jax.Array) -> jax.Array:
+    """The token i32[R] at which the distribution function of softmax(logits f32[R, V]) passes u.
+
+    u f32[R] is in [0, 1). One random number a row instead of one a token: for 128 rows of a
+    vocabulary of 49,152, Gumbel noise took a third of the time of a sampled column on two cores.
+    First the block of 256 tokens is found, then the token in it.
+    """
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -logits.shape[1] % 256))).reshape(len(logits), -1, 256)
+    masses = blocks.sum(-1)
+    block, rest = _passing(masses, u * masses.sum(-1))
+    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    token, _ = _passing(within, rest)
+    return (block * 256 + token).astype(jnp.int32)
+
+
+def _passing(masses: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(where the running sum of masses f32[R, n] passes the level f32[R], the level's rest there).
+
+    It is never a place without mass. A level that rounding put beyond the sum is passed where the
+    mass is largest.
+    """
+    sums = jnp.cumsum(masses, axis=-1)
+    passed = (sums > level[:, None]) & (masses > 0)
+    place = jnp.where(passed.any(-1), passed.argmax(-1), masses.argmax(-1))
+    at = lambda x: jnp.take_along_axis(x, place[:, None], axis=-1)[:, 0]  # noqa: E731
+    return place, level - (at(sums) - at(masses))
+
+
 def choose(
     decision: Decision,
     logits: jax.Array,
@@ -150,7 +179,7 @@ def choose(
         scaled = scaled / temperature
         scaled = nucleus(scaled, top_p) if top_p < 1 else scaled
         now = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
-        token = jax.vmap(jax.random.categorical)(now, scaled)
+        token = invert(scaled, jax.vmap(jax.random.uniform)(now))
     else:
         # The comparison of `call_at`; argmax of `scaled` differs from it at a tie and where the sum
         # is rounded.

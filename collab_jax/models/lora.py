@@ -22,8 +22,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
-from safetensors.flax import load_file
-from safetensors.numpy import save_file
+from safetensors.flax import load_file, save_file
 
 from collab_jax.models import decoder, hf
 from collab_jax.models.decoder import DecoderConfig, Params
@@ -155,16 +154,25 @@ def merge(base: Params, adapter: Params, cfg: DecoderConfig) -> Params:
     return traverse_util.unflatten_dict(flat)
 
 
+def folder_of(path: str) -> pathlib.Path:
+    """The folder of an adapter, `path` itself or that of a bundled one of this name.
+
+    Raises UserError where it is neither.
+    """
+    places = (pathlib.Path(path).expanduser(), hf.ASSETS / path)
+    folder = next((place for place in places if (place / CONFIG).is_file()), None)
+    if folder is None:
+        raise UserError(f"config.lora.start={path!r} has no {CONFIG}: name an adapter's folder")
+    return folder
+
+
 def load(path: str, cfg: DecoderConfig, base: Params, settings: ConfigDict, dtype: str) -> Params:
     """The adapter of `base` in a folder that `save` or PEFT wrote, as `dtype`, on the host.
 
     path: the folder, or the name of an adapter that is bundled with the package. Raises UserError
     where its rank, scale or weights are not those of `settings` and `cfg`.
     """
-    places = (pathlib.Path(path).expanduser(), hf.ASSETS / path)
-    folder = next((place for place in places if (place / CONFIG).is_file()), None)
-    if folder is None:
-        raise UserError(f"config.lora.start={path!r} has no {CONFIG}: name an adapter's folder")
+    folder = folder_of(path)
     try:
         said = json.loads((folder / CONFIG).read_text())
         weights = {
@@ -233,19 +241,20 @@ def save(
 ) -> None:
     """Writes the adapter of `base` as PEFT reads it.
 
+    Its matrices have the type of the computation, in which the model reads them anyway; a moved
+    token's row is in f32, since it is the difference to the model's own row that counts.
     name: the folder or hub name of the model it is for. revision: the commit of the hub's model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for path, value in _flat(adapter).items():
-        value = np.asarray(value, np.float32)
         if path[-1] == "lora_row":  # PEFT has the whole row, not what is added
-            value = (_token_row(base, path[0], cast(int, cfg.lora_token)) + value)[None]
+            row = _token_row(base, path[0], cast(int, cfg.lora_token))
+            weights[_peft_name(path)] = (row + np.asarray(value, np.float32))[None]
         else:
-            value = value.T
-        weights[_peft_name(path)] = np.ascontiguousarray(value)
+            weights[_peft_name(path)] = np.ascontiguousarray(np.asarray(value).astype(cfg.dtype).T)
     with replacing(folder / WEIGHTS) as scratch:
-        save_file(weights, scratch, metadata={"format": "pt"})
+        save_file(jax.tree.map(jax.numpy.asarray, weights), scratch, metadata={"format": "pt"})
         scratch.chmod(0o644)  # safetensors makes it for the owner alone
     config = {
         "peft_type": "LORA",

@@ -29,6 +29,7 @@ import numpy as np
 from collab_jax.models import decision, decoder
 from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params, Segment
+from collab_jax.runtime import process
 
 LOOKS = 8  # in T columns, at which rows that have ended may leave their slots
 MIN_SLOTS = 8  # below, a column costs what starting its operations costs
@@ -341,6 +342,7 @@ class Sampler:
             for programs in (advancing, compacting):
                 built = pool.map(lambda job: job.compile(), programs.values())
                 programs.update(zip(programs, built, strict=True))
+        process.return_free_memory()  # the compiler's
         return _Programs(advancing, compacting)
 
 

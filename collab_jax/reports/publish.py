@@ -45,7 +45,8 @@ def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
     """Writes to `to` the report of `out`, and of each finished run what that report is made of.
 
     The first run has its natural responses and the start's records; runs that begin there share
-    them. Each prompt is kept once: `reports.sweep.models` gives it to the other tables, by id.
+    them. Each prompt is kept once: `reports.sweep.models` gives it to the other tables, by id; none
+    is kept where the data set is not to be copied (`Sweep.prompts`).
     """
     done = [job.folder for job in sweeps.jobs(sweep, out) if job.done]
     with_prompt: set[str] = set()  # ids
@@ -56,7 +57,7 @@ def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
         for name in ("after", "before", "fit") if first else ("after", "fit"):
             if (folder / f"{name}.parquet").exists():
                 table = records.read(folder / f"{name}.parquet")
-                kept = _without_prompts(table, with_prompt)
+                kept = _without_prompts(table, with_prompt if sweep.prompts else set(table["id"]))
                 with_prompt |= set(kept["id"]) if "prompt" in kept else set()
                 records.write(target / f"{name}.parquet", _slim(kept, first and name != "fit"))
         rows = [_only(METRICS, row) for row in metrics.read(folder / "metrics.jsonl")]

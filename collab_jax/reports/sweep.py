@@ -22,6 +22,7 @@ from collab_jax.routing.routers import ROUTERS
 from collab_jax.runtime import markdown, metrics
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent, points
+from collab_jax.tasks import make_task
 
 BUDGET = 0.3  # at which routers are compared in one figure each
 
@@ -62,7 +63,11 @@ def models(
         for path in (job.folder / f"{name}.parquet" for name in ("before", "after", "fit"))
         if path.exists()
     ]
-    tables = dict(zip(paths, _with_prompts([records.read(path) for path in paths]), strict=True))
+    read = [records.read(path) for path in paths]
+    known = {}
+    if not sweep.prompts and any("prompt" not in table for table in read):
+        known = _prompts_of(sweep)
+    tables = dict(zip(paths, _with_prompts(read, known), strict=True))
     start = next((path for path in paths if path.name == "before.parquet"), None)
     compared = {"start": Model([tables[start]], [None])} if start else {}
     for name, jobs in done.items():
@@ -80,23 +85,30 @@ def models(
     return compared
 
 
-def _with_prompts(tables: Sequence[Records]) -> list[Records]:
-    """The tables, each with the prompts that it lacks and others have, by id.
+def _prompts_of(sweep: Sweep) -> dict[str, str]:
+    """The prompts of all examples, by id, of a sweep whose records are published without them."""
+    task = make_task(sweeps.config_of(sweep, sweep.overrides))
+    examples = [example for split in task.splits for example in task.load(split)]
+    return {example.id: task.prompt(example)[-1]["content"] for example in examples}
+
+
+def _with_prompts(tables: Sequence[Records], known: Mapping[str, str]) -> list[Records]:
+    """The tables, each with the prompts that it lacks and others have or are known, by id.
 
     A published sweep has each prompt once. A table with a prompt that none has is left as it is.
     """
-    prompts: dict[str, str] = {}
+    prompts = dict(known)
     for table in tables:
         pairs = zip(table["id"], table.get("prompt", ()), strict=False)
         prompts |= {key: prompt for key, prompt in pairs if prompt}
     completed = []
     for table in tables:
         own = table.get("prompt", [""] * len(table["id"]))
-        known = [
+        whole = [
             prompt or prompts.get(key, "") for key, prompt in zip(table["id"], own, strict=True)
         ]
-        if all(known):
-            table = table | {"prompt": np.array(known, object)}
+        if all(whole):
+            table = table | {"prompt": np.array(whole, object)}
         completed.append(table)
     return completed
 

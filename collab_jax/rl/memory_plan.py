@@ -1,4 +1,4 @@
-"""The memory plan of a run: bytes on one device, estimated from the config before anything is made.
+"""The memory plan of a run: bytes on a device and on its host, estimated from the config alone.
 
 Counted are, on one device: what is held throughout (parameters, what is frozen, optimizer, average)
 and then the larger of an update (gradients, what one micro-batch keeps for its backward pass, its
@@ -8,15 +8,18 @@ written down here: jax traces one block and says so, whatever the block is.
 Against the compiler's own count, on a CPU, the estimate is right within 15 % (tests). A CPU's
 compiler makes nothing of narrow activations, remat and chunks of logits, so these could not be
 checked in this way. An allocator needs some room beside.
+
+On the host are the process itself, its compiled programs, and copies of what the devices hold. The
+constants of these were measured on a CPU, with the embedded model and three blocks of SmolLM2; a
+test compares the plan of a warm start with the largest resident set of its process. What the
+compiler needs while it works is not counted: at a first start, 0.4 GiB or more beside what is held.
+`memory_check.py` compares a plan with the memory that there is.
 """
 
 import dataclasses
 import functools
-import itertools
-import os
-import pathlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +28,42 @@ from ml_collections import ConfigDict
 
 from collab_jax.models import decoder, logprobs, lora
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.runtime import markdown
-from collab_jax.runtime.errors import UserError
+from collab_jax.rl import packing
 
 GIB = 2**30
 PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")
+PROCESS = 0.5 * GIB  # Python, the libraries, a tokenizer of a large vocabulary
+PROGRAM = 10 * 2**20  # what a compiled program keeps, whatever is in it
+BLOCK = 1.5 * 2**20  # and beside for each forward pass of a block: its trace and machine code
+BACKWARD = 3  # a block's forward and backward pass, in forward passes
 
 Bytes = dict[str, float]  # by purpose
-# Overrides of the config by flat key, "train.micro_rows"; "devices" is the number of devices.
-Changes = dict[str, Any]
 
 
 class Plan(NamedTuple):
-    """Bytes on one device, by purpose."""
+    """Bytes by purpose."""
 
-    held: Bytes  # throughout
+    held: Bytes  # on one device, throughout
     update: Bytes  # besides, in an update
     sampling: Bytes  # or while it samples
+    host: Bytes  # on the host, beside what host devices hold
 
     @property
-    def total(self) -> float:
-        """The most bytes that are needed at any time."""
+    def on_device(self) -> float:
+        """The most bytes that one device needs at any time."""
         return sum(self.held.values()) + max(sum(self.update.values()), sum(self.sampling.values()))
+
+    @property
+    def on_host(self) -> float:
+        """The most bytes that the process needs on its host, host devices apart."""
+        return sum(self.host.values())
+
+
+class Work(NamedTuple):
+    """What is planned: how, and the config's key of the rows of a backward pass."""
+
+    plan: Callable[[DecoderConfig, ConfigDict, int, bool], Plan]
+    micro_rows: str
 
 
 class Adapter(NamedTuple):
@@ -165,27 +182,50 @@ def backward_bytes(cfg: DecoderConfig, adapter: Adapter, L: int, T: int) -> tupl
 # ----------------------------------------------------------------------------------------- the plan
 
 
-def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
-    """The plan of a run of `config` with the model `cfg` on so many devices.
+class Weights(NamedTuple):
+    """The parameters of a run."""
 
-    The prompts are split over the devices; all else is on each of them. cpu: as XLA compiles for a
-    CPU, where bfloat16 is widened to float32, and what was to be computed again (a block under
+    adapter: Adapter
+    trained: int  # how many numbers are trained
+    param: int  # bytes of a trained one
+    held: Bytes  # on one device
+    cast: int  # bytes of all again, in the computation's type, where that is another
+
+
+def _weights(
+    stored: DecoderConfig, cfg: DecoderConfig, config: ConfigDict, average: bool
+) -> Weights:
+    """The parameters of a run that has them as `stored` and computes with `cfg`."""
+    adapter = Adapter(config.lora.rank, tuple(config.lora.targets))
+    trained, frozen = (_count(tree) for tree in _plain_shapes(cfg, adapter))
+    compute, kept = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(stored.dtype).itemsize
+    param = jnp.dtype(config.model.param_dtype).itemsize
+    held: Bytes = {
+        "parameters": trained * param + frozen * kept,
+        "optimizer": 8 * trained,  # two f32 moments; or the first, and what rounding owes, in bf16
+        "average": 4 * trained if average else 0,
+    }
+    cast = compute * (trained * (compute != param) + frozen * (compute != kept))
+    return Weights(adapter, trained, param, held, cast)
+
+
+def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
+    """The model as XLA compiles it.
+
+    For a CPU bfloat16 is widened to float32, and what was to be computed again (a block under
     remat, a chunk of logits) is kept after all.
     """
-    stored = jnp.dtype(cfg.dtype).itemsize  # of what is frozen
-    if cpu:
-        cfg = dataclasses.replace(cfg, dtype="float32", remat=False)
-    adapter = Adapter(config.lora.rank, tuple(config.lora.targets))
-    compute, param = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
-    trained, frozen = (_count(tree) for tree in _plain_shapes(cfg, adapter))
-    # Parameters again, in the computation's type.
-    cast = compute * (trained * (compute != param) + frozen * (compute != stored))
+    return dataclasses.replace(cfg, dtype="float32", remat=False) if cpu else cfg
 
-    held: Bytes = {
-        "parameters": trained * param + frozen * stored,
-        "optimizer": 8 * trained,  # two f32 moments; or the first, and what rounding owes, in bf16
-        "average": 4 * trained if config.optim.average else 0,
-    }
+
+def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
+    """The plan of training by `config` with the model `cfg` on so many devices, of a CPU or not.
+
+    The prompts are split over the devices; all else is on each of them.
+    """
+    stored, cfg = cfg, _as_compiled(cfg, cpu)
+    weights = _weights(stored, cfg, config, average=config.optim.average > 0)
+    adapter, trained, param, cast = weights.adapter, weights.trained, weights.param, weights.cast
     prompts = -(-config.prompts_per_step // devices)
     m, T = config.train.micro_rows, config.max_new_tokens
     chunk = min(config.train.logprob_chunk, T)
@@ -201,7 +241,56 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     # The averaged parameters, in the others' type.
     evaluated["parameters"] = trained * param if config.optim.average else 0
     sampling = max(sampled, evaluated, key=lambda sizes: sum(sizes.values()))
-    return Plan(held, update, sampling | {"activations": sampling["activations"] + cast})
+    sampling["activations"] += cast
+    evaluating = 1 + config.decode.segments if config.eval.prompts else 0
+    # The update passes through the prompts, then back through each length of responses and them.
+    updating = 1 + BACKWARD * (config.train.lengths + 1)
+    programs = _sampling_programs(config) + evaluating
+    compiled = _compiled(cfg, programs + 1, programs + updating)
+    copies = 0 if cpu else sum(weights.held.values())  # while they are loaded or saved
+    return Plan(weights.held, update, sampling, _host(compiled, copies))
+
+
+def plan_warm_start(
+    cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
+) -> Plan:
+    """As `plan`, of the warm start: tuning on packed rows, and trying what was tuned."""
+    stored, cfg = cfg, _as_compiled(cfg, cpu)
+    weights = _weights(stored, cfg, config, average=False)
+    S, taught = packing.columns(config), packing.taught_tokens(config)
+    m = config.sft.micro_rows
+    chunk = min(config.train.logprob_chunk, taught)
+    update: Bytes = {
+        "gradients": weights.trained * (4 + weights.param),
+        "activations": m * _row_activations(cfg, weights.adapter, S, 0) + weights.cast,
+        "logits": 4 * m * cfg.vocab_size * ((taught if cpu else chunk) + chunk),
+    }
+    prompts = -(-config.prompts_per_step // devices)
+    sampling = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
+    sampling["activations"] += weights.cast
+    programs = _sampling_programs(config)
+    compiled = _compiled(cfg, programs + 1, programs + BACKWARD)
+    # What each tuning starts from stays on the host.
+    copies = weights.trained * weights.param if cpu else sum(weights.held.values())
+    return Plan(weights.held, update, sampling, _host(compiled, copies))
+
+
+TRAINING = Work(plan, "train.micro_rows")
+WARM_START = Work(plan_warm_start, "sft.micro_rows")
+
+
+def _host(programs: float, copies: float) -> Bytes:
+    return {"process": PROCESS, "programs": programs, "copies": copies}
+
+
+def _compiled(cfg: DecoderConfig, programs: int, passes: int) -> float:
+    """Bytes of so many programs, in which there are so many forward passes of the model."""
+    return PROGRAM * programs + BLOCK * cfg.num_layers * passes
+
+
+def _sampling_programs(config: ConfigDict) -> int:
+    """How many programs sample: one begins, and each number of slots and segments has one."""
+    return 1 + config.decode.segments * config.decode.slot_counts
 
 
 def _token_kv(cfg: DecoderConfig) -> int:
@@ -209,28 +298,30 @@ def _token_kv(cfg: DecoderConfig) -> int:
     return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
 
 
+def _row_activations(cfg: DecoderConfig, adapter: Adapter, L: int, T: int) -> float:
+    """Bytes that the backward pass of a row needs: T tokens after L, or, with T = 0, of the L."""
+    block, once = backward_bytes(cfg, adapter, L, T)
+    # What a block keeps, where it is computed again for its backward pass.
+    again = 0.0
+    if cfg.remat:
+        again, _ = backward_bytes(dataclasses.replace(cfg, remat=False), adapter, L, T)
+    # Of a token: what adapters put out, and the gradients of the block that is differentiated.
+    compute = jnp.dtype(cfg.dtype).itemsize
+    beside = compute * _adapted_width(cfg, adapter) * (1 if cfg.remat else cfg.num_layers)
+    gradients = compute * (4 * cfg.hidden_size + 2 * cfg.intermediate_size) + beside
+    # The last block of a prompt is computed for one token, beside its keys and values.
+    layers = cfg.num_layers if T else cfg.num_layers - 1
+    return layers * block + once + again + (T or L) * gradients
+
+
 def _update_activations(
     cfg: DecoderConfig, config: ConfigDict, adapter: Adapter, prompts: int
 ) -> float:
     """Bytes of the activations of an update: of a micro-batch, and the prompts' keys and values."""
     L, T, compute = config.prompt_length, config.max_new_tokens, jnp.dtype(cfg.dtype).itemsize
-    block, once = backward_bytes(cfg, adapter, L, T)
-    prompt_block, prompt_once = backward_bytes(cfg, adapter, L, 0)
-    # What a block keeps, where it is computed again for its backward pass.
-    again = prompt_again = 0.0
-    if cfg.remat:
-        bare = dataclasses.replace(cfg, remat=False)
-        again, _ = backward_bytes(bare, adapter, L, T)
-        prompt_again, _ = backward_bytes(bare, adapter, L, 0)
-    # Of a token: what adapters put out, and the gradients of the block that is differentiated.
-    beside = compute * _adapted_width(cfg, adapter) * (1 if cfg.remat else cfg.num_layers)
-    gradients = compute * (4 * cfg.hidden_size + 2 * cfg.intermediate_size) + beside
     m = config.train.micro_rows
-    of_responses = m * (cfg.num_layers * block + once + again + T * gradients)
-    # The last block of a prompt is computed for one token, beside its keys and values.
-    of_prompts = min(prompts, m) * (
-        (cfg.num_layers - 1) * prompt_block + prompt_once + prompt_again + L * gradients
-    )
+    of_responses = m * _row_activations(cfg, adapter, L, T)
+    of_prompts = min(prompts, m) * _row_activations(cfg, adapter, L, 0)
     # The prompts' keys and values, and the gradients of these in f32.
     return max(of_responses, of_prompts) + prompts * L * _token_kv(cfg) * (compute + 4)
 
@@ -256,104 +347,3 @@ def _sampling(
         "logits": logits,
         "activations": activations,
     }
-
-
-# ---------------------------------------------------------------------------- against what there is
-
-
-def device_memory() -> float:
-    """Bytes that one device may use: an accelerator's own, or a share of this machine's memory."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    group = pathlib.Path("/sys/fs/cgroup/memory.max")
-    if group.is_file() and (text := group.read_text().strip()).isdigit():
-        total = min(total, float(text))
-    return total / jax.local_device_count()
-
-
-def table(plan: Plan, devices: int, available: float) -> str:
-    """The plan as a Markdown table, with its sum against the bytes available on a device.
-
-    In GiB; a plan of less than 1 GiB in MiB.
-    """
-    unit, size = ("GiB", GIB) if plan.total >= GIB else ("MiB", 2**20)
-    names = ("held", "in an update, besides", "or in sampling")
-    rows = []
-    for name, sizes in zip(names, (plan.held, plan.update, plan.sampling), strict=True):
-        cells = [f"{sizes[p] / size:.1f}" if sizes.get(p) else "" for p in PURPOSES]
-        rows.append((name, *cells, f"{sum(sizes.values()) / size:.1f}"))
-    head = (f"{unit} on each of {devices} device{'s' * (devices > 1)}", *PURPOSES, "sum")
-    at_most = f"at most {plan.total / size:.1f} of {available / size:.1f} {unit}"
-    return f"{markdown.table(head, rows)}\n{at_most}"
-
-
-def smaller_settings(config: ConfigDict, devices: int) -> Iterator[Changes]:
-    """Settings that need less memory: those that change fewest first, the mildest first."""
-    rows = config.train.micro_rows
-    options = {
-        "train.micro_rows": [n for n in (rows // 2, rows // 4, 1) if 1 <= n < rows],
-        "train.remat": [True],
-        "train.logprob_chunk": [16],
-        "decode.cache_dtype": ["bfloat16"],
-        "model.param_dtype": ["bfloat16"],
-        "lora.rank": [] if config.lora.rank else [16],
-        "devices": [n * devices for n in (2, 4, 8) if config.prompts_per_step % (n * devices) == 0],
-    }
-    for count in range(1, len(options) + 1):
-        for keys in itertools.combinations(options, count):
-            for values in itertools.product(*(options[key] for key in keys)):
-                yield dict(zip(keys, values, strict=True))
-
-
-def changed(
-    cfg: DecoderConfig, config: ConfigDict, changes: Changes
-) -> tuple[DecoderConfig, ConfigDict]:
-    """The model and the config under `changes`."""
-    config = ConfigDict(config.to_dict())
-    config.update_from_flattened_dict(
-        {key: value for key, value in changes.items() if key != "devices"}
-    )
-    return dataclasses.replace(cfg, remat=config.train.remat), config
-
-
-def settings_that_fit(
-    cfg: DecoderConfig, config: ConfigDict, devices: int, available: float, cpu: bool = False
-) -> Changes | None:
-    """The first of `smaller_settings` with which the run fits the bytes available, or None."""
-    for changes in smaller_settings(config, devices):
-        smaller_cfg, smaller = changed(cfg, config, changes)
-        if plan(smaller_cfg, smaller, changes.get("devices", devices), cpu).total <= available:
-            return changes
-    return None
-
-
-def check_fits_here(cfg: DecoderConfig, config: ConfigDict) -> str:
-    """`check_fits` for the devices of this process."""
-    cpu = jax.default_backend() == "cpu"
-    return check_fits(cfg, config, jax.local_device_count(), device_memory(), cpu)
-
-
-def check_fits(
-    cfg: DecoderConfig, config: ConfigDict, devices: int, available: float, cpu: bool = False
-) -> str:
-    """The plan as text, for so many devices with so many bytes available on each.
-
-    Raises UserError, with the plan and with settings that would fit, where it needs more.
-    """
-    needed = plan(cfg, config, devices, cpu)
-    shown = table(needed, devices, available)
-    if needed.total <= available:
-        return shown
-    changes = settings_that_fit(cfg, config, devices, available, cpu)
-    if changes is None:
-        advice = "no setting makes it fit: use a smaller model, group or max_new_tokens"
-    else:
-        flags = [f"--config.{key}={value}" for key, value in changes.items() if key != "devices"]
-        more = [f"{changes['devices']} devices"] if "devices" in changes else []
-        advice = f"it fits with {' and '.join(flags + more)}"
-    raise UserError(
-        f"this run needs about {needed.total / GIB:.3g} GiB on each of {devices} devices, "
-        f"which have {available / GIB:.3g}: {advice}\n{shown}"
-    )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from collab_jax.rl.demonstrations import Encoded
 
@@ -22,6 +23,16 @@ class PackedRows(NamedTuple):
     at: Any  # i32[R, N], the column that predicts a taught token
     targets: Any  # i32[R, N], the taught token
     taught: Any  # bool[R, N], where there is one
+
+
+def columns(config: ConfigDict) -> int:
+    """W of a config: room for two demonstrations of the greatest length, or for more short ones."""
+    return 2 * (config.prompt_length + config.max_new_tokens)
+
+
+def taught_tokens(config: ConfigDict) -> int:
+    """N of a config: what two responses of the greatest length teach."""
+    return 2 * config.max_new_tokens
 
 
 def pack(

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # share before.parquet.
 START_KEYS = {
     "model",
+    "lora",
     "text",
     "task",
     "cloud",
@@ -46,6 +47,8 @@ class Sweep(NamedTuple):
     overrides: Mapping[str, Any]  # of every cell
     cells: Mapping[str, Cell]  # all are compared with the first one that has finished runs
     serve: Mapping[str, Mapping[str, Any]] = {}  # other clouds to measure with: name -> their keys
+    # whether records are published with their prompts: no, where the data set has to be fetched
+    prompts: bool = True
     about: str = ""  # Markdown; `load` takes it from the file's docstring
 
 

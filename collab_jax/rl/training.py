@@ -121,7 +121,7 @@ def compile_update(run: Run) -> Update:
         )
         return body(state, rollout, key)
 
-    return parallel.pmap(keyed, donate=(0,))
+    return parallel.Program(keyed, donate=(0,))
 
 
 class TrainingSteps:

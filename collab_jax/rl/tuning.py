@@ -37,7 +37,7 @@ Source = Callable[[], Iterator[Demonstration]]  # starts a stream without end, a
 class TuningState(NamedTuple):
     """What changes between updates and is saved."""
 
-    step: Any  # i32[], updates made
+    step: Any  # i32[], updates made; on the host
     params: Params
     opt_state: optax.OptState
 
@@ -69,6 +69,27 @@ def zero_sums(params: Params) -> Sums:
     return Sums(jnp.float32(0), grads, jnp.int32(0))
 
 
+# Of a state on the host nothing stays when it has been copied to the devices or saved.
+
+
+def _start(
+    params: Params, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
+) -> TuningState:
+    """The state of the last checkpoint, or the one before the first step, with the axis D."""
+    opt_state = jax.device_get(optimizer.init(cast(Any, params)))
+    state = TuningState(np.int32(0), params, opt_state)
+    if checkpoints.latest() is not None:
+        state = checkpoints.restore(like=state)
+    params, opt_state = parallel.replicate((state.params, state.opt_state))
+    return TuningState(state.step, params, opt_state)
+
+
+def _save(checkpoints: Checkpoints, state: TuningState) -> None:
+    """Saves a state that has the axis D."""
+    params, opt_state = parallel.unreplicate((state.params, state.opt_state))
+    checkpoints.save(int(state.step), TuningState(state.step, params, opt_state))
+
+
 class Tuner:
     """Tunes one model, or one adapter of it, as often as wanted; each program is compiled once.
 
@@ -92,15 +113,14 @@ class Tuner:
             grads = jax.tree.map(jnp.add, sums.grads, grads)
             return Sums(sums.loss + value, grads, sums.taught + rows.taught.sum())
 
-        self._add = parallel.pmap(add, donate=(0,))
+        self._add = parallel.Program(add, donate=(0,))
         self._zero = parallel.pmap(zero_sums)
 
     def micro_batches(self, encoded: list[Encoded]) -> list[PackedRows]:
         """The packed rows of a step's demonstrations, in parts of [D, sft.micro_rows, ...]."""
         D, m = jax.local_device_count(), self._config.sft.micro_rows
-        # A row has room for two demonstrations of the greatest length, and for more short ones.
-        L, T = self._config.prompt_length, self._config.max_new_tokens
-        rows = packing.pack(encoded, 2 * (L + T), 2 * T, self._text.pad_id, multiple=D * m)
+        width, teaches = packing.columns(self._config), packing.taught_tokens(self._config)
+        rows = packing.pack(encoded, width, teaches, self._text.pad_id, multiple=D * m)
         parts = rows.tokens.shape[0] // (D * m)
         return [
             parallel.shard(jax.tree.map(lambda x: x[i * D * m : (i + 1) * D * m], rows), D)  # noqa: B023
@@ -115,16 +135,12 @@ class Tuner:
         Raises UserError where the loss is not finite.
         """
         optimizer, checkpoints = self._optimizer(steps), Checkpoints(folder / "checkpoints")
-        opt_state = jax.device_get(optimizer.init(cast(Any, params)))
-        state = TuningState(np.int32(0), params, opt_state)
-        if checkpoints.latest() is not None:
-            state = checkpoints.restore(like=state)
-        first = int(state.step)
-        if first < steps:
+        state = _start(params, optimizer, checkpoints)
+        if state.step < steps:
             state = self._steps(folder, state, source, steps, optimizer, checkpoints)
         if self._stop.requested:
             self._stop.exit(f"stopped and saved in {folder}; the same command goes on from there")
-        return state.params
+        return parallel.unreplicate(state.params)
 
     def _steps(
         self,
@@ -135,11 +151,11 @@ class Tuner:
         optimizer: optax.GradientTransformation,
         checkpoints: Checkpoints,
     ) -> TuningState:
-        """The state (on the host) after step number `steps`, or after the one that was the last
+        """The state (with the axis D) after step number `steps`, or after the one that was the last
         when an end was asked for.
         """
         first, every = int(state.step), self._config.sft.checkpoint_every
-        params, opt_state = parallel.replicate((state.params, state.opt_state))
+        params, opt_state = state.params, state.opt_state
         update, batches = self._compiled_update(optimizer), self._batches(source, first)
         encoded = next(batches)
         print(self._plan(encoded, params, steps - first, folder.name))
@@ -163,12 +179,11 @@ class Tuner:
                         f"loss {mean} or its gradient is not finite in step {step}: check the "
                         "model's weights, or lower config.sft.learning_rate, in another --workdir"
                     )
+                state = TuningState(np.int32(step), params, opt_state)
                 # Asked once: a signal may come between the save and the return.
                 last = step == steps or self._stop.requested
                 if last or step % every == 0:
-                    params_now, opt_state_now = parallel.unreplicate((params, opt_state))
-                    state = TuningState(np.int32(step), params_now, opt_state_now)
-                    checkpoints.save(step, state)
+                    _save(checkpoints, state)
                 if last:
                     break
         writer.close()
@@ -197,7 +212,7 @@ class Tuner:
             mean = total.loss / total.taught
             return new, opt_state, jax.tree.map(jnp.zeros_like, sums), mean, norm
 
-        return parallel.pmap(update, donate=(0, 1, 2))
+        return parallel.Program(update, donate=(0, 1, 2))
 
     def _batches(self, source: Source, first: int) -> Iterator[list[Encoded]]:
         """The demonstrations of each step from `first` on, those that fit."""

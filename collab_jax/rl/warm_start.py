@@ -24,7 +24,15 @@ from collab_jax.models import text as text_lib
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler
 from collab_jax.models.text import Text
-from collab_jax.rl import claims, demonstrations, experiment, own_samples, rollout
+from collab_jax.rl import (
+    claims,
+    demonstrations,
+    experiment,
+    memory_check,
+    memory_plan,
+    own_samples,
+    rollout,
+)
 from collab_jax.rl.demonstrations import Demonstration, Given
 from collab_jax.rl.tuning import Source, Tuner
 from collab_jax.runtime import files, parallel
@@ -108,6 +116,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     if "validation" in task.splits:
         splits["validation"] = experiment.load_split(task, text, config, "validation")
         check_examples = splits["validation"].examples[: config.sft.check_prompts]
+    machine = memory_check.this_machine()
+    print(memory_check.check_fits(cfg, config, machine, memory_plan.WARM_START))
     whole = None if nothing else hf.load(base.folder, cfg, _stored_dtype(config))
     if whole is None:
         params = decoder.init(cfg, jax.random.key(config.seed))

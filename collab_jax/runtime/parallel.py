@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
 
 AXIS = "devices"
@@ -37,6 +38,24 @@ def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
     take.
     """
     return jax.pmap(body, axis_name=AXIS, donate_argnums=donate)
+
+
+class Program:
+    """A body as `pmap` has it, compiled for the shapes of its first call.
+
+    Before it runs, what the compiler freed is given back to the system: a process is largest when a
+    new program makes its temporary arrays.
+    """
+
+    def __init__(self, body: Callable, donate: tuple[int, ...] = ()):
+        self._mapped: Any = pmap(body, donate)
+        self._compiled: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._mapped.lower(*arguments).compile()
+            process.return_free_memory()
+        return self._compiled(*arguments)
 
 
 def unreplicate(tree: Any) -> Any:

@@ -3,7 +3,7 @@
 Allocator. XLA's large temporaries cost page faults at each step: glibc is told to keep and reuse
 them, in huge pages. It reads its variables when a process starts, so the commands that compute
 start themselves once more. Not done beside an accelerator, where the host allocates little, nor
-where MALLOC_MMAP_MAX_ is set already.
+where MALLOC_MMAP_MAX_ is set already. What the compiler freed is given back (`return_free_memory`).
 
 Host devices. Two devices of one core each keep both cores busy between the matrix products, which
 alone are spread over threads.
@@ -15,6 +15,7 @@ Compiled programs are kept on disk, so that only the first start on a machine co
 `python -m collab_jax.bench settings` measures the first two.
 """
 
+import ctypes
 import hashlib
 import os
 import pathlib
@@ -47,6 +48,16 @@ def restart_with_allocator(module: str) -> None:
         return
     if not any(map(os.path.exists, ACCELERATORS)):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+
+
+def return_free_memory() -> None:
+    """Gives memory that was freed back to the system, where glibc keeps it; elsewhere does nothing.
+
+    A compiler leaves much of it, in pieces that no large array fits into.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def set_up(cpu_devices: int) -> None:
