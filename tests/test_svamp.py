@@ -194,9 +194,24 @@ def demonstrated(folder, n, seed=0, **changes):
     return list(itertools.islice(task.demonstrations(seed), n))
 
 
+def problems(found):
+    """Without the drills."""
+    return [(example, response) for example, response in found if example.stratum != "drill"]
+
+
+def test_after_each_problem_comes_a_drill(folder):
+    found = demonstrated(folder, 100, demo_give_up=0.0)
+    drills = found[1::2]
+    assert all(e.stratum == "drill" for e, _ in drills) and len(problems(found)) == 50
+    task = make_task(config(folder))
+    assert all(v.correct and v.formatted for v in task.verify(*zip(*drills, strict=True)))
+    prompts = [task.prompt(e)[-1]["content"] for e, _ in drills]
+    assert len({task.template(prompt) for prompt in prompts}) == 50  # in either half
+
+
 def test_a_demonstration_shows_each_step(folder):
     train = make_task(config(folder)).load("train")
-    found = demonstrated(folder, len(train), demo_give_up=0.0)
+    found = problems(demonstrated(folder, 2 * len(train), demo_give_up=0.0))
     assert sorted(e.id for e, _ in found) == sorted(e.id for e in train)  # an epoch; no validation
     assert {e.stratum: response for e, response in found} == {
         "1-step": "<think>2+1=3</think>\n<answer>3</answer>",
@@ -226,10 +241,11 @@ def test_a_seed_fixes_demonstrations(folder):
     assert demonstrated(folder, 200, seed=1, demo_give_up=0.5) != first
     train = {e.id: e for e in make_task(config(folder)).load("train")}
     n = len(train)
-    epochs = [[e.id for e, _ in first[i : i + n]] for i in (0, n, 2 * n)]
+    shown = problems(demonstrated(folder, 6 * n, demo_give_up=0.5))
+    epochs = [[e.id for e, _ in shown[i : i + n]] for i in (0, n, 2 * n)]
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2]) == set(train)
     assert epochs[0] != epochs[1] != epochs[2]
-    as_published = [e.problem == train[e.id].problem for e, _ in first[: 3 * n]]
+    as_published = [e.problem == train[e.id].problem for e, _ in shown]
     assert all(as_published[:n]) and all(as_published[2 * n :])
     assert sum(as_published[n : 2 * n]) < 0.7 * n  # the others have other numbers
     verdicts = make_task(config(folder)).verify(*zip(*first, strict=True))
@@ -279,7 +295,7 @@ def test_real_rows_are_split_and_right():
     task = make_task(real())
     sizes = {split: len(task.load(split)) for split in ("train", "validation", "test")}
     assert sizes == {"train": 2509, "validation": 257, "test": 1000}
-    found = list(itertools.islice(task.demonstrations(0), 2509))
+    found = list(itertools.islice(task.demonstrations(0), 2 * 2509))
     verdicts = task.verify(*zip(*found, strict=True))
     assert all(v.correct or v.called for v in verdicts)
     shown = task.load("train") + task.load("validation")

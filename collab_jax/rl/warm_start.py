@@ -222,7 +222,7 @@ def _endless(start: WarmStart, items: list[Demonstration]) -> Source:
 def _relabelled(start: WarmStart, given: Given, tuner: Tuner) -> Source:
     """The given demonstrations that answer, and the model's own after a tuning on the other half.
 
-    Twice as many given ones as there are training examples: a task may show them in two ways.
+    As many given ones as the last tuning takes.
     """
     sft = start.config.sft
 
@@ -246,7 +246,7 @@ def _relabelled(start: WarmStart, given: Given, tuner: Tuner) -> Source:
             if half_of(start.task.prompt(example)) != half
         ]
         judged += _answered(start, params, others, folder / "samples.jsonl")
-    wanted = 2 * len(start.examples)
+    wanted = sft.steps * sft.batch_size
     as_given = list(itertools.islice(given.only(answers, "answers")(), wanted))
     return _endless(start, [*as_given, *_own_demonstrations(start, judged)])
 
