@@ -19,9 +19,10 @@ problems. Products are in bfloat16, which two cores with bf16 instructions compu
 fast. The cloud is simulated: wrong on 6 % of the prompts, with odds that are 20 times as high on
 the hardest problem as on the easiest.
 
-The warm start and training sample at temperature 0.5, without a filter and with averaged weights,
-as configs/countdown_tiny_ours.py does and explains. Lengths follow from the data, batches from the
-time that they take; learning rates and steps are first choices, and nothing was tuned.
+Training has no filter and averages weights, as configs/countdown_tiny_ours.py does and explains,
+but samples at temperature 1: at 0.5 this model agrees with itself on two prompts in three, and the
+call, which it makes in 2 % of its responses to begin with, died out within 15 steps. Lengths follow
+from the data, batches from the time that they take; learning rates and steps are first choices.
 """
 
 import pathlib
@@ -54,7 +55,6 @@ def get_config() -> ConfigDict:
     config.cloud.error_rate = 0.06
     config.cloud.error_skew = 3.0
 
-    config.temperature = 0.5
     config.algorithm.filter = "none"
     config.optim.learning_rate = 2e-4
     config.optim.average = 0.95
@@ -64,11 +64,10 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 1000
     config.eval.batch_size = 250
 
-    config.sft.relabel_steps = 100
-    config.sft.prompts = 1200
+    config.sft.relabel_steps = 160
     config.sft.keep = 4
     config.sft.marker_share = 0.5
-    config.sft.steps = 320
+    config.sft.steps = 600
     config.sft.batch_size = 16
     config.sft.micro_rows = 1
     config.sft.checkpoint_every = 40
