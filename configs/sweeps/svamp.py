@@ -5,8 +5,8 @@ with an adapter of rank 8, 60 steps of 32 prompts x 4 responses; budget 30 %; ev
 1,000 test problems. All start from one warm start, the adapter in docs/results/svamp/warm_start,
 which the first stage of launch/real.sh makes.
 
-- `ours`: the config's own settings: no filter, rollouts at temperature 0.5, averaged weights.
-- `gapg`: the paper's method, with its filter, at temperature 1. `grpo`: the paper's
+- `ours`: the config's own settings: the paper's gradient without its filter, averaged weights.
+- `gapg`: the paper's method, with its filter. `grpo`: the paper's
   Collaboration-Aware Tuning. `task-tuning`: GRPO that is never rewarded for a call; the routers
   that the paper compares with route this model.
 """
@@ -14,7 +14,7 @@ which the first stage of launch/real.sh makes.
 from collab_jax.rl.sweeps import Cell, Sweep
 
 THREE, ONE = range(3), range(1)
-AS_PUBLISHED = {"temperature": 1.0, "optim.average": 0.0}
+LAST = {"optim.average": 0.0}  # the last weights count, not averaged ones
 ROUTED = {"eval.fit_prompts": 512, "routers.record": ("hidden",)}
 
 
@@ -25,11 +25,11 @@ def get_sweep() -> Sweep:
         {
             "ours": Cell(ROUTED, THREE),
             "task-tuning": Cell(
-                AS_PUBLISHED | {"algorithm.reward": "task", "algorithm.advantage": "grpo"} | ROUTED,
+                LAST | {"algorithm.reward": "task", "algorithm.advantage": "grpo"} | ROUTED,
                 THREE,
             ),
-            "grpo": Cell(AS_PUBLISHED | {"algorithm.advantage": "grpo"}, ONE),
-            "gapg": Cell(AS_PUBLISHED | {"algorithm.filter": "d1d2"}, ONE),
+            "grpo": Cell(LAST | {"algorithm.advantage": "grpo"}, ONE),
+            "gapg": Cell(LAST | {"algorithm.filter": "d1d2"}, ONE),
         },
         prompts=False,
     )
