@@ -80,7 +80,7 @@ def renumbered(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         return row
     for _ in range(_TRIES):
         new = _drawn(sorted(plain), rng)
-        lines = new and _solved(steps, new)
+        lines = _solved(steps, new) if new else None
         if new and lines:
             return row | {
                 "problem": _NUMBER.sub(lambda m: str(new[int(m[0])]), problem),  # noqa: B023
