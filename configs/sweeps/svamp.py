@@ -2,13 +2,13 @@
 
 The cloud is simulated: wrong on 6 % of the problems, more often on hard ones. SmolLM2-135M-Instruct
 with an adapter of rank 8, 60 steps of 32 prompts x 4 responses; budget 30 %; evaluated on SVAMP's
-1,000 test problems. All start from one warm start, the adapter in docs/results/svamp/warm_start,
-which the first stage of launch/real.sh makes.
+1,000 test problems. All start from one warm start, the adapter that `./launch/real.sh runs/svamp`
+makes first.
 
 - `ours`: the config's own settings: the paper's gradient without its filter, averaged weights.
-- `gapg`: the paper's method, with its filter. `grpo`: the paper's
-  Collaboration-Aware Tuning. `task-tuning`: GRPO that is never rewarded for a call; the routers
-  that the paper compares with route this model.
+- `gapg`: the paper's method, with its filter. `grpo`: the paper's Collaboration-Aware Tuning.
+  `task-tuning`: GRPO that is never rewarded for a call; the routers that the paper compares with
+  route this model.
 """
 
 from collab_jax.rl.sweeps import Cell, Sweep
@@ -21,7 +21,7 @@ ROUTED = {"eval.fit_prompts": 512, "routers.record": ("hidden",)}
 def get_sweep() -> Sweep:
     return Sweep(
         "configs/svamp_smollm2.py",
-        {"lora.start": "docs/results/svamp/warm_start"},
+        {"lora.start": "runs/svamp/start"},
         {
             "ours": Cell(ROUTED, THREE),
             "task-tuning": Cell(
