@@ -134,9 +134,9 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
 def invert(logits: jax.Array, u: jax.Array) -> jax.Array:
     """The token i32[R] at which the distribution function of softmax(logits f32[R, V]) passes u.
 
-    u f32[R] is in [0, 1). One random number a row instead of one a token: for 128 rows of a
-    vocabulary of 49,152, Gumbel noise took a third of the time of a sampled column on two cores.
-    First the block of 256 tokens is found, then the token in it.
+    u f32[R] is in [0, 1). One random number a row instead of one a token: on a CPU, Gumbel noise
+    for a vocabulary of some 50,000 takes many times as long. First the block of 256 tokens is
+    found, then the token in it.
     """
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     blocks = jnp.pad(weights, ((0, 0), (0, -logits.shape[1] % 256))).reshape(len(logits), -1, 256)
