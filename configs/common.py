@@ -161,7 +161,6 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay = 0.0  # of matrices
     # decay of the averaged weights that a run evaluates and exports; 0: the last weights
     config.optim.average = 0.0
-    config.optim.clip_norm = 1.0  # global gradient norm
 
     config.train = ConfigDict()
     config.train.steps = 160  # updates

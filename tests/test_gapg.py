@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from collab_jax import gapg
 from collab_jax.models import decoder, logprobs
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.rl import algorithms, step
+from collab_jax.rl import algorithms, optim, step
 
 T, F = True, False
 KEY = jax.random.key(0)
@@ -281,10 +281,10 @@ def rollout(seed=0):
     )
 
 
-def start(budget=0.3, params=None):
+def start(budget=0.3, params=None, optimizer=SGD):
     params = decoder.init(CFG, jax.random.key(1)) if params is None else params
     return jax.device_get(
-        gapg.init_state(params, SGD, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget))
+        gapg.init_state(params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget))
     )
 
 
@@ -295,11 +295,11 @@ def batch_logprobs(params, batch):
     return logprobs.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
 
 
-def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG, average=0.0):
+def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG, average=0.0, optimizer=SGD):
     settings = dict(
         micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2, average=average
     )
-    return step.make_step(CFG, SGD, algorithm, axis="d", **settings)
+    return step.make_step(CFG, optimizer, algorithm, axis="d", **settings)
 
 
 def one_step(batch, devices=2, state=None, **settings):
@@ -470,6 +470,21 @@ def test_non_finite_gradient_is_skipped_and_counted():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_algorithms_with_parallel_gradients_make_the_same_update():
+    """The size of a sum or a mean is no difference between algorithms."""
+    optimizer = optim.make_optimizer(lambda _: 1e-2, 0.0, optim.unit_norm())
+    unfiltered = gapg.GAPG._replace(prompt_filter=algorithms.no_filter)
+    same = {"state": start(optimizer=optimizer), "optimizer": optimizer, "devices": 1}
+    sums, of_sums = one_step(rollout(), algorithm=unfiltered, **same)
+    dr_grpo = unfiltered._replace(advantage=algorithms.dr_grpo_advantage)
+    means, of_means = one_step(rollout(), algorithm=dr_grpo, **same)
+    scale = (G - 1) / (G * NEW)
+    np.testing.assert_allclose(of_means["grad_norm"], of_sums["grad_norm"] * scale, rtol=1e-4)
+    # Adam's first step is of 1e-2 in every weight, whatever the gradient.
+    assert_close(means.params, sums.params, atol=1e-4)
+
+
 def test_equal_rewards_are_no_signal_whatever_rounding_makes_of_their_mean():
     """GRPO's division once made an advantage of -0.015 of a rounded mean of eight times 0.2."""
     same = rollout().replace(

@@ -37,9 +37,9 @@ def test_bfloat16_parameters_take_small_steps_that_plain_rounding_loses(grads):
     schedule = lambda _: 5e-6  # noqa: E731
     start = np.asarray(jnp.linspace(-0.04, 0.04, 64).reshape(8, 8).astype(jnp.bfloat16), np.float32)
     half, state = trajectory(
-        optim.make_optimizer(schedule, 0.0, 1.0, "bfloat16"), "bfloat16", 300, grads
+        optim.make_optimizer(schedule, 0.0, optim.clipped(), "bfloat16"), "bfloat16", 300, grads
     )
-    full, _ = trajectory(optim.make_optimizer(schedule, 0.0, 1.0), "float32", 300, grads)
+    full, _ = trajectory(optim.make_optimizer(schedule, 0.0, optim.clipped()), "float32", 300, grads)
     plain, _ = trajectory(optax.adamw(schedule, weight_decay=0.0), "bfloat16", 300, grads)
     moved = full - np.linspace(-0.04, 0.04, 64, dtype=np.float32).reshape(8, 8)
     paid = (
@@ -57,14 +57,14 @@ def test_rounding_is_an_operation_that_no_compiler_leaves_out():
 
     (xla_allow_excess_precision, on accelerators.)
     """
-    optimizer = optim.make_optimizer(lambda _: 1e-3, 0.0, 1.0, "bfloat16")
+    optimizer = optim.make_optimizer(lambda _: 1e-3, 0.0, optim.unit_norm(), "bfloat16")
     params = {"w": jnp.ones((2, 3), jnp.bfloat16)}
     lowered = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
     assert "reduce_precision" in lowered.as_text() and "e8m7" in lowered.as_text()
 
 
 def test_bfloat16_state_is_bfloat16_but_for_the_second_moment():
-    optimizer = optim.make_optimizer(lambda _: 1e-3, 0.0, 1.0, "bfloat16")
+    optimizer = optim.make_optimizer(lambda _: 1e-3, 0.0, optim.unit_norm(), "bfloat16")
     params = {"w": jnp.ones((2, 3), jnp.bfloat16)}
     state = optimizer.init(params)
     kinds = sorted(str(x.dtype) for x in jax.tree.leaves(state) if x.ndim)
@@ -72,6 +72,25 @@ def test_bfloat16_state_is_bfloat16_but_for_the_second_moment():
     updates, after = optimizer.update({"w": jnp.ones((2, 3))}, state, params)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
     assert optax.apply_updates(params, updates)["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_size_of_a_policy_gradient_changes_no_update(grads, scale):
+    optimizer = optim.make_optimizer(lambda _: 1e-3, 0.0, optim.unit_norm())
+    moved, _ = trajectory(optimizer, "float32", 20, grads)
+    scaled, _ = trajectory(optimizer, "float32", 20, grads * np.float32(scale))
+    np.testing.assert_allclose(scaled, moved, atol=1e-7)
+
+
+def test_a_gradient_of_zeros_stays_one_and_any_other_has_norm_1():
+    bound = optim.unit_norm()
+    of = lambda w: bound.update({"w": jnp.array(w)}, bound.init({}))[0]["w"]  # noqa: E731
+    assert of([0.0, 0.0]).tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(of([3e-12, -4e-12]), [0.6, -0.8], rtol=1e-6)
+    assert optim.clipped().update({"w": jnp.array([0.3, 0.4])}, None)[0]["w"].tolist() == [
+        jnp.float32(0.3),
+        jnp.float32(0.4),
+    ]
 
 
 def test_the_first_update_has_a_share_of_the_learning_rate_and_the_warm_up_ends_at_its_peak():

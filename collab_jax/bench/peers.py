@@ -274,7 +274,7 @@ def _grpo_settings(
         learning_rate=config.optim.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=config.optim.weight_decay,
-        max_grad_norm=config.optim.clip_norm,
+        max_grad_norm=1.0,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,

@@ -101,7 +101,7 @@ def training(path: pathlib.Path, rows: list[dict], budget: float) -> None:
             [("d1", "D1"), ("d2", "D2"), ("dropped", "dropped"), ("no_signal", "no signal")],
         ),
         ("entropy (nats a token)", [("entropy", "entropy")]),
-        ("gradient norm before clipping", [("grad_norm", "norm")]),
+        ("gradient norm", [("grad_norm", "norm")]),
         ("seconds a step", [("seconds", "step"), ("seconds_rollout", "of which rollout")]),
     ]
     figure, grid = plt.subplots(2, 3, figsize=(12, 6))

@@ -78,7 +78,7 @@ def dr_grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
     """Dr. GRPO's advantage f32[Q, G] (arXiv 2503.20783): (r_i - mean) / T; tokens are summed.
 
     r f32[Q, G], mask bool[Q, G, T]. It is `gapg.advantage` times (G - 1) / (G T), so it has the
-    same direction.
+    same direction, and makes the same update (`optim.unit_norm`).
     """
     G = r.shape[1]
     return gapg.advantage(r, mask) * ((G - 1) / (G * mask.shape[2]))
@@ -112,8 +112,9 @@ def zero_variance_filter(
 ) -> tuple[jax.Array, FilterState]:
     """keep bool[Q]: every prompt but those whose rewards r f32[Q, G] are all equal.
 
-    As in DAPO (arXiv 2503.14476), without its resampling. Such groups have no gradient; what
-    changes is the number of prompts that the gradient of the others is divided by.
+    As in DAPO (arXiv 2503.14476), without its resampling. Such groups have no gradient, and the
+    size of a gradient changes no update (`optim.unit_norm`): what `no_filter` does, but for a batch
+    without any other group, which is no update here.
     """
     del key
     d1, d2 = gapg.classes(correct, cloud_correct, cloud_known)

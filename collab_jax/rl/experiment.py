@@ -110,7 +110,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         task=task,
         cloud=cloud,
         optimizer=optim.make_optimizer(
-            schedule, config.optim.weight_decay, config.optim.clip_norm, config.model.param_dtype
+            schedule, config.optim.weight_decay, optim.unit_norm(), config.model.param_dtype
         ),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind a global-norm clip, for parameters in float32 or in bfloat16."""
+"""The optimizer: AdamW behind a bound of the gradient, for parameters in float32 or in bfloat16."""
 
 from typing import Any, NamedTuple
 
@@ -27,10 +27,30 @@ def make_schedule(
     return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
+def unit_norm() -> optax.GradientTransformation:
+    """Every gradient at norm 1; one of zeros stays.
+
+    A policy gradient's size says which sum or mean an algorithm takes, and how many prompts it
+    kept, more than how far to go. So its direction is the gradient's and its size the learning
+    rate's alone: algorithms whose gradients are parallel make the same update. A clip would act on
+    sums over tokens at every step, and on means at none.
+    """
+    # The term is below every norm, and keeps 0 / 0 away.
+    return optax.normalize_by_update_norm(eps=1e-30)
+
+
+def clipped() -> optax.GradientTransformation:
+    """A gradient's norm is at most 1: of a supervised mean loss, whose size means something."""
+    return optax.clip_by_global_norm(1.0)
+
+
 def make_optimizer(
-    schedule: optax.Schedule, weight_decay: float, clip_norm: float, param_dtype: str = "float32"
+    schedule: optax.Schedule,
+    weight_decay: float,
+    bound: optax.GradientTransformation,
+    param_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Clips to `clip_norm`, then AdamW, for parameters of `param_dtype`.
+    """`bound` (`unit_norm` or `clipped`), then AdamW, for parameters of `param_dtype`.
 
     Vectors (norms and biases) have no weight decay.
     """
@@ -39,7 +59,7 @@ def make_optimizer(
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=matrices, mu_dtype=param_dtype)
-    chain = optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+    chain = optax.chain(bound, adamw)
     return chain if param_dtype == "float32" else compensated(chain)
 
 

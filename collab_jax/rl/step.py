@@ -328,7 +328,7 @@ def step_metrics(
         "dropped": signal.keep.shape[0] - kept,
         "no_signal": (signal.keep & ~signal.learnable).sum(),  # kept groups of equal rewards
         "all_called": (signal.keep & all_called).sum(),  # of those, the ones that spent quota
-        "grad_norm": norm,  # before clipping
+        "grad_norm": norm,  # before it is scaled to 1
         "entropy": -log_p / batch.mask.sum(),  # nats a token, estimated by the samples
         "drift": drift / jnp.maximum(tokens, 1),  # mean |log p recomputed - log p sampled|
         "drift_max": worst,

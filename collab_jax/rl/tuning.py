@@ -193,7 +193,7 @@ class Tuner:
         sft = self._config.sft
         schedule = optim.make_schedule(sft.learning_rate, sft.warmup_steps, decay_steps=steps)
         return optim.make_optimizer(
-            schedule, sft.weight_decay, self._config.optim.clip_norm, self._config.model.param_dtype
+            schedule, sft.weight_decay, optim.clipped(), self._config.model.param_dtype
         )
 
     def _compiled_update(self, optimizer: optax.GradientTransformation) -> Callable:

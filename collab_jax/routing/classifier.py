@@ -94,7 +94,7 @@ def _tune(
     optimizer = optim.make_optimizer(
         optim.make_schedule(r.learning_rate, steps // 10, decay_steps=steps),
         config.optim.weight_decay,
-        config.optim.clip_norm,
+        optim.clipped(),
     )
 
     def body(weights, opt_state, prompts, mask, wrong):
