@@ -24,7 +24,7 @@ from collab_jax.runtime.markdown import percent
 
 
 def split(table: Records, share: float) -> tuple[Records, Records | None]:
-    """The records to calibrate on, and the last `share` of them; None where that is 0."""
+    """The records to calibrate on, and a random `share` of them; None where that is 0."""
     if not 0 <= share < 1:
         raise UserError(f"--hold_out {share:g}: a share of the records, in [0, 1)")
     n = len(table["id"])
@@ -36,9 +36,10 @@ def split(table: Records, share: float) -> tuple[Records, Records | None]:
             f"--hold_out {share:g} of {n} records leaves {first} to calibrate on and {n - first} "
             "to check: change it"
         )
+    order = np.random.default_rng(0).permutation(n)  # records may be sorted by anything
     return (
-        {name: column[:first] for name, column in table.items()},
-        {name: column[first:] for name, column in table.items()},
+        {name: column[order[:first]] for name, column in table.items()},
+        {name: column[order[first:]] for name, column in table.items()},
     )
 
 
@@ -130,7 +131,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         required=True,
         help=f"folder for {collab_config.NAME}, or a .json file",
     )
-    add("--hold_out", type=float, default=0.0, help="share of the records, the last, to check on")
+    add("--hold_out", type=float, default=0.0, help="share of the records to check on")
     add("--margin_only", action="store_true", help="responses without an answer go by margin, too")
     add("--decision_token", help="written into the file for a server")
     add("--marker", help="the call as text, written into the file for a server")

@@ -2,13 +2,13 @@
 
     python -m collab_jax.evaluate --config configs/countdown_tiny.py --workdir RUN
 
-evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) and writes
-`eval.parquet` and `eval.json`. While you still choose between settings, `--split validation` leaves
-the test prompts unseen, and writes `validation.parquet` and `validation.json`. One pass decodes
-naturally, one with the marker disallowed; the second one's margin trace holds the call decision at
-every budget (`sampler.py`). With `--suite` the model is evaluated on other benchmarks
-(`reports/suite.py`). `records.py` documents the columns. Routers that run the model once more
-(`config.routers.record`) are recorded by training only.
+evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) on the
+validation split, and writes `validation.parquet` and `validation.json`. Where nothing is chosen any
+more, `--split test` evaluates on the test prompts, and writes `test.parquet` and `test.json`. One
+pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
+decision at every budget (`sampler.py`). With `--suite` the model is evaluated on other benchmarks'
+test prompts (`reports/suite.py`). `records.py` documents the columns. Routers that run the model
+once more (`config.routers.record`) are recorded by training only.
 """
 
 from collab_jax.runtime import process
@@ -27,11 +27,11 @@ from collab_jax.rl import evaluation, experiment
 from collab_jax.runtime import cli, files, parallel
 from collab_jax.runtime.errors import UserError
 
-FILES = {"test": "eval", "validation": "validation"}  # split -> name of what is written
+SPLITS = ("validation", "test")
 
 
-def main(config: ConfigDict, workdir: pathlib.Path, split: str = "test") -> int:
-    """Evaluates the run in `workdir` on prompts of a held-out split; returns the exit status."""
+def main(config: ConfigDict, workdir: pathlib.Path, split: str = "validation") -> int:
+    """Evaluates the run in `workdir` on prompts of one of SPLITS; returns the exit status."""
     run = experiment.prepare(config, workdir)
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
@@ -43,7 +43,7 @@ def main(config: ConfigDict, workdir: pathlib.Path, split: str = "test") -> int:
         evaluation.held_out(run, split),
         workdir.name,
     )
-    file = workdir / FILES[split]
+    file = workdir / split
     records.write(file.with_suffix(".parquet"), table)
     figures = {"step": int(state.step[0]), "split": split, **summary.summary(table)}
     files.write_text(file.with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
@@ -79,13 +79,13 @@ if __name__ == "__main__":
         "suite", None, "Evaluate on this suite of benchmarks, or on tasks separated by commas."
     )
     split_name = flags.DEFINE_enum(
-        "split", "test", list(FILES), "Evaluate on this split's prompts."
+        "split", "validation", SPLITS, "Evaluate on this split's prompts."
     )
 
     def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         if not suite_name.value:
             return main(config, workdir, split_name.value)
-        if split_name.value != "test":
+        if flags.FLAGS["split"].present:
             raise UserError("--suite evaluates on test prompts: leave out --split")
         return suite.evaluate_suite(config, workdir, suite_name.value)
 

@@ -6,6 +6,7 @@
     local_correct      bool              required: the device is right with the marker disallowed
     cloud_correct      bool              required: the cloud is right; False where not known
     task               str               name of the task; default ""
+    split              str               train, validation or test; default ""
     stratum            str               difficulty class; each also has its own AUC; default ""
     prompt             str               what was asked
     text               str               the device's response
@@ -56,12 +57,20 @@ from collab_jax.runtime.tables import Column
 Records = dict[str, np.ndarray]  # a column each, [n]; str and lists as objects
 
 REQUIRED = ("id", "local_correct", "cloud_correct")
-DEFAULTS = {"task": "", "stratum": "", "ended": True, "formatted": True, "cloud_known": True}
+DEFAULTS = {
+    "task": "",
+    "split": "",
+    "stratum": "",
+    "ended": True,
+    "formatted": True,
+    "cloud_known": True,
+}
 TYPES = {
     "id": "str",
     "local_correct": "bool",
     "cloud_correct": "bool",
     "task": "str",
+    "split": "str",
     "stratum": "str",
     "prompt": "str",
     "text": "str",
@@ -98,6 +107,11 @@ def scores(records: Records) -> dict[str, np.ndarray]:
     """The recorded routers: name -> f64[n], of the columns `score_<name>`."""
     columns = [column for column in records if column.startswith("score_")]
     return {column.removeprefix("score_"): records[column] for column in columns}
+
+
+def split_of(records: Records) -> str:
+    """The name of the split that the prompts are of, for sentences; "held-out" where none says."""
+    return " and ".join(name or "held-out" for name in dict.fromkeys(records["split"]))
 
 
 def require(records: Records, columns: Sequence[str], purpose: str) -> None:

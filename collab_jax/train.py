@@ -42,7 +42,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     print(_where_it_stands(run))
     recorded.check(run)
     sampler = evaluation.greedy_sampler(run)
-    held_out = evaluation.held_out(run)
+    held_out = evaluation.held_out(run, config.eval.split)
     fit_examples = training.fit_examples(run)
 
     before = evaluate_before(run, sampler, held_out) if held_out else None

@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.task.numbers = (1, 50)  # lowest, highest
     config.task.targets = (10, 99)  # lowest, highest
     config.task.train_examples = 16384  # size of the training split
-    config.task.test_examples = 8192  # size of the held-out split
+    config.task.test_examples = 8192  # size of the validation split, and of the test split
     config.task.data_seed = 0  # of the data set, not of a run
     config.task.demo_length = 56  # longest demonstration, in tokens of the tiny vocabulary
     config.task.demo_give_up = 0.15  # share of demonstrations that end with the marker
@@ -175,8 +175,11 @@ def get_config() -> ConfigDict:
     config.train.empty_d1_limit = 20  # steps in a row without a solved prompt before the run stops
 
     config.eval = ConfigDict()
-    # from the start of the test split, before and after training; 0: no evaluation
+    # from the start of the split, before and after training; 0: no evaluation
     config.eval.prompts = 4096
+    # validation | test: of training's evaluations. What is chosen, is chosen on validation; the
+    # test is for figures to be published
+    config.eval.split = "validation"
     # unused training prompts, after training, to fit learned routers on (fit.parquet)
     config.eval.fit_prompts = 0
     config.eval.batch_size = 256  # rows; a multiple of the number of devices
@@ -214,8 +217,7 @@ def get_config() -> ConfigDict:
     config.sft.keep = 2  # self, relabel: right, and failed, responses kept of a prompt
     # self, relabel: largest share of the model's own demonstrations that call, in [0, 1)
     config.sft.marker_share = 0.2
-    # prompts to try the tuned model on (sft.json): of the validation split, or, where there is
-    # none, the last training prompts; 0: none
+    # prompts of the validation split to try the tuned model on (sft.json); 0: none
     config.sft.check_prompts = 64
     config.sft.steps = 0  # updates
     config.sft.batch_size = 256  # demonstrations of an update

@@ -6,12 +6,12 @@ rewards 2.0 / 0.5 / 0.2, 5,000 training prompts, 1,000 test prompts.
     python -m collab_jax.sft --config configs/countdown_qwen2p5_3b.py --workdir runs/qwen/start
     python -m collab_jax.train --config configs/countdown_qwen2p5_3b.py \
         --workdir runs/qwen/run --config.model.path=runs/qwen/start
-    python -m collab_jax.evaluate --config configs/countdown_qwen2p5_3b.py \
+    python -m collab_jax.evaluate --split test --config configs/countdown_qwen2p5_3b.py \
         --workdir runs/qwen/run --config.model.path=runs/qwen/start
     python -m collab_jax.export --config configs/countdown_qwen2p5_3b.py \
         --workdir runs/qwen/run --config.model.path=runs/qwen/start \
         --out runs/qwen/model
-    python -m collab_jax.calibrate --records runs/qwen/run/eval.parquet --rate 0.3 \
+    python -m collab_jax.calibrate --records runs/qwen/run/test.parquet --rate 0.3 \
         --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" \
         --out runs/qwen/model
 

@@ -6,14 +6,14 @@ this model, but its figures are not known here: the only target is the routers o
     python -m collab_jax.sft --config configs/math_llama3p2_1b.py --workdir runs/math_llama1b/start
     python -m collab_jax.train --config configs/math_llama3p2_1b.py \
         --workdir runs/math_llama1b/run --config.model.path=runs/math_llama1b/start
-    python -m collab_jax.evaluate --config configs/math_llama3p2_1b.py \
+    python -m collab_jax.evaluate --split test --config configs/math_llama3p2_1b.py \
         --workdir runs/math_llama1b/run --config.model.path=runs/math_llama1b/start
     python -m collab_jax.evaluate --suite paper --config configs/math_llama3p2_1b.py \
         --workdir runs/math_llama1b/run --config.model.path=runs/math_llama1b/start
     python -m collab_jax.export --config configs/math_llama3p2_1b.py \
         --workdir runs/math_llama1b/run --config.model.path=runs/math_llama1b/start \
         --out runs/math_llama1b/model
-    python -m collab_jax.calibrate --records runs/math_llama1b/run/eval.parquet --rate 0.3 \
+    python -m collab_jax.calibrate --records runs/math_llama1b/run/test.parquet --rate 0.3 \
         --delta 0.05 --hold_out 0.5 --decision_token "<|reserved_special_token_0|>" \
         --out runs/math_llama1b/model
 

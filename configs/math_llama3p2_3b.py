@@ -8,14 +8,14 @@ benchmarks (task tuning alone 51.2, naive offloading 65.1, collaboration-aware t
     python -m collab_jax.sft --config configs/math_llama3p2_3b.py --workdir runs/math_llama3b/start
     python -m collab_jax.train --config configs/math_llama3p2_3b.py \
         --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start
-    python -m collab_jax.evaluate --config configs/math_llama3p2_3b.py \
+    python -m collab_jax.evaluate --split test --config configs/math_llama3p2_3b.py \
         --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start
     python -m collab_jax.evaluate --suite paper --config configs/math_llama3p2_3b.py \
         --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start
     python -m collab_jax.export --config configs/math_llama3p2_3b.py \
         --workdir runs/math_llama3b/run --config.model.path=runs/math_llama3b/start \
         --out runs/math_llama3b/model
-    python -m collab_jax.calibrate --records runs/math_llama3b/run/eval.parquet --rate 0.3 \
+    python -m collab_jax.calibrate --records runs/math_llama3b/run/test.parquet --rate 0.3 \
         --delta 0.05 --hold_out 0.5 --decision_token "<|reserved_special_token_0|>" \
         --out runs/math_llama3b/model
 

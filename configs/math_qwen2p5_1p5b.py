@@ -8,14 +8,14 @@ tuning alone 56.1, naive offloading 67.2, collaboration-aware tuning 61.5, a rou
     python -m collab_jax.sft --config configs/math_qwen2p5_1p5b.py --workdir runs/math_qwen/start
     python -m collab_jax.train --config configs/math_qwen2p5_1p5b.py \
         --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
-    python -m collab_jax.evaluate --config configs/math_qwen2p5_1p5b.py \
+    python -m collab_jax.evaluate --split test --config configs/math_qwen2p5_1p5b.py \
         --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
     python -m collab_jax.evaluate --suite paper --config configs/math_qwen2p5_1p5b.py \
         --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start
     python -m collab_jax.export --config configs/math_qwen2p5_1p5b.py \
         --workdir runs/math_qwen/run --config.model.path=runs/math_qwen/start \
         --out runs/math_qwen/model
-    python -m collab_jax.calibrate --records runs/math_qwen/run/eval.parquet --rate 0.3 \
+    python -m collab_jax.calibrate --records runs/math_qwen/run/test.parquet --rate 0.3 \
         --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" \
         --out runs/math_qwen/model
 

@@ -3,8 +3,8 @@ r"""Word problems (SVAMP) on SmolLM2-135M-Instruct, budget 30 %: a pretrained mo
     python -m collab_jax.sft --config configs/svamp_smollm2.py --workdir runs/svamp/start
     python -m collab_jax.train --config configs/svamp_smollm2.py \
         --workdir runs/svamp/run --config.lora.start=runs/svamp/start
-    python -m collab_jax.evaluate --config configs/svamp_smollm2.py \
-        --workdir runs/svamp/run --config.lora.start=runs/svamp/start --split validation
+    python -m collab_jax.evaluate --split test --config configs/svamp_smollm2.py \
+        --workdir runs/svamp/run --config.lora.start=runs/svamp/start
 
 or all of it, with what it installs, exports and calibrates, by ./launch/real.sh.
 

@@ -36,7 +36,7 @@ stages() {
   if [ -e "$work/start/adapter_config.json" ]; then adapter=1 from="--config.lora.start=$work/start"; fi
   local rest=(--workdir "$work/run" --config "$config" "$from" "$@")
   stage "$work/run/report.json" collab_jax.train "${rest[@]}"
-  stage "$work/run/eval.json" collab_jax.evaluate "${rest[@]}"
+  stage "$work/run/test.json" collab_jax.evaluate --split test "${rest[@]}"
   stage "$work/model/README.md" collab_jax.export --out "$work/model" "${rest[@]}"
   if [ -n "$adapter" ]; then
     stage "$work/adapter/README.md" collab_jax.export --adapter --out "$work/adapter" "${rest[@]}"
@@ -49,7 +49,8 @@ print(config["budget"], config["text"]["marker"], config["text"]["decision_token
   mapfile -t settings <<<"$settings"
   note=(--marker "${settings[1]}")
   if [ -n "${settings[2]}" ]; then note+=(--decision_token "${settings[2]}"); fi
-  stage "$work/model/collab_config.json" collab_jax.calibrate --records "$work/run/eval.parquet" --out "$work/model" \
+  stage "$work/model/collab_config.json" collab_jax.calibrate --records "$work/run/test.parquet" --out "$work/model" \
     --rate "${settings[0]}" --delta 0.05 --hold_out 0.5 "${note[@]}"
+  if [ -n "$adapter" ]; then cp "$work/model/collab_config.json" "$work/adapter/"; fi
   say "$work/model is ready"
 }

@@ -580,10 +580,11 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
         np.array(table["margin"]),
         np.array(table["ended"]) & np.array(table["formatted"]),
     )
-    first = bias_for_rate(margins[:600], answered[:600], 0.3)
-    sent = (margins[600:] + first.bias > 0) | ~answered[600:]
-    right = np.where(sent, table["cloud_correct"][600:], table["local_correct"][600:])
-    right = right[table["cloud_known"][600:]]
+    kept, rest = np.split(np.random.default_rng(0).permutation(1000), [600])
+    first = bias_for_rate(margins[kept], answered[kept], 0.3)
+    sent = (margins[rest] + first.bias > 0) | ~answered[rest]
+    cloud, local = np.array(table["cloud_correct"]), np.array(table["local_correct"])
+    right = np.where(sent, cloud[rest], local[rest])[np.array(table["cloud_known"])[rest]]
     assert collab_config.read(tmp_path)["bias"] == first.bias and first.n == 600
     assert f"on the 400 prompts held out: call rate {100 * sent.mean():.1f} (" in out
     assert f"overall accuracy {100 * right.mean():.1f} (" in out

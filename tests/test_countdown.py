@@ -16,6 +16,7 @@ from streams import take, tiny_config, within
 from collab_jax.cloud import SimulatedCloud
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, TaskError, base, countdown, make_task
+from collab_jax.tasks.base import SPLITS
 from collab_jax.tasks.countdown import generate, load, split_of
 from collab_jax.tasks.expressions import is_solution, solve
 
@@ -28,18 +29,19 @@ def pair(numbers, target):
 
 
 def test_split_never_changes():
-    # printf '[3, 8]=24' | b2sum -l 32: 8cc5ec38, a multiple of eight; [1, 2, 3]=6: 5cd873a2;
+    # printf '[3, 8]=24' | b2sum -l 32: 8cc5ec38, of remainder 8 by 16; [1, 2, 3]=6: 5cd873a2;
     # [3, 3, 8, 8]=24: 9de0ab9e
-    assert split_of((3, 8), 24) == split_of((8, 3), 24) == "test"
+    assert split_of((3, 8), 24) == split_of((8, 3), 24) == "validation"
     assert split_of((1, 2, 3), 6) == "train"
     assert {split_of(order, 24) for order in itertools.permutations((3, 8, 3, 8))} == {"train"}
     sides = {split_of((3, 8), target) for target in range(10, 60)}
-    assert sides == {"train", "test"}  # the target counts, too
+    assert sides == set(SPLITS)  # the target counts, too
 
 
-def test_one_pair_in_eight_is_a_test():
+def test_one_pair_in_sixteen_is_a_test_and_one_for_validation():
     sides = Counter(split_of(numbers, 24) for numbers in itertools.combinations(range(1, 36), 3))
-    assert within(sides["test"], sides.total(), 1 / 8)
+    assert within(sides["test"], sides.total(), 1 / 16)
+    assert within(sides["validation"], sides.total(), 1 / 16)
 
 
 def test_stream_is_fixed_by_split_and_seed():
@@ -58,11 +60,12 @@ def test_stream_is_fixed_by_split_and_seed():
 def test_sides_are_disjoint_whatever_the_seeds():
     # Few pairs: each side has most of its own.
     config = tiny_config(numbers=(1, 9), targets=(10, 30)).task
-    sides = {"train": set(), "test": set()}
+    sides = {split: set() for split in SPLITS}
     for split, pairs in sides.items():
         for seed in (0, 1):
             pairs.update(pair(n, t) for n, t, _ in take(500, generate(split, seed, config)))
-    assert not sides["train"] & sides["test"] and min(map(len, sides.values())) > 100
+    assert all(not a & b for a, b in itertools.combinations(sides.values(), 2))
+    assert min(map(len, sides.values())) > 50
     assert all(split_of(*p) == split for split, pairs in sides.items() for p in pairs)
 
 
@@ -117,7 +120,7 @@ def one_line(error):
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     config = data_config(folder)
-    return folder, config, {split: load(split, config) for split in ("train", "test")}
+    return folder, config, {split: load(split, config) for split in SPLITS}
 
 
 def test_built_without_tensorflow(built):
@@ -127,7 +130,8 @@ def test_built_without_tensorflow(built):
 
 def test_rows(built):
     _, config, rows = built
-    assert {split: len(examples) for split, examples in rows.items()} == {"train": 400, "test": 150}
+    sizes = {split: len(examples) for split, examples in rows.items()}
+    assert sizes == {"train": 400, "validation": 150, "test": 150}
     for split, examples in rows.items():
         assert len({e.id for e in examples}) == len(examples)
         for example in examples:
@@ -148,22 +152,24 @@ def test_rows(built):
 def test_no_duplicates_in_or_across_splits(tmp_path):
     # small numbers: the stream itself repeats often
     config = data_config(
-        tmp_path, numbers=(1, 6), targets=(10, 30), train_examples=400, test_examples=50
+        tmp_path, numbers=(1, 6), targets=(10, 30), train_examples=400, test_examples=20
     )
     assert len({pair(n, t) for n, t, _ in take(400, generate("train", 0, config))}) < 300
-    pairs = [pair(*e.problem) for split in ("train", "test") for e in load(split, config)]
-    assert len(pairs) == len(set(pairs)) == 450
+    pairs = [pair(*e.problem) for split in SPLITS for e in load(split, config)]
+    assert len(pairs) == len(set(pairs)) == 440
 
 
 def test_mix_on_disk_is_as_configured(tmp_path):
-    config = data_config(tmp_path, numbers=(1, 9), targets=(10, 40), train_examples=1_100)
+    config = data_config(
+        tmp_path, numbers=(1, 9), targets=(10, 40), train_examples=1_100, test_examples=20
+    )
     of_three = sum(len(e.problem[0]) == 3 for e in load("train", config))
     assert within(of_three, 1_100, config.share_of_three)
 
 
 def test_same_bytes_and_rows_twice(built, tmp_path):
     folder, _, rows = built
-    assert {split: load(split, data_config(tmp_path)) for split in ("test", "train")} == rows
+    assert {split: load(split, data_config(tmp_path)) for split in SPLITS} == rows
     first, second = files(folder), files(tmp_path)
     assert first.keys() == second.keys() and len(first) >= 4
     for name in first:
@@ -231,7 +237,7 @@ def test_folder_without_permission(tmp_path):
 
 def test_more_examples_than_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr(countdown, "MAX_TRIES", 20_000)
-    narrow = {"numbers": (1, 2), "targets": (1, 3), "test_examples": 1}
+    narrow = {"numbers": (1, 2), "targets": (1, 6), "test_examples": 1}
     says = "after [0-9]+ different ones: ask for fewer config.task.train_examples"
     with pytest.raises(TaskError, match=says) as error:
         load("train", data_config(tmp_path, train_examples=500, **narrow))

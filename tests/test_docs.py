@@ -33,7 +33,7 @@ PATH = re.compile(r"`((?:collab_jax|configs|docs|launch|notebooks|tests)/[\w./-]
 # What a command leaves in its --out, or else in its --workdir.
 LEAVES = {
     "train": ["report.html", "after.parquet", "metrics.jsonl"],
-    "evaluate": ["eval.parquet", "eval.json"],
+    "evaluate": ["validation.parquet", "validation.json"],
     "sft": ["model.safetensors", "tokenizer.json"],
     "export": ["model.safetensors", "tokenizer.json", "README.md"],
     "compare": ["compare.json", "compare.md"],
@@ -104,7 +104,7 @@ def check_results(words, printed):
         glossary = TEXTS[ROOT / "docs" / "metrics.md"]
         assert [name for name in rows[0] if f"`{name}`" not in glossary] == ["step"]
     if module == "evaluate":
-        assert len(records.read(folder / "eval.parquet")["id"]) == SMALL["eval.prompts"]
+        assert len(records.read(folder / "validation.parquet")["id"]) == SMALL["eval.prompts"]
     if module == "calibrate":
         assert json.loads((folder / "collab_config.json").read_text())["value"] == 0.3
 

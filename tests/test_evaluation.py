@@ -58,7 +58,7 @@ def asked(run: experiment.Run, examples) -> records.Records:
 
 
 def test_unknown_verdicts_are_asked_again_until_they_are_known(run, tmp_path):
-    examples = evaluation.held_out(run)
+    examples = evaluation.held_out(run, "validation")
     healthy = asked(run, examples)
     assert healthy["cloud_known"].all() and healthy["cloud_correct"].mean() > 0.8
     broken = faulty(run, 30, tmp_path)  # all 24 fail, and 6 of the next round
@@ -71,7 +71,7 @@ def test_unknown_verdicts_are_asked_again_until_they_are_known(run, tmp_path):
 
 
 def test_too_many_unknown_verdicts_stop_with_one_line_that_says_what_to_do(run, tmp_path):
-    examples = evaluation.held_out(run)
+    examples = evaluation.held_out(run, "validation")
     broken = faulty(run, float("inf"), tmp_path)
     with pytest.raises(UserError) as caught:
         evaluation.ask_again(broken, asked(broken, examples), examples, "before")
@@ -88,7 +88,7 @@ def test_answers_that_cannot_be_judged_are_told_from_failed_calls(run):
         return [v._replace(correct=False, unjudged=True) for v in verify(examples, responses)]
 
     run = run._replace(task=dataclasses.replace(run.task, verify=undecided))
-    examples = evaluation.held_out(run)
+    examples = evaluation.held_out(run, "validation")
     with pytest.raises(UserError, match=r"\(24 with an answer that could not be judged\)"):
         evaluation.ask_again(run, asked(run, examples), examples, "before")
     run.config.unlock()
@@ -99,7 +99,7 @@ def test_answers_that_cannot_be_judged_are_told_from_failed_calls(run):
 
 
 def test_records_of_an_earlier_start_are_mended_above_the_limit_alone(run, tmp_path):
-    examples = evaluation.held_out(run)
+    examples = evaluation.held_out(run, "validation")
     healthy, path = asked(run, examples), tmp_path / "before.parquet"
     holes = healthy | {name: healthy[name].copy() for name in evaluation.UNKNOWN}
     for name, value in evaluation.UNKNOWN.items():
@@ -124,12 +124,12 @@ def test_an_evaluation_writes_nothing_while_the_cloud_is_down_and_then_goes_on(
     config = small(cloud__retries=0)
     with pytest.raises(UserError, match="unknown on 24 of 24 prompts"):
         evaluate.main(config, tmp_path)
-    assert not list(tmp_path.glob("*.parquet")) and not (tmp_path / "eval.json").exists()
+    assert not list(tmp_path.glob("*.parquet")) and not (tmp_path / "validation.json").exists()
     monkeypatch.setattr(SimulatedCloud, "answer", answer)
     assert evaluate.main(config, tmp_path) == 0
-    figures = json.loads((tmp_path / "eval.json").read_text())
+    figures = json.loads((tmp_path / "validation.json").read_text())
     assert figures["cloud_unknown"]["value"] == 0 and figures["cloud_accuracy"]["value"] > 0.8
-    table = records.read(tmp_path / "eval.parquet")
+    table = records.read(tmp_path / "validation.parquet")
     assert figures["lenient_accuracy"]["value"] == table["lenient_correct"].mean()
     assert (table["lenient_correct"] | ~table["local_correct"]).all()
 

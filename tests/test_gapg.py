@@ -284,7 +284,9 @@ def rollout(seed=0):
 def start(budget=0.3, params=None, optimizer=SGD):
     params = decoder.init(CFG, jax.random.key(1)) if params is None else params
     return jax.device_get(
-        gapg.init_state(params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget))
+        gapg.init_state(
+            params, optimizer, gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(budget)
+        )
     )
 
 

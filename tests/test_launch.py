@@ -261,7 +261,7 @@ case "$module" in
     mkdir -p "$work" && touch "$work/report.json"
     text='{"marker": "<no> I pass </no>", "decision_token": "<|spare|>"}'
     printf '{"budget": 0.3, "text": %s}' "$text" >"$work/config.json" ;;
-  collab_jax.evaluate) touch "$work/eval.json" ;;
+  collab_jax.evaluate) touch "$work/test.json" ;;
   collab_jax.export) mkdir -p "$out" && touch "$out/README.md" ;;
   collab_jax.calibrate) touch "$out/collab_config.json" ;;
 esac
@@ -296,20 +296,20 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
     assert train.endswith(f"train {same}") and evaluate.endswith(f"evaluate {same}")
     assert export.endswith(f"export --out runs/a b/model {same}")
     assert (
-        "--records runs/a b/run/eval.parquet --out runs/a b/model --rate 0.3 --delta" in calibrate
+        "--records runs/a b/run/test.parquet --out runs/a b/model --rate 0.3 --delta" in calibrate
     )
     assert calibrate.endswith("--marker <no> I pass </no> --decision_token <|spare|>")
 
     # A warm start that is an adapter is where the adapter begins; the model stays what it was.
     (tree.root / "runs/a b/start/adapter_config.json").touch()
-    (tree.root / "runs/a b/run/eval.json").unlink()
+    (tree.root / "runs/a b/run/test.json").unlink()
     _, calls = tree.run(script, *arguments, **machine)
     assert calls[-1].endswith(
         "--config configs/x.py --config.lora.start=runs/a b/start --config.seed=3"
     )
     (tree.root / "runs/a b/start/adapter_config.json").unlink()
 
-    (tree.root / "runs/a b/run/eval.json").unlink()
+    (tree.root / "runs/a b/run/test.json").unlink()
     done, calls = tree.run(script, *arguments, **machine)
     assert done.returncode == 0 and modules(calls) == ["collab_jax.evaluate"]
     assert "runs/a b/start/sft.json is there" in done.stdout

@@ -49,7 +49,9 @@ def trained_and_frozen(cfg, config):
 
 def update_bytes(cfg, config) -> int:
     """What the compiler reserves on one of two devices for an update: arguments and temporaries."""
-    optimizer = optim.make_optimizer(lambda _: 0.0, 0.0, optim.unit_norm(), config.model.param_dtype)
+    optimizer = optim.make_optimizer(
+        lambda _: 0.0, 0.0, optim.unit_norm(), config.model.param_dtype
+    )
     params, frozen = trained_and_frozen(cfg, config)
     reward, prompts_kept = gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.3)
     averaged = config.optim.average > 0

@@ -200,7 +200,7 @@ def test_the_template_task(folder):
     verdicts = task.verify([poem, poem], [answered("Roses"), MARKER])
     assert verdicts == [UNJUDGED, CALLED]  # there is no answer, so nobody knows
     lines = (ROOT / "collab_jax" / "tasks" / "jsonl.py").read_text().splitlines()
-    assert len(lines) < 40
+    assert len(lines) < 65
 
 
 REWARD = """

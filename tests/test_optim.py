@@ -39,7 +39,9 @@ def test_bfloat16_parameters_take_small_steps_that_plain_rounding_loses(grads):
     half, state = trajectory(
         optim.make_optimizer(schedule, 0.0, optim.clipped(), "bfloat16"), "bfloat16", 300, grads
     )
-    full, _ = trajectory(optim.make_optimizer(schedule, 0.0, optim.clipped()), "float32", 300, grads)
+    full, _ = trajectory(
+        optim.make_optimizer(schedule, 0.0, optim.clipped()), "float32", 300, grads
+    )
     plain, _ = trajectory(optax.adamw(schedule, weight_decay=0.0), "bfloat16", 300, grads)
     moved = full - np.linspace(-0.04, 0.04, 64, dtype=np.float32).reshape(8, 8)
     paid = (

@@ -25,7 +25,7 @@ def scene(small, tmp_path_factory):
     )
     run = experiment.prepare(config, tmp_path_factory.mktemp("routers"))
     state, sample = parallel.replicate(experiment.load_state(run)), evaluation.greedy_sampler(run)
-    fit, held = training.fit_examples(run), evaluation.held_out(run)
+    fit, held = training.fit_examples(run), evaluation.held_out(run, "validation")
     device = Device(run, state.params, {e.id: e for e in fit + held})
     tables = [
         evaluation.evaluate(run, sample, state.params, examples, "x", natural=False)

@@ -196,7 +196,7 @@ def test_evaluating_a_finished_run_gives_the_reports_figures(straight, data_dir)
     assert done.returncode == 0, done.stderr
     report = json.loads((straight / "report.json").read_text())
     assert (
-        json.loads((straight / "eval.json").read_text())["at_budget"]
+        json.loads((straight / "validation.json").read_text())["at_budget"]
         == report["after"]["at_budget"]
     )
 

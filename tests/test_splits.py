@@ -77,9 +77,10 @@ def test_an_evaluation_on_validation_reads_no_test_prompt(small, tmp_path):
     lines = [{"id": f"v{i}", "problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(5)]
     (tmp_path / "validation.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     config = small(task__name="jsonl", task__data_dir=str(tmp_path), task__prompt="{problem}=")
-    assert evaluate.main(config, tmp_path / "run", "validation") == 0  # test.jsonl is not there
+    assert evaluate.main(config, tmp_path / "run") == 0  # test.jsonl is not there
     table = records.read(tmp_path / "run" / "validation.parquet")
-    assert list(table["id"]) == ["v0", "v1", "v2", "v3", "v4"]  # fewer than config.eval.prompts
+    assert sorted(table["id"]) == ["v0", "v1", "v2", "v3", "v4"]  # fewer than config.eval.prompts
     figures = json.loads((tmp_path / "run" / "validation.json").read_text())
     assert (figures["split"], figures["n"]) == ("validation", 5)
-    assert not list((tmp_path / "run").glob("eval.*"))
+    assert set(table["split"]) == {"validation"}
+    assert not list((tmp_path / "run").glob("test.*"))

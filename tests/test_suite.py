@@ -136,7 +136,7 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
         parallel.gather(got.rollout).cloud_correct.sum() >= 6
     )  # the simulated cloud knows both tasks
 
-    held = evaluation.held_out(run)
+    held = evaluation.held_out(run, "test")
     table = evaluation.evaluate(run, sample, params, held, "mix", seed=1)
     assert table["task"].tolist() == [
         "math",

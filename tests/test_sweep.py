@@ -205,7 +205,7 @@ def test_every_cell_is_measured_with_other_clouds(tmp_path, data_dir):
     )
     (job,) = sweeps.jobs(one, tmp_path)
     job.folder.mkdir(parents=True)
-    records.write(job.folder / "after.parquet", make(32, id=[f"test-{i}" for i in range(32)]))
+    records.write(job.folder / "after.parquet", make(32, id=[f"validation-{i}" for i in range(32)]))
     found = sweep_report.models(one, {"b": [job]}, tmp_path / "serve.sqlite")
     assert list(found) == ["b", "b, served by none", "b, served by all"]
     right = {name: model.seeds[0]["cloud_correct"].mean() for name, model in found.items()}

@@ -80,6 +80,7 @@ def compare(
     frontiers = measures.frontiers(methods, sorted({*measures.GRID, *budgets}), resamples)
     return {
         "prompts": len(next(iter(models.values())).seeds[0]["id"]),
+        "split": records.split_of(tables[0]),
         "cloud_unknown": everything - len(next(iter(models.values())).seeds[0]["id"]),
         "seeds": {name: len(model.seeds) for name, model in models.items()},
         "resamples": resamples,
@@ -218,7 +219,8 @@ def render(result: dict[str, Any]) -> str:
     left_out = f" Left out: {unknown} whose cloud verdict is not known." if unknown else ""
     sections = [
         "# Routers compared",
-        f"{result['prompts']} prompts; seeds: {seeds}. Accuracy in percent of all prompts, with "
+        f"{result['prompts']} {result['split']} prompts; seeds: {seeds}. "
+        "Accuracy in percent of all prompts, with "
         f"95 % intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: "
         f'RouteLLM\'s; AUC: of "the device is wrong".{few}{left_out}',
         _accuracy_table(result, budgets),

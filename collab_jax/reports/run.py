@@ -152,8 +152,8 @@ def render(report: Mapping[str, Any], table: str, after: Records) -> str:
     return (
         f"# {config['task']['name']}, {config['model']['path']}, budget {report['budget']:g}, "
         f"seed {config['seed']}\n\n"
-        f"{algorithm}; {report['after']['n']} held-out prompts; every rate is a share of all "
-        f"prompts, with its 95 % interval. {machine}.\n\n"
+        f"{algorithm}; {report['after']['n']} {records.split_of(after)} prompts; "
+        f"every rate is a share of all prompts, with its 95 % interval. {machine}.\n\n"
         f"{table}\n\n{closing(report)}\n\n"
         "![accuracy against call rate](frontier.png)\n\n![training](training.png)\n\n"
         f"## Examples after training (natural decoding)\n\n{examples_list(after)}\n"

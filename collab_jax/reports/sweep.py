@@ -116,13 +116,13 @@ def _with_prompts(tables: Sequence[Records], known: Mapping[str, str]) -> list[R
 def served(
     sweep: Sweep, job: Job, changes: Mapping[str, Any], table: Records, store: pathlib.Path
 ) -> Records:
-    """A run's test records with the answers of another cloud, which `changes` describe.
+    """A run's records with the answers of another cloud, which `changes` describe.
 
     They show what the run's margins, which do not depend on a cloud, are worth with that one.
     """
     config = sweeps.config_of(sweep, {**job.changes, **changes})
     task, cloud = experiment.task_and_cloud(config, store)
-    examples = {e.id: e for e in task.load("test")}
+    examples = {e.id: e for e in task.load(config.eval.split)}
     rows = evaluation.cloud_answers(task, cloud, [examples[key] for key in table["id"]])
     answers = {column: [row[column] for row in rows] for column in rows[0]}
     return records.check(table | answers, str(job.folder))
@@ -182,10 +182,10 @@ def render(
     reference = result["reference"]
     sections = [
         about.strip(),
-        f"Command: {markdown.code(command)}. {result['prompts']} held-out prompts, the same for "
-        f"all. Seeds: {seeds}. Figures in percent of all prompts, with 95 % intervals from "
-        f"{result['resamples']} resamples of seeds and prompts; with five seeds they cover some "
-        f"88 %, with two about half. Machine: {'; '.join(sorted(machines))}.",
+        f"Command: {markdown.code(command)}. {result['prompts']} {result['split']} prompts, "
+        f"the same for all. Seeds: {seeds}. Figures in percent of all prompts, with 95 % intervals "
+        f"from {result['resamples']} resamples of seeds and prompts; with five seeds they cover "
+        f"some 88 %, with two about half. Machine: {'; '.join(sorted(machines))}.",
         "## The trained marker",
         cell_table(result),
         f"## {reference} against the others' margin, points",

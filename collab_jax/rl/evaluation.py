@@ -51,7 +51,7 @@ def greedy_sampler(run: Run) -> Sampler:
     return rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=0.0)
 
 
-def held_out(run: Run, split: str = "test") -> list[Example]:
+def held_out(run: Run, split: str) -> list[Example]:
     """Returns the first `config.eval.prompts` prompts of a split.
 
     A validation split may have fewer, as it is a part of the training data. Raises UserError where
@@ -147,6 +147,7 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
     row = {
         "id": example.id,
         "task": example.task,
+        "split": example.split,
         "stratum": example.stratum,
         "prompt": task.prompt(example)[-1]["content"],
         "text": verdicts.texts[i],

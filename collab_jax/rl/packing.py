@@ -31,8 +31,11 @@ def columns(config: ConfigDict) -> int:
 
 
 def taught_tokens(config: ConfigDict) -> int:
-    """N of a config: what two responses of the greatest length teach."""
-    return 2 * config.max_new_tokens
+    """N of a config: half the columns, or, where responses are longer than prompts, two of them.
+
+    A row is full when either runs out; the head is computed for all N.
+    """
+    return config.max_new_tokens + max(config.prompt_length, config.max_new_tokens)
 
 
 def pack(

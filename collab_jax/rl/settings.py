@@ -128,6 +128,10 @@ def _check_train(config: ConfigDict) -> None:
 def _check_eval(config: ConfigDict) -> None:
     settings = config.eval
     _need(
+        settings.split in ("validation", "test"),
+        f"config.eval.split={settings.split!r}: use validation, or test where nothing is chosen",
+    )
+    _need(
         min(settings.prompts, settings.fit_prompts) >= 0,
         "config.eval.prompts and fit_prompts must be at least 0",
     )

@@ -112,8 +112,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     elif config.sft.source == "file":
         given = demonstrations.of_file(text, config, lambda: _train_prompts(task))
     train = experiment.load_split(task, text, config, "train")
-    splits, check_examples = {"train": train}, train.examples[-config.sft.check_prompts :]
-    if "validation" in task.splits:
+    splits, check_examples = {"train": train}, []
+    if config.sft.check_prompts:
         splits["validation"] = experiment.load_split(task, text, config, "validation")
         check_examples = splits["validation"].examples[: config.sft.check_prompts]
     machine = memory_check.this_machine()
@@ -145,7 +145,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
         task=task,
         given=given,
         examples=train.examples,
-        check_examples=check_examples if config.sft.check_prompts else [],
+        check_examples=check_examples,
         sampler=rollout.make_sampler(
             cfg, text, config, group=config.group, temperature=config.temperature
         ),

@@ -72,15 +72,15 @@ def make_task(config: ConfigDict) -> Task:
 
 
 def _single_task(config: ConfigDict) -> Task:
-    """One task, whose examples know its name, and which has no splits but its own."""
+    """One task, whose examples know its name and split, and which has no splits but its own."""
     task = TASKS[config.task.name](config)
 
     def load(split: str) -> list[Example]:
         if split not in task.splits:
             raise TaskError(
-                f"task {task.name!r} has no {split} split, only {' and '.join(task.splits)}"
+                f"task {task.name!r} has no {split} split: it is for evaluation on test prompts"
             )
-        return [dataclasses.replace(example, task=task.name) for example in task.load(split)]
+        return [dataclasses.replace(e, task=task.name, split=split) for e in task.load(split)]
 
     return dataclasses.replace(task, load=load)
 

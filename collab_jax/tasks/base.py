@@ -20,15 +20,16 @@ class Example:
     """The problem of one prompt.
 
     id: unique in its split. stratum: the difficulty class. problem: the task's own data.
-    task: the name of its task, in a mix the part's. seen: the training task that holds the same
-    problem, if one does. difficulty: how hard it is among the task's problems, from 0 to 1, spread
-    evenly over them; None where the task does not say.
+    task: the name of its task, in a mix the part's. split: one of SPLITS. seen: the training task
+    that holds the same problem, if one does. difficulty: how hard it is among the task's problems,
+    from 0 to 1, spread evenly over them; None where the task does not say.
     """
 
     id: str
     stratum: str
     problem: Any
     task: str = ""
+    split: str = ""
     seen: str = ""
     difficulty: float | None = None
 
@@ -58,7 +59,7 @@ class Task:
     load(split) -> the examples of one of `splits`. prompt(example) -> the device model's chat
     messages; cloud_prompt(example) -> the cloud's. verify(examples, responses) -> a Verdict of each
     *finished* response, and of each of the cloud's answers.
-    splits: those of SPLITS that the task can have.
+    splits: those of SPLITS that the task has.
     solve_prompt(messages) -> a right response to a cloud prompt; None: there is no exact solver.
     difficulty(messages) -> that of a cloud prompt's example; None: no example has one.
     gold(example) -> the right answer, None where the example has none; None: the task keeps none.

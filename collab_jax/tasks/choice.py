@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import math, prose, rows
+from collab_jax.tasks import math, prose, rows, splits
 from collab_jax.tasks.base import Example, Task, TaskError
 
 LETTERS = "ABCDEFGHIJ"
@@ -19,14 +19,12 @@ def letter(response: str) -> str | None:
 
 
 def load(task: ConfigDict, split: str) -> list[Example]:
-    """The examples of `mmlu_test`; `example.problem` is (question, choices, letter).
+    """The examples of the test, the one split; `example.problem` is (question, choices, letter).
 
-    There is no training split. Some of the high-school mathematics are problems of MATH's training
+    Some of the high-school mathematics are problems of MATH's training
     split: these say so (`Example.seen`).
     """
-    if split != "test":
-        raise TaskError(f"task {task.name!r} has no {split} split: it is for evaluation alone")
-    name, examples = f"{task.name}_test", []
+    name, examples = f"{task.name}_{split}", []
     for row in rows.read(task.data_dir, name, ("answer", "choices")):
         if row["answer"] not in LETTERS[: len(row["choices"])]:
             raise TaskError(
@@ -36,7 +34,7 @@ def load(task: ConfigDict, split: str) -> list[Example]:
         problem = row["problem"], tuple(row["choices"]), row["answer"]
         seen = "math" if row.get("math_train_id") else ""
         examples.append(Example(row["id"], rows.stratum(row), problem, seen=seen))
-    return examples
+    return splits.shuffled(examples, _question)
 
 
 def _question(example: Example) -> str:
@@ -56,5 +54,6 @@ def make_task(config: ConfigDict) -> Task:
             letter(r) == gold for gold, r in zip(golds, responses, strict=True)
         ],
         cloud_prompt=_CLOUD_PROMPT,
+        splits=("test",),
         read_answer=lambda _, response: prose.last_letter(response),
     )

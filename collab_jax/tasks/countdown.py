@@ -1,7 +1,7 @@
 """Countdown: reach a target with the given numbers, each exactly once, and + - * / ( ).
 
 The data set (a TFDS builder over array_record, no TensorFlow), the demonstrations for the warm
-start, and `make_task`; `expressions.py` checks and solves. Train and test are disjoint as (sorted
+start, and `make_task`; `expressions.py` checks and solves. The splits are disjoint as (sorted
 numbers, target): a hash of that pair decides its side, whatever the seed or the size of a split.
 """
 
@@ -22,16 +22,19 @@ from ml_collections import ConfigDict
 
 from collab_jax.models.text import Messages
 from collab_jax.tasks import base
-from collab_jax.tasks.base import Example, Task, TaskError, Verdict
+from collab_jax.tasks.base import SPLITS, Example, Task, TaskError, Verdict
 from collab_jax.tasks.expressions import Attempt, is_solution, random_attempt, solve
 
 # ---- the stream of problems
 
 
 def split_of(numbers: tuple[int, ...], target: int) -> str:
-    """'train' or 'test' (one pair in eight), fixed by a hash of (sorted numbers, target)."""
+    """The split of a pair, fixed by a hash of (sorted numbers, target).
+
+    Of 16 pairs one is for validation, one for the test.
+    """
     digest = hashlib.blake2b(f"{sorted(numbers)}={target}".encode(), digest_size=4).digest()
-    return "test" if int.from_bytes(digest) % 8 == 0 else "train"
+    return {0: "test", 8: "validation"}.get(int.from_bytes(digest) % 16, "train")
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,7 +45,7 @@ class DataSettings(tfds.core.BuilderConfig):
     numbers: tuple[int, ...] = (1, 50)  # lowest, highest
     targets: tuple[int, ...] = (10, 99)  # lowest, highest
     train_examples: int = 0
-    test_examples: int = 0
+    test_examples: int = 0  # and as many for validation
     data_seed: int = 0
 
 
@@ -101,7 +104,8 @@ def generate(
                 f"no {split} example with {count} numbers in {config.numbers} and a target in "
                 f"{config.targets} in {MAX_TRIES} tries"
                 f"{f' after {len(seen)} different ones' if seen else ''}: ask for fewer "
-                f"config.task.{split}_examples, or widen config.task.numbers or targets"
+                f"config.task.{'train' if split == 'train' else 'test'}_examples, or widen "
+                "config.task.numbers or targets"
             )
         if seen is not None:
             seen.add(pair)
@@ -112,10 +116,10 @@ def generate(
 
 
 class Countdown(tfds.core.GeneratorBasedBuilder):
-    """The data set as TFDS, `train` and `test`; no (sorted numbers, target) stands twice."""
+    """The data set as TFDS; no (sorted numbers, target) stands twice."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"2.0.0": "A validation split.", "1.0.0": "First release."}
     builder_config: Any  # a DataSettings
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -128,14 +132,14 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in ("train", "test")}
+        return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         settings = self.builder_config
         # Another stream than that of the demonstrations, so that no prompt was shown with its
         # solution on purpose.
         examples = generate(split, f"data {settings.data_seed}", settings, seen=set())
-        wanted = getattr(settings, f"{split}_examples")
+        wanted = settings.train_examples if split == "train" else settings.test_examples
         for i, (numbers, target, _) in enumerate(itertools.islice(examples, wanted)):
             yield i, {"numbers": np.array(numbers, np.int32), "target": target}
 
@@ -309,6 +313,7 @@ def make_task(config: ConfigDict) -> Task:
             _verdict(example, response, marker)
             for example, response in zip(examples, responses, strict=True)
         ],
+        splits=SPLITS,
         solve_prompt=solve_prompt,
         read_answer=_last_expression,
         demonstrations=lambda seed: demonstrations(seed, task, marker),

@@ -1,15 +1,18 @@
 """Prompts of your own, from JSON lines. Copy this file to write a task.
 
-`config.task.data_dir` has train.jsonl, test.jsonl and, if wanted, validation.jsonl (or .jsonl.gz).
-A line is an object with `id`, `problem` and `answer` (which `config.task.reward` or `judge` can do
-without); a response is right where its answer is that one but for case and white space. The rest of
-a line is yours, in `example.problem`; `level` or `type` is the stratum. `TASKS` names all tasks.
+`config.task.data_dir` has train.jsonl, test.jsonl and, if wanted, validation.jsonl (or .jsonl.gz),
+without which a tenth of the training problems is for validation (`splits.py`). A line is an object
+with `id`, `problem` and `answer` (which `config.task.reward` or `judge` can do without); a response
+is right where its answer is that one but for case and white space. The rest of a line is yours, in
+`example.problem`; `level` or `type` is the stratum. `TASKS` names all tasks.
 """
+
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import base, prose, rows
-from collab_jax.tasks.base import Example, Task
+from collab_jax.tasks import base, prose, rows, splits
+from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
 
 CLOUD_PROMPT = "{problem}\n\nEnd with the final answer alone between <answer> and </answer>."
 
@@ -19,21 +22,42 @@ def same(gold: str, answer: str | None) -> bool:
     return answer is not None and answer.casefold().split() == gold.casefold().split()
 
 
+def load(folder: str, split: str, fields: Sequence[str]) -> list[Example]:
+    """The examples of a split; `example.problem` is the row, which has these fields at least.
+
+    Raises TaskError where the split has none.
+    """
+    own_file = split == "test" or rows.find(folder, "validation") is not None
+    name = split if own_file else "train"
+    examples = [
+        Example(row["id"], rows.stratum(row), row) for row in rows.read(folder, name, fields)
+    ]
+    if own_file:
+        return splits.shuffled(examples, _problem)
+    of_split = splits.of_split(examples, split, _problem)
+    if not of_split:
+        raise TaskError(
+            f"none of the {len(examples)} rows of {name} is for {split}: write a validation.jsonl"
+        )
+    return of_split
+
+
+def _problem(example: Example) -> str:
+    return example.problem["problem"]
+
+
 def make_task(config: ConfigDict) -> Task:
-    """The task of the two files; `config.task.prompt` has {problem} where the problem goes."""
+    """The task of the files; `config.task.prompt` has {problem} where the problem goes."""
     fields = () if config.task.reward or config.task.judge else ("answer",)
     return rows.make_task(
         config,
-        load=lambda split: [
-            Example(row["id"], rows.stratum(row), row)
-            for row in rows.read(config.task.data_dir, split, fields)
-        ],
-        problem=lambda example: example.problem["problem"],
+        load=lambda split: load(config.task.data_dir, split, fields),
+        problem=_problem,
         gold=lambda example: example.problem.get("answer"),
         compare=lambda golds, responses: [
             same(gold, base.answer_of(r)) for gold, r in zip(golds, responses, strict=True)
         ],
         cloud_prompt=CLOUD_PROMPT,
-        splits=rows.splits_in(config.task.data_dir),
+        splits=SPLITS,
         read_answer=lambda _, response: prose.last_line(response),
     )

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import base, free_form, prose, rows, verifier
-from collab_jax.tasks.base import Example, Task, TaskError
+from collab_jax.tasks import base, free_form, prose, rows, splits, verifier
+from collab_jax.tasks.base import SPLITS, Example, Task
 
 MAX_ANSWER = 500  # characters; a longer prediction is wrong, unread
 
@@ -82,16 +82,21 @@ _CLOUD_PROMPT = (
 def load(task: ConfigDict, split: str) -> list[Example]:
     """The examples of a split of `config.task.name`; `example.problem` is (problem, answer).
 
-    Training rows whose gold answer has several boxed values are left out.
+    Of the training file a tenth of the templates is for validation (`splits.py`), and rows whose
+    gold answer has several boxed values are left out.
     """
     name = FILES[task.name][split == "test"]
-    if name is None:
-        raise TaskError(f"task {task.name!r} has no {split} split: it is for evaluation alone")
-    return [
+    assert name  # `make_task` names no other splits
+    examples = [
         Example(row["id"], rows.stratum(row), (row["problem"], row["answer"]))
         for row in rows.read(task.data_dir, name)
         if split == "test" or not row.get("boxed_all")
     ]
+    return splits.of_split(examples, split, _problem)
+
+
+def _problem(example: Example) -> str:
+    return example.problem[0]
 
 
 def make_task(config: ConfigDict) -> Task:
@@ -102,11 +107,12 @@ def make_task(config: ConfigDict) -> Task:
     return rows.make_task(
         config,
         load=lambda split: load(config.task, split),
-        problem=lambda example: example.problem[0],
+        problem=_problem,
         gold=lambda example: example.problem[1],
         compare=lambda golds, responses: equal_all(
             [(gold, extract(r)) for gold, r in zip(golds, responses, strict=True)]
         ),
         cloud_prompt=_CLOUD_PROMPT,
         read_answer=lambda _, response: prose.last_answer(response),
+        splits=SPLITS if FILES[config.task.name][0] else ("test",),
     )

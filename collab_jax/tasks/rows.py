@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from collab_jax.models.text import Messages
 from collab_jax.tasks import base, benchmarks
-from collab_jax.tasks.base import SPLITS, Example, Task, TaskError, Verdict
+from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 
 def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer",)) -> list[dict]:
@@ -56,16 +56,11 @@ def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer
     return rows
 
 
-def find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+def find(folder: str | pathlib.Path, name: str) -> pathlib.Path | None:
     """NAME.jsonl in `folder`, or NAME.jsonl.gz; None where neither is there."""
+    folder = pathlib.Path(folder).expanduser()
     places = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
     return next((place for place in places if place.exists()), None)
-
-
-def splits_in(folder: str) -> tuple[str, ...]:
-    """Train and test, and validation where `folder` has its file."""
-    has_validation = find(pathlib.Path(folder).expanduser(), "validation") is not None
-    return SPLITS if has_validation else ("train", "test")
 
 
 def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> dict:
@@ -110,7 +105,7 @@ def make_task(
     gold: Callable[[Example], str | None],
     compare: Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]],
     cloud_prompt: str,
-    splits: Sequence[str] = ("train", "test"),
+    splits: Sequence[str],
     ranked: bool = False,
     read_answer: base.ReadAnswer | None = None,
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None,

@@ -1,7 +1,7 @@
 """Which problems of a training file are for validation, and in which order a split comes.
 
 Both follow from a hash of a problem's text, so they depend on no seed, nor on the order or the size
-of a file.
+of a file: no file's beginning is taken for the whole, as MATH's is algebra alone.
 """
 
 import hashlib
@@ -24,6 +24,16 @@ def split_of(problem: str) -> str:
     Problems that differ in numbers, punctuation or case alone are always in the same split.
     """
     return "validation" if _unit_hash(template(problem)) < VALIDATION_SHARE else "train"
+
+
+def of_split(items: Iterable[Item], split: str, problem: Callable[[Item], str]) -> list[Item]:
+    """Those of the items that belong to a split, shuffled.
+
+    items: of the training file, of which there are 'train' and 'validation', or of the test's,
+    where all belong to it.
+    """
+    mine = [item for item in items if split == "test" or split_of(problem(item)) == split]
+    return shuffled(mine, problem)
 
 
 def shuffled(items: Iterable[Item], problem: Callable[[Item], str]) -> list[Item]:

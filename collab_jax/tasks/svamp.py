@@ -62,13 +62,13 @@ def load(task: ConfigDict, split: str) -> list[Example]:
     examples = [
         Example(row["id"], f"{_count_steps(row)}-step", row, difficulty=rank)
         for row, rank in zip(kept, rows.ranks([_hardness(row) for row in kept]), strict=True)
-        if is_test or splits.split_of(row["problem"]) == split
     ]
-    if not examples:
+    of_split = splits.of_split(examples, split, _problem)
+    if not of_split:
         raise TaskError(
             f"none of the {len(kept)} usable rows of {name} is for {split}: give it more rows"
         )
-    return splits.shuffled(examples, _problem)
+    return of_split
 
 
 def _problem(example: Example) -> str:

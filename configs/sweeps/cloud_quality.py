@@ -14,7 +14,7 @@ def get_sweep() -> Sweep:
     good, poor, perfect = ({"cloud.error_rate": share} for share in (0.062, 0.3, 0.0))
     return Sweep(
         "configs/countdown_tiny.py",
-        {"budget": 0.3},
+        {"budget": 0.3, "eval.split": "test"},
         {"good-cloud": Cell(good, range(2)), "poor-cloud": Cell(poor, range(2))},
         serve={
             "a good cloud": good,

@@ -27,7 +27,7 @@ def algorithm(**changes: str) -> dict[str, str]:
 def get_sweep() -> Sweep:
     return Sweep(
         "configs/countdown_tiny.py",
-        {"budget": 0.3},
+        {"budget": 0.3, "eval.split": "test"},
         {
             "ours": Cell({"temperature": 0.5} | MANY | ROUTED, FIVE),
             "gapg": Cell({}, FIVE),

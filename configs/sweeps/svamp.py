@@ -22,6 +22,7 @@ def get_sweep() -> Sweep:
         "configs/svamp_smollm2.py",
         {
             "lora.start": "runs/svamp/start",
+            "eval.split": "test",
             "eval.fit_prompts": 512,
             "routers.record": ("hidden",),
         },
