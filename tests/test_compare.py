@@ -31,11 +31,10 @@ def test_compare_by_hand():
     assert at["m: random"]["0.4"]["accuracy"]["value"] == pytest.approx(0.6 * 0.4 + 0.4 * 0.6)
     assert at["m: random"]["0.4"]["reference_minus_this"]["value"] == pytest.approx(0.8 - 0.48)
     assert at["m: margin"]["0.4"]["reference_minus_this"] == {"value": 0, "low": 0, "high": 0}
-    assert (
-        at["m: perfect"]["0.4"]["perfect_share"]["value"]
-        == at["m: margin"]["0.4"]["perfect_share"]["value"]
-        == 1
-    )
+    # The cloud is right on 2 of the 3 that the device gets wrong, and margin sends these two.
+    assert at["m: reachable"]["0.4"]["accuracy"]["value"] == pytest.approx(0.4 + 0.4 * 2 / 3)
+    shares = [at[f"m: {name}"]["0.4"]["reachable_share"]["value"] for name in ("margin", "perfect")]
+    assert shares == pytest.approx([12 / 7, 12 / 7])
     assert (
         result["methods"]["m: margin"]["auc"] == 1.0
         and result["methods"]["m: random"]["auc"] == 0.5
@@ -68,7 +67,7 @@ def test_prompts_without_a_cloud_verdict_are_left_out_and_told():
     table["cloud_known"] = table["id"] != table["id"][0]
     result = comparison.compare({"m": Model([table], [None])}, resamples=10)
     assert (result["prompts"], result["cloud_unknown"]) == (4, 1)
-    assert "4 prompts" in (text := comparison.render(result))
+    assert "4 held-out prompts" in (text := comparison.render(result))
     assert "Left out: 1 whose cloud verdict is not known" in text
     whole = comparison.compare({"m": Model([make()], [None])}, resamples=10)
     assert "Left out" not in comparison.render(whole)
@@ -129,7 +128,12 @@ def test_command_line_without_jax_from_anybodys_csv(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert list(result["methods"]) == ["theirs: random", "theirs: perfect", "theirs: ours"]
+    assert list(result["methods"]) == [
+        "theirs: random",
+        "theirs: reachable",
+        "theirs: perfect",
+        "theirs: ours",
+    ]
     assert (
         "theirs: ours" in (tmp_path / "out" / "compare.md").read_text()
         and "theirs: ours" in done.stdout

@@ -86,13 +86,13 @@ def test_recorded_scores_are_routers():
 
 def test_possible_are_those_with_columns():
     table = make()
-    assert routers.possible(table) == ["random", "logprob", "margin", "perfect"]
+    assert routers.possible(table) == ["random", "logprob", "margin", "reachable", "perfect"]
     own = [name for name in routers.ROUTERS if name not in recorded.RECORDED]
     assert routers.possible(table, make(id=list("abcde"))) == own
     columns = {f"score_{name}": np.zeros(5) for name in ("ours", *recorded.RECORDED)}
     assert routers.possible(table | columns, make(id=list("abcde"))) == [*routers.ROUTERS, "ours"]
     bare = {name: table[name] for name in ("id", "local_correct", "cloud_correct")}
-    assert routers.possible(bare) == ["random", "perfect"]
+    assert routers.possible(bare) == ["random", "reachable", "perfect"]
 
 
 def test_refusals():

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from collab_jax import records, sft, train
 from collab_jax.cloud import CachedCloud, Failure, make_cloud
 from collab_jax.models import hf
+from collab_jax.reports import summary
 from collab_jax.rl import experiment, rollout, training
 from collab_jax.routing import classifier, routers
 from collab_jax.runtime import markdown, metrics, parallel
@@ -123,7 +124,7 @@ def test_report_has_the_promised_figures(finished):
         assert m["n"] == 24
         assert {"call_rate", "local_share", "overall_accuracy"} <= set(m["natural"])
         for b in ("0.1", "0.2", "0.3"):
-            for name in ("margin", "logprob", "random", "perfect"):
+            for name in summary.SUMMARY_ROUTERS:
                 assert (
                     0
                     <= m["at_budget"][b][name]["low"]
@@ -132,7 +133,7 @@ def test_report_has_the_promised_figures(finished):
                 )
     page = (workdir / "report.md").read_text()
     for moment in ("before", "after"):
-        for name in ("margin", "logprob", "random", "perfect"):
+        for name in summary.SUMMARY_ROUTERS:
             assert markdown.percent(report[moment]["at_budget"]["0.1"][name]) in page
     for name in ("frontier.png", "training.png"):
         picture = image.imread(workdir / name)  # [height, width, channels], in [0, 1]

@@ -17,11 +17,6 @@ from collab_jax.runtime import files, markdown
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent, points
 
-FEW_SEEDS = (
-    " Few seeds tell little of the spread between seeds: with five the intervals cover some 88 %, "
-    "with two about half."
-)
-
 
 class Model(NamedTuple):
     """A model's records, one table for each seed, and what its learned routers are fitted on."""
@@ -108,7 +103,7 @@ def method_figures(
     """The figures of one "MODEL: ROUTER"."""
     model, _, router = name.partition(": ")
     rates, curve = frontiers.rates, frontiers.accuracy[name]
-    perfect_share = measures.perfect_share(rates, curve, frontiers.accuracy[f"{model}: perfect"])
+    share = measures.gain_share(rates, curve, frontiers.accuracy[f"{model}: reachable"])
     at_budget = {}
     for budget in budgets:
         lead = frontiers.at(reference, budget) - frontiers.at(name, budget)
@@ -116,7 +111,7 @@ def method_figures(
         at_budget[str(budget)] = {
             "accuracy": estimate(frontiers.at(name, budget)),
             "reference_minus_this": estimate(lead),
-            "perfect_share": estimate(perfect_share[:, frontiers.column(budget)]),
+            "reachable_share": estimate(share[:, frontiers.column(budget)]),
             **{key: float(np.mean([count[key] for count in counts])) for key in counts[0]},
         }
     if prices:
@@ -214,15 +209,16 @@ def render(result: dict[str, Any]) -> str:
     """compare.md: accuracy at each budget, other figures, and by how much the reference leads."""
     budgets = [f"{100 * b:g} % calls" for b in result["budgets"]]
     seeds = ", ".join(f"{name} {count}" for name, count in result["seeds"].items())
-    few = FEW_SEEDS if any(1 < count < 10 for count in result["seeds"].values()) else ""
+    single = [name for name, count in result["seeds"].items() if count == 1]
+    alone = f" Of one seed ({', '.join(single)}) they are over prompts alone." if single else ""
     unknown = result["cloud_unknown"]
     left_out = f" Left out: {unknown} whose cloud verdict is not known." if unknown else ""
     sections = [
         "# Routers compared",
         f"{result['prompts']} {result['split']} prompts; seeds: {seeds}. "
-        "Accuracy in percent of all prompts, with "
-        f"95 % intervals from {result['resamples']} resamples of seeds and prompts. APGR, CPT: "
-        f'RouteLLM\'s; AUC: of "the device is wrong".{few}{left_out}',
+        "Accuracy in percent of all prompts, with 95 % intervals: t over seeds and, at once, "
+        f"{result['resamples']} resamples of the prompts.{alone} APGR, CPT: "
+        f'RouteLLM\'s; AUC: of "the device is wrong".{left_out}',
         _accuracy_table(result, budgets),
         f"## {result['reference']} against the others, points",
         markdown.table(

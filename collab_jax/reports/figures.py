@@ -21,14 +21,20 @@ from collab_jax.runtime import files  # noqa: E402
 
 plt.rcParams["svg.hashsalt"] = "collab_jax"  # the same figure gives the same file
 
-_COLOURS = {"margin": "#c0392b", "logprob": "#2874a6", "random": "#7f8c8d", "perfect": "#1e8449"}
+_COLOURS = {
+    "margin": "#c0392b",
+    "logprob": "#2874a6",
+    "random": "#7f8c8d",
+    "reachable": "#82c39b",
+    "perfect": "#1e8449",
+}
 _SMOOTHING = 10  # steps
 
 
 def frontier(path: pathlib.Path, before: Records, after: Records, report: dict) -> None:
     """Draws overall accuracy against call rate: every router, and the start's margin dashed."""
     figure, axes = plt.subplots(figsize=(7, 5))
-    for name in ("perfect", "margin", "logprob", "random"):
+    for name in ("perfect", "reachable", "margin", "logprob", "random"):
         axes.plot(
             *_frontier_of(after, name),
             color=_COLOURS[name],

@@ -16,7 +16,7 @@ from collab_jax.routing.measures import Rate, estimate, rate
 from collab_jax.routing.response import no_answer
 
 BUDGETS = (0.1, 0.2, 0.3)
-SUMMARY_ROUTERS = ("margin", "logprob", "random", "perfect")
+SUMMARY_ROUTERS = ("margin", "logprob", "random", "reachable", "perfect")
 
 
 def summary(table: Records) -> dict[str, Any]:
@@ -70,16 +70,16 @@ def natural_outcomes(table: Records) -> np.ndarray:
 def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
     """Returns, by budget, the overall accuracy of each of SUMMARY_ROUTERS and what margin gains.
 
-    Beside them `margin_over_random`, and margin's share of the perfect router's gain over random.
+    Beside them `margin_over_random`, and margin's share of the gain over random that can be had.
     """
     methods = {name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}
     f = measures.frontiers(methods, BUDGETS)
-    share = measures.perfect_share(f.rates, f.accuracy["margin"], f.accuracy["perfect"])
+    share = measures.gain_share(f.rates, f.accuracy["margin"], f.accuracy["reachable"])
     return {
         str(b): {
             **{name: estimate(f.at(name, b)) for name in SUMMARY_ROUTERS},
             "margin_over_random": estimate(f.at("margin", b) - f.at("random", b)),
-            "perfect_gain_share": estimate(share[:, f.column(b)]),
+            "reachable_gain_share": estimate(share[:, f.column(b)]),
         }
         for b in BUDGETS
     }

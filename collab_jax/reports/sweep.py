@@ -183,9 +183,9 @@ def render(
     sections = [
         about.strip(),
         f"Command: {markdown.code(command)}. {result['prompts']} {result['split']} prompts, "
-        f"the same for all. Seeds: {seeds}. Figures in percent of all prompts, with 95 % intervals "
-        f"from {result['resamples']} resamples of seeds and prompts; with five seeds they cover "
-        f"some 88 %, with two about half. Machine: {'; '.join(sorted(machines))}.",
+        f"the same for all. Seeds: {seeds}. Figures in percent of all prompts, with 95 % "
+        f"intervals: t over seeds and, at once, {result['resamples']} resamples of the prompts; "
+        f"with one seed over prompts alone. Machine: {'; '.join(sorted(machines))}.",
         "## The trained marker",
         cell_table(result),
         f"## {reference} against the others' margin, points",
@@ -251,7 +251,7 @@ def cell_table(result: dict[str, Any]) -> str:
         "device alone",
         "natural calls / overall",
         *_budget_titles(result),
-        f"of the perfect router's gain at {100 * BUDGET:g} %",
+        f"of the reachable gain at {100 * BUDGET:g} %",
         "AUC",
         "AUC of log-probability",
     ]
@@ -259,7 +259,7 @@ def cell_table(result: dict[str, Any]) -> str:
     for name in _models_with_margin(result):
         alone, method = result["models"][name], result["methods"][f"{name}: margin"]
         natural = f"{100 * alone['natural_call_rate']:.1f} / {100 * alone['natural_accuracy']:.1f}"
-        share = method["at_budget"][str(BUDGET)]["perfect_share"]["value"]
+        share = method["at_budget"][str(BUDGET)]["reachable_share"]["value"]
         rows.append(
             [
                 name,

@@ -4,13 +4,13 @@ A router is a score f64[n], higher meaning "send it to the cloud"; only its orde
 budget b the floor(b * n) highest are sent; the cloud's verdict counts for these, the device's own
 for the others, and every rate's denominator is n. Where the budget cuts through equal scores, each
 of them is sent with the same probability, and every figure is the exact expectation over that draw.
-So nothing depends on the order of rows, nothing is drawn, and two routers have closed forms as
-scores: random is a constant score, the perfect router is `perfect_score`.
+So nothing depends on the order of rows, nothing is drawn, and three routers have closed forms as
+scores: random is a constant score, the perfect router `perfect_score`, and the best that can be
+reached without the cloud's verdicts `reachable_score`.
 
 Sources: Wilson 1927 (interval of a rate); RouteLLM, arXiv 2406.18665, section 3.2 and its
-evaluation code (PGR, APGR, CPT); Efron & Tibshirani 1993 (percentile bootstrap); Owen 2007, "The
-pigeonhole bootstrap" (seeds and prompts crossed); McCarthy & Snowden 1985 (S - 1 draws from few
-units); Hanley & McNeil 1982 (AUC as a probability).
+evaluation code (PGR, APGR, CPT); Efron & Tibshirani 1993 (percentile bootstrap); Student 1908 (the
+mean of few seeds); Hanley & McNeil 1982 (AUC as a probability).
 """
 
 from collections.abc import Mapping, Sequence
@@ -111,6 +111,18 @@ def perfect_score(records: Records) -> np.ndarray:
     return records["cloud_correct"].astype(float) - records["local_correct"]
 
 
+def reachable_score(records: Records) -> np.ndarray:
+    """The reachable router's score f64[n]: it knows where the device is wrong, and the strata.
+
+    What sending a prompt gains on average: the share that the cloud gets right in the prompt's
+    stratum, less the device's own verdict. No router that does not know the cloud's verdicts can
+    expect more.
+    """
+    _, stratum = np.unique(records["stratum"].astype(str), return_inverse=True)
+    right = np.bincount(stratum, records["cloud_correct"]) / np.bincount(stratum)
+    return right[stratum] - records["local_correct"]
+
+
 def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str, float]:
     """Expected numbers of prompts at a budget: sent, rescued, harmed, missed.
 
@@ -199,17 +211,17 @@ def frontiers(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Frontiers:
-    """Accuracy of every method at every budget (0 and 1 are added), with a two-level bootstrap.
+    """Accuracy of every method at every budget (0 and 1 are added), over prompts and seeds.
 
-    It draws seeds, then prompts. All tables hold the same prompts in the same order
-    (`records.align`). A method's frontier is the mean of its seeds'. One resample draws n of the n
-    prompts, with replacement, and seeds of each method. As the prompts are the same in every seed,
-    one draw of them serves all seeds and methods: S seeds do not make S * n prompts. Of S seeds S -
-    1 are drawn, which makes the variance of their mean unbiased (S draws would give (S - 1) / S of
-    it: half, for two seeds). With one seed nothing is known of the spread over seeds: the interval
-    is over prompts only, for this very model. Methods with equally many seeds draw the same ones,
-    so seed s of one is paired with seed s of the other. The draws depend on n, S and `seed` only:
-    another method in the table changes no interval.
+    All tables hold the same prompts in the same order (`records.align`). A method's frontier is the
+    mean of its seeds'. One resample draws n of the n prompts, with replacement, and weighs each
+    method's seeds (`seed_weights`), so that its percentiles are those of a bootstrap over prompts
+    and of a t interval over seeds at once. As the prompts are the same in every seed, one draw of
+    them serves all seeds and methods: S seeds do not make S * n prompts. With one seed nothing is
+    known of the spread over seeds: the interval is over prompts only, for this very model. Methods
+    with equally many seeds have the same weights, so seed s of one is paired with seed s of the
+    other. The draws depend on n, S and `seed` only: another method in the table changes no
+    interval.
 
     Raises UserError where the prompts differ, a score holds NaN or has not one number a prompt, or
     nothing is given.
@@ -229,21 +241,28 @@ def frontiers(
         for size in sorted({len(seeds) for seeds in runs.values()})
     }
     accuracy = {name: np.empty((1 + resamples, len(points))) for name in runs}
-    times, weights = np.ones(n, np.int32), {size: np.ones(size) for size in seed_rng}
+    times, weights = np.ones(n, np.int32), {size: np.full(size, 1 / size) for size in seed_rng}
     for r in range(1 + resamples):
         if r:  # row 0 has each prompt and each seed once
             times = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.int32)
-            weights = {
-                size: draw.multinomial(max(size - 1, 1), np.full(size, 1 / size))
-                for size, draw in seed_rng.items()
-            }
+            weights = {size: seed_weights(draw, size) for size, draw in seed_rng.items()}
         for name, seeds in runs.items():
-            weight = weights[len(seeds)]
-            curves = [
-                w * _accuracy(run, times, counts) for w, run in zip(weight, seeds, strict=True) if w
-            ]
-            accuracy[name][r] = sum(curves) / weight.sum()
+            curves = np.array([_accuracy(run, times, counts) for run in seeds])
+            accuracy[name][r] = weights[len(seeds)] @ curves
     return Frontiers(points, counts / n, accuracy)
+
+
+def seed_weights(draw: np.random.Generator, size: int) -> np.ndarray:
+    """Weights f64[S] of S = `size` seeds that add up to 1; those of one are just that.
+
+    Of any figures x of the seeds, weights @ x has the t distribution with S - 1 degrees of freedom
+    about their mean, in units of std(x) / sqrt(S), so that its percentiles are Student's interval.
+    """
+    if size == 1:
+        return np.ones(1)
+    noise = draw.standard_normal(size)
+    wide = np.sqrt((size - 1) / draw.chisquare(size - 1))  # what makes a normal draw one of t
+    return 1 / size + wide * (noise - noise.mean()) / np.sqrt(size * (size - 1))
 
 
 class _Run(NamedTuple):
@@ -389,12 +408,12 @@ def cpt(rates: np.ndarray, accuracy: np.ndarray, share: float) -> np.ndarray:
     return threshold[..., 0]
 
 
-def perfect_share(rates: np.ndarray, accuracy: np.ndarray, perfect: np.ndarray) -> np.ndarray:
-    """Share f64[..., K] of the perfect router's gain over random that a frontier reaches.
+def gain_share(rates: np.ndarray, accuracy: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Share f64[..., K] of the best router's gain over random that a frontier reaches.
 
-    perfect f64[..., K]: the perfect router's frontier on the same records. NaN where it gains
-    nothing.
+    best f64[..., K]: the frontier on the same records of the router that is taken for the best, the
+    reachable or the perfect one. NaN where it gains nothing.
     """
     random = random_frontier(rates, accuracy)
-    gain = np.where(perfect - random > 1e-12, perfect - random, np.nan)
+    gain = np.where(best - random > 1e-12, best - random, np.nan)
     return (accuracy - random) / gain

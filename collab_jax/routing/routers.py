@@ -18,10 +18,12 @@ that is not in ROUTERS can be recorded the same way.
 | agreement       | how many more responses agree        | all, and those responses             |
 | verification    | the model's opinion of its response  | all, and the question                |
 | classifier      | the prompt, by a fine-tuned decoder  | none; a decoder runs on every prompt |
+| reachable       | the device's verdict, the stratum    | all                                  |
 | perfect         | both verdicts (none can know them)   | all                                  |
 
 Regressions (logistic), trees and the decoder are fitted on other prompts; `agreement` samples
-`config.routers.samples` more responses.
+`config.routers.samples` more responses. The last two are bounds: `reachable` knows where the device
+is wrong, and of the cloud what share of a stratum it gets right.
 """
 
 from collections.abc import Callable
@@ -68,6 +70,7 @@ ROUTERS = {
     "margin_logprob": Router(
         "margin and log-probability", learned.margin_logprob, ("margin", "logp"), "response", True
     ),
+    "reachable": Router("best that can be reached", measures.reachable_score, (), "response"),
     "perfect": Router("perfect router", measures.perfect_score, (), "response"),
 }
 
