@@ -9,8 +9,8 @@ name, and a file for each of its seeds:
     --records gapg=runs/gapg-0/after.parquet,runs/gapg-1/after.parquet \\
     --fit gapg=runs/gapg-0/fit.parquet,runs/gapg-1/fit.parquet
 
-`--fit` gives learned routers the records of other prompts to be fitted on. Intervals are of 95 %,
-from a bootstrap over seeds and prompts; those of a difference are paired.
+`--fit` gives learned routers the records of other prompts to be fitted on. Intervals are of 95 %:
+Student's over seeds and a bootstrap's over prompts, at once; those of a difference are paired.
 """
 
 import argparse

@@ -386,3 +386,14 @@ def test_our_recipe_is_the_same_in_the_sweep_as_in_its_config():
     ours = runpy.run_path(str(ROOT / "configs" / "countdown_tiny_ours.py"))["get_config"]()
     cell.eval, cell.routers = ours.eval, ours.routers  # what is measured differs
     assert cell.to_dict() == ours.to_dict()
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda folder: folder.name
+)
+def test_what_is_published_is_known_as_the_runs_of_its_sweep(folder):
+    sweep = sweeps.load(ROOT / "configs" / "sweeps" / f"{folder.name}.py")
+    done = [job for jobs in sweeps.finished(sweep, folder).values() for job in jobs]
+    assert done
+    for job in done:
+        sweeps.check_same(sweep, job)

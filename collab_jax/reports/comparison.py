@@ -136,7 +136,8 @@ def _bands(curve: np.ndarray) -> dict[str, list[float]]:
 
     Rounded to a hundredth of a percent.
     """
-    low, high = np.quantile(curve[1:], [0.025, 0.975], axis=0)
+    # A t interval of few seeds may pass the ends of what an accuracy can be.
+    low, high = np.clip(np.quantile(curve[1:], [0.025, 0.975], axis=0), 0, 1)
     return {
         key: [round(float(x), 4) for x in line]
         for key, line in zip(("value", "low", "high"), (curve[0], low, high), strict=True)

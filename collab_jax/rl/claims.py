@@ -89,7 +89,8 @@ def differences(
     then, now = _flat(_read_json(file)), _flat(_as_json(config))
     # A run begun before providers had a name bought from its base_url; one before these other keys
     # did what their defaults do.
-    then.setdefault("cloud.provider", then.get("cloud.base_url"))
+    if "cloud.base_url" in then:
+        then.setdefault("cloud.provider", then["cloud.base_url"])
     then.setdefault("cloud.error_skew", 0.0)
     then.setdefault("task.system", "")
     then.setdefault("lora.start", "")
