@@ -290,7 +290,7 @@ class Update:
     """One update at each call, on a batch in which every response counts."""
 
     def __init__(self, load: Load, cfg: DecoderConfig, params: Params, lengths: int):
-        optimizer = optim.make_optimizer(lambda _: 1e-6, 0.0, 1.0)
+        optimizer = optim.make_optimizer(lambda _: 1e-6, 0.0, optim.unit_norm())
         body = step.make_step(
             cfg,
             optimizer,
