@@ -80,7 +80,8 @@ def get_config() -> ConfigDict:
     # system prompt of the device model, in the place of the chat template's own; "": that one stays
     config.task.system = ""
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
-    config.task.numbers = (1, 50)  # lowest, highest
+    config.task.numbers = (1, 50)  # lowest, highest; of chain too
+    config.task.steps = (2, 6)  # fewest, most, of chain's problems
     config.task.targets = (10, 99)  # lowest, highest
     config.task.train_examples = 16384  # size of the training split
     config.task.test_examples = 8192  # size of the validation split, and of the test split

@@ -12,11 +12,12 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import choice, countdown, jsonl, math, mix, reward, svamp
+from collab_jax.tasks import chain, choice, countdown, jsonl, math, mix, reward, svamp
 from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 TASKS = {
     "countdown": countdown.make_task,
+    "chain": chain.make_task,
     **dict.fromkeys(math.FILES, math.make_task),
     "mmlu": choice.make_task,
     "svamp": svamp.make_task,

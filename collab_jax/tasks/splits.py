@@ -26,6 +26,11 @@ def split_of(problem: str) -> str:
     return "validation" if _unit_hash(template(problem)) < VALIDATION_SHARE else "train"
 
 
+def side_of(problem: str) -> str:
+    """The split of a problem that is drawn: of 16 one is for validation, and one for the test."""
+    return {0: "test", 1: "validation"}.get(int(16 * _unit_hash(problem)), "train")
+
+
 def of_split(items: Iterable[Item], split: str, problem: Callable[[Item], str]) -> list[Item]:
     """Those of the items that belong to a split, shuffled.
 
