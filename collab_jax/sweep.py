@@ -4,8 +4,10 @@
 
 Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second,
 so that a sweep that is stopped has a report of what there is. The same command continues, also in
-the middle of a run. Where a run fails, the others go on, and the exit status is 1. OUT then has the
-report of all cells (report.html, report.md) and their comparison (compare.md, compare.json).
+the middle of a run. A sweep with a search (`Sweep.search`) first chooses each cell's best value of
+one setting on validation, by runs in OUT/search (`rl/search.py`). Where a run fails, the others go
+on, and the exit status is 1. OUT then has the report of all cells (report.html, report.md) and
+their comparison (compare.md, compare.json).
 
 `--publish DIR` writes the report to DIR, with what it is made of and without the rest (checkpoints,
 margin traces, most texts, most metrics): small enough to keep in a repository. A sweep continues

@@ -16,7 +16,7 @@ from PIL import Image
 from collab_jax import records
 from collab_jax.records import Records
 from collab_jax.reports import comparison
-from collab_jax.rl import sweeps
+from collab_jax.rl import search, sweeps
 from collab_jax.rl.sweeps import Sweep
 from collab_jax.runtime import files, metrics
 
@@ -78,6 +78,8 @@ def _publish_comparison(out: pathlib.Path, to: pathlib.Path) -> None:
     _write_json(to / "compare.json", _rounded(result))
     for name in ("report.md", "compare.md"):
         shutil.copy(out / name, to)
+    if (out / search.FILE).exists():
+        shutil.copy(out / search.FILE, to)
     for name in ("frontier.png", "training.png"):
         with Image.open(out / name) as image, files.replacing(to / name) as scratch:
             # By octree: a median cut makes one colour of similar lines, on so much white.

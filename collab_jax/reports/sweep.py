@@ -16,7 +16,8 @@ from collab_jax.records import Records
 from collab_jax.reports import comparison, figures, page
 from collab_jax.reports import run as run_report
 from collab_jax.reports.comparison import Model
-from collab_jax.rl import evaluation, experiment, sweeps
+from collab_jax.rl import evaluation, experiment, search, sweeps
+from collab_jax.rl.search import Search
 from collab_jax.rl.sweeps import Job, Sweep
 from collab_jax.routing.routers import ROUTERS
 from collab_jax.runtime import markdown, metrics
@@ -143,7 +144,8 @@ def write_report(sweep: Sweep, out: pathlib.Path, config_file: pathlib.Path) -> 
     print(comparison.write(out, result))
     runs = {name: [read(job.folder) for job in jobs] for name, jobs in done.items()}
     command = f"python -m collab_jax.sweep --config {config_file} --out {out}"
-    write(out, sweep.about, command, result, runs)
+    searched = search_section(sweep.search, search.read(out)) if sweep.search else ""
+    write(out, sweep.about, command, result, runs, searched)
     print(f"report: {out / 'report.html'}")
     return True
 
@@ -154,16 +156,17 @@ def write(
     command: str,
     result: dict[str, Any],
     cells: Mapping[str, Sequence[Finished]],
+    searched: str = "",
 ) -> None:
     """Writes the report of `cells` to `out`, where frontier.png must be already.
 
     about: what the sweep is, in Markdown. result: from `comparison.compare`. The first cell is the
-    one that the others are compared with.
+    one that the others are compared with. searched: the section about the search, if there was one.
     """
     figures.sweep_training(
         out / "training.png", {name: [run.rows for run in runs] for name, runs in cells.items()}
     )
-    page.save(out, "report", render(about, command, result, cells))
+    page.save(out, "report", render(about, command, result, cells, searched))
 
 
 def render(
@@ -171,6 +174,7 @@ def render(
     command: str,
     result: dict[str, Any],
     cells: Mapping[str, Sequence[Finished]],
+    searched: str = "",
 ) -> str:
     """report.md, from the same arguments as `write`."""
     machines = {
@@ -196,6 +200,7 @@ def render(
         router_table(result, "accuracy", percent),
         f"{reference} is ahead of each by so many points:",
         router_table(result, "reference_minus_this", points),
+        *([searched] if searched else []),
         "## Training",
         "![training](training.png)",
         cost_table(cells),
@@ -211,6 +216,28 @@ def render(
 
 
 # ---- its tables
+
+
+def search_section(searched: Search, found: Mapping[str, search.Found]) -> str:
+    """What was tried for each cell, the accuracy of each value in percent, and what was chosen."""
+    values = sorted({value for cell in found.values() for value in search.tried(cell)})
+    rows = []
+    for name, cell in found.items():
+        of = search.tried(cell)
+        shown = [f"{100 * of[value]:.1f}" if value in of else "" for value in values]
+        rows.append([name, *shown, f"{cell['chosen']:g}" if "chosen" in cell else "-"])
+    tried = [row for cell in found.values() for row in cell["tried"]]
+    minutes = sum(row["seconds"] for row in tried) / 60
+    return "\n\n".join(
+        [
+            f"## Search: {searched.key}",
+            f"Overall accuracy by margin at {100 * searched.budget:g} % calls on the validation "
+            f"split, in percent, mean of {len(searched.seeds)} seed(s); the best value of each "
+            f"cell is the one of its runs above. {len(tried)} values, {minutes:.0f} minutes of "
+            "training.",
+            markdown.table(["", *(f"{value:g}" for value in values), "chosen"], rows),
+        ]
+    )
 
 
 def headline_table(result: dict[str, Any]) -> str:

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from collab_jax.rl import search
 from collab_jax.rl.claims import differences
+from collab_jax.rl.search import Search
 from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
+SEARCH = "search"  # the folder of the runs that a search makes
 # First parts of the keys that the evaluation before training depends on: runs that agree in these
 # share before.parquet.
 START_KEYS = {
@@ -49,6 +52,7 @@ class Sweep(NamedTuple):
     serve: Mapping[str, Mapping[str, Any]] = {}  # other clouds to measure with: name -> their keys
     # whether records are published with their prompts: no, where the data set has to be fetched
     prompts: bool = True
+    search: Search | None = None  # of each cell's best value of one setting, before its runs
     about: str = ""  # Markdown; `load` takes it from the file's docstring
 
 
@@ -90,25 +94,52 @@ def load(path: pathlib.Path) -> Sweep:
     for name, cell in sweep.cells.items():
         if not cell.seeds or len(set(cell.seeds)) < len(cell.seeds):
             raise UserError(f"{path}: cell {name!r} needs seeds, each once")
-        if pathlib.Path(name).name != name or name == "start" or ": " in name:
+        if pathlib.Path(name).name != name or name in ("start", SEARCH) or ": " in name:
             raise UserError(
-                f"{path}: cell {name!r} must be usable as a folder's name, other than 'start', "
-                "without ': '"
+                f"{path}: cell {name!r} must be usable as a folder's name, other than 'start' and "
+                f"{SEARCH!r}, without ': '"
             )
-        for changes in ({}, *sweep.serve.values()):
+        searched = {sweep.search.key: sweep.search.values[0]} if sweep.search else {}
+        for changes in (searched, *sweep.serve.values()):
             config_of(sweep, {**sweep.overrides, **cell.overrides, **changes})
     return sweep._replace(about=module.get("__doc__") or "")
 
 
 def jobs(sweep: Sweep, out: pathlib.Path) -> list[Job]:
-    """The runs in their order: every cell's first seed, then every cell's second, and so on."""
-    ordered = []
+    """The runs in their order: every cell's first seed, then every cell's second, and so on.
+
+    Where there is a search, those of the cells whose value is chosen.
+    """
+    found, ordered = search.read(out), []
     for i in range(max(len(cell.seeds) for cell in sweep.cells.values())):
         for name, cell in sweep.cells.items():
-            if i < len(cell.seeds):
-                changes = {**sweep.overrides, **cell.overrides, "seed": cell.seeds[i]}
-                ordered.append(Job(name, out / name / f"seed-{cell.seeds[i]}", changes))
+            if i >= len(cell.seeds):
+                continue
+            changes = {**sweep.overrides, **cell.overrides}
+            if sweep.search:
+                if "chosen" not in found.get(name, {}):
+                    continue
+                changes[sweep.search.key] = found[name]["chosen"]
+            changes["seed"] = cell.seeds[i]
+            ordered.append(Job(name, out / name / f"seed-{cell.seeds[i]}", changes))
     return ordered
+
+
+def search_jobs(sweep: Sweep, out: pathlib.Path, cell: str, value: float) -> list[Job]:
+    """The runs that try a value for a cell: on validation, and without recorded routers."""
+    assert sweep.search
+    fixed = {
+        **sweep.overrides,
+        **sweep.cells[cell].overrides,
+        "eval.split": "validation",
+        "eval.fit_prompts": 0,
+        "routers.record": (),
+        sweep.search.key: value,
+    }
+    folder = out / SEARCH / cell / f"{value:g}"
+    return [
+        Job(cell, folder / f"seed-{seed}", {**fixed, "seed": seed}) for seed in sweep.search.seeds
+    ]
 
 
 def command(sweep: Sweep, job: Job) -> list[str]:
@@ -156,35 +187,80 @@ class SweepStopped(Exception):
 
 
 def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
-    """Runs what is not done; returns what failed.
+    """Runs what is not done, the search first; returns what failed.
 
     Raises SweepStopped, once the run in progress has saved itself.
     """
-    all_jobs, failed = jobs(sweep, out), []
+    failed = run_search(sweep, out) if sweep.search else []
+    all_jobs = jobs(sweep, out)
     for number, job in enumerate(all_jobs, 1):
-        if job.done:
-            check_same(sweep, job)
-            continue
-        share_start(job, all_jobs)
-        log, started = job.folder.with_suffix(".log"), time.monotonic()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{number} of {len(all_jobs)}: {job.folder} ", end="", flush=True)
-        with log.open("a") as file:
-            child = subprocess.Popen(
-                command(sweep, job), stdout=file, stderr=file, start_new_session=True
-            )
-            try:
-                status = child.wait()
-            except SweepStopped:
-                child.terminate()  # it saves, and the same command goes on from there
-                child.wait()
-                raise
-        if status or not job.done:
+        if not _is_done_after(sweep, job, all_jobs, f"{number} of {len(all_jobs)}"):
             failed.append(job)
-            print(f"failed with status {status}, see {log}", flush=True)
-        else:
-            print(f"{time.monotonic() - started:.0f} s", flush=True)
     return failed
+
+
+def run_search(sweep: Sweep, out: pathlib.Path) -> list[Job]:
+    """Chooses the value of each cell that has none yet; returns what failed.
+
+    A cell of which a run fails is left without a value, and so without runs.
+    """
+    assert sweep.search
+    failed, found = [], search.read(out)
+    everywhere = [
+        job
+        for cell in found.keys() & sweep.cells.keys()
+        for value in search.tried(found[cell])
+        for job in search_jobs(sweep, out, cell, value)
+    ]
+    for cell in sweep.cells:
+        while "chosen" not in found.get(cell, {}):
+            tried = search.tried(found.get(cell) or {"tried": []})
+            value = search.next_value(sweep.search.values, tried)
+            if value is None:
+                found[cell]["chosen"] = search.best_value(tried)
+                search.write(out, found)
+                break
+            here = search_jobs(sweep, out, cell, value)
+            everywhere.extend(here)
+            label = f"search, {value:g}"
+            broken = [job for job in here if not _is_done_after(sweep, job, everywhere, label)]
+            if broken:
+                failed += broken
+                break
+            of_seeds = [search.accuracy(sweep.search, job.folder) for job in here]
+            found[cell] = search.with_row(found.get(cell), value, of_seeds)
+            search.write(out, found)
+    return failed
+
+
+def _is_done_after(sweep: Sweep, job: Job, others: Sequence[Job], label: str) -> bool:
+    """Runs a job that is not done; whether it is, then.
+
+    others: runs that may have the evaluation before training already. Raises SweepStopped, once the
+    run has saved itself.
+    """
+    if job.done:
+        check_same(sweep, job)
+        return True
+    share_start(job, others)
+    log, started = job.folder.with_suffix(".log"), time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{label}: {job.folder} ", end="", flush=True)
+    with log.open("a") as file:
+        child = subprocess.Popen(
+            command(sweep, job), stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            status = child.wait()
+        except SweepStopped:
+            child.terminate()  # it saves, and the same command goes on from there
+            child.wait()
+            raise
+    if status or not job.done:
+        print(f"failed with status {status}, see {log}", flush=True)
+        return False
+    print(f"{time.monotonic() - started:.0f} s", flush=True)
+    return True
 
 
 def finished(sweep: Sweep, out: pathlib.Path) -> dict[str, list[Job]]:

@@ -1,0 +1,85 @@
+"""The search before a sweep: each cell's best value of one setting, chosen on validation.
+
+A comparison in which one side is tuned and the other is not shows who was tuned. So every cell is
+run with the same values of the setting; where the best of them lies at an end, with one beyond, and
+so on. search.json, in the sweep's folder, has what was tried, what came of it, and what it cost.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from collab_jax.runtime import files
+
+FILE = "search.json"
+FACTOR = 2.0  # from an end to the value beyond it
+BEYOND = 3  # how many values may be tried beyond either end
+
+Found = dict[str, Any]  # of a cell: "tried", a list of {value, accuracy, seconds}, and "chosen"
+
+
+class Search(NamedTuple):
+    """What is searched for, with which seeds; the accuracy by margin at `budget` decides."""
+
+    key: str  # of the config; a number
+    values: Sequence[float]
+    seeds: Sequence[int] = (0,)
+    budget: float = 0.3
+
+
+def next_value(values: Sequence[float], tried: Mapping[float, float]) -> float | None:
+    """The value to try next, by the accuracies of those tried; None where the best one is known.
+
+    It is known where it is inside of what was tried, or BEYOND an end nothing better was found.
+    """
+    for value in values:
+        if value not in tried:
+            return value
+    best = best_value(tried)
+    if best == max(tried) and best < max(values) * FACTOR ** (BEYOND - 0.5):
+        return best * FACTOR
+    if best == min(tried) and best > min(values) / FACTOR ** (BEYOND - 0.5):
+        return best / FACTOR
+    return None
+
+
+def best_value(tried: Mapping[float, float]) -> float:
+    """The value of the highest accuracy; of equal ones the smallest."""
+    return min(tried, key=lambda value: (-tried[value], value))
+
+
+def accuracy(search: Search, folder: pathlib.Path) -> tuple[float, float]:
+    """(accuracy by margin at the budget, seconds of training) of a finished run, by report.json."""
+    report = json.loads((folder / "report.json").read_text())
+    margin = report["after"]["at_budget"][str(search.budget)]["margin"]["value"]
+    return float(margin), float(report["seconds"])
+
+
+def tried(found: Found) -> dict[float, float]:
+    """The accuracy of each value that was tried for a cell."""
+    return {row["value"]: row["accuracy"] for row in found["tried"]}
+
+
+def with_row(found: Found | None, value: float, of_seeds: Sequence[tuple[float, float]]) -> Found:
+    """`found` with a value that was tried; of_seeds: (accuracy, seconds) of each seed."""
+    accuracies, seconds = zip(*of_seeds, strict=True)
+    row = {
+        "value": value,
+        "accuracy": math.fsum(accuracies) / len(accuracies),
+        "seconds": round(math.fsum(seconds), 1),
+    }
+    rows = [*(found or {"tried": []})["tried"], row]
+    return {"tried": sorted(rows, key=lambda row: row["value"])}
+
+
+def read(out: pathlib.Path) -> dict[str, Found]:
+    """What was found so far, by cell."""
+    file = out / FILE
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write(out: pathlib.Path, found: Mapping[str, Found]) -> None:
+    """Writes what was found so far, by cell."""
+    files.write_text(out / FILE, json.dumps(found, indent=2) + "\n")

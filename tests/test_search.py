@@ -1,0 +1,108 @@
+"""The search before a sweep: which value comes next, by hand; resumed, reported, on validation."""
+
+import json
+
+import pytest
+
+from collab_jax.reports import sweep as sweep_report
+from collab_jax.rl import search, sweeps
+from collab_jax.rl.search import Search
+from collab_jax.rl.sweeps import Cell, Sweep
+
+
+def accuracies(of, values=(1.0, 2.0, 4.0)):
+    """All that is tried where value v has the accuracy of[v], and what is best."""
+    tried = {}
+    while (value := search.next_value(values, tried)) is not None:
+        tried[value] = of(value)
+    return tried, search.best_value(tried)
+
+
+@pytest.mark.parametrize(
+    ("of", "tried", "best"),
+    [
+        (lambda v: -abs(v - 2), [1, 2, 4], 2),
+        (lambda v: -abs(v - 8), [1, 2, 4, 8, 16], 8),
+        (lambda v: -v, [1, 2, 4, 0.5, 0.25, 0.125], 0.125),  # no more than three beyond
+        (lambda v: v, [1, 2, 4, 8, 16, 32], 32),
+        (lambda v: 0.5, [1, 2, 4, 0.5, 0.25, 0.125], 0.125),
+    ],
+)
+def test_an_end_that_is_best_is_passed(of, tried, best):
+    found, chosen = accuracies(of)
+    assert (list(found), chosen) == (tried, best)
+
+
+def run_with(monkeypatch, accuracy_of, ran):
+    """Replaces a run by its report.json: accuracy_of(changes) -> accuracy, None for a failure."""
+
+    def done(sweep, job, others, label):
+        if job.done:
+            return True
+        ran.append((job.cell, job.changes["seed"], job.changes["lr"], job.changes["eval.split"]))
+        accuracy = accuracy_of(job)
+        if accuracy is None:
+            return False
+        job.folder.mkdir(parents=True)
+        report = {"after": {"at_budget": {"0.3": {"margin": {"value": accuracy}}}}, "seconds": 60}
+        (job.folder / "report.json").write_text(json.dumps(report))
+        return True
+
+    monkeypatch.setattr(sweeps, "_is_done_after", done)
+
+
+SEARCHED = Sweep(
+    "x.py",
+    {"eval.split": "test", "routers.record": ("hidden",)},
+    {"a": Cell({}, (0, 1)), "b": Cell({"c": 1}, (0,))},
+    search=Search("lr", (1.0, 2.0, 4.0), seeds=(7, 8)),
+)
+
+
+def test_every_cell_is_tuned_on_validation_and_then_run_with_its_own_best(tmp_path, monkeypatch):
+    best, ran = {"a": 2.0, "b": 4.0}, []
+    run_with(monkeypatch, lambda job: 0.9 - abs(job.changes["lr"] - best[job.cell]) / 100, ran)
+    assert sweeps.run(SEARCHED, tmp_path) == []
+    searched = [run for run in ran if run[3] == "validation"]
+    # b's best of three is at an end, so 8 is tried too
+    assert [run[2] for run in searched if run[0] == "a" and run[1] == 7] == [1, 2, 4]
+    assert [run[2] for run in searched if run[0] == "b" and run[1] == 8] == [1, 2, 4, 8]
+    finals = [run for run in ran if run[3] == "test"]
+    assert finals == [("a", 0, 2, "test"), ("b", 0, 4, "test"), ("a", 1, 2, "test")]
+    assert all(
+        job.changes["routers.record"] == ()
+        for job in sweeps.search_jobs(SEARCHED, tmp_path, "a", 1.0)
+    )
+    before = len(ran)
+    assert sweeps.run(SEARCHED, tmp_path) == [] and len(ran) == before  # nothing again
+    section = sweep_report.search_section(SEARCHED.search, search.read(tmp_path))
+    assert "## Search: lr" in section and "7 values, 14 minutes" in section
+    assert "| a | 89.0 | 90.0 | 88.0 |      | 2      |" in section
+    assert "| b | 87.0 | 88.0 | 90.0 | 86.0 | 4      |" in section
+
+
+def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    ran = []
+
+    def stopped(job):
+        if len(ran) == 4:
+            raise sweeps.SweepStopped
+        return 0.5 - abs(job.changes["lr"] - 2) / 100
+
+    run_with(monkeypatch, stopped, ran)
+    with pytest.raises(sweeps.SweepStopped):
+        sweeps.run(SEARCHED, tmp_path)
+    assert [row["value"] for row in search.read(tmp_path)["a"]["tried"]] == [1.0]
+    assert sweeps.jobs(SEARCHED, tmp_path) == []
+    run_with(monkeypatch, lambda job: 0.5 - abs(job.changes["lr"] - 2) / 100, ran)
+    sweeps.run(SEARCHED, tmp_path)
+    assert len(ran) == len(set(ran)) + 1  # but the run that was stopped
+
+
+def test_a_cell_whose_search_fails_has_no_runs_and_the_others_have(tmp_path, monkeypatch):
+    ran = []
+    fails = lambda job: None if job.cell == "a" else 0.5 - abs(job.changes["lr"] - 2)  # noqa: E731
+    run_with(monkeypatch, fails, ran)
+    failed = sweeps.run(SEARCHED, tmp_path)
+    assert [job.cell for job in failed] == ["a", "a"]  # both seeds of the first value
+    assert [run for run in ran if run[3] == "test"] == [("b", 0, 2, "test")]
