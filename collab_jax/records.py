@@ -23,7 +23,10 @@
     shared_known       bool              that call and the one without the attempt succeeded
     shared_extra_tokens  int     tokens  of that call's input, more than without
     logp               float     nats    summed log-probability of the response
+    answer_logp        float     nats    that of the tokens after `<answer>` opened
     margin             float     logits  max_t m_t, the trained decision (`sampler.py`)
+    first_margin       float     logits  m_t at the first decision state, before any attempt
+    last_margin        float     logits  m_t at the last one, where the answer opens
     margins            f32 list  logits  the trace m_t, one a token, -inf off decision states
     natural_text       str               of the pass with the marker allowed: the response
     natural_called     bool              the decision token came at a decision state; for a marker
@@ -87,7 +90,10 @@ TYPES = {
     "shared_known": "bool",
     "shared_extra_tokens": "int",
     "logp": "float",
+    "answer_logp": "float",
     "margin": "float",
+    "first_margin": "float",
+    "last_margin": "float",
     "margins": "f32 list",
     "natural_text": "str",
     "natural_called": "bool",

@@ -10,8 +10,8 @@ on, and the exit status is 1. OUT then has the report of all cells (report.html,
 their comparison (compare.md, compare.json).
 
 `--publish DIR` writes the report to DIR, with what it is made of and without the rest (checkpoints,
-margin traces, most texts, most metrics): small enough to keep in a repository. A sweep continues
-from such a folder, too, and compares its runs with the same figures.
+margin traces, most natural responses, most metrics): small enough to keep in a repository. A sweep
+continues from such a folder, too, and compares its runs with the same figures.
 """
 
 import argparse

@@ -9,10 +9,12 @@ from fakes import make_table as make
 
 from collab_jax import evaluate, records, train
 from collab_jax.cloud import CachedCloud, Failure, SimulatedCloud, Store, attempts
+from collab_jax.models.sampler import Samples
 from collab_jax.reports import comparison, summary
 from collab_jax.reports import run as run_report
 from collab_jax.reports.comparison import Model
 from collab_jax.rl import evaluation, experiment
+from collab_jax.rl.rollout import Verdicts
 from collab_jax.runtime.errors import UserError
 
 
@@ -132,6 +134,34 @@ def test_an_evaluation_writes_nothing_while_the_cloud_is_down_and_then_goes_on(
     table = records.read(tmp_path / "validation.parquet")
     assert figures["lenient_accuracy"]["value"] == table["lenient_correct"].mean()
     assert (table["lenient_correct"] | ~table["local_correct"]).all()
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(
+    ("margins", "first", "last", "answer"),
+    [
+        ([-3.0, -1.0, -2.0, -np.inf, -np.inf, -np.inf], -3, -2, -0.5 - 0.25),
+        ([-np.inf] * 6, -np.inf, -np.inf, -(0.1 + 0.2 + 0.4 + 0.5 + 0.25)),
+    ],
+)
+def test_what_follows_the_last_decision_state_is_the_answer(run, margins, first, last, answer):
+    mask = np.array([[True] * 5 + [False]])
+    samples = Samples(
+        tokens=np.zeros((1, 6), np.int32),
+        logp=np.array([[-0.1, -0.2, -0.4, -0.5, -0.25, -9.0]]),
+        mask=mask,
+        ended=np.array([True]),
+        margins=np.array([margins]),
+    )
+    no = np.array([False])
+    local = evaluation.Pass(samples, Verdicts(["<answer>1</answer>"], ~no, no, ~no, no, no))
+    example = evaluation.held_out(run, "validation")[0]
+    row = evaluation._row(run.task, example, 0, {"local": local}, drawn=False)
+    assert row["answer_logp"] == pytest.approx(answer) and row["logp"] == pytest.approx(-10.45)
+    assert (row["first_margin"], row["last_margin"]) == (first, last)
+    assert row["split"] == "validation"
 
 
 # ---- figures

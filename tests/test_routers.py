@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from fakes import make_table as make
 
-from collab_jax.routing import learned, measures, recorded, routers
+from collab_jax.routing import learned, measures, recorded, response, routers
 from collab_jax.routing.response import no_answer
 from collab_jax.runtime.errors import UserError
+
+T, F = True, False
 
 
 @pytest.mark.parametrize("name", ["margin", "logprob"])
@@ -87,9 +89,12 @@ def test_recorded_scores_are_routers():
 def test_possible_are_those_with_columns():
     table = make()
     assert routers.possible(table) == ["random", "logprob", "margin", "reachable", "perfect"]
-    own = [name for name in routers.ROUTERS if name not in recorded.RECORDED]
-    assert routers.possible(table, make(id=list("abcde"))) == own
+    learned_too = ["features_linear", "features_trees", "margin_logprob"]
+    own = [*routers.possible(table), *learned_too]
+    assert sorted(routers.possible(table, make(id=list("abcde")))) == sorted(own)
     columns = {f"score_{name}": np.zeros(5) for name in ("ours", *recorded.RECORDED)}
+    columns |= dict.fromkeys(("answer_logp", "first_margin", "last_margin"), np.zeros(5))
+    columns["text"] = np.array(["x"] * 5, object)
     assert routers.possible(table | columns, make(id=list("abcde"))) == [*routers.ROUTERS, "ours"]
     bare = {name: table[name] for name in ("id", "local_correct", "cloud_correct")}
     assert routers.possible(bare) == ["random", "reachable", "perfect"]
@@ -107,3 +112,29 @@ def test_refusals():
         routers.score("features_linear", table, make(id=list("abcde"), local_correct=[False] * 5))
     with pytest.raises(UserError, match="no column logp"):
         routers.score("logprob", {name: column for name, column in table.items() if name != "logp"})
+
+
+def test_the_last_result_leads_to_the_answer_or_the_prompt_or_nowhere():
+    texts = [
+        "<think>9+9=18\n18+37=55</think><answer>9+9+37</answer>",  # to the target
+        "<think>9+9=18\n18+36=54</think><answer>9+9+36</answer>",  # to neither
+        "<think>2*3=6\n6+1=7</think><answer> 7 apples </answer>",  # to the answer
+        "<think>x</think><answer>7</answer>",  # no result
+        "<think>2*3=6",  # no answer
+    ]
+    table = make(text=texts, prompt=["9 9 37=55"] * 2 + ["2*3+1"] * 3)
+    table |= {"formatted": np.array([T, T, T, T, F]), "ended": np.array([T] * 5)}
+    assert response.last_result(table).tolist() == [0, 1, 0, 1, 1 + response.FIRST]
+
+
+def test_other_gates_are_in_order_like_the_first():
+    table = make(
+        answer_logp=[-1.0, -3, 0, -2, -9],
+        first_margin=[0.5, -np.inf, 2, 1, 0],
+        last_margin=[1.0, 0, 3, 2, -np.inf],
+    )
+    table |= {"formatted": np.array([T, T, T, T, F]), "ended": np.array([T] * 5)}
+    order = lambda name: np.argsort(-routers.score(name, table), kind="stable").tolist()  # noqa: E731
+    assert order("answer_logprob") == [4, 1, 3, 0, 2]
+    assert order("first_margin") == [4, 2, 3, 0, 1]
+    assert order("last_margin") == [4, 2, 3, 0, 1]

@@ -26,8 +26,9 @@ DIGITS = 6  # after the point, of published metrics and of the comparison's figu
 METRICS = ("step", "local_accuracy", "call_rate", "reward", "tokens", "cloud_bought", "seconds")
 # Of report.json: what it takes to know the run and its cost. Its other figures are of its records.
 REPORT = ("machine", "budget", "steps", "seconds", "filter_dropped", "filter", "cloud")
-# Columns of records that are most of a table's bytes, and that no report shows.
-TEXTS = {"margins", "text"}
+# The columns that are most of a table's bytes, and that no report shows. Of a model's responses the
+# text is kept, so that anybody can add a router by replay; of those that routers are fitted on not.
+TRACE, TEXT = "margins", "text"
 # Columns that are read only where `compare` is given prices, or in the report of a single run; so
 # are those of what routers spent, tokens_NAME.
 DETAILS = {
@@ -59,6 +60,8 @@ def publish(sweep: Sweep, out: pathlib.Path, to: pathlib.Path) -> None:
                 table = records.read(folder / f"{name}.parquet")
                 kept = _without_prompts(table, with_prompt if sweep.prompts else set(table["id"]))
                 with_prompt |= set(kept["id"]) if "prompt" in kept else set()
+                if name == "fit":
+                    kept.pop(TEXT, None)
                 records.write(target / f"{name}.parquet", _slim(kept, first and name != "fit"))
         rows = [_only(METRICS, row) for row in metrics.read(folder / "metrics.jsonl")]
         metrics.write_packed(target / "metrics.jsonl", _rounded(rows))
@@ -100,11 +103,11 @@ def _without_prompts(table: Records, ids: Set[str]) -> Records:
 
 
 def _slim(table: Records, details: bool) -> Records:
-    """The table in the narrowest types, without TEXTS, and without DETAILS unless asked for."""
+    """The table in the narrowest types, without TRACE, and without DETAILS unless asked for."""
     return {
         column: _narrow(values)
         for column, values in table.items()
-        if column not in TEXTS
+        if column != TRACE
         and (details or column not in DETAILS and not column.startswith("tokens_"))
     }
 

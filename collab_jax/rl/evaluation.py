@@ -144,6 +144,8 @@ def _passes(
 def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn: bool) -> Row:
     """Returns the device's columns of the prompt in row `i` of the passes."""
     local, verdicts = passes["local"]
+    states = np.flatnonzero(local.margins[i] > -np.inf)  # of decision
+    end = states[-1] + 1 if states.size else 0
     row = {
         "id": example.id,
         "task": example.task,
@@ -157,7 +159,10 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
         "ended": bool(local.ended[i]),
         "tokens": int(local.mask[i].sum()),
         "logp": float(local.logp[i].sum()),
+        "answer_logp": float(local.logp[i, end:][local.mask[i, end:]].sum()),
         "margin": float(local.margins[i].max()),
+        "first_margin": float(local.margins[i, states[0]]) if states.size else -np.inf,
+        "last_margin": float(local.margins[i, states[-1]]) if states.size else -np.inf,
         "margins": local.margins[i][local.mask[i]],
     }
     if "natural" not in passes:

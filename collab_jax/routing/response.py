@@ -1,4 +1,6 @@
-"""Routers that read the device's finished response: log-probability, and the trained marker."""
+"""Routers that read the device's finished response: log-probability, marker, last result."""
+
+import re
 
 import numpy as np
 
@@ -23,11 +25,51 @@ def logprob(records: Records) -> np.ndarray:
     return -records["logp"] + FIRST * no_answer(records)
 
 
+def answer_logprob(records: Records) -> np.ndarray:
+    """The log-probability gate on the answer's tokens alone, f64[n]; in order like `logprob`."""
+    return -records["answer_logp"] + FIRST * no_answer(records)
+
+
 def margin(records: Records) -> np.ndarray:
     """The trained decision f64[n]: max_t m_t with the marker disallowed.
 
     Responses without an answer come first, by margin among themselves; -inf, where there was no
     decision state, counts as -FIRST / 2 there.
     """
-    margins = records["margin"]
+    return _no_answer_first(records, records["margin"])
+
+
+def first_margin(records: Records) -> np.ndarray:
+    """The decision before any attempt, f64[n]: m_t at the first decision state; as `margin`."""
+    return _no_answer_first(records, records["first_margin"])
+
+
+def last_margin(records: Records) -> np.ndarray:
+    """The decision where the answer opens, f64[n]: m_t at the last decision state; as `margin`."""
+    return _no_answer_first(records, records["last_margin"])
+
+
+def _no_answer_first(records: Records, margins: np.ndarray) -> np.ndarray:
     return np.where(no_answer(records), np.maximum(margins, -FIRST / 2) + FIRST, margins)
+
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def last_result(records: Records) -> np.ndarray:
+    """A control without a model, f64[n]: 1 where the last number of the thinking leads nowhere.
+
+    It leads somewhere where it is the last number of the answer, or of the prompt (the target of
+    Countdown). Responses without an answer come first.
+    """
+    lost = [
+        _last_number(text.partition("<answer>")[0])
+        not in (_last_number(text.partition("<answer>")[2]), _last_number(prompt))
+        for prompt, text in zip(records["prompt"], records["text"], strict=True)
+    ]
+    return np.array(lost, float) + FIRST * no_answer(records)
+
+
+def _last_number(text: str) -> str | None:
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None

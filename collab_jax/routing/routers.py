@@ -11,8 +11,12 @@ that is not in ROUTERS can be recorded the same way.
 | random          | nothing (expectation in closed form) | none                                 |
 | features_linear | the prompt's text, by regression     | none                                 |
 | features_trees  | the prompt's text, by boosted trees  | none                                 |
+| last_result     | what the last step came to           | all                                  |
 | logprob         | the response's log-probability       | all                                  |
+| answer_logprob  | that of the answer's tokens alone    | all                                  |
 | margin          | the trained marker                   | up to its crossing                   |
+| first_margin    | the marker before the attempt        | none                                 |
+| last_margin     | the marker where the answer opens    | all                                  |
 | margin_logprob  | both, by regression                  | all                                  |
 | hidden          | the last hidden state, by regression | all                                  |
 | agreement       | how many more responses agree        | all, and those responses             |
@@ -62,11 +66,26 @@ ROUTERS = {
         "prompt features, boosted trees", learned.trees, ("prompt",), "prompt", True
     ),
     "classifier": from_column("classifier", "fine-tuned prompt classifier", "prompt"),
+    "last_result": Router(
+        "last result leads nowhere", response.last_result, ("prompt", "text"), "response"
+    ),
     "logprob": Router("log-probability gate", response.logprob, ("logp",), "response"),
+    "answer_logprob": Router(
+        "log-probability of the answer alone",
+        response.answer_logprob,
+        ("answer_logp",),
+        "response",
+    ),
     "agreement": from_column("agreement", "agreement of samples", "response"),
     "verification": from_column("verification", "self-verification", "response"),
     "hidden": from_column("hidden", "last hidden state, logistic regression", "response"),
     "margin": Router("trained marker (margin)", response.margin, ("margin",), "trace"),
+    "first_margin": Router(
+        "marker before the attempt", response.first_margin, ("first_margin",), "prompt"
+    ),
+    "last_margin": Router(
+        "marker where the answer opens", response.last_margin, ("last_margin",), "response"
+    ),
     "margin_logprob": Router(
         "margin and log-probability", learned.margin_logprob, ("margin", "logp"), "response", True
     ),
