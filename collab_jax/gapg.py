@@ -55,11 +55,13 @@ class FilterState(flax.struct.PyTreeNode):
     """The budget, and what the prompt filter has kept so far.
 
     rho = rho_num / rho_den is exact, so that no rounding adds up. `price` is charged for a call; it
-    is a Lagrange multiplier under the control "lagrangian", and 0 under the others.
+    is a Lagrange multiplier under the control "lagrangian", and 0 under the others. `calls` is what
+    the control "dual_alpha_c" takes for the share of calls; it begins at the budget.
     """
 
     budget: jax.Array  # f32[], share of all queries that may be calls
     price: jax.Array  # f32[], in units of reward
+    calls: jax.Array  # f32[], moving average of the share of calls
     rho_num: jax.Array  # i32[]
     rho_den: jax.Array  # i32[]
     carry: jax.Array  # i32[], unused fraction of a prompt, in units of 1 / rho_den
@@ -157,6 +159,7 @@ def init_filter(budget: float) -> FilterState:
     return FilterState(
         budget=jnp.float32(budget),
         price=jnp.float32(0),
+        calls=jnp.float32(budget),
         rho_num=jnp.int32(rho.numerator),
         rho_den=jnp.int32(rho.denominator),
         carry=zero(),

@@ -154,6 +154,8 @@ def get_config() -> ConfigDict:
     config.algorithm.control = "none"
     # how far a step moves the control's variable, in reward per share of calls
     config.algorithm.control_rate = 0.02
+    # of dual_alpha_c: how far it moves when calls change, in reward per share of calls
+    config.algorithm.control_gain = 0.0
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 5e-5  # AdamW, after the warm-up

@@ -171,20 +171,48 @@ def controlled(control, rates, budget=0.3):
 
 
 def test_lagrangian_by_hand():
-    reward, filter = controlled(algorithms.lagrangian(0.5), [0.7, 0.4])  # 0.5 * (0.4 + 0.1)
+    control = algorithms.lagrangian(0.5, 0.0)
+    reward, filter = controlled(control, [0.7, 0.4])  # 0.5 * (0.4 + 0.1)
     np.testing.assert_allclose(filter.price, 0.25, rtol=1e-6)
     np.testing.assert_allclose(reward.alphas, [2.0, 0.5, 0.2], rtol=1e-6)
-    assert controlled(algorithms.lagrangian(0.5), [0.7, 0.0, 0.0])[1].price == 0  # never below
+    assert controlled(control, [0.7, 0.0, 0.0])[1].price == 0  # never below
 
 
 def test_dual_alpha_c_by_hand_moves_both_ways_and_stays_between_its_neighbours():
+    # The average goes from 0.3 to 0.9 * 0.3 + 0.1 * 0.1 = 0.28, to 0.302, to 0.2818.
+    reward, filter = controlled(algorithms.dual_alpha_c(0.5, 0.0), [0.1, 0.5, 0.1])
+    np.testing.assert_allclose(filter.calls, 0.2818, rtol=1e-6)
     np.testing.assert_allclose(
-        controlled(algorithms.dual_alpha_c(0.5), [0.1, 0.5, 0.1])[0].alphas,
-        [2.0, 0.6, 0.2],
-        rtol=1e-6,
+        reward.alphas, [2.0, 0.5 + 0.5 * (0.02 - 0.002 + 0.0182), 0.2], rtol=1e-6
     )
-    assert controlled(algorithms.dual_alpha_c(1.0), [1.0] * 9)[0].alphas[1] == jnp.float32(0.2)
-    assert controlled(algorithms.dual_alpha_c(1.0), [0.0] * 9)[0].alphas[1] == 2.0
+    reward, _ = controlled(algorithms.dual_alpha_c(0.0, 3.0), [0.1, 0.5, 0.1])
+    np.testing.assert_allclose(reward.alphas[1], 0.5 + 3 * (0.3 - 0.2818), rtol=1e-6)
+    assert controlled(algorithms.dual_alpha_c(1.0, 0.0), [1.0] * 9)[0].alphas[1] == jnp.float32(0.2)
+    assert controlled(algorithms.dual_alpha_c(1.0, 0.0), [0.0] * 30)[0].alphas[1] == 2.0
+
+
+def test_dual_alpha_c_brings_a_late_plant_to_the_budget_and_does_not_wind_up():
+    """Calls drift towards where alpha_c pays, as a policy learns; the gain damps their swing.
+
+    For 60 steps nothing that alpha_c does has an effect: it then waits at its limit, and turns at
+    once.
+    """
+
+    def rates(rate, gain, steps=500, dead=0):
+        control, calls, found = algorithms.dual_alpha_c(rate, gain), 0.45, []
+        reward, filter = gapg.init_reward(2.0, 0.5, 0.2), gapg.init_filter(0.2)
+        for i in range(steps):
+            reward, filter = control(reward, filter, jnp.float32(calls))
+            wanted = float(reward.alphas[1]) - 0.1  # where calls would settle
+            calls += 0.03 * (wanted - calls) * (i >= dead)
+            found.append(calls)
+        return np.array(found)
+
+    held = rates(0.02, 0.5)
+    assert abs(held[-100:] - 0.2).max() < 0.01
+    integral = rates(0.02, 0.0)
+    assert held.min() > integral.min()  # less of an overshoot
+    assert abs(rates(0.02, 0.5, dead=60)[-100:] - 0.2).max() < 0.01
 
 
 def test_no_control_leaves_all_as_it_is():

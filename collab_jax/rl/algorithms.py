@@ -144,8 +144,13 @@ def mixed_filter(
 # ------------------------------------------------------------------------------------------ control
 
 
-def lagrangian(rate: float) -> Control:
-    """DA-GRPO's control (arXiv 2602.00166): price <- max(0, price + rate (call rate - budget))."""
+def lagrangian(rate: float, gain: float) -> Control:
+    """DA-GRPO's control (arXiv 2602.00166): price <- max(0, price + rate (call rate - budget)).
+
+    It has no gain. The paper's own constraint, E[called] <= rho E[local], is the same one: called -
+    rho local is (1 + rho) (called - budget), so that its multiplier moves as this price does.
+    """
+    del gain
 
     def control(
         reward: RewardState, filter: FilterState, call_rate: jax.Array
@@ -156,18 +161,27 @@ def lagrangian(rate: float) -> Control:
     return control
 
 
-def dual_alpha_c(rate: float) -> Control:
-    """The control alpha_c <- alpha_c + rate (budget - call rate), kept in [alpha_f, alpha_a].
+MEMORY = 0.9  # weight of the past in the moving average of the share of calls
 
-    So it brings the call rate to the budget from both sides.
+
+def dual_alpha_c(rate: float, gain: float) -> Control:
+    """The control that moves alpha_c, what a right call earns, to bring calls to the budget.
+
+    A proportional-integral controller in velocity form: alpha_c changes by rate (budget - calls),
+    and by gain times how much calls fell since the last step, where `calls` is the moving average
+    of the call rate. It is kept in [alpha_f, alpha_a], which in this form leaves no integral to
+    wind up. The share of calls follows alpha_c late, as the policy has to learn it; without a gain
+    the integral alone overshoots.
     """
 
     def control(
         reward: RewardState, filter: FilterState, call_rate: jax.Array
     ) -> tuple[RewardState, FilterState]:
         a, c, f = reward.alphas
-        c = jnp.clip(c + rate * (filter.budget - call_rate), f, a)
-        return reward.replace(alphas=jnp.stack([a, c, f])), filter
+        calls = MEMORY * filter.calls + (1 - MEMORY) * call_rate
+        change = rate * (filter.budget - calls) + gain * (filter.calls - calls)
+        alphas = jnp.stack([a, jnp.clip(c + change, f, a), f])
+        return reward.replace(alphas=alphas), filter.replace(calls=calls)
 
     return control
 
@@ -189,7 +203,7 @@ PARTS: dict[str, dict[str, Callable]] = {
         "none": no_filter,
     },
     "control": {
-        "none": lambda rate: gapg.no_control,
+        "none": lambda rate, gain: gapg.no_control,
         "lagrangian": lagrangian,
         "dual_alpha_c": dual_alpha_c,
     },
@@ -203,7 +217,7 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
         reward=part["reward"],
         advantage=by_kind(part["advantage"], config.algorithm.solo),
         prompt_filter=part["filter"],
-        control=part["control"](config.algorithm.control_rate),
+        control=part["control"](config.algorithm.control_rate, config.algorithm.control_gain),
     )
 
 

@@ -74,8 +74,9 @@ def _check_algorithm(config: ConfigDict) -> None:
             f"config.algorithm.{key}={algorithm[key]!r}: use one of {sorted(known)}",
         )
     _need(
-        0 <= algorithm.control_rate < math.inf,
-        "config.algorithm.control_rate must be finite and at least 0",
+        0 <= min(algorithm.control_rate, algorithm.control_gain)
+        and max(algorithm.control_rate, algorithm.control_gain) < math.inf,
+        "config.algorithm.control_rate and control_gain must be finite and at least 0",
     )
     _need(
         algorithm.filter != "zero_variance" or algorithm.control != "lagrangian",
