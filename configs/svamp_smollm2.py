@@ -20,9 +20,11 @@ wrong on 6 % of the prompts, with odds that are 20 times as high on the hardest 
 easiest.
 
 Training has no filter and averages weights, as configs/countdown_tiny_ours.py does and explains,
-but samples at temperature 1: at 0.5 this model agrees with itself on most prompts, and in a first
-run the call, rare to begin with, died out. Lengths follow from the data, batches from the time that
-they take; learning rates and steps are first choices, and nothing was tuned.
+but samples at temperature 1, and moves what a right call earns so that calls come to the budget. At
+the usual 0.5 the call died out within eight steps, from 16 % of the responses: it pays only where
+the model is right less than one time in seven, and this one is right nearly half the time on
+problems like those that it was tuned on. Lengths follow from the data, batches from the time that
+they take; learning rates and steps are first choices.
 """
 
 import pathlib
@@ -55,7 +57,11 @@ def get_config() -> ConfigDict:
     config.cloud.error_rate = 0.06
     config.cloud.error_skew = 3.0
 
+    config.reward.alpha_c = 1.0  # to begin with; the control moves it
     config.algorithm.filter = "none"
+    config.algorithm.control = "dual_alpha_c"
+    config.algorithm.control_rate = 0.05
+    config.algorithm.control_gain = 1.0
     config.optim.learning_rate = 2e-4
     config.optim.average = 0.95
     config.train.steps = 60
