@@ -191,7 +191,7 @@ def _file_type(kind: Type) -> gguf.LlamaFileType:
 
 def _architecture(cfg: DecoderConfig, hf_config: dict[str, Any]) -> dict[str, Any]:
     """The shape and the constants of a model."""
-    if "max_position_embeddings" not in hf_config:
+    if hf_config.get("max_position_embeddings") is None:
         raise GGUFError("config.json lacks max_position_embeddings, the longest text: add it")
     values = {
         "context_length": hf_config["max_position_embeddings"],

@@ -51,13 +51,14 @@ def gguf_card(run: Run, step: int, file: str, kind: str, calibration_folder: pat
     """
     config, token = run.config, run.text.decision_id
     bias = _bias(run, calibration_folder)
-    flag = "" if bias is None else f" --logit-bias {token}{bias:+}"
+    date = ""
     if "date_string" in str(run.text.tokenizer.chat_template):  # it would write today's
-        flag += f" --chat-template-kwargs '{json.dumps({'date_string': DATE})}'"
+        date = f" --chat-template-kwargs {shlex.quote(json.dumps({'date_string': DATE}))}"
     system = [{"role": "system", "content": config.task.system}] if config.task.system else []
     request = {
         "messages": [*system, {"role": "user", "content": "..."}],
         "max_tokens": config.max_new_tokens,
+        "temperature": 0,
     }
     if bias is not None:
         request["logit_bias"] = {str(token): bias}
@@ -73,10 +74,10 @@ def gguf_card(run: Run, step: int, file: str, kind: str, calibration_folder: pat
 {_prompting(run)} {_first_token_of_a_call(run)}
 {_about_bias(run, bias, kind)}
 
-With llama.cpp (LM Studio has a field for the bias, too):
+With llama.cpp. The bias goes into each request: its server drops one that it is started with.
 
 ```sh
-llama-server -m {file} --jinja --temp 0{flag}
+llama-server -m {file} --jinja{date}
 curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" \\
   -d {shlex.quote(json.dumps(request))}
 ```
