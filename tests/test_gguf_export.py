@@ -505,18 +505,42 @@ def test_what_cannot_be_exported_as_gguf_is_told(small, tmp_path):
         export.export_gguf(run, tmp_path / "taken" / "a.gguf", "f16")
 
 
-# ---------------------------------------------------------------- transformers' own reading
+# ---------------------------------------------------------------- others' reading and writing
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen2", "qwen3"])
+@pytest.mark.slow
+def test_smollm2_is_written_as_llama_cpp_wrote_it(smollm2_file, tmp_path):
+    """Its file was made by llama.cpp's own converter: each value, and all that is said of it."""
+    folder = hf.locate("smollm2-135m")
+    config = hf.read_config(folder)
+    cfg = hf.config_from_hf(config)
+    text = text_lib.load(folder, ConfigDict(dict.fromkeys(SETTINGS, "auto") | {"marker": MARKER}))
+    file, params = tmp_path / "again.gguf", hf.load(folder, cfg, "float32")
+    gguf_export.write(file, params, cfg, config, text, kind="f32", name="again")
+    theirs, ours = fields(smollm2_file), fields(file)
+    types = theirs.pop("tokenizer.ggml.token_type")
+    types[text.decision_id] = bpe.USER_DEFINED
+    assert ours["tokenizer.ggml.token_type"] == types
+    chosen = ("general.name", "general.file_type", "tokenizer.ggml.padding_token_id")
+    for key in (theirs.keys() & ours.keys()) - {*chosen}:
+        if not key.startswith("GGUF."):
+            assert ours[key] == theirs[key], key
+    missing = theirs.keys() - ours.keys() - {"tokenizer.ggml.add_space_prefix"}
+    assert all(key.startswith("general.") for key in missing)
+    again = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for tensor in gguf.GGUFReader(smollm2_file).tensors:
+        want = gguf.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(again.pop(tensor.name).data, want, err_msg=tensor.name)
+    assert not again
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_transformers_reads_the_same_model(name, tmp_path):
-    """It knows no tensor of rope factors, and takes Qwen3's head size from its own default."""
-    torch = pytest.importorskip("torch")
+    """It reads no rope factors, no biases of a Llama, and no head size where that is a default."""
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    changes = dict(rope_parameters=DEFAULT) | ({"head_dim": 128} if name == "qwen3" else {})
-    if name == "qwen2":
-        changes["head_dim"] = 24
+    changes = dict(rope_parameters=DEFAULT, head_dim=dict(llama=64, qwen2=24, qwen3=128)[name])
     _, cfg, params, text, file = written(tmp_path, name, "f32", **changes)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=file.name, attn_implementation="eager", dtype=torch.float32
