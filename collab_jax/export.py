@@ -148,10 +148,10 @@ if __name__ == "__main__":
     )
 
     def start(config: ConfigDict, workdir: pathlib.Path) -> int:
-        if (out.value is None) == (gguf.value is None):
-            raise UserError("give either --out FOLDER or --gguf FILE")
-        if gguf.value is None:
+        if out.value is not None and gguf.value is None:
             return main(config, workdir, pathlib.Path(out.value).expanduser(), adapter.value)
+        if gguf.value is None or out.value is not None:
+            raise UserError("give either --out FOLDER or --gguf FILE")
         if adapter.value:
             raise UserError("--adapter: a GGUF file has the merged model: use --out FOLDER")
         return main_gguf(config, workdir, pathlib.Path(gguf.value).expanduser(), gguf_type.value)

@@ -88,7 +88,8 @@ def _vocabulary(
     if decision_id is not None:
         kinds[decision_id] = USER_DEFINED
     adds_bos = bos is not None and tokenizer.encode("").ids[:1] == [bos]
-    written = bpe.make(tokens, kinds, merges, pre, tokens[bos] if adds_bos else None, adds_bos)
+    bos_token = None if bos is None else tokens[bos]
+    written = bpe.make(tokens, kinds, merges, pre, bos_token, adds_bos)
     for sample in samples:
         if tokenizer.encode(sample).ids != written.encode(sample).ids:
             raise TokenizerError("it does more than its vocabulary and merges say")
