@@ -1,7 +1,8 @@
 """Byte-level BPE tokenizers from a vocabulary, its merges and the name of their pre-tokenizer.
 
 A GGUF file holds these instead of a tokenizer.json. The pre-tokenizer cuts a text into the pieces
-that BPE works on; its regular expressions are known by name (`tokenizer.ggml.pre`).
+that BPE works on; its regular expressions are known by name (`tokenizer.ggml.pre`), which `name_of`
+finds for a tokenizer.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from tokenizers import (
 
 from collab_jax.runtime.errors import UserError
 
-# The kinds of `tokenizer.ggml.token_type` that differ from an ordinary token.
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+# The kinds of `tokenizer.ggml.token_type`.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+NO_MERGES = [""]  # of a file: llama.cpp asks for a list, and the `gguf` package writes no empty one
 
 
 class PreTokenizer(NamedTuple):
@@ -54,6 +56,13 @@ PRE_TOKENIZERS = {
     # What llama.cpp does with a file whose maker did not know the pre-tokenizer.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
+
+# A text that each of them cuts differently, and other pre-tokenizers too.
+PROBE = (
+    "I'LL we've 'S don't 1 12 1234567 x\u00b2\u00bd  a\tb \n\n  c\r\nd... e!?\n ?Que? e\u0301 "
+    "\u0e01\u0e47 \u0939\u093f\u0928 \u6570\u5b66\uff1a\u5b8c \u0668\u0669 \U0001f44d\U0001f3fd "
+    "_x-1 <a>b</a> $5.00 http://a.b/c?d=1 \u00a0z\u2003w ' \n\t"
+)
 
 
 class TokenizerError(UserError):
@@ -90,16 +99,13 @@ def make(
         raise TokenizerError("a token stands twice in the vocabulary")
     if bos is not None and bos not in vocabulary:
         raise TokenizerError(f"the BOS token {bos!r} is marked as unused: fetch the file again")
+    merges = [] if list(merges) == NO_MERGES else merges
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=rule.whole_words))
     except Exception as error:  # tokenizers raises a plain one for a merge outside the vocabulary
         raise TokenizerError(f"the merges do not fit the vocabulary ({error})") from None
-    if rule.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in rule.patterns]
-    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_alone])
+    _cut_by(tokenizer, rule)
     tokenizer.decoder = decoders.ByteLevel()
     special = [i for i in used if kinds[i] in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False) for i in special])
@@ -110,3 +116,36 @@ def make(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )
     return tokenizer
+
+
+def _cut_by(tokenizer: Tokenizer, rule: PreTokenizer) -> None:
+    """Gives a tokenizer the normalizer and the pre-tokenizer of a rule."""
+    if rule.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in rule.patterns]
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_alone])
+
+
+def name_of(tokenizer: Tokenizer) -> str:
+    """The name of a BPE tokenizer's pre-tokenizer: that of PRE_TOKENIZERS which cuts PROBE alike.
+
+    Raises TokenizerError where there is none.
+    """
+    for name, rule in PRE_TOKENIZERS.items():
+        known = Tokenizer(models.BPE(ignore_merges=rule.whole_words))
+        _cut_by(known, rule)
+        whole_words = tokenizer.model.ignore_merges
+        if whole_words == rule.whole_words and _pieces(tokenizer) == _pieces(known):
+            return name
+    raise TokenizerError(
+        f"its pre-tokenizer is none of those that are known: {', '.join(PRE_TOKENIZERS)}"
+    )
+
+
+def _pieces(tokenizer: Tokenizer) -> list[str]:
+    """What BPE works on, of PROBE."""
+    text = tokenizer.normalizer.normalize_str(PROBE) if tokenizer.normalizer else PROBE
+    if tokenizer.pre_tokenizer is None:
+        return [text]
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]

@@ -19,6 +19,17 @@ import gguf
 import numpy as np
 
 from collab_jax.models import bpe, shards
+from collab_jax.models.decoder_config import RopeScaling
+from collab_jax.models.gguf_layout import (
+    ARCHITECTURES,
+    BLOCK,
+    END_TOKENS,
+    ROPE_FREQS,
+    SPECIAL_TOKENS,
+    TOP,
+    rope_factors,
+    unpermute,
+)
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import cache_folder, write_text
 
@@ -31,35 +42,13 @@ FILES = (  # of a converted folder, beside its weights
 )
 SCRATCH = "unfinished-"  # how a folder's name begins while it is made; a kill leaves it
 CONVERSION = 1  # raised when the same file gives another folder, so that no old one is read
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-ROPE_FREQS = "rope_freqs.weight"  # what Llama 3 divides each rotary frequency by
 # All published models that are scaled so differ in their factor alone.
-LLAMA3_ROPE = {
+LLAMA3_ROPE: dict[str, Any] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # as GGUF has it
 OTHER = "use a file of another quantization (F16, Q8_0, Q4_K_M, ...)"
-END_TOKENS = ("eos", "eot", "eom")  # of a text, a turn, a message: each ends a response
 
 
 class GGUFError(UserError):
@@ -163,19 +152,10 @@ def _weight(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> np.ndarray:
         kind = tensor.tensor_type.name
         raise GGUFError(f"tensor {tensor.name!r} is {kind}, which is not read: {OTHER}") from None
     if config["model_type"] == "llama" and ".attn_q." in tensor.name:
-        return _unpermute(value, config["num_attention_heads"])
+        return unpermute(value, config["num_attention_heads"])
     if config["model_type"] == "llama" and ".attn_k." in tensor.name:
-        return _unpermute(value, config["num_key_value_heads"])
+        return unpermute(value, config["num_key_value_heads"])
     return value
-
-
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """A Llama projection to queries or keys, [out, in] or a bias [out], as Hugging Face has it.
-
-    GGUF interleaves the two halves of each head, which rotary embeddings pair.
-    """
-    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
 
 
 def _weight_names(tensors: dict[str, gguf.ReaderTensor]) -> dict[str, str]:
@@ -279,12 +259,7 @@ def _rope(contents: Contents, theta: float, head_dim: int) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": theta}
     stored = np.asarray(tensors[ROPE_FREQS].data, np.float64)
     factor = float(stored.max())
-    # Llama 3 leaves fast rotations, divides slow ones by the factor, and goes over in between.
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
-    turns = LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    expected = 1 / ((1 - kept) / factor + kept)
+    expected = rope_factors(theta, head_dim, RopeScaling(factor, **LLAMA3_ROPE))
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
         raise GGUFError(f"the tensor {ROPE_FREQS} is not Llama 3's rope scaling: not supported")
     return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}

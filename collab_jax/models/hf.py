@@ -211,13 +211,18 @@ def _rope(hf: dict) -> tuple[float, RopeScaling | None]:
     return float(theta), RopeScaling(**{name: rope[name] for name in names})
 
 
-def _to_hf_name(path: tuple[str, ...]) -> str:
+def weight_name(path: tuple[str, ...]) -> str:
     """('layers_3', 'self_attn', 'q_proj', 'kernel') -> 'model.layers.3.self_attn.q_proj.weight'."""
     *modules, leaf = path
     leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}[leaf]
     name = ".".join([*modules, leaf])
     name = re.sub(r"^layers_(\d+)", r"layers.\1", name)
     return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def out_in(path: tuple[str, ...], leaf: Any) -> np.ndarray:
+    """A leaf of the parameters on the host, as a folder has it: kernels are [out, in]."""
+    return np.asarray(leaf).T if path[-1] == "kernel" else np.asarray(leaf)
 
 
 def read_config(folder: pathlib.Path) -> dict:
@@ -268,7 +273,7 @@ def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
     Raises FolderError where they are not exactly those of `cfg`.
     """
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    wanted = {_to_hf_name(path): (path, leaf.shape) for path, leaf in _flat(shapes).items()}
+    wanted = {weight_name(path): (path, leaf.shape) for path, leaf in _flat(shapes).items()}
     weights: dict[str, np.ndarray] = {}
     for file, name, value in stored_weights(folder):
         if name == "lm_head.weight" and cfg.tied:
@@ -300,12 +305,11 @@ def save(
     there, and weights of an earlier export that are not among these files are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {_to_hf_name(path): (path, value) for path, value in _flat(params).items()}
+    flat = {weight_name(path): (path, value) for path, value in _flat(params).items()}
 
     def weight(name: str) -> jax.Array:
         path, value = flat[name]
-        value = np.ascontiguousarray(np.asarray(value).T if path[-1] == "kernel" else value)
-        return jax.numpy.asarray(value, dtype)
+        return jax.numpy.asarray(np.ascontiguousarray(out_in(path, value)), dtype)
 
     itemsize = jax.numpy.dtype(dtype).itemsize
     shards.write(folder, {name: v.size * itemsize for name, (_, v) in flat.items()}, weight)
