@@ -246,7 +246,7 @@ def test_a_task(add_part, small):
     config = small(task__name="backwards")
     task = tasks.make_task(config)
     (example,) = task.load("test")
-    assert example == Example("live", "", "live", task="backwards")
+    assert example == Example("live", "", "live", task="backwards", split="test")
     good = "<think>e v i l</think><answer>evil</answer>"
     assert task.verify([example] * 3, [good, "live", config.text.marker]) == [
         Verdict(correct=True, called=False, formatted=True),

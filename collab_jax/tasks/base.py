@@ -59,7 +59,7 @@ class Task:
     load(split) -> the examples of one of `splits`. prompt(example) -> the device model's chat
     messages; cloud_prompt(example) -> the cloud's. verify(examples, responses) -> a Verdict of each
     *finished* response, and of each of the cloud's answers.
-    splits: those of SPLITS that the task has.
+    splits: those of SPLITS that the task has: one that can be trained has all.
     solve_prompt(messages) -> a right response to a cloud prompt; None: there is no exact solver.
     difficulty(messages) -> that of a cloud prompt's example; None: no example has one.
     gold(example) -> the right answer, None where the example has none; None: the task keeps none.
@@ -76,7 +76,7 @@ class Task:
     prompt: Callable[[Example], Messages]
     cloud_prompt: Callable[[Example], Messages]
     verify: Verify
-    splits: Sequence[str] = ("train", "test")
+    splits: Sequence[str] = SPLITS
     solve_prompt: Callable[[Messages], str] | None = None
     difficulty: Callable[[Messages], float | None] | None = None
     gold: Callable[[Example], str | None] | None = None

@@ -313,7 +313,6 @@ def make_task(config: ConfigDict) -> Task:
             _verdict(example, response, marker)
             for example, response in zip(examples, responses, strict=True)
         ],
-        splits=SPLITS,
         solve_prompt=solve_prompt,
         read_answer=_last_expression,
         demonstrations=lambda seed: demonstrations(seed, task, marker),
