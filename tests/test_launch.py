@@ -293,7 +293,7 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
     assert sft == "-m collab_jax.sft --workdir runs/a b/start --config configs/x.py --config.seed=3"
     flags = "--config configs/x.py --config.model.path=runs/a b/start --config.seed=3"
     same = f"--workdir runs/a b/run {flags}"
-    assert train.endswith(f"train {same}") and evaluate.endswith(f"evaluate {same}")
+    assert train.endswith(f"train {same}") and evaluate.endswith(f"evaluate --split test {same}")
     assert export.endswith(f"export --out runs/a b/model {same}")
     assert (
         "--records runs/a b/run/test.parquet --out runs/a b/model --rate 0.3 --delta" in calibrate

@@ -213,7 +213,9 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, small, tm
     assert made == again
     adapted = RecordingConfig(small(lora__rank=2))
     experiment.load_state(experiment.prepare(adapted, tmp_path / "adapted"))
-    reads = config.reads | warm.reads | adapted.reads
+    chains = RecordingConfig(small(task__name="chain", task__prompt="{problem}"))
+    experiment.make_task(chains).load("test")
+    reads = config.reads | warm.reads | adapted.reads | chains.reads
     for kind, model in OTHER_CLOUDS.items():
         other = RecordingConfig(small(cloud__kind=kind, cloud__model=model))
         make_cloud(other, experiment.make_task(other), tmp_path / "other.sqlite")
