@@ -157,7 +157,7 @@ def tiny_text():
 
 def make_service(engine, text, folder, provider=None, deadline=5.0, calibration=None, **changes):
     """A Service around `engine`; its target is 30 %, its bias 0. changes: of config.cloud."""
-    settings = dict(retries=0, **changes)
+    settings = dict(retries=0) | changes
     if provider is not None:
         settings = (
             dict(
@@ -216,7 +216,8 @@ class Server:
         body = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         connection.request(method, path, body, headers or {})
         try:
-            yield connection.getresponse()
+            with connection.getresponse() as response:
+                yield response
         finally:
             connection.close()
 

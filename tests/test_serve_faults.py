@@ -1,9 +1,10 @@
 """Serving over real sockets, with an engine that recites: who answers, at what cost, what fails."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import random
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,8 +33,6 @@ def quick(monkeypatch):
 @pytest.fixture
 def start(text, tmp_path):
     """start(provider, margins, **changes): a running server; all end with the test."""
-    import contextlib
-
     with contextlib.ExitStack() as stack:
 
         def make(provider=None, margins=None, response=RESPONSE, pause=0.0, **changes):
@@ -239,17 +238,14 @@ def test_a_client_that_leaves_frees_its_slot_and_its_call(start, stream):
     with Provider(lambda _: [("text", "a"), ("wait", 20.0)]) as provider:
         server = start(provider, CALLS, deadline=30.0)
         body = {"messages": messages, "stream": stream}
-        if stream:
-            with server.send("POST", "/v1/chat/completions", body) as response:
-                response.read(40)
-        else:
-            leave = threading.Event()
-            import http.client
-
-            connection = http.client.HTTPConnection("127.0.0.1", server.port)
-            connection.request("POST", "/v1/chat/completions", json.dumps(body))
-            leave.wait(0.5)
-            connection.close()
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        response = connection.getresponse() if stream else None
+        while not provider.requests:
+            time.sleep(0.02)
+        if response:
+            response.close()
+        connection.close()
         end = time.monotonic() + 10
         while not provider.left and time.monotonic() < end:
             time.sleep(0.02)

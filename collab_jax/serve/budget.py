@@ -1,9 +1,11 @@
 """The budget, live: a controller of the bias, and a hard limit; pure functions, no clock, no jax.
 
 The share of queries that go to the cloud is held by two means. The bias follows
-`calibration.track`: it falls with a call and rises without one, so that their sum is the target. A
-token bucket is filled by the target with each query and gives a token for each call: whatever the
-margins do, n queries have at most target * n + BURST calls.
+`calibration.track`: it falls with a call and rises without one. That alone leaves a debt of calls
+behind when the traffic has changed: as many as it took to move the bias. So the bias also moves, a
+little with each query, by the debt, until there is none. A token bucket is filled by the target
+with each query and gives a token for each call: whatever the margins do, the first n queries have
+at most target * n + BURST calls, and any n of them at most target * n + CAPACITY.
 
 Only what the device decided counts: neither a query whose client chose for itself, nor one that
 came while the cloud was down (the controller is frozen then).
@@ -22,6 +24,11 @@ from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 
 BURST = 20.0  # calls that may be ahead of the target; one point of 2,000 queries
+CAPACITY = 3 * BURST  # calls that a quiet time may save up
+# Steps of the bias for each call of debt. Where the rate rises by 1 over the margins' spread, which
+# is 50 steps, a quarter of 1 / 50 brings the debt back without swinging.
+LEARN = 0.005
+MOST_DEBT = 50.0  # calls; more would move the bias long after its cause
 STEP, SPAN = 0.2, 20.0  # of a model without a calibration, in logits: a step, and the limits
 
 
@@ -37,6 +44,7 @@ class State(NamedTuple):
 
     tracker: Tracker
     bucket: float  # calls that may be made now
+    debt: float = 0.0  # calls too few that were wanted, since the target was set
     queries: int = 0  # since the target was set
     calls: int = 0  # of these
 
@@ -79,19 +87,37 @@ def decide(state: State, wanted: bool) -> tuple[State, bool]:
     Where the bucket is empty, the bias learns what was wanted: else it would rise, while calls are
     refused, and call even more afterwards.
     """
-    tracker = track(state.tracker, wanted)
-    bucket = min(BURST, state.bucket + state.tracker.budget)
-    granted = wanted and bucket >= 1 and state.tracker.budget > 0
-    return State(tracker, bucket - granted, state.queries + 1, state.calls + granted), granted
+    target = state.tracker.budget
+    debt = min(max(state.debt + target - wanted, -MOST_DEBT), MOST_DEBT)
+    tracker = _moved(track(state.tracker, wanted), LEARN * debt)
+    bucket = min(CAPACITY, state.bucket + target)
+    granted = wanted and bucket >= 1 and target > 0
+    after = State(
+        tracker=tracker,
+        bucket=bucket - granted,
+        debt=debt,
+        queries=state.queries + 1,
+        calls=state.calls + granted,
+    )
+    return after, granted
+
+
+def _moved(tracker: Tracker, steps: float) -> Tracker:
+    """The tracker with its bias some steps higher, within its limits."""
+    bias = min(max(tracker.bias + tracker.step * steps, tracker.low), tracker.high)
+    return tracker._replace(bias=bias)
 
 
 def take_back(state: State) -> State:
     """The state as if a query that was granted its call, which failed, had not been."""
-    tracker = state.tracker
-    bias = tracker.bias + tracker.step * (1 - tracker.budget)
-    tracker = tracker._replace(bias=min(bias, tracker.high))
-    bucket = min(BURST, state.bucket + 1 - state.tracker.budget)
-    return State(tracker, bucket, state.queries - 1, state.calls - 1)
+    undone = 1 - state.tracker.budget
+    return State(
+        tracker=_moved(state.tracker, undone),
+        bucket=min(CAPACITY, state.bucket + undone),
+        debt=state.debt + undone,
+        queries=state.queries - 1,
+        calls=state.calls - 1,
+    )
 
 
 def retarget(state: State, table: Sequence[Point], target: float) -> State:
