@@ -22,6 +22,7 @@ from collab_jax.serve.api import Api
 from collab_jax.serve.budget import Controller
 from collab_jax.serve.engine import Busy, Emission
 from collab_jax.serve.upstream import Upstream
+from collab_jax.tasks import make_task
 
 KEY = "operator's"
 RESPONSE = "<think>49+9=58,58+37=95 ok</think><answer> 49+9+37 </answer>"
@@ -174,8 +175,6 @@ def make_service(engine, text, folder, provider=None, deadline=5.0, calibration=
     config = cloud_config()
     config.cloud.parameters = {"max_tokens": 50}
     config.cloud.update(settings)
-    from collab_jax.tasks import make_task
-
     return Service(
         engine=engine,
         upstream=Upstream(make_cloud(config, make_task(config), folder / "s.db"), deadline),

@@ -33,7 +33,7 @@ def run(main: Callable[[list[str]], int]) -> None:
 def run_with_config(
     main: Command | Mapping[str, Command],
     workdir: bool = True,
-    default_config: pathlib.Path | None = None,
+    default_config: str | None = None,
     default_workdir: str | None = None,
 ) -> None:
     """Exits with the status of main(config, workdir), or with 1 and one line for a UserError.
@@ -42,12 +42,10 @@ def run_with_config(
     default is required. Of several commands by name, the first argument names the one to run.
     """
     config_flag = config_flags.DEFINE_config_file(
-        "config",
-        None if default_config is None else str(default_config),
-        "The experiment's file.",
-        lock_config=True,
+        "config", default_config, "The experiment's file.", lock_config=True
     )
-    flags.mark_flag_as_required("config")
+    if default_config is None:
+        flags.mark_flag_as_required("config")
     workdir_flag = None
     if workdir:
         workdir_flag = flags.DEFINE_string(
@@ -55,7 +53,8 @@ def run_with_config(
             default_workdir,
             "Folder of the run, with everything it writes; made if absent.",
         )
-        flags.mark_flag_as_required("workdir")
+        if default_workdir is None:
+            flags.mark_flag_as_required("workdir")
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

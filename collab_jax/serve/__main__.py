@@ -156,4 +156,4 @@ if __name__ == "__main__":
             config.model.path = model.value
         return main(config, workdir, host.value, port.value)
 
-    cli.run_with_config(run, default_config=CONFIG, default_workdir="runs/serve")
+    cli.run_with_config(run, default_config=str(CONFIG), default_workdir="runs/serve")
