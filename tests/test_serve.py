@@ -73,6 +73,24 @@ def test_it_calls_where_the_recorded_margin_crosses(server, table):
 
 
 @pytest.mark.slow
+def test_an_overload_is_refused_and_everybody_hears(server):
+    """Four slots and a queue of two, for 40 clients: answers, or a 429 that says when."""
+    engine = server.service.engine
+    before, engine.limits = engine.limits, engine.limits._replace(requests=2)
+    try:
+        with ThreadPoolExecutor(40) as pool:
+            ask = lambda _: server.chat("49 9 37=95", model="collab-device")  # noqa: E731
+            replies = list(pool.map(ask, range(80)))
+    finally:
+        engine.limits = before
+    statuses = [status for status, _, _ in replies]
+    assert set(statuses) == {200, 429}
+    for status, headers, _ in replies:
+        assert status == 200 or int(headers["retry-after-ms"]) > 0
+    assert engine.busy == (0, 0)
+
+
+@pytest.mark.slow
 def test_32_clients_at_once_get_what_one_gets(server, table):
     """And the four slots are free afterwards."""
     prompts = [str(prompt) for prompt in table["prompt"]] * 4

@@ -5,7 +5,7 @@ Like `OpenAICloud.answer` it is one attempt, without a store: `serve/upstream.py
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from collab_jax.cloud.openai import OpenAICloud
@@ -25,7 +25,7 @@ class Delta(NamedTuple):
 
 async def stream(
     cloud: OpenAICloud, client: "AsyncOpenAI", messages: Messages, seconds: float
-) -> AsyncIterator[Delta | Reply | Failure]:
+) -> AsyncGenerator[Delta | Reply | Failure, None]:
     """Yields deltas, and at the end a Reply or a Failure.
 
     seconds: for the whole call. A stream that ends without a reason to end was cut off, which is a

@@ -61,7 +61,7 @@ class Job:
     """
 
     prompt: tuple[int, ...]
-    emit: Callable[[Emission], None]
+    emit: Callable[[Emission], object]
     limit: int
     bias: float
     temperature: float = 0.0
@@ -162,7 +162,6 @@ class Engine:
         s, nobody = self.settings, np.zeros(self.settings.slots, bool)
         self._state = slots.empty(self.cfg, s)
         self._staging = empty_segment(self.cfg, 1, s.staging_columns, s.cache_dtype)
-        self._idle = slots.idle_request(self.cfg.vocab_size)
         for bucket in s.buckets:
             tokens = np.zeros((1, bucket), np.int32)
             self._staging = self._programs.prefill(self._params, self._staging, tokens, np.int32(0))

@@ -17,7 +17,7 @@ decided by margin + bias > 0, is the sampler's (`models/decision.py`).
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -30,6 +30,7 @@ from collab_jax.models.decoder import DecoderConfig, Params, Segment
 LOGIT_BIASES = 32  # at most, of one request
 SMALLEST_BUCKET = 16  # columns
 STEPS = (1, 8)  # K, tokens of one round
+Leaf = Any  # a jax.Array on the device, numpy's on the host
 
 
 class SlotSettings(NamedTuple):
@@ -72,17 +73,17 @@ class Request(flax.struct.PyTreeNode):
     them.
     """
 
-    token: jax.Array  # i32, the last one, whose keys and values are not computed yet
-    position: jax.Array  # i32, of that token: how many are before it
-    opening: jax.Array  # i8
-    written: jax.Array  # i32
-    limit: jax.Array  # i32, of written
-    seed: jax.Array  # u32
-    temperature: jax.Array  # f32, 0: greedy
-    top_p: jax.Array  # f32
-    bias: jax.Array  # f32
-    logit_ids: jax.Array  # i32[LOGIT_BIASES], V or more: none
-    logit_values: jax.Array  # f32[LOGIT_BIASES]
+    token: Leaf  # i32, the last one, whose keys and values are not computed yet
+    position: Leaf  # i32, of that token: how many are before it
+    opening: Leaf  # i8
+    written: Leaf  # i32
+    limit: Leaf  # i32, of written
+    seed: Leaf  # u32
+    temperature: Leaf  # f32, 0: greedy
+    top_p: Leaf  # f32
+    bias: Leaf  # f32
+    logit_ids: Leaf  # i32[LOGIT_BIASES], V or more: none
+    logit_values: Leaf  # f32[LOGIT_BIASES]
 
 
 class Slots(flax.struct.PyTreeNode):

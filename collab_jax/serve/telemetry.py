@@ -30,7 +30,7 @@ class Telemetry:
     """To be used in one thread."""
 
     def __init__(self) -> None:
-        self._sums: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._sums: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
         self._recent: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
 
     def note(self, outcome: Outcome, status: int) -> None:
@@ -73,7 +73,7 @@ class Telemetry:
             if name in now:
                 rows = {"": now[name]}
             lines += [f"# HELP collab_{name} {text}", f"# TYPE collab_{name} {kind}"]
-            lines += [f"collab_{name}{labels} {value}" for labels, value in rows.items()]
+            lines += [f"collab_{name}{labels} {float(value)!r}" for labels, value in rows.items()]
         return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -86,7 +86,7 @@ class Upstream:
         """Whether the cloud is taken to be out of order."""
         return self.cloud.breaker.is_open
 
-    async def ask(self, messages: Messages) -> AsyncIterator[Delta | Bought]:
+    async def ask(self, messages: Messages) -> AsyncGenerator[Delta | Bought, None]:
         """Yields the answer as it comes, then its end. Raises CloudFailed.
 
         Where the iterator is closed, and nobody else waits for the answer, the call is ended.
