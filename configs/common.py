@@ -210,9 +210,8 @@ def get_config() -> ConfigDict:
     config.serve.slots = 32  # responses that are computed at a time
     config.serve.prefill_chunk = 256  # tokens of prompts computed between two rounds of steps
     config.serve.queue = 256  # requests that may wait for a slot; one more is refused (429)
-    config.serve.queue_tokens = (
-        65536  # tokens of their prompts, at most; a single one may have more
-    )
+    # tokens of their prompts, at most; a single one may have more
+    config.serve.queue_tokens = 65536
     # seconds that the cloud has for an answer, retries included; then the device answers
     config.serve.deadline = 30.0
 

@@ -178,10 +178,13 @@ def test_where_the_cloud_fails_the_device_goes_on_or_503(start, fault):
         assert told(chunks, "reasoning_content") == (THOUGHT, {"tiny"})
         assert told(chunks, "content") == (ANSWER, {"tiny"})
         assert chunks[-1]["collab"]["reason"] == "device_fallback"
+        assert chunks[-1]["collab"]["device_tokens"] == len(server.service.engine.tokens) + 1
         first, second = server.service.engine.jobs
         assert second.bias == -float("inf") and len(second.written) == 6 and not first.written
         budget = server.service.controller
-        assert (budget.state.queries, budget.bias) == (0, 0.0)  # as if it had not been
+        assert budget.state.queries == 0 and budget.bias == pytest.approx(
+            0
+        )  # as if it had not been
         status, _, error = server.chat(collab={"allow_fallback": False})
         assert status == 503 and error["error"]["code"] == "cloud"
         for mode, expected in [("only_cloud", 503), ("prefer_cloud", 200)]:
@@ -225,8 +228,8 @@ def test_64_clients_and_a_dead_cloud(start):
 
     def ask(i):
         begin = time.monotonic()
-        fields = {} if i % 2 else {"collab": {"allow_fallback": False}}
-        status, _, reply = server.chat(f"{i} 9 37=95", **fields)
+        collab = {"threshold": 0, "allow_fallback": bool(i % 2)}
+        status, _, reply = server.chat(f"{i} 9 37=95", collab=collab)
         seconds.append(time.monotonic() - begin)
         return status == 200 and reply["collab"]["reason"], status
 

@@ -132,18 +132,22 @@ class Service:
         wanted = self._wants_cloud(ask, response)
         granted, counted = self._count(ask, wanted)
         if wanted:
-            reason = self._refusal(ask) or ("" if granted else "budget")
+            messages = self._for_cloud(ask, response)
+            reason = self._refusal(ask, messages) or ("" if granted else "budget")
             called = "margin" if response.end == "call" else "unanswered"
             try:
                 if not reason:
-                    return await self._cloud(outcome, self._for_cloud(ask, response), called, say)
+                    return await self._cloud(outcome, messages, called, say)
             except CloudFailed:
+                reason = "device_fallback"
                 if not _may_stand_in(outcome):
                     raise
-                reason = "device_fallback"
-            if counted:
-                self.controller.take_back()
+            finally:
+                if counted and reason:
+                    self.controller.take_back()
             if response.end == "call":
+                outcome.margins.pop()  # that step is computed once more
+                outcome.device_tokens -= 1
                 await self._device(outcome, response, DISALLOWED, say)
         for said in response.held:
             await say(said)
@@ -178,12 +182,11 @@ class Service:
         answered = response.stops.hit or (reader.closed if ask.buffered else reader.opened)
         return response.end == "call" or (self.call_unanswered and not answered)
 
-    def _refusal(self, ask: Ask) -> str:
+    def _refusal(self, ask: Ask, messages: Messages) -> str:
         """Why a call that is wanted is not made; "": it is."""
-        if ask.max_usd is not None:
-            if self.upstream.cloud.cloud.highest_usd(ask.messages) > ask.max_usd:
-                return "max_usd"
-        return ""
+        if ask.max_usd is None or self.upstream.highest_usd(messages) <= ask.max_usd:
+            return ""
+        return "max_usd"
 
     def _count(self, ask: Ask, wanted: bool) -> tuple[bool, bool]:
         """(whether a call may be made, whether the budget has booked it); only the budget's own.
@@ -286,7 +289,7 @@ class Service:
     async def _cloud(self, outcome: Outcome, messages: Messages, reason: str, say: Say) -> None:
         """Says the cloud's answer. `outcome.finish` is set once content was sent."""
         ask, model, begin = outcome.ask, self.upstream.model, time.monotonic()
-        if reason in CLOUD_FIRST and (refusal := self._refusal(ask)):
+        if reason in CLOUD_FIRST and (refusal := self._refusal(ask, messages)):
             raise CloudFailed(refusal)
         stops, held, end = Stops(ask.stops), [], None
         outcome.answered_by, outcome.model, outcome.reason = "cloud", model, reason

@@ -112,7 +112,7 @@ def take_back(state: State) -> State:
     """The state as if a query that was granted its call, which failed, had not been."""
     undone = 1 - state.tracker.budget
     return State(
-        tracker=_moved(state.tracker, undone),
+        tracker=_moved(state.tracker, undone - LEARN * state.debt),
         bucket=min(CAPACITY, state.bucket + undone),
         debt=state.debt + undone,
         queries=state.queries - 1,

@@ -158,24 +158,27 @@ class Engine:
     # ------------------------------------------------------------------------- in the thread
 
     def _warm_up(self) -> None:
-        """Runs every program once, and times the longer round."""
-        s, nobody = self.settings, np.zeros(self.settings.slots, bool)
+        """Runs every program once, with all slots in use, and times the longest round."""
+        s, everybody = self.settings, np.ones(self.settings.slots, bool)
         self._state = slots.empty(self.cfg, s)
         self._staging = empty_segment(self.cfg, 1, s.staging_columns, s.cache_dtype)
         for bucket in s.buckets:
             tokens = np.zeros((1, bucket), np.int32)
             self._staging = self._programs.prefill(self._params, self._staging, tokens, np.int32(0))
-        job = Job(prompt=(0,), emit=lambda _: None, limit=1, bias=0.0)
-        self._put(job, 0)
+        never = dict.fromkeys(s.eos_ids[:LOGIT_BIASES], -1e9)
+        endless = Job((0,), lambda _: None, limit=2**30, bias=-np.inf, logit_bias=never)
+        for slot in range(s.slots):
+            self._put(endless, slot)
         for step in self._programs.step.values():
-            self._state, _ = step(self._params, self._state, nobody)
+            self._state, _ = step(self._params, self._state, everybody)
+        jax.block_until_ready(self._state)
         begin = time.monotonic()
-        self._state, written = self._programs.step[s.slots, STEPS[-1]](
-            self._params, self._state, nobody
-        )
+        longest = self._programs.step[s.slots, STEPS[-1]]
+        self._state, written = longest(self._params, self._state, everybody)
         jax.block_until_ready(written)
         if time.monotonic() - begin > BURST_SECONDS:
             self._steps = STEPS[0]
+        self._state, _ = longest(self._params, self._state, ~everybody)
         self.ready.set()
 
     def _run(self) -> None:

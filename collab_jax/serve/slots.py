@@ -190,6 +190,7 @@ def step(
 ) -> tuple[Slots, Round]:
     """The slots after `count` tokens more in the first `rows` of them, and these tokens.
 
+    It ends early where no row lives on, so that a round too many costs nothing.
     keep bool[R]: the other slots are emptied first. No slot past `rows` may hold a live request.
     """
     state = state.replace(live=state.live & keep)
@@ -197,8 +198,12 @@ def step(
     # Those of the first response of a group in the sampler.
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(first[2].seed)
 
-    def one(carry, _):
-        column, (ring, live, request) = carry
+    def goes_on(carry):
+        i, _, (_, live, _), _ = carry
+        return (i < count) & live.any()
+
+    def one(carry):
+        i, column, (ring, live, request), written = carry
         age = (column - jnp.arange(s.columns)) % s.columns
         hidden, ring = decoder.forward(
             params,
@@ -210,18 +215,33 @@ def step(
             ring,
             column,
         )
-        live, request, written = _choose(
-            decoder.logits(params, cfg, hidden[:, 0]), live, request, keys, s
-        )
-        return ((column + 1) % s.columns, (ring, live, request)), written
+        logits = decoder.logits(params, cfg, hidden[:, 0])
+        live, request, wrote = _choose(logits, live, request, keys, s)
+        written = jax.tree.map(lambda rows, new: rows.at[i].set(new), written, wrote)
+        return i + 1, (column + 1) % s.columns, (ring, live, request), written
 
-    (column, first), written = jax.lax.scan(one, (state.column, first), length=count)
+    carry = jnp.int32(0), state.column, first, _nothing(count, rows)
+    _, column, first, written = jax.lax.while_loop(goes_on, one, carry)
     ring, live, request = jax.tree.map(
         lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, 0, 0),
         (state.ring, state.live, state.request),
         first,
     )
     return Slots(column=column, ring=ring, live=live, request=request), written
+
+
+def _nothing(count: int, rows: int) -> Round:
+    """A Round in which nobody was live."""
+    shape = count, rows
+    no = jnp.zeros(shape, bool)
+    return Round(
+        token=jnp.zeros(shape, jnp.int32),
+        logp=jnp.zeros(shape),
+        margin=jnp.full(shape, -jnp.inf),
+        real=no,
+        called=no,
+        ended=no,
+    )
 
 
 def _choose(

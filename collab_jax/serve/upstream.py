@@ -81,6 +81,10 @@ class Upstream:
     def model(self) -> str:
         return self.cloud.cloud.model
 
+    def highest_usd(self, messages: Messages) -> float:
+        """A price that one answer to `messages` does not exceed."""
+        return self.cloud.cloud.highest_usd(messages)
+
     @property
     def down(self) -> bool:
         """Whether the cloud is taken to be out of order."""
