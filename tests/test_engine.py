@@ -22,7 +22,7 @@ from test_sampler import (
 )  # fmt: skip
 
 from collab_jax.models import decision
-from collab_jax.serve.engine import Busy, Engine, Job, Limits
+from collab_jax.serve.engine import Broken, Busy, Engine, Job, Limits
 from collab_jax.serve.slots import SlotSettings
 
 LONG = 60
@@ -207,7 +207,7 @@ def test_a_cancelled_request_frees_its_slot():
     assert len(first.tokens) == written < 10**6 and not dropped.tokens
     engine.close()
     assert engine.busy == (0, 0)
-    with pytest.raises(Busy):
+    with pytest.raises(Broken, match="closed"):
         Heard(engine, [6], limit=4)
 
 
@@ -229,5 +229,5 @@ def test_a_failure_of_the_devices_ends_every_job(monkeypatch):
     broken = engine._programs._replace(insert=lambda *_: 1 / 0)
     monkeypatch.setattr(engine, "_programs", broken)
     assert Heard(engine, [6, 7]).wait().end == "error" and engine.broken == "ZeroDivisionError"
-    with pytest.raises(Busy):
+    with pytest.raises(Broken):
         Heard(engine, [6])
