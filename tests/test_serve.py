@@ -101,6 +101,7 @@ def test_32_clients_at_once_get_what_one_gets(server, table):
     assert server.service.engine.busy == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_new_budget_and_new_settings_compile_nothing(server):
     prompt = "49 9 37=95"
     server.chat(prompt)
@@ -157,6 +158,7 @@ def test_the_command_serves_drains_and_remembers(tmp_path):
     assert json.loads((tmp_path / "budget.json").read_text())["queries"] >= 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_one_line(tmp_path):
     command = [sys.executable, "-m", "collab_jax.serve", "--workdir", str(tmp_path)]
     done = subprocess.run(
