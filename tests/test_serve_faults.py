@@ -275,6 +275,40 @@ def test_a_client_that_leaves_frees_its_slot_and_its_call(start, stream):
         assert server.service.engine.cancelled and not server.service.upstream._purchases
 
 
+def test_streams_cut_anywhere_leave_the_books_in_order(start):
+    """Clients that leave after some bytes: nothing stays behind, nothing is bought twice, and what
+    was booked is what answers cost and what was abandoned.
+    """
+    steps = [("text", "a"), ("wait", 0.06), ("text", "b")]
+    draw = random.Random(1)
+    with Provider(lambda _: steps) as provider:
+        server = start(provider, CALLS, pause=0.001)
+
+        def cut(i):
+            message = {"role": "user", "content": f"{i % 20} 9 37=95"}
+            body = {"messages": [message], "stream": True, "collab": {"threshold": 0}}
+            with server.send("POST", "/v1/chat/completions", body) as response:
+                response.read(draw.choice([1, 200, 1500, 3000, 10**6]))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(cut, range(120)))
+        counts, upstream = server.api.telemetry._sums, server.service.upstream
+        deadline = time.monotonic() + 20
+        while (counted(counts) < 120 or upstream._purchases) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert counted(counts) == 120 and not upstream._purchases
+        assert not [labels for name, labels in counts if name == "errors_total" and '"5' in labels]
+        assert max(provider.whole.values()) == 1
+        time.sleep(0.2)  # the last booking is in a thread
+        booked = counts["usd_total", ""] + upstream.abandoned_usd
+        assert upstream.cloud.budget.spent().usd == pytest.approx(booked)
+
+
+def counted(sums):
+    """Requests that have ended, answered or not."""
+    return sum(n for (name, _), n in sums.items() if name in ("requests_total", "errors_total"))
+
+
 def test_a_full_queue_is_a_429_that_says_when(start):
     server = start()
     server.service.engine.full = True

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 from collab_jax.cloud import CachedCloud, Failure, Reply, attempts
@@ -51,7 +51,8 @@ class _Purchase:
         self.deltas: list[Delta] = []
         self.end: Bought | CloudFailed | None = None
         self.listeners = 0
-        self.paid = False  # by the first listener that hears the end
+        self.usd = 0.0  # booked so far
+        self.paid = False  # by the first listener that hears the end, or by nobody
         self.task: asyncio.Task | None = None
         self._changed = asyncio.Event()
 
@@ -116,9 +117,18 @@ class Upstream:
                 await purchase.change()
         finally:
             purchase.listeners -= 1
-            if not purchase.listeners and purchase.end is None and purchase.task:
-                self._purchases.pop(key, None)
-                purchase.task.cancel()
+            if not purchase.listeners and purchase.task:
+                if purchase.task.done():
+                    self._abandon(purchase)
+                else:
+                    self._purchases.pop(key, None)
+                    purchase.task.cancel()
+
+    def _abandon(self, purchase: _Purchase) -> None:
+        """Notes what was booked for an answer whose listeners have left before its end."""
+        if not purchase.listeners and not purchase.paid:
+            self.abandoned_usd += purchase.usd
+            purchase.paid = True
 
     async def close(self) -> None:
         """Ends what is on its way, and the connections."""
@@ -153,6 +163,7 @@ class Upstream:
         finally:
             if self._purchases.get(key) is purchase:
                 del self._purchases[key]
+            self._abandon(purchase)
             purchase.tell()
 
     async def _in_one_piece(self, purchase: _Purchase, messages: Messages) -> Bought:
@@ -164,7 +175,8 @@ class Upstream:
             reasons = self.cloud.reasons.most_common(1)
             raise CloudFailed(reasons[0][0] if reasons else "timeout")
         purchase.deltas.append(self._whole(reply))
-        return Bought(reply, reply.usd if answers.bought else 0.0, 1)
+        purchase.usd = reply.usd if answers.bought else 0.0
+        return Bought(reply, purchase.usd, 1)
 
     def _whole(self, reply: Reply) -> Delta:
         """A reply in one piece; a cloud that answers as a task wants, without the task's tags."""
@@ -179,14 +191,14 @@ class Upstream:
         """Buys a stream, with retries as long as nothing of it was seen."""
         if self._client is None:
             self._client = cloud.make_client()
-        deadline, breaker, spent = time.monotonic() + self.seconds, self.cloud.breaker, 0.0
+        deadline, breaker = time.monotonic() + self.seconds, self.cloud.breaker
         highest = cloud.highest_usd(messages)
         for attempt in range(self.cloud.policy.retries + 1):
             admission = breaker.admit()
             if admission is None:
-                raise CloudFailed("down", breaker.seconds_left(), spent)
-            if not await self._in_thread(lambda: self._reserve(highest)):
-                raise CloudFailed("the cloud's budget is spent", usd=spent)
+                raise CloudFailed("down", breaker.seconds_left(), purchase.usd)
+            if not await self._reserve(highest):
+                raise CloudFailed("the cloud's budget is spent", usd=purchase.usd)
             outcome = Failure("cut off", usd=None)
             try:
                 left = deadline - time.monotonic()
@@ -198,28 +210,40 @@ class Upstream:
                             purchase.tell()
                         else:
                             outcome = item
-            except asyncio.CancelledError:  # the last listener has left
-                self.abandoned_usd += highest
-                raise
-            finally:
+            finally:  # also where the last listener has left
                 usd = highest if outcome.usd is None else outcome.usd
+                purchase.usd += usd
                 book = self._threads.submit(self._book, messages, outcome, highest, usd)
             await asyncio.wrap_future(book)
-            spent += usd
             if isinstance(outcome, Reply):
                 breaker.note_life()
-                return Bought(outcome, spent, attempt + 1)
+                return Bought(outcome, purchase.usd, attempt + 1)
             self._note(outcome, admission == "probe")
             pause = attempts.pause(attempt, outcome.retry_after)
             last = attempt == self.cloud.policy.retries or time.monotonic() + pause > deadline
             if purchase.deltas or last or not outcome.retry:
-                raise CloudFailed(outcome.reason, outcome.retry_after, spent)
+                raise CloudFailed(outcome.reason, outcome.retry_after, purchase.usd)
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _reserve(self, usd: float) -> int:
-        with self.cloud.store.transaction() as db:
-            return self.cloud.budget.reserve(db, [usd])
+    async def _reserve(self, usd: float) -> int:
+        """Books a call at its highest price; returns 1, or 0 where the budget has no room."""
+
+        def reserve() -> int:
+            with self.cloud.store.transaction() as db:
+                return self.cloud.budget.reserve(db, [usd])
+
+        def undo(reserved: Future[int]) -> None:
+            if reserved.result():
+                with self.cloud.store.transaction() as db:
+                    settle(db, usd, 0.0, unsent=1)
+
+        booking = self._threads.submit(reserve)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(booking))
+        except asyncio.CancelledError:  # the last listener has left; the thread goes on
+            booking.add_done_callback(undo)
+            raise
 
     def _book(
         self, messages: Messages, outcome: Reply | Failure, booked: float, usd: float
