@@ -208,6 +208,15 @@ def get_config() -> ConfigDict:
     config.routers.yes = "Yes"  # verification: what the device says when it was right
     config.routers.no = "No"  # and when it was wrong; the first tokens are compared
 
+    config.serve = ConfigDict()  # python -m collab_jax.serve
+    config.serve.slots = 32  # responses that are computed at a time
+    config.serve.prefill_chunk = 256  # tokens of prompts computed between two rounds of steps
+    config.serve.queue = 256  # requests that may wait for a slot; one more is refused (429)
+    # tokens of their prompts, at most; a single one may have more
+    config.serve.queue_tokens = 65536
+    # seconds that the cloud has for an answer, retries included; then the device answers
+    config.serve.deadline = 30.0
+
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
     # of demonstrations: task | file | self (own samples; those that fail call)
     config.sft.source = "task"

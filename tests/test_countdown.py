@@ -317,7 +317,7 @@ def test_foreign_prompts():
     text = cloud["content"]
     foreign = [
         "",
-        device["content"],
+        device["content"].replace("=", "->"),
         "What is the capital of France?",
         "Please: " + text,
         text.replace("numbers", "digits"),
@@ -334,6 +334,8 @@ def test_foreign_prompts():
     for content in foreign:
         with pytest.raises(TaskError):
             task.solve_prompt([{"role": "user", "content": content}])
+    # A server passes on what the device was asked.
+    assert task.solve_prompt([device]) == task.solve_prompt([cloud])
     with pytest.raises(TaskError):  # the last message is the one to answer
         task.solve_prompt([cloud, {"role": "user", "content": "Thanks!"}])
 

@@ -131,6 +131,12 @@ def test_quickstart_lets_later_arguments_win(tree):
     assert not makes_venv(calls) and installs(calls) == [".[test]"]
 
 
+def test_the_server_is_started_with_its_packages(tree):
+    done, calls = tree.run("launch/serve.sh", "--port", "8001")
+    assert done.returncode == 0 and installs(calls) == [".[serve]"]
+    assert calls[-1] == "-m collab_jax.serve --workdir runs/serve --port 8001"
+
+
 def test_fast_leaves_out_the_slow_tests_and_other_arguments_follow(tree):
     _, calls = tree.run("launch/test.sh", "--fast", "-x")
     assert calls[-1] == "-m pytest -m not slow -x"

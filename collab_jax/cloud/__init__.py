@@ -5,6 +5,7 @@ It imports `models` and `runtime`; `tasks`, `rl` and what stands above them impo
 
 protocol                    what a cloud is
 simulated, openai, local    the three kinds
+streaming                   one call of the second kind, text as it comes
 store                       every answer ever bought
 buyer                       buys what is missing
 leases, budget, attempts    who buys, for how much, and when again

@@ -44,13 +44,8 @@ class Session:
     That happens when the object is collected, or when the process ends.
     """
 
-    def __init__(self, api_key: str, base_url: str, connect: float, read: float):
-        from openai import AsyncOpenAI, Timeout
-
-        timeout = Timeout(read, connect=connect)
-        self.client = AsyncOpenAI(
-            api_key=api_key, base_url=base_url, max_retries=0, timeout=timeout
-        )
+    def __init__(self, client: "AsyncOpenAI"):
+        self.client = client
         started: concurrent.futures.Future = concurrent.futures.Future()
         thread = threading.Thread(target=_serve, args=(self.client, started), daemon=True)
         thread.start()
@@ -133,18 +128,27 @@ class OpenAICloud:
     def _usd(self, input_tokens: int, output_tokens: int) -> float:
         return (input_tokens * self.prices[0] + output_tokens * self.prices[1]) / 1e6
 
+    def make_client(self) -> "AsyncOpenAI":
+        """Returns a new client, without retries. Raises CloudError where there is no key."""
+        from openai import AsyncOpenAI, Timeout
+
+        key = os.environ.get(self.key_env, "") if self.key_env else "none"
+        if not key.strip():
+            raise CloudError(
+                f"the environment variable {self.key_env}, which config.cloud.key_env names, is "
+                "not set: put the provider's key there, or name another"
+            )
+        connect, read, _ = self.timeouts
+        timeout = Timeout(read, connect=connect)
+        return AsyncOpenAI(
+            api_key=key.strip(), base_url=self.base_url, max_retries=0, timeout=timeout
+        )
+
     def _session(self) -> Session:
         """Returns the session, made at the first call."""
         with self._lock:
             if not self._sessions:
-                key = os.environ.get(self.key_env, "") if self.key_env else "none"
-                if not key.strip():
-                    raise CloudError(
-                        f"the environment variable {self.key_env}, which config.cloud.key_env "
-                        "names, is not set: put the provider's key there, or name another"
-                    )
-                connect, read, _ = self.timeouts
-                self._sessions.append(Session(key.strip(), self.base_url, connect, read))
+                self._sessions.append(Session(self.make_client()))
             return self._sessions[0]
 
     async def _answer_all(
@@ -163,17 +167,23 @@ class OpenAICloud:
                     model=self.model, messages=messages, extra_body=self.parameters
                 )
                 data = json.loads(response.http_response.content)
-                return self._reply(messages, data, time.monotonic() - start)
-        except (TimeoutError, openai.APITimeoutError) as error:
-            return Failure("timeout", retry=True, usd=_charge(error), outage=True)
-        except openai.APIStatusError as error:
-            return self._refused(error)
-        except openai.APIConnectionError as error:
-            return Failure("no connection", retry=True, usd=_charge(error), outage=True)
-        except (ValueError, openai.APIResponseValidationError):
-            return Failure("broken JSON", retry=True, usd=None)
+                return self.reply(messages, data, time.monotonic() - start)
+        except (TimeoutError, ValueError, openai.APIError) as error:
+            return self.failure(error)
 
-    def _reply(self, messages: Messages, data: Any, seconds: float) -> Reply | Failure:
+    def failure(self, error: Exception) -> Failure:
+        """Returns the failure of a call that raised a TimeoutError, ValueError or APIError."""
+        import openai
+
+        if isinstance(error, (TimeoutError, openai.APITimeoutError)):
+            return Failure("timeout", retry=True, usd=_charge(error), outage=True)
+        if isinstance(error, openai.APIStatusError):
+            return self._refused(error)
+        if isinstance(error, openai.APIConnectionError):
+            return Failure("no connection", retry=True, usd=_charge(error), outage=True)
+        return Failure("broken JSON", retry=True, usd=None)
+
+    def reply(self, messages: Messages, data: Any, seconds: float) -> Reply | Failure:
         """Returns what a complete response holds; anything in it may be missing or misshapen."""
         usage = _get(data, "usage", dict, {})
         input_tokens, output_tokens = (

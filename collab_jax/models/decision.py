@@ -119,10 +119,10 @@ def decide(marker: Marker, last: jax.Array, logits: jax.Array) -> Decision:
     return Decision(deciding, others, call, logits[:, call] - others.max(-1))
 
 
-def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+def nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
     """logits [B, V] with -inf outside the smallest set of tokens of probability >= top_p.
 
-    The best token always stays.
+    top_p may be f32[B, 1]. The best token always stays.
     """
     order = jnp.sort(logits, axis=-1, descending=True)
     # Mass of the strictly better ones.
@@ -171,22 +171,70 @@ def choose(
 ) -> tuple[jax.Array, jax.Array]:
     """(the next token i32[R], its log-probability f32[R]) from logits f32[R, V].
 
-    bias f32[R] is added to the tokens that decide a call. keys [R] and the column t i32[] are the
-    randomness; a temperature of 0 is greedy and ignores them.
+    bias f32[R] is added to the tokens that decide a call. keys [R] and the column t i32[] or i32[R]
+    are the randomness; a temperature of 0 is greedy and ignores them.
     """
-    scaled = jnp.where(decision.deciding, logits + bias[:, None], logits)
+    scaled = _biased(decision, logits, bias)
     if temperature > 0:
         scaled = scaled / temperature
         scaled = nucleus(scaled, top_p) if top_p < 1 else scaled
-        now = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
-        token = invert(scaled, jax.vmap(jax.random.uniform)(now))
+        token = _drawn(scaled, keys, t)
     else:
-        # The comparison of `call_at`; argmax of `scaled` differs from it at a tie and where the sum
-        # is rounded.
-        calls = decision.margin > -bias
-        token = jnp.where(calls, decision.call, jnp.argmax(decision.others, axis=-1))
+        token = _best(decision, bias)
+    return token, _log_probability(scaled, token)
+
+
+def choose_each(
+    decision: Decision,
+    logits: jax.Array,
+    bias: jax.Array,
+    keys: jax.Array,
+    t: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`choose` where each row has its own temperature f32[R] and top_p f32[R].
+
+    What no row asks for is not computed.
+    """
+    drawn, cut = temperature > 0, (temperature > 0) & (top_p < 1)
+    scaled = _biased(decision, logits, bias)
+    scaled = scaled / jnp.where(drawn, temperature, 1.0)[:, None]
+    scaled = jax.lax.cond(
+        cut.any(),
+        lambda: jnp.where(cut[:, None], nucleus(scaled, top_p[:, None]), scaled),
+        lambda: scaled,
+    )
+    best = _best(decision, bias)
+    token = jax.lax.cond(
+        drawn.any(), lambda: jnp.where(drawn, _drawn(scaled, keys, t), best), lambda: best
+    )
+    return token, _log_probability(scaled, token)
+
+
+def _biased(decision: Decision, logits: jax.Array, bias: jax.Array) -> jax.Array:
+    return jnp.where(decision.deciding, logits + bias[:, None], logits)
+
+
+def _drawn(scaled: jax.Array, keys: jax.Array, t: jax.Array) -> jax.Array:
+    """A token i32[R] drawn from softmax(scaled f32[R, V])."""
+    now = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(t, keys.shape))
+    return invert(scaled, jax.vmap(jax.random.uniform)(now))
+
+
+def _best(decision: Decision, bias: jax.Array) -> jax.Array:
+    """The greedy token i32[R].
+
+    By the comparison of `call_at`; argmax of the biased logits differs from it at a tie and where
+    the sum is rounded.
+    """
+    calls = decision.margin > -bias
+    return jnp.where(calls, decision.call, jnp.argmax(decision.others, axis=-1)).astype(jnp.int32)
+
+
+def _log_probability(scaled: jax.Array, token: jax.Array) -> jax.Array:
     chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
+    return chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def call_at(margins: Any, beta: float) -> jax.Array:

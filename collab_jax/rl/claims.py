@@ -31,7 +31,7 @@ MAY_DIFFER_ON_RESUME = {
     "cloud.prices_date",
     "eval.max_unknown",
 }
-UNREAD = ("sft.",)  # settings of the warm start, which no run reads
+UNREAD = ("sft.", "serve.")  # settings of the warm start and of a server, which no run reads
 DATA = "data"  # the entry of config.json, beside the settings, that says what data the run has seen
 REWARD = "reward"  # in it, the file of `config.task.reward`; the other names are splits
 BASE = "base"  # the entry that says which model the run began with: its `identity.fingerprint`

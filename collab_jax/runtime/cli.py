@@ -30,22 +30,31 @@ def run(main: Callable[[list[str]], int]) -> None:
         sys.exit(main(sys.argv[1:]))
 
 
-def run_with_config(main: Command | Mapping[str, Command], workdir: bool = True) -> None:
+def run_with_config(
+    main: Command | Mapping[str, Command],
+    workdir: bool = True,
+    default_config: str | None = None,
+    default_workdir: str | None = None,
+) -> None:
     """Exits with the status of main(config, workdir), or with 1 and one line for a UserError.
 
-    workdir: whether the command has --workdir; without it, main(config) is called. Of several
-    commands by name, the first argument names the one to run.
+    workdir: whether the command has --workdir; without it, main(config) is called. A flag without a
+    default is required. Of several commands by name, the first argument names the one to run.
     """
     config_flag = config_flags.DEFINE_config_file(
-        "config", None, "The experiment's file.", lock_config=True
+        "config", default_config, "The experiment's file.", lock_config=True
     )
-    flags.mark_flag_as_required("config")
+    if default_config is None:
+        flags.mark_flag_as_required("config")
     workdir_flag = None
     if workdir:
         workdir_flag = flags.DEFINE_string(
-            "workdir", None, "Folder of the run, with everything it writes; made if absent."
+            "workdir",
+            default_workdir,
+            "Folder of the run, with everything it writes; made if absent.",
         )
-        flags.mark_flag_as_required("workdir")
+        if default_workdir is None:
+            flags.mark_flag_as_required("workdir")
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

@@ -244,14 +244,17 @@ _CLOUD_PROMPT = (
 _CLOUD_PATTERN = re.compile(
     r"Using the numbers ([0-9 ]+), each .* equals ([0-9]+)\. Think first.*", re.DOTALL
 )
+_DEVICE_PATTERN = re.compile(r"([0-9 ]+)=([0-9]+)\s*")  # as the embedded model is asked
 
 
 def solve_prompt(messages: Messages) -> str:
-    """The right response to a cloud prompt of this task, by the exact solver.
+    """The right response to a prompt of this task, by the exact solver.
 
+    It may be worded for the cloud or for the embedded model, whose questions a server passes on.
     Raises TaskError for any other prompt, and where no expression reaches the target.
     """
-    match = _CLOUD_PATTERN.fullmatch(messages[-1]["content"])
+    content = messages[-1]["content"]
+    match = _CLOUD_PATTERN.fullmatch(content) or _DEVICE_PATTERN.fullmatch(content)
     if not match:
         raise TaskError("not a Countdown prompt")
     numbers, target = tuple(map(int, match[1].split())), int(match[2])

@@ -1,0 +1,283 @@
+"""The HTTP application: OpenAI's chat and completions, models, health, metrics, and the budget."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import math
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from collab_jax.serve import body, wire
+from collab_jax.serve.answer import Outcome, Said, Service
+from collab_jax.serve.body import MODELS, Ask, Refused
+from collab_jax.serve.engine import Broken, Busy
+from collab_jax.serve.telemetry import Telemetry
+from collab_jax.serve.upstream import CloudFailed
+
+log = logging.getLogger(__name__)
+
+SAVE_SECONDS = 1.0  # between two looks whether the budget's state has changed
+LEFT = 499  # the status on record where the client left
+T = TypeVar("T")
+
+
+class ClientLeft(Exception):
+    """Nobody reads the response any longer."""
+
+
+class Api:
+    """The handlers of a server. operator_key: of what is the operator's; "": nobody has it."""
+
+    def __init__(self, service: Service, operator_key: str):
+        self.service, self.telemetry = service, Telemetry()
+        self._operator_key = operator_key
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.metrics),
+            Route("/budget", self.read_budget, methods=["GET"]),
+            Route("/budget", self.set_budget, methods=["PUT"]),
+            Route("/requests/{request_id}", self.request),
+        ]
+        handlers: dict[Any, Any] = {
+            Refused: lambda _, error: refusal(error),
+            HTTPException: lambda _, error: refusal(
+                Refused(str(error.detail), status=error.status_code, headers=error.headers)
+            ),
+            Exception: lambda _, error: refusal(Refused("an error in the server", status=500)),
+        }
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        saving = asyncio.create_task(self._save())
+        try:
+            yield
+        finally:
+            saving.cancel()
+            await asyncio.to_thread(self.service.engine.close)
+            await self.service.upstream.close()
+            self.service.controller.save()
+
+    async def _save(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            try:
+                await asyncio.to_thread(self.service.controller.save)
+            except OSError as error:
+                log.error("the budget's state cannot be saved: %s", error)
+
+    # ------------------------------------------------------------------------- answers
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, body.read_chat, chat=True)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, body.read_completion, chat=False)
+
+    async def _answer(
+        self, request: Request, read: Callable[[bytes], Ask], *, chat: bool
+    ) -> Response:
+        request_id = uuid.uuid4().hex
+        try:
+            outcome = Outcome(request_id, read(await read_body(request)))
+        except Refused as error:
+            error.headers["x-request-id"] = request_id
+            raise
+        format = wire.Format(outcome, chat)
+        if outcome.ask.stream:
+            return Stream(self, outcome, format)
+        whole: list[Said] = []
+
+        async def say(said: Said) -> None:
+            whole.append(said)
+
+        status = 500
+        try:
+            await until_left(request.receive, self.service.answer(outcome, say))
+            status = 200
+            content = format.whole(whole, self.service.controller.report())
+            return JSONResponse(content, headers=wire.headers(outcome))
+        except ClientLeft:
+            status = LEFT
+            return Response(status_code=LEFT)
+        except Exception as error:
+            refused = as_refusal(error, outcome)
+            status = refused.status
+            return refusal(refused)
+        finally:
+            self.telemetry.note(outcome, status)
+
+    # ------------------------------------------------------------------------- everything else
+
+    async def models(self, _: Request) -> Response:
+        rows = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "collab_jax"}
+            for name in MODELS
+        ]
+        return JSONResponse({"object": "list", "data": rows})
+
+    async def health(self, _: Request) -> Response:
+        broken = self.service.engine.broken
+        status = 503 if broken else 200
+        return JSONResponse({"status": broken or "ok"}, status)
+
+    async def ready(self, _: Request) -> Response:
+        engine = self.service.engine
+        state = engine.broken or ("ready" if engine.ready.is_set() else "starting")
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        text = self.telemetry.page(self.service)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def read_budget(self, request: Request) -> Response:
+        self._check_operator(request)
+        return JSONResponse(self.service.controller.report())
+
+    async def set_budget(self, request: Request) -> Response:
+        self._check_operator(request)
+        self.service.controller.set_target(body.read_target(await read_body(request)))
+        return JSONResponse(self.service.controller.report())
+
+    async def request(self, request: Request) -> Response:
+        self._check_operator(request)
+        record = self.telemetry.request(request.path_params["request_id"])
+        if record is None:
+            raise Refused("no such request among the last ones", "request_id", status=404)
+        return JSONResponse(record)
+
+    def _check_operator(self, request: Request) -> None:
+        """Refuses whoever does not have the operator's key."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not self._operator_key:
+            raise Refused("this server has no operator's key: start it with one", status=403)
+        if not hmac.compare_digest(given.encode(), self._operator_key.encode()):
+            raise Refused("the operator's key is needed: Authorization: Bearer KEY", status=401)
+
+
+class Stream(Response):
+    """A response of server-sent events; an error before the first is a response of its own."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, api: Api, outcome: Outcome, format: wire.Format):
+        self._api, self._outcome, self._format = api, outcome, format
+        self._begun = False  # the headers have left
+        self.background, self.status_code = None, 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 500
+        try:
+            status = await until_left(receive, self._answer(scope, receive, send))
+        except ClientLeft:
+            status = LEFT
+        finally:
+            self._api.telemetry.note(self._outcome, status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+        """Sends all of it, and returns the status for the record."""
+        outcome, format, status = self._outcome, self._format, 200
+
+        async def say(said: Said) -> None:
+            await self._write(format.chunk(said), send)
+
+        try:
+            await self._api.service.answer(outcome, say)
+            await self._write(format.last(self._api.service.controller.report()), send)
+        except Exception as error:
+            refused = as_refusal(error, outcome)
+            status = refused.status
+            if not self._begun:
+                await refusal(refused)(scope, receive, send)
+                return status
+            await self._write(wire.event(refused.body()), send)
+        await self._write(wire.DONE, send)
+        await send({"type": "http.response.body", "body": b""})
+        return status
+
+    async def _write(self, text: str, send: Send) -> None:
+        """Sends events, and before the first of them the headers."""
+        if not self._begun:
+            self._begun = True
+            self.init_headers({"cache-control": "no-store", **wire.headers(self._outcome)})
+            start = {"status": self.status_code, "headers": self.raw_headers}
+            await send({"type": "http.response.start", **start})
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, of at most a byte more than is allowed."""
+    raw = b""
+    async for part in request.stream():
+        raw += part
+        if len(raw) > body.LARGEST_BODY:
+            break
+    return raw
+
+
+async def until_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. Raises ClientLeft, and ends it, where the client leaves before."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeft
+        return await task
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def as_refusal(error: Exception, outcome: Outcome) -> Refused:
+    """What a client is told of an error."""
+    outcome.error = type(error).__name__
+    wait: float | None = None
+    match error:
+        case Refused():
+            refused = error
+        case Busy():
+            refused, wait = Refused(str(error), code="busy", status=429), error.retry_after
+        case CloudFailed():
+            outcome.error = error.reason
+            refused = Refused(f"the cloud has no answer ({error.reason})", None, "cloud", 503)
+            wait = error.retry_after
+        case Broken():
+            refused = Refused("the device has failed", code="device", status=503)
+        case _:
+            log.exception("request %s failed", outcome.request_id, exc_info=error)
+            refused = Refused("an error in the server", status=500)
+    refused.headers["x-request-id"] = outcome.request_id
+    if wait is not None:
+        refused.headers["retry-after"] = str(math.ceil(wait))
+        refused.headers["retry-after-ms"] = str(math.ceil(1000 * wait))
+    return refused
+
+
+def refusal(refused: Refused) -> Response:
+    """The response of an error."""
+    content = json.dumps(refused.body(), ensure_ascii=True)
+    return Response(content, refused.status, refused.headers, "application/json")

@@ -1,0 +1,138 @@
+"""A response read while it is written: what is thinking, what is content, and where to stop.
+
+Thinking is all before `<answer>`; content is what stands in `<answer> ... </answer>`, without the
+white space around it. Tags and the marker are in neither. Text that may yet become one of them is
+held back until it is decided.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from collab_jax.models.special_tokens import TAGS
+from collab_jax.models.text import Text
+
+Kind = Literal["reasoning", "content"]
+CUT = "\ufffd"  # how a decoder shows a character whose bytes are not all there
+MOST_HELD = 8  # tokens that may end inside a character; with more, they are no character
+ANSWER, CLOSING = "<answer>", "</answer>"
+
+
+class Piece(NamedTuple):
+    """A part of a response, in the order it was written."""
+
+    kind: Kind
+    text: str
+
+
+class Decoder:
+    """Tokens to text, a few at a time; a character that spans two tokens comes with the second."""
+
+    def __init__(self, text: Text):
+        self._text = text
+        self._context: list[int] = []  # tokens that are out, of which the last few matter
+        self._held: list[int] = []  # tokens that may end inside a character
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens add."""
+        self._held += tokens
+        before = self._decode(self._context)
+        whole = self._decode(self._context + self._held)
+        if whole.endswith(CUT) and len(self._held) < MOST_HELD:
+            return ""
+        self._context, self._held = (self._context + self._held)[-4:], []
+        return whole[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        ids = np.array([tokens], np.int32)
+        return self._text.decode(ids, np.ones_like(ids, bool))[0]
+
+
+class Reader:
+    """A device response as pieces. `opened`, `closed`: whether the answer has been."""
+
+    def __init__(self, text: Text):
+        self.opened = self.closed = False
+        self._decoder = Decoder(text)
+        self._hidden = (*TAGS, text.marker)
+        self._buffer, self._blank = "", ""
+        self._begun: set[Kind] = set()
+
+    def feed(self, tokens: Sequence[int]) -> Iterator[Piece]:
+        """Yields the pieces that these tokens complete."""
+        self._buffer += self._decoder.feed(tokens)
+        while found := first_of(self._buffer, self._hidden):
+            at, tag = found
+            yield from self._out(self._buffer[:at])
+            self._buffer = self._buffer[at + len(tag) :]
+            self._turn(tag)
+        safe = len(self._buffer) - held_back(self._buffer, self._hidden)
+        yield from self._out(self._buffer[:safe])
+        self._buffer = self._buffer[safe:]
+
+    def finish(self) -> Iterator[Piece]:
+        """Yields what was held back, once no token follows."""
+        yield from self._out(self._buffer)
+        self._buffer = ""
+
+    def _turn(self, tag: str) -> None:
+        if tag == ANSWER and not self.opened:
+            self.opened, self._blank = True, ""
+        elif tag == CLOSING and self.opened:
+            self.closed = True
+
+    def _out(self, text: str) -> Iterator[Piece]:
+        """Yields text without white space at the ends of its kind; after the answer, nothing."""
+        kind: Kind = "content" if self.opened else "reasoning"
+        text = self._blank + text
+        if kind not in self._begun:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._blank = text[len(shown) :]
+        if shown and not self.closed:
+            self._begun.add(kind)
+            yield Piece(kind, shown)
+
+
+class Stops:
+    """Cuts content before the first of the strings that a client stops at. `hit`: it was there."""
+
+    def __init__(self, strings: Sequence[str]):
+        self.hit = False
+        self._strings, self._buffer = tuple(strings), ""
+
+    def feed(self, text: str) -> str:
+        """The content that may go out; after a stop, nothing."""
+        if self.hit:
+            return ""
+        self._buffer += text
+        if found := first_of(self._buffer, self._strings):
+            self.hit = True
+            return self._buffer[: found[0]]
+        safe = len(self._buffer) - held_back(self._buffer, self._strings)
+        out, self._buffer = self._buffer[:safe], self._buffer[safe:]
+        return out
+
+    def finish(self) -> str:
+        """What was held back."""
+        return "" if self.hit else self._buffer
+
+
+def first_of(text: str, strings: Sequence[str]) -> tuple[int, str] | None:
+    """(where, which) of the first of `strings` in `text`; the longer one of two at one place."""
+    found = [(text.find(s), -len(s), s) for s in strings if s in text]
+    return (min(found)[0], min(found)[2]) if found else None
+
+
+def held_back(text: str, strings: Sequence[str]) -> int:
+    """How many characters at the end of `text` may begin one of `strings`."""
+    longest = max(map(len, strings), default=1)
+    return next(
+        (
+            n
+            for n in range(min(longest - 1, len(text)), 0, -1)
+            if any(s.startswith(text[-n:]) for s in strings)
+        ),
+        0,
+    )

@@ -1,0 +1,268 @@
+"""The cloud from asyncio: its answers as they come, each bought once however many wait for it.
+
+An answer that is stored costs nothing. A provider's is streamed; a simulated or local cloud's comes
+in one piece. A purchase is booked like those of training (`cloud/budget.py`): at the highest price
+before it is made, then at what it cost, and at the highest price for good where nobody knows.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from collab_jax.cloud import CachedCloud, Failure, Reply, attempts
+from collab_jax.cloud.budget import settle
+from collab_jax.cloud.openai import OpenAICloud
+from collab_jax.cloud.store import insert, row
+from collab_jax.cloud.streaming import Delta, stream
+from collab_jax.models.text import Messages
+from collab_jax.runtime.errors import UserError
+from collab_jax.tasks.base import answer_of
+
+log = logging.getLogger(__name__)
+
+THREADS = 16  # that wait for the store, or for a cloud that does not stream
+T = TypeVar("T")
+
+
+class CloudFailed(Exception):
+    """There is no answer. `reason` is short and holds neither prompt nor key."""
+
+    def __init__(self, reason: str, retry_after: float | None = None, usd: float = 0.0):
+        super().__init__(reason)
+        self.reason, self.retry_after, self.usd = reason, retry_after, usd
+
+
+class Bought(NamedTuple):
+    """The end of an answer. usd: what this purchase cost, 0 for whoever shares it, or stored."""
+
+    reply: Reply
+    usd: float
+    attempts: int
+
+
+class _Purchase:
+    """One answer on its way to those who wait for it."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.end: Bought | CloudFailed | None = None
+        self.listeners = 0
+        self.usd = 0.0  # booked so far
+        self.paid = False  # by the first listener that hears the end, or by nobody
+        self.task: asyncio.Task | None = None
+        self._changed = asyncio.Event()
+
+    def tell(self) -> None:
+        """Wakes the listeners."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def change(self) -> None:
+        await self._changed.wait()
+
+
+class Upstream:
+    """The cloud of a server; to be used in one event loop.
+
+    seconds: the deadline of an answer, with its retries.
+    """
+
+    def __init__(self, cloud: CachedCloud, seconds: float):
+        self.cloud, self.seconds = cloud, seconds
+        self.abandoned_usd = 0.0  # of calls that nobody waited for any longer, at most
+        self._client = None
+        self._purchases: dict[str, _Purchase] = {}
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cloud")
+
+    @property
+    def model(self) -> str:
+        return self.cloud.cloud.model
+
+    def highest_usd(self, messages: Messages) -> float:
+        """A price that one answer to `messages` does not exceed."""
+        return self.cloud.cloud.highest_usd(messages)
+
+    @property
+    def down(self) -> bool:
+        """Whether the cloud is taken to be out of order."""
+        return self.cloud.breaker.is_open
+
+    async def ask(self, messages: Messages) -> AsyncGenerator[Delta | Bought, None]:
+        """Yields the answer as it comes, then its end. Raises CloudFailed.
+
+        Where the iterator is closed, and nobody else waits for the answer, the call is ended.
+        """
+        key = self.cloud.key(messages)
+        purchase = self._purchases.get(key)
+        if purchase is None:
+            purchase = self._purchases[key] = _Purchase()
+            purchase.task = asyncio.create_task(self._buy(purchase, key, messages))
+        purchase.listeners += 1
+        seen = 0
+        try:
+            while True:
+                while seen < len(purchase.deltas):
+                    seen += 1
+                    yield purchase.deltas[seen - 1]
+                if (end := purchase.end) is not None:
+                    usd, purchase.paid = 0.0 if purchase.paid else end.usd, True
+                    if isinstance(end, CloudFailed):
+                        raise CloudFailed(end.reason, end.retry_after, usd)
+                    yield end._replace(usd=usd)
+                    return
+                await purchase.change()
+        finally:
+            purchase.listeners -= 1
+            if not purchase.listeners and purchase.task:
+                if purchase.task.done():
+                    self._abandon(purchase)
+                else:
+                    self._purchases.pop(key, None)
+                    purchase.task.cancel()
+
+    def _abandon(self, purchase: _Purchase) -> None:
+        """Notes what was booked for an answer whose listeners have left before its end."""
+        if not purchase.listeners and not purchase.paid:
+            self.abandoned_usd += purchase.usd
+            purchase.paid = True
+
+    async def close(self) -> None:
+        """Ends what is on its way, and the connections."""
+        tasks = [p.task for p in self._purchases.values() if p.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+        self._threads.shutdown(cancel_futures=True)
+
+    # -------------------------------------------------------------------------- one purchase
+
+    async def _buy(self, purchase: _Purchase, key: str, messages: Messages) -> None:
+        try:
+            stored = (await self._in_thread(lambda: self.cloud.store.get_many([key]))).get(key)
+            if stored is not None:
+                purchase.deltas.append(self._whole(stored))
+                purchase.end = Bought(stored, 0.0, 0)
+            elif isinstance(self.cloud.cloud, OpenAICloud) and self.cloud.policy.mode != "replay":
+                purchase.end = await self._streamed(purchase, self.cloud.cloud, messages)
+            else:
+                purchase.end = await self._in_one_piece(purchase, messages)
+        except CloudFailed as failed:
+            purchase.end = failed
+        except UserError as error:  # the key, the store, a setting: for whoever runs the server
+            log.error("the cloud cannot be used: %s", error)
+            purchase.end = CloudFailed("not configured")
+        except Exception as error:
+            log.exception("a purchase failed")
+            purchase.end = CloudFailed(type(error).__name__)
+        finally:
+            if self._purchases.get(key) is purchase:
+                del self._purchases[key]
+            self._abandon(purchase)
+            purchase.tell()
+
+    async def _in_one_piece(self, purchase: _Purchase, messages: Messages) -> Bought:
+        """Buys from a cloud that does not stream."""
+        pending = await self._in_thread(lambda: self.cloud.submit([messages]))
+        answers = await self._in_thread(lambda: pending.answers(self.seconds))
+        [reply] = answers.replies
+        if reply is None:
+            reasons = self.cloud.reasons.most_common(1)
+            raise CloudFailed(reasons[0][0] if reasons else "timeout")
+        purchase.deltas.append(self._whole(reply))
+        purchase.usd = reply.usd if answers.bought else 0.0
+        return Bought(reply, purchase.usd, 1)
+
+    def _whole(self, reply: Reply) -> Delta:
+        """A reply in one piece; a cloud that answers as a task wants, without the task's tags."""
+        text = reply.text
+        if not isinstance(self.cloud.cloud, OpenAICloud):
+            text = answer_of(text) or text
+        return Delta(reply.reasoning, text)
+
+    async def _streamed(
+        self, purchase: _Purchase, cloud: OpenAICloud, messages: Messages
+    ) -> Bought:
+        """Buys a stream, with retries as long as nothing of it was seen."""
+        if self._client is None:
+            self._client = cloud.make_client()
+        deadline, breaker = time.monotonic() + self.seconds, self.cloud.breaker
+        highest = cloud.highest_usd(messages)
+        for attempt in range(self.cloud.policy.retries + 1):
+            admission = breaker.admit()
+            if admission is None:
+                raise CloudFailed("down", breaker.seconds_left(), purchase.usd)
+            if not await self._reserve(highest):
+                raise CloudFailed("the cloud's budget is spent", usd=purchase.usd)
+            outcome = Failure("cut off", usd=None)
+            try:
+                left = deadline - time.monotonic()
+                calls = stream(cloud, self._client, messages, left)
+                async with contextlib.aclosing(calls):
+                    async for item in calls:
+                        if isinstance(item, Delta):
+                            purchase.deltas.append(item)
+                            purchase.tell()
+                        else:
+                            outcome = item
+            finally:  # also where the last listener has left
+                usd = highest if outcome.usd is None else outcome.usd
+                purchase.usd += usd
+                book = self._threads.submit(self._book, messages, outcome, highest, usd)
+            await asyncio.wrap_future(book)
+            if isinstance(outcome, Reply):
+                breaker.note_life()
+                return Bought(outcome, purchase.usd, attempt + 1)
+            self._note(outcome, admission == "probe")
+            pause = attempts.pause(attempt, outcome.retry_after)
+            last = attempt == self.cloud.policy.retries or time.monotonic() + pause > deadline
+            if purchase.deltas or last or not outcome.retry:
+                raise CloudFailed(outcome.reason, outcome.retry_after, purchase.usd)
+            await asyncio.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _reserve(self, usd: float) -> int:
+        """Books a call at its highest price; returns 1, or 0 where the budget has no room."""
+
+        def reserve() -> int:
+            with self.cloud.store.transaction() as db:
+                return self.cloud.budget.reserve(db, [usd])
+
+        def undo(reserved: Future[int]) -> None:
+            if reserved.result():
+                with self.cloud.store.transaction() as db:
+                    settle(db, usd, 0.0, unsent=1)
+
+        booking = self._threads.submit(reserve)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(booking))
+        except asyncio.CancelledError:  # the last listener has left; the thread goes on
+            booking.add_done_callback(undo)
+            raise
+
+    def _book(
+        self, messages: Messages, outcome: Reply | Failure, booked: float, usd: float
+    ) -> None:
+        cloud = self.cloud.cloud
+        with self.cloud.store.transaction() as db:
+            if isinstance(outcome, Reply):
+                insert(db, [row(cloud.model, cloud.parameters, messages, outcome, cloud.provider)])
+            settle(db, booked, usd)
+
+    def _note(self, failure: Failure, probe: bool) -> None:
+        """Counts a failure and tells the circuit breaker."""
+        self.cloud.reasons[failure.reason] += 1
+        if failure.fix:
+            log.error("the cloud cannot be used: %s: %s", failure.reason, failure.fix)
+        if failure.outage or failure.fix:
+            self.cloud.breaker.note_outage(probe, final=bool(failure.fix))
+        else:
+            self.cloud.breaker.note_life()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
