@@ -20,11 +20,12 @@ wrong on 6 % of the prompts, with odds that are 20 times as high on the hardest 
 easiest.
 
 Training has no filter and averages weights, as configs/countdown_tiny_ours.py does and explains,
-but samples at temperature 1, and moves what a right call earns so that calls come to the budget. At
-the usual 0.5 the call died out within eight steps, from 16 % of the responses: it pays only where
-the model is right less than one time in seven, and this one is right nearly half the time on
-problems like those that it was tuned on. Lengths follow from the data, batches from the time that
-they take; learning rates and steps are first choices.
+but samples at temperature 1, and moves what a right call earns to bring calls to the budget. At the
+usual 0.5 the call died out within a few steps: it pays only where the model is right less than one
+time in seven, and this one is right nearly half the time on problems like those that it was tuned
+on. Lengths follow from the data, batches from the time that they take; learning rates, steps and
+the control are first choices, and in a first run the control was too slow: calls swung from almost
+none to most responses and back.
 """
 
 import pathlib
