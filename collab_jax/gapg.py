@@ -55,13 +55,13 @@ class FilterState(flax.struct.PyTreeNode):
     """The budget, and what the prompt filter has kept so far.
 
     rho = rho_num / rho_den is exact, so that no rounding adds up. `price` is charged for a call; it
-    is a Lagrange multiplier under the control "lagrangian", and 0 under the others. `calls` is what
-    the control "dual_alpha_c" takes for the share of calls; it begins at the budget.
+    is a Lagrange multiplier under the control "lagrangian", and 0 under the others. `calls` is the
+    last step's share of calls under the control "dual_alpha_c"; it begins at the budget.
     """
 
     budget: jax.Array  # f32[], share of all queries that may be calls
     price: jax.Array  # f32[], in units of reward
-    calls: jax.Array  # f32[], moving average of the share of calls
+    calls: jax.Array  # f32[], share of calls in the last step
     rho_num: jax.Array  # i32[]
     rho_den: jax.Array  # i32[]
     carry: jax.Array  # i32[], unused fraction of a prompt, in units of 1 / rho_den

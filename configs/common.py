@@ -221,6 +221,8 @@ def get_config() -> ConfigDict:
     # of demonstrations: task | file | self (own samples; those that fail call)
     config.sft.source = "task"
     config.sft.demonstrations = ""  # file: JSON lines, see collab_jax/rl/demonstrations.py
+    # updates on what the task has to practise, before all others (SVAMP: sums); 0: none
+    config.sft.practice_steps = 0
     # updates of two tunings before the last, each on half of the prompts; the model then answers
     # the other half, which becomes demonstrations, those that fail with a call; 0: there are none
     config.sft.relabel_steps = 0

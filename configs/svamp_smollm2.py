@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.budget = 0.3
     config.group = 4
     config.prompt_length = 96
-    config.max_new_tokens = 48
+    config.max_new_tokens = 64
     config.cpu_devices = 1
 
     config.model.path = "smollm2-135m"
@@ -58,12 +58,12 @@ def get_config() -> ConfigDict:
     config.cloud.error_rate = 0.06
     config.cloud.error_skew = 3.0
 
-    config.reward.alpha_c = 1.0  # to begin with; the control moves it
+    config.reward.alpha_c = 1.2  # to begin with; the control moves it
     config.algorithm.filter = "none"
     config.algorithm.control = "dual_alpha_c"
-    config.algorithm.control_rate = 0.05
+    config.algorithm.control_rate = 0.03
     config.algorithm.control_gain = 1.0
-    config.optim.learning_rate = 2e-4
+    config.optim.learning_rate = 1e-4
     config.optim.average = 0.95
     config.train.steps = 60
     config.train.micro_rows = 16
@@ -71,10 +71,11 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 1000
     config.eval.batch_size = 250
 
-    config.sft.relabel_steps = 160
+    config.sft.practice_steps = 150
+    config.sft.relabel_steps = 100
     config.sft.keep = 4
     config.sft.marker_share = 0.5
-    config.sft.steps = 600
+    config.sft.steps = 350
     config.sft.batch_size = 16
     config.sft.micro_rows = 1
     config.sft.checkpoint_every = 40

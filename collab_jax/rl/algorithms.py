@@ -161,27 +161,23 @@ def lagrangian(rate: float, gain: float) -> Control:
     return control
 
 
-MEMORY = 0.9  # weight of the past in the moving average of the share of calls
-
-
 def dual_alpha_c(rate: float, gain: float) -> Control:
     """The control that moves alpha_c, what a right call earns, to bring calls to the budget.
 
-    A proportional-integral controller in velocity form: alpha_c changes by rate (budget - calls),
-    and by gain times how much calls fell since the last step, where `calls` is the moving average
-    of the call rate. It is kept in [alpha_f, alpha_a], which in this form leaves no integral to
-    wind up. The share of calls follows alpha_c late, as the policy has to learn it; without a gain
-    the integral alone overshoots.
+    A proportional-integral controller in velocity form: alpha_c changes by rate (budget - call
+    rate), and by gain times how much the call rate fell since the last step. It is kept in
+    [alpha_f, alpha_a], which in this form leaves no integral to wind up. Calls follow alpha_c late,
+    as the policy has to learn it and the optimizer has its momentum: without a gain the integral
+    alone overshoots, and an average of the call rate, late too, makes the swing wider.
     """
 
     def control(
         reward: RewardState, filter: FilterState, call_rate: jax.Array
     ) -> tuple[RewardState, FilterState]:
         a, c, f = reward.alphas
-        calls = MEMORY * filter.calls + (1 - MEMORY) * call_rate
-        change = rate * (filter.budget - calls) + gain * (filter.calls - calls)
+        change = rate * (filter.budget - call_rate) + gain * (filter.calls - call_rate)
         alphas = jnp.stack([a, jnp.clip(c + change, f, a), f])
-        return reward.replace(alphas=alphas), filter.replace(calls=calls)
+        return reward.replace(alphas=alphas), filter.replace(calls=call_rate)
 
     return control
 

@@ -227,10 +227,8 @@ def _check_tuning(sft: ConfigDict) -> None:
     )
     for key in ("batch_size", "micro_rows", "checkpoint_every"):
         _need(sft[key] >= 1, f"config.sft.{key}={sft[key]} must be at least 1")
-    _need(
-        sft.relabel_steps >= 0,
-        f"config.sft.relabel_steps={sft.relabel_steps} must be at least 0: 0 relabels nothing",
-    )
+    for key in ("practice_steps", "relabel_steps"):
+        _need(sft[key] >= 0, f"config.sft.{key}={sft[key]} must be at least 0: 0 leaves it out")
     _need(
         0 <= sft.learning_rate < math.inf,
         f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0",
