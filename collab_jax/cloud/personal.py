@@ -42,7 +42,7 @@ LETTER = rf"(?:[^\W_{SYLLABLE}]|[{ACCENTS}])"
 # Repeats are possessive or bounded: a long text takes time in proportion to its length.
 EMAIL = re.compile(
     rf"(?:\"[^\"\n]{{1,64}}\"|\w[\w{ACCENTS}.!#$%&'*+/=?^`{{|}}~-]{{0,127}}+)"
-    rf"@(?:[\w{ACCENTS}-]{{1,63}}+\.){{1,20}}(?:xn--[\w-]{{1,59}}|[^\W\d_]{{2,63}})"
+    rf"@(?:[\w{ACCENTS}-]{{1,63}}+\.){{1,20}}(?:[xX][nN]--[\w-]{{1,59}}|[^\W\d_]{{2,63}})"
 )
 IPV4 = re.compile(r"(?<!\d)(?<!\d\.)\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d)")
 # In a look-ahead, as are all candidates that are checked: one that fails hides none inside it.
@@ -164,7 +164,7 @@ PHONES = (
     # 0171 1234567, (030) 123456, 01 42 68 53 00; but not 01.02.2024, nor a binary number
     re.compile(
         rf"(?<![\w+^]){NO_DATE}{DATE}(?![01]{{6,}}\b)"
-        rf"\(?0[1-9](?:{BETWEEN}\d){{4,8}}{BETWEEN}{LAST}"
+        rf"(?:\((?=0\d{{1,5}}\)))?0[1-9](?:{BETWEEN}\d){{4,8}}{BETWEEN}{LAST}"
     ),
     # 415-555-2671, (415) 555-2671, 1-415-555-2671
     re.compile(
