@@ -71,6 +71,16 @@ def in_words(figures: dict) -> str:
             f"{shared['accuracy']['value']:.1%}, for {shared['extra_input_tokens']:.0f} input "
             "tokens more a call"
         )
+    if redaction := figures["redaction"]:
+        text += f"; redaction changed {redaction['changed']['value']:.1%} of the prompts"
+        if redaction["n"]:
+            text += (
+                f": on {redaction['n']} of them the cloud is right on "
+                f"{redaction['accuracy']['value']:.1%}, and on "
+                f"{redaction['accuracy_plain']['value']:.1%} without it"
+            )
+        elif redaction["changed"]["value"]:
+            text += " (an evaluation without it, before, shows what that costs)"
     return text
 
 

@@ -22,6 +22,9 @@
     shared_correct     bool              the cloud is right when it sees the natural pass's attempt
     shared_known       bool              that call and the one without the attempt succeeded
     shared_extra_tokens  int     tokens  of that call's input, more than without
+    redacted           bool              redaction changed what the cloud was asked
+    plain_correct      bool              the cloud is right when it is asked without redaction
+    plain_known        bool              that answer was in the store, and was judged
     logp               float     nats    summed log-probability of the response
     answer_logp        float     nats    that of the tokens after `<answer>` opened
     margin             float     logits  max_t m_t, the trained decision (`sampler.py`)
@@ -89,6 +92,9 @@ TYPES = {
     "shared_correct": "bool",
     "shared_known": "bool",
     "shared_extra_tokens": "int",
+    "redacted": "bool",
+    "plain_correct": "bool",
+    "plain_known": "bool",
     "logp": "float",
     "answer_logp": "float",
     "margin": "float",

@@ -113,6 +113,12 @@ def get_config() -> ConfigDict:
     config.cloud.when_spent = "continue"
     # evaluation also hands calls over with the device's reasoning, and compares both ways
     config.cloud.share_attempt = False
+    # personal data leave as placeholders, as [EMAIL_1], and come back in answers (docs/serving.md);
+    # evaluation reports what that costs
+    config.cloud.redact = False
+    # redact: names too, those of a file with one a line, or what path/to/file.py:function(text)
+    # returns; "": no names
+    config.cloud.redact_names = ""
     # simulated: share that it gets wrong, by a hash (DeepSeek-R1 had 93.8 % right in the paper)
     config.cloud.error_rate = 0.062
     # simulated: log of the odds of an error on the hardest problem over those on the easiest, the
@@ -216,6 +222,8 @@ def get_config() -> ConfigDict:
     config.serve.queue_tokens = 65536
     # seconds that the cloud has for an answer, retries included; then the device answers
     config.serve.deadline = 30.0
+    # GET /requests/ID, the operator's, shows what the cloud was asked, redacted where it was
+    config.serve.keep_prompts = False
 
     config.sft = ConfigDict()  # the warm start, python -m collab_jax.sft
     # of demonstrations: task | file | self (own samples; those that fail call)

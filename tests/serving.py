@@ -156,7 +156,16 @@ def tiny_text():
     return text_lib.load(hf.ASSETS / "countdown-tiny", cloud_config().text)
 
 
-def make_service(engine, text, folder, provider=None, deadline=5.0, calibration=None, **changes):
+def make_service(
+    engine,
+    text,
+    folder,
+    provider=None,
+    deadline=5.0,
+    calibration=None,
+    keep_prompts=False,
+    **changes,
+):
     """A Service around `engine`; its target is 30 %, its bias 0. changes: of config.cloud."""
     settings = dict(retries=0) | changes
     if provider is not None:
@@ -185,6 +194,7 @@ def make_service(engine, text, folder, provider=None, deadline=5.0, calibration=
         prompt_length=16,
         limit=56,
         call_unanswered=True,
+        keep_prompts=keep_prompts,
     )
 
 

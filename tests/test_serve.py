@@ -159,10 +159,15 @@ def test_the_command_serves_drains_and_remembers(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_served_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "collab_jax.serve", "--workdir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--model", "elsewhere"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "needs --config" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "elsewhere"], "needs --config"),
+        (["--redact", "--redact_names", "nowhere.txt"], "must be a text file"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(tmp_path, arguments, says):
+    command = [sys.executable, "-m", "collab_jax.serve", "--port", "0", "--workdir", str(tmp_path)]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

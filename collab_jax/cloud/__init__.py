@@ -6,6 +6,7 @@ It imports `models` and `runtime`; `tasks`, `rl` and what stands above them impo
 protocol                    what a cloud is
 simulated, openai, local    the three kinds
 streaming                   one call of the second kind, text as it comes
+redaction, personal         placeholders for personal data; what is personal data
 store                       every answer ever bought
 buyer                       buys what is missing
 leases, budget, attempts    who buys, for how much, and when again
@@ -20,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from collab_jax.cloud import openai, simulated
+from collab_jax.cloud import openai, redaction, simulated
 from collab_jax.cloud.budget import BudgetSpent, Spent
 from collab_jax.cloud.buyer import Policy
 from collab_jax.cloud.cached import MODES, Answers, CachedCloud, Pending
@@ -79,7 +80,8 @@ def make_cloud(config: ConfigDict, task: Any, store_path: Path) -> CachedCloud:
         max_usd=c.max_usd,
         stop_when_spent=c.when_spent == "stop",
     )
-    return CachedCloud(KINDS[c.kind](c, task), Store(store_path), policy)
+    redact = redaction.from_config(c)
+    return CachedCloud(KINDS[c.kind](c, task), Store(store_path), policy, redact)
 
 
 def _check_cloud_settings(c: ConfigDict) -> None:

@@ -82,7 +82,7 @@ def prefetch(config: ConfigDict, workdir: pathlib.Path) -> int:
     )
     if not missing:
         return 0
-    print(estimate(run, [messages for _, messages in missing]))
+    print(estimate(run, [run.cloud.redact(messages).messages for _, messages in missing]))
     if not YES.value:
         print("nothing was bought: add --yes to buy them")
         return 0
@@ -129,9 +129,10 @@ def buy_all(
 def missing_prompts(run: Run, split: str) -> list[tuple[str, Messages]]:
     """Returns (id, messages) of the prompts of a split without an answer, each once."""
     prompts, names = rollout.cloud_prompts(run.task, experiment.examples(run, split))
+    queries = [run.cloud.redact(messages) for messages in prompts]
     by_key = {
-        run.cloud.key(messages): (name, messages)
-        for name, messages in zip(names, prompts, strict=True)
+        run.cloud.key(query.messages): (name, messages)
+        for name, messages, query in zip(names, prompts, queries, strict=True)
     }
     stored = run.cloud.store.get_many(by_key)
     return [pair for key, pair in by_key.items() if key not in stored]

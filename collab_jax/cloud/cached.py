@@ -1,6 +1,7 @@
 """The cloud as training, evaluation and serving see it: the store first, then whoever sells."""
 
 import concurrent.futures
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from collab_jax.cloud.attempts import Breaker
 from collab_jax.cloud.budget import Budget
 from collab_jax.cloud.buyer import SPENT, Buyer, Delivery, Policy, Tally
 from collab_jax.cloud.protocol import Cloud, CloudError, Reply
+from collab_jax.cloud.redaction import Redact, Redacted, as_it_is
 from collab_jax.cloud.store import Store, key
 from collab_jax.models.text import Messages
 
@@ -24,17 +26,27 @@ class Answers(NamedTuple):
     failed: int  # distinct prompts
 
 
+def restored(query: Redacted, reply: Reply | None) -> Reply | None:
+    """Returns an answer with what the query's placeholders stand for."""
+    if reply is None or not query.originals:
+        return reply
+    text, reasoning = query.restore(reply.text), query.restore(reply.reasoning)
+    return dataclasses.replace(reply, text=text, reasoning=reasoning)
+
+
 class Pending:
     """Answers that are being bought: the order of the prompts, what is there, and what will be."""
 
     def __init__(
         self,
+        queries: Sequence[Redacted],
         keys: list[str],
         stored: dict[str, Reply],
         deliveries: dict[str, Future[Delivery]],
         ordered_here: frozenset[str],
         every_answer: bool,
     ):
+        self._queries = queries
         self._keys = keys
         self._stored = stored
         self._deliveries = deliveries
@@ -69,8 +81,9 @@ class Pending:
                 f"config.cloud.mode='record' wants every answer, but {len(failures)} prompts have "
                 f"none ({failures[0].reason}): start again to buy the rest, or use mode 'live'"
             )
+        asked = zip(self._queries, self._keys, strict=True)
         return Answers(
-            [replies.get(name) for name in self._keys],
+            [restored(query, replies.get(name)) for query, name in asked],
             bought=sum(d.bought for k, d in delivered.items() if k in self._ordered_here),
             failed=sum(failure is not SPENT for failure in failures),
         )
@@ -79,12 +92,19 @@ class Pending:
 class CachedCloud:
     """A cloud that is asked at most once for each distinct prompt, whoever asks.
 
-    An answer is filed under (model, prompt, parameters, provider). Threads and processes may share
-    it.
+    An answer is filed under (model, prompt, parameters, provider), the prompt being what is left of
+    it after `redact`. Threads and processes may share it.
     """
 
-    def __init__(self, cloud: Cloud, store: Store, policy: Policy | None = None):
+    def __init__(
+        self,
+        cloud: Cloud,
+        store: Store,
+        policy: Policy | None = None,
+        redact: Redact = as_it_is,
+    ):
         self.cloud, self.store, self.policy = cloud, store, policy or Policy()
+        self.redact = redact
         if cloud.provider:
             store.adopt(cloud.model, cloud.parameters, cloud.provider)
         self._buyer = Buyer(cloud, store, self.policy)
@@ -105,7 +125,7 @@ class CachedCloud:
         return self._buyer.reasons
 
     def key(self, messages: Messages) -> str:
-        """Returns what the answer to `messages` is filed under."""
+        """Returns what the answer to `messages`, as they are sent, is filed under."""
         return key(self.cloud.model, messages, self.cloud.parameters, self.cloud.provider)
 
     def answer(self, prompts: Sequence[Messages], names: Sequence[str] | None = None) -> Answers:
@@ -116,20 +136,32 @@ class CachedCloud:
         return self.submit(prompts, names).answers()
 
     def submit(self, prompts: Sequence[Messages], names: Sequence[str] | None = None) -> Pending:
-        """Looks prompts up and starts to buy what is missing.
+        """Looks prompts up, redacted, and starts to buy what is missing; raises as `order` does."""
+        return self.order([self.redact(messages) for messages in prompts], names)
 
-        names: what messages call the prompts. Raises StoreError, and CloudError in mode "replay"
+    def order(self, queries: Sequence[Redacted], names: Sequence[str] | None = None) -> Pending:
+        """Looks queries up and starts to buy what is missing.
+
+        names: what messages call the queries. Raises StoreError, and CloudError in mode "replay"
         where an answer is missing.
         """
-        keys = [self.key(messages) for messages in prompts]
+        keys = [self.key(query.messages) for query in queries]
         names_by_key = dict(zip(keys, names or [name[:12] for name in keys], strict=True))
-        distinct = dict(zip(keys, prompts, strict=True))
+        distinct = {k: query.messages for k, query in zip(keys, queries, strict=True)}
         stored = self.store.get_many(distinct)
         missing = {k: messages for k, messages in distinct.items() if k not in stored}
         if missing and self.policy.mode == "replay":
             raise self._not_stored([names_by_key[name] for name in missing])
         deliveries, ordered_here = self._buyer.order(missing)
-        return Pending(keys, stored, deliveries, ordered_here, self.policy.mode == "record")
+        every_answer = self.policy.mode == "record"
+        return Pending(queries, keys, stored, deliveries, ordered_here, every_answer)
+
+    def stored(self, queries: Sequence[Redacted]) -> list[Reply | None]:
+        """Returns the answers that are there already, by query; None where there is none."""
+        keys = [self.key(query.messages) for query in queries]
+        replies = self.store.get_many(keys)
+        asked = zip(queries, keys, strict=True)
+        return [restored(query, replies.get(name)) for query, name in asked]
 
     def take_tally(self) -> Tally:
         """Returns what was bought since the last call of this method."""

@@ -48,6 +48,7 @@ def summary(table: Records) -> dict[str, Any]:
         "no_answer": rate(no_answer(table)),
         "cloud_unknown": rate(~table["cloud_known"]),
         "share_attempt": shared(table),
+        "redaction": redaction(table),
         "auc": _aucs(table),
         "auc_answered": _aucs(answered),
         "local_accuracy_by_stratum": {
@@ -100,6 +101,23 @@ def shared(table: Records) -> dict[str, Any] | None:
         "accuracy": rate(table["cloud_correct"][both]),
         "accuracy_shared": rate(table["shared_correct"][both]),
         "extra_input_tokens": float(table["shared_extra_tokens"][both].mean()),
+    }
+
+
+def redaction(table: Records) -> dict[str, Any] | None:
+    """Returns the share of prompts that redaction changed, and the cloud's accuracy on them.
+
+    The accuracy is given with redaction and without, over the `n` whose verdicts are both known. On
+    all other prompts both are the same answer. None where nothing was redacted.
+    """
+    if "redacted" not in table:
+        return None
+    both = table["redacted"] & table["plain_known"] & table["cloud_known"]
+    return {
+        "changed": rate(table["redacted"]),
+        "n": int(both.sum()),
+        "accuracy": rate(table["cloud_correct"][both]) if both.any() else None,
+        "accuracy_plain": rate(table["plain_correct"][both]) if both.any() else None,
     }
 
 

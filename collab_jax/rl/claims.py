@@ -14,7 +14,8 @@ from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 
 # What may differ between two starts of one run: how the cloud is bought from, not what it answers,
-# and how many of its verdicts an evaluation can do without.
+# how many of its verdicts an evaluation can do without, and what is kept from it, so that a run can
+# be evaluated both ways.
 MAY_DIFFER_ON_RESUME = {
     "cloud.mode",
     "cloud.wait",
@@ -29,6 +30,8 @@ MAY_DIFFER_ON_RESUME = {
     "cloud.timeouts",
     "cloud.prices",
     "cloud.prices_date",
+    "cloud.redact",
+    "cloud.redact_names",
     "eval.max_unknown",
 }
 UNREAD = ("sft.", "serve.")  # settings of the warm start and of a server, which no run reads

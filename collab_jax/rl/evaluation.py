@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from collab_jax import records
-from collab_jax.cloud import CachedCloud
+from collab_jax.cloud import Answers, CachedCloud
+from collab_jax.cloud.redaction import as_it_is
 from collab_jax.cloud.share import with_attempt
 from collab_jax.models.decoder import Params
 from collab_jax.models.sampler import Sampler, Samples
@@ -106,7 +107,12 @@ def evaluate(
                 shared = shared_answers(
                     run.task, run.cloud, run.text, batch, passes["natural"].samples
                 )
-            rows += [c | a | s for c, a, s in zip(columns, answers, shared, strict=True)]
+            plain: list[Row] = [{}] * len(batch)
+            if run.config.cloud.redact and ask_cloud:
+                plain = plain_answers(run.task, run.cloud, batch)
+            rows += [
+                c | a | s | p for c, a, s, p in zip(columns, answers, shared, plain, strict=True)
+            ]
             bar.update(len(batch))
     table = records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
     return ask_again(run, table, examples, name) if ask_cloud else table
@@ -293,3 +299,19 @@ def shared_answers(
             extra = reply.input_tokens - bare.input_tokens
             rows[i] = {"shared_known": True, "shared_correct": c, "shared_extra_tokens": extra}
     return rows
+
+
+def plain_answers(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -> list[Row]:
+    """Returns whether redaction changes each prompt, and the verdicts without redaction.
+
+    These are on answers that the store has from an evaluation without redaction; none is bought, so
+    nothing leaves the device.
+    """
+    prompts, _ = rollout.cloud_prompts(task, examples)
+    replies = cloud.stored([as_it_is(messages) for messages in prompts])
+    correct, known = rollout.cloud_verdicts(task, examples, Answers(replies, bought=0, failed=0))
+    changed = [bool(cloud.redact(messages).originals) for messages in prompts]
+    return [
+        {"redacted": r, "plain_known": bool(k), "plain_correct": bool(c)}
+        for r, k, c in zip(changed, known, correct, strict=True)
+    ]

@@ -1,6 +1,7 @@
 """Serves a device model that decides when to ask the cloud, behind an OpenAI-compatible API.
 
     python -m collab_jax.serve --model FOLDER --config FILE [--host 127.0.0.1] [--port 8000]
+        [--redact [--redact_names FILE]]
 
 FOLDER is what `python -m collab_jax.export` wrote, with the collab_config.json of
 `python -m collab_jax.calibrate` in it. The config says what a prompt may be and which cloud is
@@ -75,6 +76,7 @@ def make_service(config: ConfigDict, workdir: pathlib.Path) -> Service:
         prompt_length=config.prompt_length,
         limit=config.max_new_tokens,
         call_unanswered=calibration is None or calibration["call_unanswered"],
+        keep_prompts=config.serve.keep_prompts,
     )
 
 
@@ -148,12 +150,22 @@ if __name__ == "__main__":
     model = flags.DEFINE_string("model", None, "Folder of an export, or a bundled model's name.")
     host = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at.")
     port = flags.DEFINE_integer("port", 8000, "Port to listen at; 0: any that is free.")
+    redact = flags.DEFINE_bool(
+        "redact", False, "Personal data leave as placeholders: config.cloud.redact."
+    )
+    redact_names = flags.DEFINE_string(
+        "redact_names", None, "With --redact, names too: config.cloud.redact_names."
+    )
 
     def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         if model.value is not None:
             if model.value != BUNDLED and not flags.FLAGS["config"].present:
                 raise UserError("--model FOLDER needs --config, the file that it was trained with")
             config.model.path = model.value
+        if redact.value:
+            config.cloud.redact = True
+        if redact_names.value is not None:
+            config.cloud.redact_names = redact_names.value
         return main(config, workdir, host.value, port.value)
 
     cli.run_with_config(run, default_config=str(CONFIG), default_workdir="runs/serve")

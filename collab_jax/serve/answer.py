@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from collab_jax.cloud.redaction import Redacted
 from collab_jax.cloud.share import with_attempt
 from collab_jax.models.text import Messages, Text
 from collab_jax.serve.body import Ask, Refused
@@ -64,6 +65,7 @@ class Outcome:
     cloud_ms: float = 0.0
     usd: float = 0.0
     attempts: int = 0
+    cloud_prompt: Messages | None = None  # what the cloud was asked, where that is kept
     error: str = ""
     began: float = field(default_factory=time.time)
 
@@ -97,7 +99,8 @@ class Service:
 
     model: the device model's name. system: its system prompt, where a client gives none; "": none.
     prompt_length, limit: tokens of a prompt and of a response, at most. call_unanswered: whether a
-    response that ends without an answer goes to the cloud.
+    response that ends without an answer goes to the cloud. keep_prompts: whether a request's record
+    shows what the cloud was asked.
     """
 
     engine: Engine
@@ -109,6 +112,7 @@ class Service:
     prompt_length: int
     limit: int
     call_unanswered: bool
+    keep_prompts: bool
 
     async def answer(self, outcome: Outcome, say: Say) -> None:
         """Tells the client all of an answer by `say`, while `outcome` fills.
@@ -121,7 +125,8 @@ class Service:
         bias = self._bias(ask)
         if ask.mode in CLOUD_FIRST:
             try:
-                return await self._cloud(outcome, ask.messages, ask.mode, say)
+                query = await self.upstream.redact(ask.messages)
+                return await self._cloud(outcome, query, ask.mode, say)
             except CloudFailed:
                 if ask.mode == "only_cloud" or not _may_stand_in(outcome):
                     raise
@@ -132,12 +137,12 @@ class Service:
         wanted = self._wants_cloud(ask, response)
         granted, counted = self._count(ask, wanted)
         if wanted:
-            messages = self._for_cloud(ask, response)
-            reason = self._refusal(ask, messages) or ("" if granted else "budget")
             called = "margin" if response.end == "call" else "unanswered"
             try:
+                query = await self.upstream.redact(self._for_cloud(ask, response))
+                reason = self._refusal(ask, query) or ("" if granted else "budget")
                 if not reason:
-                    return await self._cloud(outcome, messages, called, say)
+                    return await self._cloud(outcome, query, called, say)
             except CloudFailed:
                 reason = "device_fallback"
                 if not _may_stand_in(outcome):
@@ -182,9 +187,9 @@ class Service:
         answered = response.stops.hit or (reader.closed if ask.buffered else reader.opened)
         return response.end == "call" or (self.call_unanswered and not answered)
 
-    def _refusal(self, ask: Ask, messages: Messages) -> str:
+    def _refusal(self, ask: Ask, query: Redacted) -> str:
         """Why a call that is wanted is not made; "": it is."""
-        if ask.max_usd is None or self.upstream.highest_usd(messages) <= ask.max_usd:
+        if ask.max_usd is None or self.upstream.highest_usd(query) <= ask.max_usd:
             return ""
         return "max_usd"
 
@@ -286,15 +291,16 @@ class Service:
         attempt = self.text.decode(ids, np.ones_like(ids, bool))[0]
         return with_attempt(ask.messages, attempt)
 
-    async def _cloud(self, outcome: Outcome, messages: Messages, reason: str, say: Say) -> None:
+    async def _cloud(self, outcome: Outcome, query: Redacted, reason: str, say: Say) -> None:
         """Says the cloud's answer. `outcome.finish` is set once content was sent."""
         ask, model, begin = outcome.ask, self.upstream.model, time.monotonic()
-        if reason in CLOUD_FIRST and (refusal := self._refusal(ask, messages)):
+        if reason in CLOUD_FIRST and (refusal := self._refusal(ask, query)):
             raise CloudFailed(refusal)
+        outcome.cloud_prompt = query.messages if self.keep_prompts else None
         stops, held, end = Stops(ask.stops), [], None
         outcome.answered_by, outcome.model, outcome.reason = "cloud", model, reason
         try:
-            async with contextlib.aclosing(self.upstream.ask(messages)) as answer:
+            async with contextlib.aclosing(self.upstream.ask(query)) as answer:
                 async for item in answer:
                     if isinstance(item, Bought):
                         end = item

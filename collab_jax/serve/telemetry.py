@@ -78,7 +78,7 @@ class Telemetry:
 
 
 def record(outcome: Outcome, status: int) -> dict[str, Any]:
-    """A request as its operator may see it: no text."""
+    """A request as its operator may see it: no text, but for a `cloud_prompt` that is kept."""
     finite = [None if m == -float("inf") else round(m, 4) for m in outcome.margins]
     return {
         "request_id": outcome.request_id,
@@ -92,6 +92,7 @@ def record(outcome: Outcome, status: int) -> dict[str, Any]:
         "margins": finite,
         "decided_at": outcome.decided_at,
         "attempts": outcome.attempts,
+        "cloud_prompt": outcome.cloud_prompt,
         **summary(outcome),
     }
 

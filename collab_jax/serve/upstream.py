@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from collab_jax.cloud import CachedCloud, Failure, Reply, attempts
 from collab_jax.cloud.budget import settle
 from collab_jax.cloud.openai import OpenAICloud
+from collab_jax.cloud.redaction import Redacted, Restorer, as_it_is
 from collab_jax.cloud.store import insert, row
 from collab_jax.cloud.streaming import Delta, stream
 from collab_jax.models.text import Messages
@@ -65,6 +66,22 @@ class _Purchase:
         await self._changed.wait()
 
 
+class _Restoring:
+    """Deltas with what the placeholders of a query stand for."""
+
+    def __init__(self, query: Redacted):
+        self._reasoning, self._content = Restorer(query), Restorer(query)
+
+    def feed(self, delta: Delta) -> Delta:
+        reasoning = self._reasoning.feed(delta.reasoning)
+        if delta.content:  # nothing follows the reasoning
+            reasoning += self._reasoning.finish()
+        return Delta(reasoning, self._content.feed(delta.content))
+
+    def finish(self) -> Delta:
+        return Delta(self._reasoning.finish(), self._content.finish())
+
+
 class Upstream:
     """The cloud of a server; to be used in one event loop.
 
@@ -82,36 +99,48 @@ class Upstream:
     def model(self) -> str:
         return self.cloud.cloud.model
 
-    def highest_usd(self, messages: Messages) -> float:
-        """A price that one answer to `messages` does not exceed."""
-        return self.cloud.cloud.highest_usd(messages)
+    async def redact(self, messages: Messages) -> Redacted:
+        """What leaves the device of a query. Raises CloudFailed where nothing can leave."""
+        try:
+            return await self._in_thread(lambda: self.cloud.redact(messages))
+        except UserError as error:  # a function of whoever runs the server
+            log.error("nothing is sent: %s", error)
+            raise CloudFailed("not configured") from None
+
+    def highest_usd(self, query: Redacted) -> float:
+        """A price that one answer does not exceed."""
+        return self.cloud.cloud.highest_usd(query.messages)
 
     @property
     def down(self) -> bool:
         """Whether the cloud is taken to be out of order."""
         return self.cloud.breaker.is_open
 
-    async def ask(self, messages: Messages) -> AsyncGenerator[Delta | Bought, None]:
-        """Yields the answer as it comes, then its end. Raises CloudFailed.
+    async def ask(self, query: Redacted) -> AsyncGenerator[Delta | Bought, None]:
+        """Yields the answer as it comes, restored, then its end. Raises CloudFailed.
 
-        Where the iterator is closed, and nobody else waits for the answer, the call is ended.
+        The reply of the end is the stored one, with placeholders. Where the iterator is closed, and
+        nobody else waits for the answer, the call is ended.
         """
-        key = self.cloud.key(messages)
+        key, restoring = self.cloud.key(query.messages), _Restoring(query)
         purchase = self._purchases.get(key)
         if purchase is None:
             purchase = self._purchases[key] = _Purchase()
-            purchase.task = asyncio.create_task(self._buy(purchase, key, messages))
+            purchase.task = asyncio.create_task(self._buy(purchase, key, query.messages))
         purchase.listeners += 1
         seen = 0
         try:
             while True:
                 while seen < len(purchase.deltas):
                     seen += 1
-                    yield purchase.deltas[seen - 1]
+                    if any(delta := restoring.feed(purchase.deltas[seen - 1])):
+                        yield delta
                 if (end := purchase.end) is not None:
                     usd, purchase.paid = 0.0 if purchase.paid else end.usd, True
                     if isinstance(end, CloudFailed):
                         raise CloudFailed(end.reason, end.retry_after, usd)
+                    if any(delta := restoring.finish()):
+                        yield delta
                     yield end._replace(usd=usd)
                     return
                 await purchase.change()
@@ -168,7 +197,7 @@ class Upstream:
 
     async def _in_one_piece(self, purchase: _Purchase, messages: Messages) -> Bought:
         """Buys from a cloud that does not stream."""
-        pending = await self._in_thread(lambda: self.cloud.submit([messages]))
+        pending = await self._in_thread(lambda: self.cloud.order([as_it_is(messages)]))
         answers = await self._in_thread(lambda: pending.answers(self.seconds))
         [reply] = answers.replies
         if reply is None:

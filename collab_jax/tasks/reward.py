@@ -13,50 +13,22 @@ What it returns:
     None             cannot be judged: counted as wrong, and among `verifier_failures`
 """
 
-import importlib.util
 import numbers
-import pathlib
-import traceback
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from collab_jax.runtime import functions
 from collab_jax.tasks import base
 from collab_jax.tasks.base import Example, TaskError, Verdict, Verify
 
 Reward = Callable[[Example, str], bool | float | None]
 
 
-def load(spec: str) -> Reward:
-    """The function that "file.py:function" names.
-
-    Raises TaskError, with file and line, where it cannot be had.
-    """
-    file, _, name = spec.rpartition(":")
-    path = pathlib.Path(file).expanduser()
-    if not file or path.suffix != ".py" or not path.is_file():
-        raise TaskError(
-            f"config.task.reward={spec!r} must be path/to/file.py:function, "
-            "and the file must be there"
-        )
-    module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    assert module_spec and module_spec.loader  # there is one for every .py file
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # anything that a file may do wrong
-        raise TaskError(
-            f"config.task.reward: {path} does not load, {_at(path, error)}: mend it"
-        ) from error
-    function: Reward | None = getattr(module, name, None)
-    if not callable(function):
-        raise TaskError(f"config.task.reward: {path} has no function {name!r}")
-    return function
-
-
 def verifier(spec: str, marker: str) -> Verify:
     """`Task.verify` by the function that `spec` names, which is loaded now."""
-    function, path = load(spec), pathlib.Path(spec.rpartition(":")[0]).expanduser()
+    function: Reward = functions.load(spec, "config.task.reward")
+    path = functions.path_of(spec)
 
     def is_right(example: Example, response: str) -> bool | None:
         where = f"config.task.reward={spec}: example {example.id!r}"
@@ -64,7 +36,7 @@ def verifier(spec: str, marker: str) -> Verify:
             value = function(example, response)
         except Exception as error:  # the user's code
             raise TaskError(
-                f"{where}, {_at(path, error)}: mend the function, "
+                f"{where}, {functions.where(path, error)}: mend the function, "
                 "or let it return None for what it cannot judge"
             ) from error
         if value is None:
@@ -87,13 +59,3 @@ def verifier(spec: str, marker: str) -> Verify:
         return [verdict(e, response) for e, response in zip(examples, responses, strict=True)]
 
     return verify
-
-
-def _at(path: pathlib.Path, error: Exception) -> str:
-    """'line 3: KeyError: 'x'', of the last line of this file that the exception came through."""
-    if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == path]
-    cause = " ".join(traceback.format_exception_only(error)[-1].split())
-    return f"line {lines[-1]}: {cause}" if lines else cause
