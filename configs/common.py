@@ -79,6 +79,9 @@ def get_config() -> ConfigDict:
     config.task.prompt = "{numbers}={target}"  # for the device model; a real one wants a sentence
     # system prompt of the device model, in the place of the chat template's own; "": that one stays
     config.task.system = ""
+    # shares of calls that prompts show where `task.prompt` has {budget}, so that one model learns
+    # to keep to each (collab_jax/tasks/budgets.py); (): prompts show none
+    config.task.budgets = ()
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest; of chain too
     config.task.steps = (2, 6)  # fewest, most, of chain's problems
