@@ -198,7 +198,7 @@ def get_config() -> ConfigDict:
 
     # routers that run the model once more after training; their scores are columns of the records
     config.routers = ConfigDict()
-    config.routers.record = ()  # of agreement, hidden, classifier, verification
+    config.routers.record = ()  # names in RECORDED of collab_jax/routing/recorded.py
     config.routers.samples = 5  # agreement: responses beside the recorded one
     # classifier: decoder folder to fine-tune, with the device model's vocabulary; "": model.path
     config.routers.classifier = ""
