@@ -27,7 +27,7 @@ of the global batch, G responses in a group, B = P * G rows, L prompt columns, T
 S = L + T, N query heads, K kv heads, H head width, E width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -45,9 +45,12 @@ OUTCOMES = ("correct_formatted", "correct", "called_right", "wrong_formatted", "
 
 
 class RewardState(flax.struct.PyTreeNode):
-    """The weights of the reward, and how often each outcome has occurred."""
+    """The weights of the reward, and how often each outcome has occurred.
 
-    alphas: jax.Array  # f32[3]: alpha_a, alpha_c, alpha_f
+    Where prompts show budgets, there is a row of weights for each.
+    """
+
+    alphas: jax.Array  # f32[3] or f32[budgets, 3]: alpha_a, alpha_c, alpha_f
     counts: jax.Array  # i32[5], in the order of OUTCOMES
 
 
@@ -56,12 +59,13 @@ class FilterState(flax.struct.PyTreeNode):
 
     rho = rho_num / rho_den is exact, so that no rounding adds up. `price` is charged for a call; it
     is a Lagrange multiplier under the control "lagrangian", and 0 under the others. `calls` is the
-    last step's share of calls under the control "dual_alpha_c"; it begins at the budget.
+    last step's share of calls under the control "dual_alpha_c"; it begins at the budget. Where
+    prompts show budgets, these three have one number for each of them.
     """
 
-    budget: jax.Array  # f32[], share of all queries that may be calls
-    price: jax.Array  # f32[], in units of reward
-    calls: jax.Array  # f32[], share of calls in the last step
+    budget: jax.Array  # f32[] or f32[budgets], share of queries that may be calls
+    price: jax.Array  # the same shape, in units of reward
+    calls: jax.Array  # the same shape, share of calls in the last step
     rho_num: jax.Array  # i32[]
     rho_den: jax.Array  # i32[]
     carry: jax.Array  # i32[], unused fraction of a prompt, in units of 1 / rho_den
@@ -130,6 +134,7 @@ class Rollout(flax.struct.PyTreeNode):
     cloud_correct: jax.Array  # bool[Q], the cloud's verdict where it was needed
     cloud_known: jax.Array  # bool[Q]
     barred: jax.Array | None = None  # i32[Q, G, T]
+    level: jax.Array | None = None  # i32[Q], which budget a prompt shows; None: none is shown
 
 
 def zero() -> jax.Array:
@@ -137,10 +142,17 @@ def zero() -> jax.Array:
     return jnp.zeros((), jnp.int32)
 
 
-def init_reward(alpha_a: float, alpha_c: float, alpha_f: float) -> RewardState:
-    """The RewardState before the first step; it needs alpha_a > alpha_c > alpha_f >= 0."""
+def init_reward(
+    alpha_a: float, alpha_c: float, alpha_f: float, shown: Sequence[float] = ()
+) -> RewardState:
+    """The RewardState before the first step; it needs alpha_a > alpha_c > alpha_f >= 0.
+
+    shown: the budgets that prompts show, if they do.
+    """
+    alphas = jnp.array([alpha_a, alpha_c, alpha_f], jnp.float32)
     return RewardState(
-        alphas=jnp.array([alpha_a, alpha_c, alpha_f], jnp.float32), counts=jnp.zeros(5, jnp.int32)
+        alphas=jnp.tile(alphas, (len(shown), 1)) if shown else alphas,
+        counts=jnp.zeros(5, jnp.int32),
     )
 
 
@@ -153,13 +165,17 @@ def rho_of(budget: float) -> Fraction:
     return share / (1 - share)
 
 
-def init_filter(budget: float) -> FilterState:
-    """The FilterState before the first step, for a budget in [0, 0.999] of all queries."""
+def init_filter(budget: float, shown: Sequence[float] = ()) -> FilterState:
+    """The FilterState before the first step, for a budget in [0, 0.999] of all queries.
+
+    shown: the budgets that prompts show, if they do; rho is that of `budget` all the same.
+    """
     rho = rho_of(budget)
+    budgets = jnp.array(shown if shown else budget, jnp.float32)
     return FilterState(
-        budget=jnp.float32(budget),
-        price=jnp.float32(0),
-        calls=jnp.float32(budget),
+        budget=budgets,
+        price=jnp.zeros_like(budgets),
+        calls=budgets,
         rho_num=jnp.int32(rho.numerator),
         rho_den=jnp.int32(rho.denominator),
         carry=zero(),
@@ -205,7 +221,8 @@ def reward(
 ) -> tuple[jax.Array, RewardState]:
     """The hierarchical reward r f32[Q, G] of each response, and the state with its outcome counted.
 
-    correct, called, formatted: bool[Q, G]; cloud_correct: bool[Q]. Paper, section 4.1:
+    The state's alphas are f32[3], or f32[Q, 3] where each prompt has its own. correct, called,
+    formatted: bool[Q, G]; cloud_correct: bool[Q]. Paper, section 4.1:
 
         local, right, well formed       alpha_a + alpha_f
         local, right, format broken     alpha_a
@@ -213,11 +230,11 @@ def reward(
         local, wrong, well formed       alpha_f
         anything else                   0
     """
-    a, c, f = state.alphas
+    a, c, f = jnp.moveaxis(state.alphas, -1, 0)[..., None]  # f32[1] or f32[Q, 1] each
     by_call = jnp.where(cloud_correct[:, None], 2, 4)
     by_answer = jnp.where(correct, jnp.where(formatted, 0, 1), jnp.where(formatted, 3, 4))
     outcome = jnp.where(called, by_call, by_answer)  # an index of OUTCOMES
-    r = jnp.stack([a + f, a, c, f, jnp.zeros_like(a)])[outcome]
+    r = jnp.select([outcome == i for i in range(4)], [a + f, a, c, f], 0.0)
     return r, state.replace(
         counts=state.counts + jnp.bincount(outcome.reshape(-1), length=5).astype(jnp.int32)
     )
@@ -335,7 +352,7 @@ PromptFilter = Callable[
     [FilterState, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array],
     tuple[jax.Array, FilterState],
 ]
-# (RewardState, FilterState, call rate f32[]) -> RewardState, FilterState
+# (RewardState, FilterState, call rate f32[] or f32[budgets]) -> RewardState, FilterState
 Control = Callable[[RewardState, FilterState, jax.Array], tuple[RewardState, FilterState]]
 
 
@@ -343,7 +360,7 @@ class Algorithm(NamedTuple):
     """The parts of a step, all pure.
 
     control moves weights or price after each step, given the step's call rate: the share of calls
-    among the responses that were free to call.
+    among the responses that were free to call; of each budget, where prompts show several.
     """
 
     reward: Reward

@@ -8,6 +8,7 @@
     task               str               name of the task; default ""
     split              str               train, validation or test; default ""
     stratum            str               difficulty class; each also has its own AUC; default ""
+    shown_budget       float             the share of calls that the prompt shows, if it does
     prompt             str               what was asked
     text               str               the device's response
     ended              bool              the response was not cut off; default True
@@ -78,6 +79,7 @@ TYPES = {
     "task": "str",
     "split": "str",
     "stratum": "str",
+    "shown_budget": "float",
     "prompt": "str",
     "text": "str",
     "ended": "bool",

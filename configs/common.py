@@ -79,6 +79,9 @@ def get_config() -> ConfigDict:
     config.task.prompt = "{numbers}={target}"  # for the device model; a real one wants a sentence
     # system prompt of the device model, in the place of the chat template's own; "": that one stays
     config.task.system = ""
+    # shares of calls that prompts show where `task.prompt` has {budget}, so that one model learns
+    # to keep to each (collab_jax/tasks/budgets.py); (): prompts show none
+    config.task.budgets = ()
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest; of chain too
     config.task.steps = (2, 6)  # fewest, most, of chain's problems
@@ -201,7 +204,7 @@ def get_config() -> ConfigDict:
 
     # routers that run the model once more after training; their scores are columns of the records
     config.routers = ConfigDict()
-    config.routers.record = ()  # of agreement, hidden, classifier, verification
+    config.routers.record = ()  # names in RECORDED of collab_jax/routing/recorded.py
     config.routers.samples = 5  # agreement: responses beside the recorded one
     # classifier: decoder folder to fine-tune, with the device model's vocabulary; "": model.path
     config.routers.classifier = ""

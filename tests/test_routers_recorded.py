@@ -6,7 +6,16 @@ import pytest
 from collab_jax.models import decoder
 from collab_jax.reports import comparison
 from collab_jax.rl import evaluation, experiment, training
-from collab_jax.routing import agreement, classifier, hidden, measures, recorded, verification
+from collab_jax.routing import (
+    agreement,
+    classifier,
+    forced,
+    hidden,
+    measures,
+    recorded,
+    response,
+    verification,
+)
 from collab_jax.routing.device import Device, batches
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -168,3 +177,27 @@ def test_what_cannot_be_recorded_is_refused_before_anything_is_spent(
     run = experiment.prepare(small(**changes), tmp_path)
     with pytest.raises(UserError, match=says):
         recorded.check(run)
+
+
+def test_the_response_read_again_is_what_was_sampled_and_each_gap_is_that_of_the_logits(scene):
+    device, _, table = scene
+    assert device.run.config.temperature == 1.0  # so log p is the one that was recorded
+    score, tokens = forced.policy_logprob(device, None, table)
+    np.testing.assert_allclose(score, response.logprob(table), rtol=1e-3, atol=1e-3)
+    assert not tokens.any()
+
+    score, _ = forced.token_margin(device, None, table)
+    answered = np.flatnonzero(~response.no_answer(table))
+    assert (np.delete(score, answered) > score[answered].max(initial=-1)).all()
+    row, run = answered[0], device.run
+    prompts, mask = device.prompts_of({name: column[[row]] for name, column in table.items()})
+    ids = run.text.response_ids(table["text"][row])
+    params = parallel.unreplicate(device.params)
+    whole = np.concatenate([prompts[0][mask[0]], ids])[None]
+    seen = np.tril(np.ones((whole.shape[1],) * 2, bool))[None]
+    states, _ = decoder.forward(params, run.cfg, whole, np.arange(whole.shape[1])[None], seen)
+    logits = np.array(decoder.logits(params, run.cfg, states[0])[-len(ids) - 1 : -1])
+    logits[:, run.text.decision_id] = -np.inf
+    p = np.sort(np.exp(logits - logits.max(1, keepdims=True)), axis=1)
+    p /= p.sum(1, keepdims=True)
+    assert score[row] == pytest.approx(-(p[:, -1] - p[:, -2]).mean(), abs=1e-4)

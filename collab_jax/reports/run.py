@@ -154,10 +154,24 @@ def render(report: Mapping[str, Any], table: str, after: Records) -> str:
         f"seed {config['seed']}\n\n"
         f"{algorithm}; {report['after']['n']} {records.split_of(after)} prompts; "
         f"every rate is a share of all prompts, with its 95 % interval. {machine}.\n\n"
-        f"{table}\n\n{closing(report)}\n\n"
+        f"{table}\n\n{closing(report)}\n\n{shown_budgets(report)}"
         "![accuracy against call rate](frontier.png)\n\n![training](training.png)\n\n"
         f"## Examples after training (natural decoding)\n\n{examples_list(after)}\n"
     )
+
+
+def shown_budgets(report: Mapping[str, Any]) -> str:
+    """Returns the table of what is done at each budget that prompts show; "" where none does."""
+    found = report["after"]["shown_budgets"]
+    if not found:
+        return ""
+    head = ["budget shown", "natural calls", "natural accuracy", "margin at it", "on the device"]
+    names = ("call_rate", "overall_accuracy", "margin", "local_accuracy")
+    rows = [
+        [f"{float(budget):.0%}", *(percent(figures[name]) for name in names)]
+        for budget, figures in found.items()
+    ]
+    return f"{markdown.table(head, rows)}\n\n"
 
 
 def examples_list(table: Records) -> str:

@@ -40,6 +40,7 @@ def summary(table: Records) -> dict[str, Any]:
             "marker_completed": completed / int(called.sum()) if called.any() else None,
         },
         "at_budget": at_budgets(known),
+        "shown_budgets": shown_budgets(known),
         "device_tokens": {
             "local": float(table["tokens"].mean()),
             # up to the decision token where it called
@@ -84,6 +85,27 @@ def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
         }
         for b in BUDGETS
     }
+
+
+def shown_budgets(table: Records) -> dict[str, dict[str, Rate]] | None:
+    """Returns, by the budget that prompts show, what was done at it; None where none is shown.
+
+    The natural share of calls and overall accuracy, and beside them the overall accuracy of the
+    margin with a bias that makes the calls just that share.
+    """
+    if "shown_budget" not in table:
+        return None
+    found = {}
+    for budget in np.unique(table["shown_budget"]):
+        part = {name: column[table["shown_budget"] == budget] for name, column in table.items()}
+        f = measures.frontiers({"margin": [(part, routers.score("margin", part))]}, [budget])
+        found[f"{budget:g}"] = {
+            "call_rate": rate(part["natural_called"]),
+            "overall_accuracy": rate(natural_outcomes(part)),
+            "local_accuracy": rate(part["local_correct"]),
+            "margin": estimate(f.at("margin", budget)),
+        }
+    return found
 
 
 def shared(table: Records) -> dict[str, Any] | None:

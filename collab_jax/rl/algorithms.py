@@ -174,9 +174,9 @@ def dual_alpha_c(rate: float, gain: float) -> Control:
     def control(
         reward: RewardState, filter: FilterState, call_rate: jax.Array
     ) -> tuple[RewardState, FilterState]:
-        a, c, f = reward.alphas
+        a, c, f = jnp.moveaxis(reward.alphas, -1, 0)
         change = rate * (filter.budget - call_rate) + gain * (filter.calls - call_rate)
-        alphas = jnp.stack([a, jnp.clip(c + change, f, a), f])
+        alphas = jnp.stack([a, jnp.clip(c + change, f, a), f], axis=-1)
         return reward.replace(alphas=alphas), filter.replace(calls=call_rate)
 
     return control

@@ -157,6 +157,7 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
         "task": example.task,
         "split": example.split,
         "stratum": example.stratum,
+        **({} if example.budget is None else {"shown_budget": example.budget}),
         "prompt": task.prompt(example)[-1]["content"],
         "text": verdicts.texts[i],
         "local_correct": bool(verdicts.correct[i]),

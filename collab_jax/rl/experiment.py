@@ -198,8 +198,10 @@ def load_state(run: Run) -> TrainState:
     state = gapg.init_state(
         params,
         run.optimizer,
-        gapg.init_reward(config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f),
-        gapg.init_filter(config.budget),
+        gapg.init_reward(
+            config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f, config.task.budgets
+        ),
+        gapg.init_filter(config.budget, config.task.budgets),
         averaged=config.optim.average > 0,
     )
     if run.checkpoints.latest() is None:

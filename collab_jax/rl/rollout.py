@@ -368,6 +368,7 @@ def collect(
         formatted=parallel.shard(judging.formatted, D),
         cloud_correct=parallel.shard(judging.cloud_correct, D),
         cloud_known=parallel.shard(judging.cloud_known, D),
+        level=shown_levels(batch.examples, run.config.task.budgets),
     )
     return Collected(
         rollout=rollout,
@@ -376,6 +377,14 @@ def collect(
         cloud_asked=len(judging.asked),
         missing=judging.missing(),
     )
+
+
+def shown_levels(examples: Sequence[Example], budgets: Sequence[float]) -> jax.Array | None:
+    """Returns which of the budgets each prompt shows, i32[D, P]; None where none is shown."""
+    if not budgets:
+        return None
+    levels = [tuple(budgets).index(example.budget) for example in examples]
+    return parallel.shard(np.array(levels, np.int32), jax.local_device_count())
 
 
 def barred_tokens(sampler: Sampler, samples: Samples) -> jax.Array | None:

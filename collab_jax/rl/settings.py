@@ -83,6 +83,11 @@ def _check_algorithm(config: ConfigDict) -> None:
         "config.algorithm: filter=zero_variance looks at rewards, not at what control=lagrangian "
         "charges for calls: use filter=none with it",
     )
+    _need(
+        not config.task.budgets or algorithm.filter in ("none", "zero_variance"),
+        f"config.task.budgets: filter={algorithm.filter} has the quota of one budget: use "
+        "filter=none, and a control",
+    )
     if algorithm.solo == 0:
         return
     solo = f"config.algorithm.solo={algorithm.solo}"

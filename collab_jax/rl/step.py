@@ -225,6 +225,7 @@ class Signal(NamedTuple):
     learnable: jax.Array  # bool[Q], kept, and with an advantage
     free: jax.Array  # bool[Q, G], the response was free to call
     call_rate: jax.Array  # f32[], share of calls among the free responses
+    call_rates: jax.Array  # the same, of each budget that is shown; else call_rate
     reward: RewardState
     filter: FilterState
 
@@ -233,22 +234,38 @@ def learning_signal(
     algorithm: Algorithm, state: TrainState, batch: Rollout, key: jax.Array
 ) -> Signal:
     """What the algorithm makes of a batch's verdicts, and its states after this batch."""
+    of_prompts = functools.partial(_of_prompts, level=batch.level)
     r, reward = algorithm.reward(
-        state.reward, batch.correct, batch.called, batch.formatted, batch.cloud_correct
+        state.reward.replace(alphas=of_prompts(state.reward.alphas)),
+        batch.correct,
+        batch.called,
+        batch.formatted,
+        batch.cloud_correct,
     )
+    reward = reward.replace(alphas=state.reward.alphas)
     keep, filter = algorithm.prompt_filter(
         state.filter, r, batch.correct, batch.cloud_correct, batch.cloud_known, key
     )
-    cost, price = batch.called.astype(jnp.float32), state.filter.price
-    A = algorithm.advantage(r, batch.mask) - price * algorithm.advantage(cost, batch.mask)
+    cost, price = batch.called.astype(jnp.float32), of_prompts(state.filter.price)
+    A = algorithm.advantage(r, batch.mask)
+    A = A - price[..., None] * algorithm.advantage(cost, batch.mask)
     learnable = keep & (A != 0).any(axis=1)
     if batch.barred is None:
         free = jnp.ones_like(batch.called)
     else:
         free = (batch.barred < 0).all(axis=2)
-    call_rate = cost.sum() / free.sum()
-    reward, filter = algorithm.control(reward, filter, call_rate)
-    return Signal(r, A, keep, learnable, free, call_rate, reward, filter)
+    call_rate = call_rates = cost.sum() / free.sum()
+    if batch.level is not None:
+        count = lambda x: jnp.zeros_like(filter.calls).at[batch.level].add(x.sum(axis=1))  # noqa: E731
+        # A budget that no prompt of the batch shows has no news.
+        call_rates = jnp.where(count(free) > 0, count(cost) / count(free), filter.calls)
+    reward, filter = algorithm.control(reward, filter, call_rates)
+    return Signal(r, A, keep, learnable, free, call_rate, call_rates, reward, filter)
+
+
+def _of_prompts(state: jax.Array, level: jax.Array | None) -> jax.Array:
+    """What a state has for each budget, for each prompt; as it is where none is shown."""
+    return state if level is None else state[level]
 
 
 def deal(signal: Signal, batch: Rollout, axis: str) -> tuple[jax.Array, jax.Array]:
@@ -318,8 +335,9 @@ def step_metrics(
         "reward": signal.r.mean(),
         "local_accuracy": batch.correct.mean(),  # of all responses, calls included
         "call_rate": signal.call_rate,
-        "alpha_c": state.reward.alphas[1],  # what a right call earned
-        "price": state.filter.price,  # what a call was charged
+        **_by_budget(state, signal, batch.level),
+        "alpha_c": state.reward.alphas[..., 1].mean(),  # what a right call earned
+        "price": state.filter.price.mean(),  # what a call was charged
         "formatted": batch.formatted.mean(),
         "d1": d1.sum(),
         "d2": d2.sum(),
@@ -337,6 +355,17 @@ def step_metrics(
         "nonfinite_updates": new.nonfinite_updates,
         "nonfinite_streak": new.nonfinite_streak,
         "empty_d1_streak": new.filter.empty_d1_streak,
+    }
+
+
+def _by_budget(state: TrainState, signal: Signal, level: jax.Array | None) -> dict[str, jax.Array]:
+    """What differs between the budgets that are shown, numbered in their order."""
+    if level is None:
+        return {}
+    alphas = state.reward.alphas[:, 1]
+    return {
+        **{f"call_rate_{i}": rate for i, rate in enumerate(signal.call_rates)},
+        **{f"alpha_c_{i}": alpha for i, alpha in enumerate(alphas)},
     }
 
 

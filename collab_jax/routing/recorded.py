@@ -12,7 +12,7 @@ import numpy as np
 from collab_jax.gapg import TrainState
 from collab_jax.records import Records
 from collab_jax.rl.experiment import Run
-from collab_jax.routing import agreement, classifier, hidden, verification
+from collab_jax.routing import agreement, classifier, forced, hidden, verification
 from collab_jax.routing.device import Device
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example
@@ -22,6 +22,8 @@ RECORDED: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "hidden": hidden.score,
     "classifier": classifier.score,
     "verification": verification.score,
+    "token_margin": forced.token_margin,
+    "policy_logprob": forced.policy_logprob,
 }
 LEARNED = ("hidden", "classifier")  # fitted on records of other prompts
 

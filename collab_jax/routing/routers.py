@@ -14,6 +14,8 @@ that is not in ROUTERS can be recorded the same way.
 | last_result     | what the last step came to           | all                                  |
 | logprob         | the response's log-probability       | all                                  |
 | answer_logprob  | that of the answer's tokens alone    | all                                  |
+| policy_logprob  | that at the training's temperature   | all                                  |
+| token_margin    | the gap of the two likeliest tokens  | all                                  |
 | margin          | the trained marker                   | up to its crossing                   |
 | first_margin    | the marker before the attempt        | none                                 |
 | last_margin     | the marker where the answer opens    | all                                  |
@@ -76,6 +78,10 @@ ROUTERS = {
         ("answer_logp",),
         "response",
     ),
+    "policy_logprob": from_column(
+        "policy_logprob", "log-probability at the policy's temperature", "response"
+    ),
+    "token_margin": from_column("token_margin", "mean gap of the two likeliest tokens", "response"),
     "agreement": from_column("agreement", "agreement of samples", "response"),
     "verification": from_column("verification", "self-verification", "response"),
     "hidden": from_column("hidden", "last hidden state, logistic regression", "response"),

@@ -3,7 +3,7 @@
 One file a task, named in `TASKS`. May import `cloud`, `models` and `runtime`; `rl` and what lies
 above it import this package. A task is a frozen dataclass of functions (`base.Task`), made from
 `config.task` and the marker's text. `config.task.system` is the system prompt of each of them.
-`config.task.name = "mix"` mixes several (`mix.py`).
+`config.task.name = "mix"` mixes several (`mix.py`); prompts may show a budget (`budgets.py`).
 `config.task.reward`, a function of your own (`reward.py`), or `config.task.judge`, a language model
 (`judge.py`), takes the place of a task's own verifier. `jsonl.py` is the one to copy.
 """
@@ -12,7 +12,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import chain, choice, countdown, jsonl, math, mix, reward, svamp
+from collab_jax.tasks import budgets, chain, choice, countdown, jsonl, math, mix, reward, svamp
 from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 TASKS = {
@@ -74,7 +74,8 @@ def make_task(config: ConfigDict) -> Task:
 
 def _single_task(config: ConfigDict) -> Task:
     """One task, whose examples know its name and split, and which has no splits but its own."""
-    task = TASKS[config.task.name](config)
+    make = TASKS[config.task.name]
+    task = budgets.shown(make, config) if budgets.are_shown(config) else make(config)
 
     def load(split: str) -> list[Example]:
         if split not in task.splits:

@@ -22,7 +22,8 @@ class Example:
     id: unique in its split. stratum: the difficulty class. problem: the task's own data.
     task: the name of its task, in a mix the part's. split: one of SPLITS. seen: the training task
     that holds the same problem, if one does. difficulty: how hard it is among the task's problems,
-    from 0 to 1, spread evenly over them; None where the task does not say.
+    from 0 to 1, spread evenly over them; None where the task does not say. budget: the share of
+    calls that the prompt shows (`budgets.py`), if it does.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Example:
     split: str = ""
     seen: str = ""
     difficulty: float | None = None
+    budget: float | None = None
 
 
 class Verdict(NamedTuple):
