@@ -224,11 +224,9 @@ def _operation(
 
 def _completions(name: str, summary: str, request: str, whole: str, chunk: str) -> dict[str, Any]:
     """The operation of a kind of completions; an event is a chunk, an error, or [DONE]."""
-    data = {
-        "type": "string",
-        "contentMediaType": "application/json",
-        "contentSchema": _named(chunk),
-    }
+    told = {"anyOf": [_named(chunk), _named("Error")]}
+    json_data = {"contentMediaType": "application/json", "contentSchema": told}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, json_data]}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     answers = _json(whole) | {"text/event-stream": {"schema": event}}
     return _operation(name, summary, answers, (400, 413, 429, 500, 503), request)
