@@ -86,3 +86,16 @@ def smollm2_file():
         return published.packaged_file("smollm2-135m")
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """start(provider, margins, **changes): a running server; all end with the test."""
+    from serving import starter  # it imports what few tests need
+
+    from collab_jax.cloud import attempts
+
+    monkeypatch.setattr(attempts, "BACKOFF_SECONDS", (0.01, 0.05))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with starter(tmp_path) as start:
+        yield start

@@ -3,6 +3,7 @@ server on a real socket, and its client.
 """
 
 import contextlib
+import functools
 import http.client
 import json
 import socket
@@ -115,11 +116,13 @@ class Provider:
 
 
 class Reciter:
-    """In an engine's place: says RESPONSE, with margins by step; all others are -5."""
+    """In an engine's place: says RESPONSE, with margins by step; all others are -5. Step t has the
+    log-probability -t / 8. wavering: no margins for an odd seed.
+    """
 
-    def __init__(self, text, response=RESPONSE, margins=None, pause=0.0):
+    def __init__(self, text, response=RESPONSE, margins=None, pause=0.0, wavering=False):
         self.tokens = text.tokenizer.encode(response, add_special_tokens=False)
-        self.margins, self.pause = margins or {}, pause
+        self.margins, self.pause, self.wavering = margins or {}, pause, wavering
         self.ready, self.broken, self.busy, self.full = threading.Event(), "", (0, 0), False
         self.ready.set()
         self.jobs, self.cancelled = [], []
@@ -132,14 +135,15 @@ class Reciter:
 
     def _recite(self, job):
         for t in range(len(job.written), len(self.tokens)):
-            margin = self.margins.get(t, -5.0)
+            margin = -5.0 if self.wavering and job.seed % 2 else self.margins.get(t, -5.0)
             if job.cancelled:
                 return
             if margin + job.bias > 0:
-                return job.emit(Emission([], [0.0], [margin], "call"))
+                return job.emit(Emission([], [-0.5], [margin], "call"))
+            logp = -t / 8
             if t + 1 == job.limit:
-                return job.emit(Emission(self.tokens[t : t + 1], [0.0], [margin], "length"))
-            job.emit(Emission(self.tokens[t : t + 1], [0.0], [margin], None))
+                return job.emit(Emission(self.tokens[t : t + 1], [logp], [margin], "length"))
+            job.emit(Emission(self.tokens[t : t + 1], [logp], [margin], None))
             time.sleep(self.pause)
         job.emit(Emission([], [0.0], [-float("inf")], "stop"))
 
@@ -151,6 +155,7 @@ class Reciter:
         pass
 
 
+@functools.cache
 def tiny_text():
     """The embedded model's Text."""
     return text_lib.load(hf.ASSETS / "countdown-tiny", cloud_config().text)
@@ -249,6 +254,21 @@ class Server:
         assert events[-2:] == ["data: [DONE]", ""]
         chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
         return response.status, response.headers, chunks
+
+
+@contextlib.contextmanager
+def starter(folder):
+    """start(provider, margins, **changes): a running server; all end with the block."""
+    with contextlib.ExitStack() as stack:
+
+        def start(
+            provider=None, margins=None, response=RESPONSE, pause=0.0, wavering=False, **changes
+        ):
+            engine = Reciter(tiny_text(), response, margins, pause, wavering)
+            service = make_service(engine, tiny_text(), folder, provider, **changes)
+            return stack.enter_context(Server(service))
+
+        yield start
 
 
 def told(chunks, name):

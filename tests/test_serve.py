@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from serving import KEY, Server
 
+from collab_jax.bench.serve import run_serve_bench
 from collab_jax.rl import evaluation, experiment
 from collab_jax.runtime import parallel
 from collab_jax.serve.__main__ import KEY_ENV, make_service
@@ -111,6 +112,12 @@ def test_a_new_budget_and_new_settings_compile_nothing(server):
     server.chat(prompt, temperature=1.5, top_p=0.5, seed=3, logit_bias={"5": 2})
     server.chat(prompt, collab={"threshold": 3})
     assert sizes() == before and set(before) == {1}
+
+
+@pytest.mark.slow
+def test_the_fuzz_as_a_command(capsys):
+    assert run_serve_bench(["--requests", "60", "--clients", "4"]) == 0
+    assert re.search(r"60 requests .* 20 cut; \d+ answers bought", capsys.readouterr().out)
 
 
 def test_every_setting_of_a_server_is_read(small):

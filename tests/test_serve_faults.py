@@ -1,46 +1,18 @@
 """Serving over real sockets, with an engine that recites: who answers, at what cost, what fails."""
 
-import asyncio
-import contextlib
 import http.client
 import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
-from serving import KEY, PRICE, RESPONSE, Provider, Reciter, Server, make_service, tiny_text, told
+from serving import KEY, PRICE, Provider, told
 
 from collab_jax.cloud import attempts, ledger
-from collab_jax.models.text import Text
 
 CALLS = {6: 2.0}  # a margin after "<think>49+9="
 THOUGHT, ANSWER = "49+9=58,58+37=95 ok", "49+9+37"
-
-
-@pytest.fixture(scope="module")
-def text() -> Text:
-    return tiny_text()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(attempts, "BACKOFF_SECONDS", (0.01, 0.05))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.fixture
-def start(text, tmp_path):
-    """start(provider, margins, **changes): a running server; all end with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def make(provider=None, margins=None, response=RESPONSE, pause=0.0, **changes):
-            engine = Reciter(text, response, margins, pause)
-            service = make_service(engine, text, tmp_path, provider, **changes)
-            return stack.enter_context(Server(service))
-
-        yield make
 
 
 # ------------------------------------------------------------------------------- who answers
@@ -272,7 +244,7 @@ def test_a_client_that_leaves_frees_its_slot_and_its_call(start, stream):
         assert provider.left == 1
         while not server.api.telemetry._sums["errors_total", '{status="499"}']:
             time.sleep(0.02)
-        assert server.service.engine.cancelled and not server.service.upstream._purchases
+        assert server.service.engine.cancelled and not server.service.upstream.pending
 
 
 def test_streams_cut_anywhere_leave_the_books_in_order(start):
@@ -294,9 +266,9 @@ def test_streams_cut_anywhere_leave_the_books_in_order(start):
             list(pool.map(cut, range(120)))
         counts, upstream = server.api.telemetry._sums, server.service.upstream
         deadline = time.monotonic() + 20
-        while (counted(counts) < 120 or upstream._purchases) and time.monotonic() < deadline:
+        while (counted(counts) < 120 or upstream.pending) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert counted(counts) == 120 and not upstream._purchases
+        assert counted(counts) == 120 and not upstream.pending
         assert not [labels for name, labels in counts if name == "errors_total" and '"5' in labels]
         assert max(provider.whole.values()) == 1
         time.sleep(0.2)  # the last booking is in a thread
@@ -325,7 +297,9 @@ def test_a_full_queue_is_a_429_that_says_when(start):
     ("field", "value", "name"),
     [
         ("colour", 1, "colour"),
-        ("n", 2, "n"),
+        ("n", 17, "n"),
+        ("n", True, "n"),
+        ("top_logprobs", 2, "top_logprobs"),
         ("response_format", {"type": "json_object"}, "response_format"),
         ("temperature", 3, "temperature"),
         ("temperature", float("nan"), "temperature"),
@@ -410,32 +384,3 @@ def test_metrics_health_and_models(start):
     assert server.json("GET", "/ready")[0] == 503
     server.service.engine.broken = "RuntimeError"
     assert server.json("GET", "/health")[0] == 503
-
-
-# ------------------------------------------------------------------------------- its client
-
-
-def test_the_openai_client(start):
-    messages = [{"role": "user", "content": "49 9 37=95"}]
-    with Provider() as provider:
-        server = start(provider, CALLS)
-        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
-        reply = client.chat.completions.create(model="collab", messages=messages)
-        assert reply.choices[0].message.content == "42" and reply.model == "big"
-        chunks = client.chat.completions.create(
-            model="collab", messages=messages, stream=True, extra_body={"collab": {"threshold": 9}}
-        )
-        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-        assert text == ANSWER
-        with pytest.raises(openai.BadRequestError, match="n is not served"):
-            client.chat.completions.create(model="collab", messages=messages, n=3)
-
-        async def ask():
-            async with openai.AsyncOpenAI(base_url=server.url, api_key="none") as client:
-                whole = await client.chat.completions.create(
-                    model="collab-device", messages=messages
-                )
-                return whole.choices[0].message.content
-
-        assert asyncio.run(ask()) == ANSWER
-        assert [model.id for model in client.models.list()][0] == "collab"

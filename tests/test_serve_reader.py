@@ -81,3 +81,16 @@ def test_the_first_and_longest_string_is_found():
     assert [held_back(t, ["<ab", "<ac>"]) for t in ("", "x", "<", "x<a", "<ac", "<ab ")] == [
         0, 0, 1, 2, 3, 0,
     ]  # fmt: skip
+
+
+def test_each_piece_knows_the_tokens_that_it_is_of():
+    """Tokens are bytes here: a character of three bytes is of three tokens, white space inside is
+    of its own, and what surrounds the content is of nobody.
+    """
+    raw = list("<answer> π <4</answer>".encode())
+    reader, pieces = Reader(Bytes()), []  # pyright: ignore[reportArgumentType]
+    for token in raw:
+        pieces += reader.feed([token])
+    tokens = [place for piece in pieces for places in piece.tokens for place in places]
+    assert bytes(raw[place] for place in tokens).decode() == "π <4"
+    assert all(len(piece.text) == len(piece.tokens) for piece in pieces)

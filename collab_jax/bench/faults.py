@@ -1,7 +1,7 @@
 """An OpenAI-compatible server on the loopback interface that fails on purpose.
 
-The cloud's client is measured against it. The server counts, for each prompt (the content of the
-last message), how often it was asked and how often a reply was sent whole.
+The cloud's client and the server of `serve` are measured against it. It counts, for each prompt
+(the content of the last message), how often it was asked and how often a reply was sent whole.
 """
 
 import json
@@ -19,6 +19,8 @@ USAGE = {"prompt_tokens": 10, "completion_tokens": 3}
 
 class FaultServer:
     """A server that replies with answer(content): a text, or a whole message as a dict.
+
+    It streams a text, in two parts, where it is asked to.
 
     share: of the requests, which meet one of `faults`, drawn with `seed`. delay: seconds of every
     request; stall: of the fault "stall". after: the Retry-After header of a 429. It is a context
@@ -97,6 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
         match fault:
             case None:
                 answer = server.answer(content)
+                if body.get("stream"):
+                    self._stream(str(answer))
+                    server.whole[content] += 1
+                    return
                 if not isinstance(answer, dict):
                     answer = {"role": "assistant", "content": answer}
                 self._send_choices([{"index": 0, "message": answer, "finish_reason": "stop"}])
@@ -115,6 +121,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.close()
             case status:
                 self._send(int(status), {"error": {"message": f"no, not {content}", "code": None}})
+
+    def _stream(self, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.close_connection = True
+        half = len(text) // 2
+        for delta, reason in (({"content": text[:half]}, None), ({"content": text[half:]}, "stop")):
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            data = {"id": "x", "object": "chat.completion.chunk", "choices": [choice]}
+            if reason:
+                data["usage"] = USAGE
+            self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
+            self.faulty.pause(self.faulty.delay)
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def _send_choices(self, choices: list[dict]) -> None:
         data = {"id": "x", "object": "chat.completion", "choices": choices, "usage": USAGE}

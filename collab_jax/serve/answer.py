@@ -12,29 +12,21 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from collab_jax.cloud.redaction import Redacted
 from collab_jax.cloud.share import with_attempt
 from collab_jax.models.text import Messages, Text
-from collab_jax.serve.body import Ask, Refused
+from collab_jax.serve.body import CLOUD_FIRST, Ask
 from collab_jax.serve.budget import Controller
-from collab_jax.serve.engine import Broken, Emission, Engine, Job
-from collab_jax.serve.reader import Kind, Reader, Stops
+from collab_jax.serve.engine import Emission, Engine, Job
+from collab_jax.serve.reader import Stops
+from collab_jax.serve.response import Response, Said
+from collab_jax.serve.schema import Refused
 from collab_jax.serve.upstream import Bought, CloudFailed, Upstream
 
 DISALLOWED = -math.inf  # a bias
-CLOUD_FIRST = ("prefer_cloud", "only_cloud")
-
-
-class Said(NamedTuple):
-    """Text for the client, and the model that produced it."""
-
-    kind: Kind
-    text: str
-    model: str
 
 
 Say = Callable[[Said], Awaitable[None]]  # returns once the client can take more
@@ -76,16 +68,11 @@ class Outcome:
         return best if math.isfinite(best) else None
 
 
-@dataclass
-class _Response:
-    """What the device has written of a request."""
-
-    prompt: tuple[int, ...]
-    reader: Reader
-    stops: Stops
-    written: list[int] = field(default_factory=list)
-    held: list[Said] = field(default_factory=list)  # content that may yet be withdrawn
-    end: str = ""
+def outcomes(request_id: str, ask: Ask) -> list[Outcome]:
+    """An empty Outcome for each choice of a request; the id of the second one ends with -1."""
+    return [
+        Outcome(f"{request_id}-{i}" if i else request_id, ask.choice(i)) for i in range(ask.choices)
+    ]
 
 
 def _may_stand_in(outcome: Outcome) -> bool:
@@ -179,7 +166,7 @@ class Service:
             return bias
         return self.controller.bias
 
-    def _wants_cloud(self, ask: Ask, response: _Response) -> bool:
+    def _wants_cloud(self, ask: Ask, response: Response) -> bool:
         """Whether the device's response asks for the cloud, or is none."""
         if ask.mode != "prefer_device":
             return False
@@ -207,7 +194,7 @@ class Service:
 
     # ------------------------------------------------------------------------- the two models
 
-    def _response(self, ask: Ask) -> _Response:
+    def _response(self, ask: Ask) -> Response:
         """An empty response to the prompt. Raises Refused where the model cannot take it."""
         messages = ask.messages
         if self.system and messages[0]["role"] != "system":
@@ -227,9 +214,9 @@ class Service:
             )
         if self.text.decision_id in ask.logit_bias:
             raise Refused("logit_bias may not move the decision to call: use collab", "logit_bias")
-        return _Response(tuple(prompt), Reader(self.text), Stops(ask.stops))
+        return Response(self.model, self.text, tuple(prompt), ask.stops, ask.logprobs)
 
-    async def _device(self, outcome: Outcome, response: _Response, bias: float, say: Say) -> None:
+    async def _device(self, outcome: Outcome, response: Response, bias: float, say: Say) -> None:
         """Says what the device writes, from what it has written before, until it ends."""
         ask, loop = outcome.ask, asyncio.get_running_loop()
         emissions: asyncio.Queue[Emission] = asyncio.Queue()
@@ -250,7 +237,11 @@ class Service:
         try:
             while not response.end:
                 emission = await emissions.get()
-                for said in self._read(outcome, response, emission):
+                outcome.margins += emission.margins
+                outcome.device_tokens += len(emission.margins)
+                if emission.end == "call":
+                    outcome.decided_at = len(outcome.margins) - 1
+                for said in response.read(emission):
                     if said.kind == "content" and ask.buffered:
                         response.held.append(said)
                     else:
@@ -259,31 +250,7 @@ class Service:
             self.engine.cancel(job)
             outcome.device_ms += 1000 * (time.monotonic() - begin)
 
-    def _read(self, outcome: Outcome, response: _Response, emission: Emission) -> list[Said]:
-        """What an emission says; it may end the response."""
-        if emission.end == "error":
-            raise Broken
-        response.written += emission.tokens
-        outcome.margins += emission.margins
-        outcome.device_tokens += len(emission.margins)
-        pieces = list(response.reader.feed(emission.tokens))
-        if emission.end in ("stop", "length"):
-            pieces += response.reader.finish()
-        if emission.end == "call":
-            outcome.decided_at = len(outcome.margins) - 1
-        response.end = emission.end or ""
-        said = []
-        for kind, text in pieces:
-            if kind == "content":
-                text = response.stops.feed(text)
-                response.end = "stop" if response.stops.hit else response.end
-            if text:
-                said.append(Said(kind, text, self.model))
-        if emission.end and (rest := response.stops.finish()) and emission.end != "call":
-            said.append(Said("content", rest, self.model))
-        return said
-
-    def _for_cloud(self, ask: Ask, response: _Response) -> Messages:
+    def _for_cloud(self, ask: Ask, response: Response) -> Messages:
         """What the cloud is asked: the client's messages, with the attempt where that is wanted."""
         if not ask.share_attempt:
             return ask.messages

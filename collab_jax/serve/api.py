@@ -7,20 +7,22 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from collab_jax.serve import body, wire
-from collab_jax.serve.answer import Outcome, Said, Service
-from collab_jax.serve.body import MODELS, Ask, Refused
+from collab_jax.serve import body, openapi, wire
+from collab_jax.serve.answer import Outcome, Service, outcomes
+from collab_jax.serve.body import MODELS, Ask
 from collab_jax.serve.engine import Broken, Busy
+from collab_jax.serve.response import Said
+from collab_jax.serve.schema import Refused
 from collab_jax.serve.telemetry import Telemetry
 from collab_jax.serve.upstream import CloudFailed
 
@@ -54,12 +56,14 @@ class Api:
             Route("/budget", self.read_budget, methods=["GET"]),
             Route("/budget", self.set_budget, methods=["PUT"]),
             Route("/requests/{request_id}", self.request),
+            Route("/openapi.json", self.openapi),
         ]
         handlers: dict[Any, Any] = {
             Refused: lambda _, error: refusal(error),
             HTTPException: lambda _, error: refusal(
                 Refused(str(error.detail), status=error.status_code, headers=error.headers)
             ),
+            ClientDisconnect: lambda *_: Response(status_code=LEFT),  # before all was sent
             Exception: lambda _, error: refusal(Refused("an error in the server", status=500)),
         }
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
@@ -96,32 +100,44 @@ class Api:
     ) -> Response:
         request_id = uuid.uuid4().hex
         try:
-            outcome = Outcome(request_id, read(await read_body(request)))
+            choices = outcomes(request_id, read(await read_body(request)))
         except Refused as error:
             error.headers["x-request-id"] = request_id
             raise
-        format = wire.Format(outcome, chat)
-        if outcome.ask.stream:
-            return Stream(self, outcome, format)
-        whole: list[Said] = []
-
-        async def say(said: Said) -> None:
-            whole.append(said)
-
+        format = wire.Format(choices, chat)
+        if choices[0].ask.stream:
+            return Stream(self, choices, format)
+        whole: list[list[Said]] = [[] for _ in choices]
         status = 500
         try:
-            await until_left(request.receive, self.service.answer(outcome, say))
+            await until_left(request.receive, self._compute(choices, whole))
             status = 200
             content = format.whole(whole, self.service.controller.report())
-            return JSONResponse(content, headers=wire.headers(outcome))
+            return JSONResponse(content, headers=wire.headers(choices))
         except ClientLeft:
             status = LEFT
             return Response(status_code=LEFT)
         except Exception as error:
-            refused = as_refusal(error, outcome)
+            refused = as_refusal(error, choices)
             status = refused.status
             return refusal(refused)
         finally:
+            self.note(choices, status)
+
+    async def _compute(self, choices: Sequence[Outcome], whole: Sequence[list[Said]]) -> None:
+        """Fills `whole` with what is said of each choice."""
+
+        async def one(outcome: Outcome, said: list[Said]) -> None:
+            async def say(more: Said) -> None:
+                said.append(more)
+
+            await self.service.answer(outcome, say)
+
+        await together(one(outcome, said) for outcome, said in zip(choices, whole, strict=True))
+
+    def note(self, choices: Sequence[Outcome], status: int) -> None:
+        """Puts a request that has ended on record."""
+        for outcome in choices:
             self.telemetry.note(outcome, status)
 
     # ------------------------------------------------------------------------- everything else
@@ -132,6 +148,9 @@ class Api:
             for name in MODELS
         ]
         return JSONResponse({"object": "list", "data": rows})
+
+    async def openapi(self, _: Request) -> Response:
+        return JSONResponse(openapi.DOCUMENT)
 
     async def health(self, _: Request) -> Response:
         broken = self.service.engine.broken
@@ -177,9 +196,10 @@ class Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, api: Api, outcome: Outcome, format: wire.Format):
-        self._api, self._outcome, self._format = api, outcome, format
+    def __init__(self, api: Api, choices: Sequence[Outcome], format: wire.Format):
+        self._api, self._choices, self._format = api, choices, format
         self._begun = False  # the headers have left
+        self._writing = asyncio.Lock()
         self.background, self.status_code = None, 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -189,20 +209,16 @@ class Stream(Response):
         except ClientLeft:
             status = LEFT
         finally:
-            self._api.telemetry.note(self._outcome, status)
+            self._api.note(self._choices, status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
         """Sends all of it, and returns the status for the record."""
-        outcome, format, status = self._outcome, self._format, 200
-
-        async def say(said: Said) -> None:
-            await self._write(format.chunk(said), send)
-
+        status = 200
         try:
-            await self._api.service.answer(outcome, say)
-            await self._write(format.last(self._api.service.controller.report()), send)
+            await together(self._choice(index, send) for index in range(len(self._choices)))
+            await self._write(self._format.usage(), send)
         except Exception as error:
-            refused = as_refusal(error, outcome)
+            refused = as_refusal(error, self._choices)
             status = refused.status
             if not self._begun:
                 await refusal(refused)(scope, receive, send)
@@ -212,14 +228,35 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b""})
         return status
 
+    async def _choice(self, index: int, send: Send) -> None:
+        """Sends all of a choice."""
+
+        async def say(said: Said) -> None:
+            await self._write(self._format.chunk(index, said), send)
+
+        await self._api.service.answer(self._choices[index], say)
+        budget = self._api.service.controller.report()
+        await self._write(self._format.end(index, budget), send)
+
     async def _write(self, text: str, send: Send) -> None:
         """Sends events, and before the first of them the headers."""
-        if not self._begun:
-            self._begun = True
-            self.init_headers({"cache-control": "no-store", **wire.headers(self._outcome)})
-            start = {"status": self.status_code, "headers": self.raw_headers}
-            await send({"type": "http.response.start", **start})
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        async with self._writing:
+            if not self._begun:
+                self.init_headers({"cache-control": "no-store", **wire.headers(self._choices)})
+                start = {"status": self.status_code, "headers": self.raw_headers}
+                await send({"type": "http.response.start", **start})
+                self._begun = True
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+
+async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Runs all of it. Raises the first error, and ends the rest then."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in work:
+                group.create_task(coroutine)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def read_body(request: Request) -> bytes:
@@ -252,9 +289,9 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def as_refusal(error: Exception, outcome: Outcome) -> Refused:
-    """What a client is told of an error."""
-    outcome.error = type(error).__name__
+def as_refusal(error: Exception, choices: Sequence[Outcome]) -> Refused:
+    """What a client is told of an error, which goes on record."""
+    name, request_id = type(error).__name__, choices[0].request_id
     wait: float | None = None
     match error:
         case Refused():
@@ -262,15 +299,17 @@ def as_refusal(error: Exception, outcome: Outcome) -> Refused:
         case Busy():
             refused, wait = Refused(str(error), code="busy", status=429), error.retry_after
         case CloudFailed():
-            outcome.error = error.reason
+            name = error.reason
             refused = Refused(f"the cloud has no answer ({error.reason})", None, "cloud", 503)
             wait = error.retry_after
         case Broken():
             refused = Refused("the device has failed", code="device", status=503)
         case _:
-            log.exception("request %s failed", outcome.request_id, exc_info=error)
+            log.exception("request %s failed", request_id, exc_info=error)
             refused = Refused("an error in the server", status=500)
-    refused.headers["x-request-id"] = outcome.request_id
+    for outcome in choices:
+        outcome.error = name
+    refused.headers["x-request-id"] = request_id
     if wait is not None:
         refused.headers["retry-after"] = str(math.ceil(wait))
         refused.headers["retry-after-ms"] = str(math.ceil(1000 * wait))

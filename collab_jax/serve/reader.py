@@ -20,10 +20,15 @@ ANSWER, CLOSING = "<answer>", "</answer>"
 
 
 class Piece(NamedTuple):
-    """A part of a response, in the order it was written."""
+    """A part of a response, in the order it was written.
+
+    tokens: for each character, the places in the response of those tokens that it may be of: of the
+    one alone, where tokens are fed one by one.
+    """
 
     kind: Kind
     text: str
+    tokens: list[range]
 
 
 class Decoder:
@@ -49,6 +54,22 @@ class Decoder:
         return self._text.decode(ids, np.ones_like(ids, bool))[0]
 
 
+class _Span(NamedTuple):
+    """Text, and for each of its characters the tokens that it is of."""
+
+    text: str
+    tokens: list[range]
+
+    def then(self, other: "_Span") -> "_Span":
+        return _Span(self.text + other.text, self.tokens + other.tokens)
+
+    def cut(self, start: int, end: int | None = None) -> "_Span":
+        return _Span(self.text[start:end], self.tokens[start:end])
+
+
+_NOTHING = _Span("", [])
+
+
 class Reader:
     """A device response as pieces. `opened`, `closed`: whether the answer has been."""
 
@@ -56,43 +77,48 @@ class Reader:
         self.opened = self.closed = False
         self._decoder = Decoder(text)
         self._hidden = (*TAGS, text.marker)
-        self._buffer, self._blank = "", ""
+        self._buffer = self._blank = _NOTHING
+        self._fed = self._decoded = 0  # tokens
         self._begun: set[Kind] = set()
 
     def feed(self, tokens: Sequence[int]) -> Iterator[Piece]:
         """Yields the pieces that these tokens complete."""
-        self._buffer += self._decoder.feed(tokens)
-        while found := first_of(self._buffer, self._hidden):
+        self._fed += len(tokens)
+        if text := self._decoder.feed(tokens):
+            origin = [range(self._decoded, self._fed)] * len(text)
+            self._buffer = self._buffer.then(_Span(text, origin))
+            self._decoded = self._fed
+        while found := first_of(self._buffer.text, self._hidden):
             at, tag = found
-            yield from self._out(self._buffer[:at])
-            self._buffer = self._buffer[at + len(tag) :]
+            yield from self._out(self._buffer.cut(0, at))
+            self._buffer = self._buffer.cut(at + len(tag))
             self._turn(tag)
-        safe = len(self._buffer) - held_back(self._buffer, self._hidden)
-        yield from self._out(self._buffer[:safe])
-        self._buffer = self._buffer[safe:]
+        safe = len(self._buffer.text) - held_back(self._buffer.text, self._hidden)
+        yield from self._out(self._buffer.cut(0, safe))
+        self._buffer = self._buffer.cut(safe)
 
     def finish(self) -> Iterator[Piece]:
         """Yields what was held back, once no token follows."""
         yield from self._out(self._buffer)
-        self._buffer = ""
+        self._buffer = _NOTHING
 
     def _turn(self, tag: str) -> None:
         if tag == ANSWER and not self.opened:
-            self.opened, self._blank = True, ""
+            self.opened, self._blank = True, _NOTHING
         elif tag == CLOSING and self.opened:
             self.closed = True
 
-    def _out(self, text: str) -> Iterator[Piece]:
+    def _out(self, span: _Span) -> Iterator[Piece]:
         """Yields text without white space at the ends of its kind; after the answer, nothing."""
         kind: Kind = "content" if self.opened else "reasoning"
-        text = self._blank + text
+        span = self._blank.then(span)
         if kind not in self._begun:
-            text = text.lstrip()
-        shown = text.rstrip()
-        self._blank = text[len(shown) :]
-        if shown and not self.closed:
+            span = span.cut(len(span.text) - len(span.text.lstrip()))
+        end = len(span.text.rstrip())
+        shown, self._blank = span.cut(0, end), span.cut(end)
+        if shown.text and not self.closed:
             self._begun.add(kind)
-            yield Piece(kind, shown)
+            yield Piece(kind, shown.text, shown.tokens)
 
 
 class Stops:

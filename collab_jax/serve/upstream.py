@@ -1,7 +1,8 @@
 """The cloud from asyncio: its answers as they come, each bought once however many wait for it.
 
 An answer that is stored costs nothing. A provider's is streamed; a simulated or local cloud's comes
-in one piece. A purchase is booked like those of training (`cloud/budget.py`): at the highest price
+in one piece, as does one that another process buys: a key is leased while it is bought, like those
+of training (`cloud/leases.py`). So is a purchase booked (`cloud/budget.py`): at the highest price
 before it is made, then at what it cost, and at the highest price for good where nobody knows.
 """
 
@@ -10,11 +11,13 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, TypeVar
 
 from collab_jax.cloud import CachedCloud, Failure, Reply, attempts
 from collab_jax.cloud.budget import settle
+from collab_jax.cloud.buyer import POLL_SECONDS
+from collab_jax.cloud.leases import Leases
 from collab_jax.cloud.openai import OpenAICloud
 from collab_jax.cloud.redaction import Redacted, Restorer, as_it_is
 from collab_jax.cloud.store import insert, row
@@ -26,6 +29,8 @@ from collab_jax.tasks.base import answer_of
 log = logging.getLogger(__name__)
 
 THREADS = 16  # that wait for the store, or for a cloud that does not stream
+# How long a call goes on for nobody: one that ends in the meantime need not be paid for again.
+GRACE_SECONDS = 1.0
 T = TypeVar("T")
 
 
@@ -35,6 +40,10 @@ class CloudFailed(Exception):
     def __init__(self, reason: str, retry_after: float | None = None, usd: float = 0.0):
         super().__init__(reason)
         self.reason, self.retry_after, self.usd = reason, retry_after, usd
+
+
+class _LeaseLost(Exception):
+    """Another process may have bought what this one was about to."""
 
 
 class Bought(NamedTuple):
@@ -55,6 +64,7 @@ class _Purchase:
         self.usd = 0.0  # booked so far
         self.paid = False  # by the first listener that hears the end, or by nobody
         self.task: asyncio.Task | None = None
+        self.booking: Future[None] | None = None  # of the last call
         self._changed = asyncio.Event()
 
     def tell(self) -> None:
@@ -93,6 +103,8 @@ class Upstream:
         self.abandoned_usd = 0.0  # of calls that nobody waited for any longer, at most
         self._client = None
         self._purchases: dict[str, _Purchase] = {}
+        self._leases = Leases(cloud.store)
+        self._renewing: asyncio.Task | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cloud")
 
     @property
@@ -116,11 +128,16 @@ class Upstream:
         """Whether the cloud is taken to be out of order."""
         return self.cloud.breaker.is_open
 
+    @property
+    def pending(self) -> int:
+        """Answers that are on their way."""
+        return len(self._purchases)
+
     async def ask(self, query: Redacted) -> AsyncGenerator[Delta | Bought, None]:
         """Yields the answer as it comes, restored, then its end. Raises CloudFailed.
 
         The reply of the end is the stored one, with placeholders. Where the iterator is closed, and
-        nobody else waits for the answer, the call is ended.
+        nobody else waits for the answer or comes for it within GRACE_SECONDS, the call is ended.
         """
         key, restoring = self.cloud.key(query.messages), _Restoring(query)
         purchase = self._purchases.get(key)
@@ -150,8 +167,15 @@ class Upstream:
                 if purchase.task.done():
                     self._abandon(purchase)
                 else:
-                    self._purchases.pop(key, None)
-                    purchase.task.cancel()
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(GRACE_SECONDS, self._end_unheard, key, purchase)
+
+    def _end_unheard(self, key: str, purchase: _Purchase) -> None:
+        """Ends a call that nobody waits for."""
+        if not purchase.listeners and purchase.task and not purchase.task.done():
+            if self._purchases.get(key) is purchase:
+                del self._purchases[key]
+            purchase.task.cancel()
 
     def _abandon(self, purchase: _Purchase) -> None:
         """Notes what was booked for an answer whose listeners have left before its end."""
@@ -162,23 +186,23 @@ class Upstream:
     async def close(self) -> None:
         """Ends what is on its way, and the connections."""
         tasks = [p.task for p in self._purchases.values() if p.task]
+        tasks += [self._renewing] if self._renewing else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._client is not None:
             await self._client.close()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()  # what was bought is stored
 
     # -------------------------------------------------------------------------- one purchase
 
     async def _buy(self, purchase: _Purchase, key: str, messages: Messages) -> None:
         try:
-            stored = (await self._in_thread(lambda: self.cloud.store.get_many([key]))).get(key)
-            if stored is not None:
+            if stored := await self._stored(key):
                 purchase.deltas.append(self._whole(stored))
                 purchase.end = Bought(stored, 0.0, 0)
             elif isinstance(self.cloud.cloud, OpenAICloud) and self.cloud.policy.mode != "replay":
-                purchase.end = await self._streamed(purchase, self.cloud.cloud, messages)
+                purchase.end = await self._leased(purchase, key, self.cloud.cloud, messages)
             else:
                 purchase.end = await self._in_one_piece(purchase, messages)
         except CloudFailed as failed:
@@ -214,19 +238,64 @@ class Upstream:
             text = answer_of(text) or text
         return Delta(reply.reasoning, text)
 
+    async def _leased(
+        self, purchase: _Purchase, key: str, cloud: OpenAICloud, messages: Messages
+    ) -> Bought:
+        """Buys a stream once no other process buys the same, or has the answer of that one."""
+        deadline = time.monotonic() + self.seconds
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew())
+        while time.monotonic() < deadline:
+            lease = self._threads.submit(self._leases.take, [key])
+            try:
+                if await asyncio.wrap_future(lease):
+                    # The last holder may have bought it.
+                    if stored := await self._stored(key):
+                        purchase.deltas.append(self._whole(stored))
+                        return Bought(stored, purchase.usd, 0)
+                    return await self._streamed(purchase, key, cloud, messages, deadline)
+            except _LeaseLost:
+                continue
+            finally:
+                self._threads.submit(self._give_back, lease, purchase)
+            await asyncio.sleep(POLL_SECONDS)
+        raise CloudFailed("another process has not bought it in time", usd=purchase.usd)
+
+    def _give_back(self, lease: Future[set[str]], purchase: _Purchase) -> None:
+        """Ends a lease, if it was granted, once what was bought under it is in the store."""
+        if purchase.booking:
+            wait([purchase.booking])
+        self._leases.release(lease.result())
+
+    async def _renew(self) -> None:
+        """Extends the leases for as long as the server runs."""
+        while True:
+            await asyncio.sleep(self._leases.seconds / 5)
+            try:
+                await self._in_thread(self._leases.renew)
+            except UserError as error:  # whoever buys will meet it
+                log.warning("leases not renewed: %s", error)
+
+    async def _stored(self, key: str) -> Reply | None:
+        return (await self._in_thread(lambda: self.cloud.store.get_many([key]))).get(key)
+
     async def _streamed(
-        self, purchase: _Purchase, cloud: OpenAICloud, messages: Messages
+        self,
+        purchase: _Purchase,
+        key: str,
+        cloud: OpenAICloud,
+        messages: Messages,
+        deadline: float,
     ) -> Bought:
         """Buys a stream, with retries as long as nothing of it was seen."""
         if self._client is None:
             self._client = cloud.make_client()
-        deadline, breaker = time.monotonic() + self.seconds, self.cloud.breaker
-        highest = cloud.highest_usd(messages)
+        breaker, highest = self.cloud.breaker, cloud.highest_usd(messages)
         for attempt in range(self.cloud.policy.retries + 1):
             admission = breaker.admit()
             if admission is None:
                 raise CloudFailed("down", breaker.seconds_left(), purchase.usd)
-            if not await self._reserve(highest):
+            if not await self._reserve(key, highest):
                 raise CloudFailed("the cloud's budget is spent", usd=purchase.usd)
             outcome = Failure("cut off", usd=None)
             try:
@@ -242,8 +311,9 @@ class Upstream:
             finally:  # also where the last listener has left
                 usd = highest if outcome.usd is None else outcome.usd
                 purchase.usd += usd
-                book = self._threads.submit(self._book, messages, outcome, highest, usd)
-            await asyncio.wrap_future(book)
+                purchase.booking = self._threads.submit(self._book, messages, outcome, highest, usd)
+            # Shielded: what was bought is stored, even if the last listener leaves now.
+            await asyncio.shield(asyncio.wrap_future(purchase.booking))
             if isinstance(outcome, Reply):
                 breaker.note_life()
                 return Bought(outcome, purchase.usd, attempt + 1)
@@ -255,15 +325,20 @@ class Upstream:
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _reserve(self, usd: float) -> int:
-        """Books a call at its highest price; returns 1, or 0 where the budget has no room."""
+    async def _reserve(self, key: str, usd: float) -> int:
+        """Books a call at its highest price; returns 1, or 0 where the budget has no room.
+
+        Raises _LeaseLost where this process has slept through the end of its lease.
+        """
 
         def reserve() -> int:
             with self.cloud.store.transaction() as db:
+                if not self._leases.extend(db, [key]):
+                    raise _LeaseLost
                 return self.cloud.budget.reserve(db, [usd])
 
         def undo(reserved: Future[int]) -> None:
-            if reserved.result():
+            if not reserved.exception() and reserved.result():
                 with self.cloud.store.transaction() as db:
                     settle(db, usd, 0.0, unsent=1)
 
