@@ -9,5 +9,6 @@ body            what a client may ask for
 answer          one request from its prompt to its last event
 telemetry       counters, and the last requests
 api             the HTTP application
+playground      its page for a browser, playground.html
 __main__        the command `python -m collab_jax.serve`
 """

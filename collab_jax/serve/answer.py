@@ -21,7 +21,7 @@ from collab_jax.models.text import Messages, Text
 from collab_jax.serve.body import Ask, Refused
 from collab_jax.serve.budget import Controller
 from collab_jax.serve.engine import Broken, Emission, Engine, Job
-from collab_jax.serve.reader import Kind, Reader, Stops
+from collab_jax.serve.reader import Kind, Reader, Stops, spell
 from collab_jax.serve.upstream import Bought, CloudFailed, Upstream
 
 DISALLOWED = -math.inf  # a bias
@@ -44,7 +44,8 @@ class Outcome:
     """What is known of a request; complete when its last event has come.
 
     margins: m_t of each step of the device. decided_at: the step at which it called. bias: of the
-    decision; None where the device had none to make.
+    decision; None where the device had none to make. spelt: the device's tokens as text, where the
+    client wants a trace.
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class Outcome:
     bias: float | None = None
     margins: list[float] = field(default_factory=list)
     decided_at: int | None = None
+    spelt: list[str] = field(default_factory=list)
     prompt_tokens: int = 0  # of who answered
     completion_tokens: int = 0
     device_tokens: int = 0
@@ -253,6 +255,8 @@ class Service:
         finally:
             self.engine.cancel(job)
             outcome.device_ms += 1000 * (time.monotonic() - begin)
+        if ask.trace:
+            outcome.spelt = spell(self.text, response.written)
 
     def _read(self, outcome: Outcome, response: _Response, emission: Emission) -> list[Said]:
         """What an emission says; it may end the response."""

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from collab_jax.serve import body, wire
+from collab_jax.serve import body, playground, wire
 from collab_jax.serve.answer import Outcome, Said, Service
 from collab_jax.serve.body import MODELS, Ask, Refused
 from collab_jax.serve.engine import Broken, Busy
@@ -45,6 +45,7 @@ class Api:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
+            Route("/", playground.page),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/models", self.models),

@@ -63,7 +63,7 @@ class Ask:
     limit: tokens of a device response, None: as many as the server gives. threshold: the margin
     above which the cloud is called; rate: the share of such requests that shall be; at most one of
     the two. max_usd: the most that this answer may cost. strict: a stream sends content only when
-    no more can go wrong.
+    no more can go wrong. trace: the device's tokens and margins come with the answer.
     """
 
     model: str
@@ -83,6 +83,7 @@ class Ask:
     share_attempt: bool
     allow_fallback: bool
     strict: bool
+    trace: bool
 
     @property
     def buffered(self) -> bool:
@@ -173,6 +174,7 @@ def _ask(fields: _Fields, messages: Messages) -> Ask:
     share_attempt = own.take("share_attempt", _is_bool)
     allow_fallback = own.take("allow_fallback", _is_bool)
     strict = own.take("strict", _is_bool)
+    trace = own.take("trace", _is_bool)
     own.none_left()
     fields.none_left()
     if threshold is not None and rate is not None:
@@ -195,6 +197,7 @@ def _ask(fields: _Fields, messages: Messages) -> Ask:
         share_attempt=bool(share_attempt),
         allow_fallback=allow_fallback is not False,
         strict=bool(strict),
+        trace=bool(trace),
     )
 
 

@@ -49,6 +49,12 @@ class Decoder:
         return self._text.decode(ids, np.ones_like(ids, bool))[0]
 
 
+def spell(text: Text, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds; a character that spans two comes with the second."""
+    decoder = Decoder(text)
+    return [decoder.feed([token]) for token in tokens]
+
+
 class Reader:
     """A device response as pieces. `opened`, `closed`: whether the answer has been."""
 

@@ -5,14 +5,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from collab_jax.serve.answer import Outcome, Said
-from collab_jax.serve.telemetry import summary
+from collab_jax.serve.telemetry import margins, summary
 
 DONE = "data: [DONE]\n\n"
 
 
 def collab(outcome: Outcome, budget: dict[str, Any]) -> dict[str, Any]:
     """The object `collab`: who answered, why, and what it cost."""
-    return {**summary(outcome), "budget": budget, "request_id": outcome.request_id}
+    about = {**summary(outcome), "budget": budget, "request_id": outcome.request_id}
+    return about | {"trace": trace(outcome)} if outcome.ask.trace else about
+
+
+def trace(outcome: Outcome) -> dict[str, Any]:
+    """The device's response token by token, tags included; see docs/serving.md."""
+    return {
+        "tokens": outcome.spelt,
+        "margins": margins(outcome),
+        "decided_at": outcome.decided_at,
+    }
 
 
 def usage(outcome: Outcome) -> dict[str, Any]:
