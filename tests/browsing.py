@@ -1,8 +1,12 @@
-"""A real browser for tests: Chromium, driven by Playwright. Whoever lacks one gets the reason."""
+"""A real browser for tests: Chromium, driven by Playwright. Whoever lacks one gets the reason.
+
+As a program it fails, with the reason, where there is none.
+"""
 
 import contextlib
 import os
 import shutil
+import sys
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
@@ -34,3 +38,7 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=executable())
         yield browser
         browser.close()
+
+
+if __name__ == "__main__":
+    sys.exit(missing() or 0)

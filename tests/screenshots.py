@@ -1,6 +1,6 @@
 """Makes the screenshots of docs/serving.md: the playground with the embedded model.
 
-    python tests/screenshots.py
+python tests/screenshots.py
 """
 
 import io
@@ -18,8 +18,7 @@ from serving import Server  # noqa: E402
 
 from collab_jax.serve.__main__ import CONFIG, make_service  # noqa: E402
 
-QUESTION = "49 9 37=95"
-LINE = -3.0  # the margin to which the line is dragged, where it shows a call
+QUESTION = "3 51 19=73"  # at which the embedded model calls
 # name: width and height of the window, colours
 SHOTS = {
     "playground-desktop": (1240, 860, "light"),
@@ -29,15 +28,11 @@ PALETTE = 128  # colours of a picture, which makes it small
 
 
 def shoot(page, path: pathlib.Path) -> None:
-    """Writes a picture of the page after a question, with the line where it shows a call."""
+    """Writes a picture of the page after a question."""
     page.get_by_label("Question", exact=True).fill(QUESTION)
     page.keyboard.press("Enter")
     page.locator(".trace").wait_for()
     page.get_by_role("button", name="Send").wait_for()
-    line = page.get_by_role("slider", name="Line above which")
-    line.focus()
-    while float(line.get_attribute("aria-valuenow")) > LINE:
-        line.press("ArrowDown")
     page.locator(".verdict").scroll_into_view_if_needed()
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     picture.quantize(PALETTE).save(path, optimize=True)
