@@ -19,16 +19,20 @@ STEPS = 31  # of RESPONSE, with the end
 ATTACK = "<img src=x onerror=hacked=1><script>hacked=1</script>"
 
 
-class Bytes:
-    """A Text whose tokens are bytes, so that a device can write anything."""
+class Pieces:
+    """A Text whose tokens are pieces of eight characters, so that a device can write anything."""
 
-    marker, decision_id, plain, tokenizer = "<unknown> help </unknown>", -1, None, None
+    marker, decision_id = "<unknown> help </unknown>", -1
 
-    def decode(self, tokens, mask):
-        return [bytes(row.tolist()).decode("utf-8", "replace") for row in tokens]
+    def __init__(self):
+        self.tokenizer, self._pieces = self, []
 
     def encode(self, text, add_special_tokens):
-        return list(text.encode())
+        self._pieces = [text[i : i + 8] for i in range(0, len(text), 8)]
+        return list(range(len(self._pieces)))
+
+    def decode(self, tokens, mask):
+        return ["".join(self._pieces[token] for token in row) for row in tokens]
 
     def prompt_ids(self, messages):
         return [1]
@@ -188,12 +192,8 @@ def test_a_turn_is_asked_again_and_edited(open_page):
 def test_no_text_is_ever_html(open_page, tmp_path):
     """Of the device, the cloud, the user, an error of the server, and a file."""
     response = f"<think>{ATTACK}</think><answer>{ATTACK}</answer>"
-    text = Bytes()
-    text.tokenizer = text
     with Provider(lambda _: [("reasoning", ATTACK), ("text", ATTACK)]) as provider:
-        page, server = open_page(provider, response=response, text=text)
-        server.service.engine.tokens = text.encode(response, False)
-        object.__setattr__(server.service, "limit", 1000)
+        page, _ = open_page(provider, response=response, text=Pieces())
         ask(page, ATTACK)
         for name in ("Device", "Cloud", "Collab"):
             assert content(page, name) == ATTACK
@@ -201,7 +201,6 @@ def test_no_text_is_ever_html(open_page, tmp_path):
         assert page.get_by_role("heading", name=ATTACK).count() == 1
         assert ATTACK in page.locator(".tokens").inner_text()
 
-        page.get_by_label("Temperature").fill("0")
         with page.expect_download() as download:
             page.get_by_role("button", name="Export").click()
         saved = json.loads(download.value.path().read_text())
@@ -219,7 +218,7 @@ def test_no_text_is_ever_html(open_page, tmp_path):
 
 
 def test_the_line_is_dragged_and_says_where_it_would_have_called(open_page):
-    page, server = open_page(Provider().url, {6: -2.0, 9: -1.0})
+    page, _ = open_page(margins={6: -2.0, 9: -1.0})
     page.get_by_label("Ask device and cloud as well").uncheck()
     ask(page)
     verdict, label = page.locator(".verdict"), page.get_by_text("here it would have called")
