@@ -3,6 +3,7 @@ installed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,14 @@ def test_the_server_is_started_with_its_packages(tree):
     done, calls = tree.run("launch/serve.sh", "--port", "8001")
     assert done.returncode == 0 and installs(calls) == [".[serve]"]
     assert calls[-1] == "-m collab_jax.serve --workdir runs/serve --port 8001"
+    keys = re.findall(r"operator's key, .*: (\S{12})$", done.stdout, re.MULTILINE)
+    assert len(keys) == 1  # one is made, unless there is one
+    assert keys[0] not in tree.run("launch/serve.sh")[0].stdout
+    for own in ("mine", ""):
+        done, _ = tree.run(
+            "launch/serve.sh", COLLAB_OPERATOR_KEY=own, ON_MODULE='echo "<$COLLAB_OPERATOR_KEY>"'
+        )
+        assert f"<{own}>" in done.stdout and "operator's key" not in done.stdout
 
 
 def test_fast_leaves_out_the_slow_tests_and_other_arguments_follow(tree):
@@ -155,6 +164,21 @@ def test_ci_runs_every_check_and_then_the_tests(tree):
         ".venv/bin/lint-imports",
         "-m mkdocs build --strict",
     ]
+
+
+def test_ci_installs_a_browser_where_there_is_none_and_can_do_without(tree):
+    apt = tree.executable(
+        tree.python.parent / "apt-get", '#!/bin/bash\necho "$PWD: $*" >>"$CALLS"\n'
+    )
+    _, calls = tree.run(".ci/run")
+    assert not any("chromium" in call for call in calls)
+    done, calls = tree.run(".ci/run", FAILS="tests/browsing.py")
+    install = "install -y --no-install-recommends chromium-headless-shell"
+    assert done.returncode == 0 and calls[calls.index("update") + 1] == install
+    assert calls[-1] == "-m pytest" and "skipped" not in done.stdout
+    apt.write_text("#!/bin/bash\nexit 100\n")
+    done, calls = tree.run(".ci/run", FAILS="tests/browsing.py")
+    assert done.returncode == 0 and calls[-1] == "-m pytest" and "are skipped" in done.stdout
 
 
 @pytest.mark.parametrize("check", ["ruff", "pyright", "lint-imports", "mkdocs"])

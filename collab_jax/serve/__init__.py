@@ -13,5 +13,6 @@ telemetry       counters, and the last requests
 wire            responses as OpenAI's clients read them
 openapi         the description of all this, at /openapi.json
 api             the HTTP application
+playground      its page for a browser, playground.html
 __main__        the command `python -m collab_jax.serve`
 """

@@ -141,7 +141,8 @@ def main(config: ConfigDict, workdir: pathlib.Path, host: str, port: int) -> int
     with listening:
         service = make_service(config, workdir)
         address = f"http://{host}:{listening.getsockname()[1]}"
-        print(f"collab_jax: {service.model} and {service.upstream.model} at {address}", flush=True)
+        print(f"collab_jax: {service.model} and {service.upstream.model} at {address}")
+        print(f"collab_jax: for the playground open {address} in a browser", flush=True)
         serve(service, listening, config.serve.deadline + DRAIN_SECONDS)
     return 0
 

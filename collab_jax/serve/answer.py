@@ -21,7 +21,7 @@ from collab_jax.models.text import Messages, Text
 from collab_jax.serve.body import CLOUD_FIRST, Ask
 from collab_jax.serve.budget import Controller
 from collab_jax.serve.engine import Emission, Engine, Job
-from collab_jax.serve.reader import Stops
+from collab_jax.serve.reader import Stops, spell
 from collab_jax.serve.response import Response, Said
 from collab_jax.serve.schema import Refused
 from collab_jax.serve.upstream import Bought, CloudFailed, Upstream
@@ -37,7 +37,8 @@ class Outcome:
     """What is known of a request; complete when its last event has come.
 
     margins: m_t of each step of the device. decided_at: the step at which it called. bias: of the
-    decision; None where the device had none to make.
+    decision; None where the device had none to make. spelt: the device's tokens as text, where the
+    client wants a trace.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class Outcome:
     bias: float | None = None
     margins: list[float] = field(default_factory=list)
     decided_at: int | None = None
+    spelt: list[str] = field(default_factory=list)
     prompt_tokens: int = 0  # of who answered
     completion_tokens: int = 0
     device_tokens: int = 0
@@ -249,6 +251,8 @@ class Service:
         finally:
             self.engine.cancel(job)
             outcome.device_ms += 1000 * (time.monotonic() - begin)
+        if ask.trace:
+            outcome.spelt = spell(self.text, response.written)
 
     def _for_cloud(self, ask: Ask, response: Response) -> Messages:
         """What the cloud is asked: the client's messages, with the attempt where that is wanted."""

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from collab_jax.serve import body, openapi, wire
+from collab_jax.serve import body, openapi, playground, wire
 from collab_jax.serve.answer import Outcome, Service, outcomes
 from collab_jax.serve.body import MODELS, Ask
 from collab_jax.serve.engine import Broken, Busy
@@ -47,6 +47,7 @@ class Api:
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
+            Route("/", playground.page),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/models", self.models),

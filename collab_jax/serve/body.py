@@ -61,6 +61,7 @@ COLLAB = fields(
         "share_attempt": BOOL,
         "allow_fallback": BOOL,
         "strict": BOOL,
+        "trace": BOOL,
     }
 )
 # Of both kinds of completions.
@@ -123,7 +124,8 @@ class Ask:
     the device's text comes with them. limit: tokens of a device response, None: as many as the
     server gives. threshold: the margin above which the cloud is called; rate: the share of such
     requests that shall be; at most one of the two. max_usd: the most that this answer may cost.
-    strict: a stream sends content only when no more can go wrong.
+    strict: a stream sends content only when no more can go wrong. trace: the device's tokens and
+    margins come with the answer.
     """
 
     model: str
@@ -145,6 +147,7 @@ class Ask:
     share_attempt: bool
     allow_fallback: bool
     strict: bool
+    trace: bool
 
     @property
     def buffered(self) -> bool:
@@ -226,6 +229,7 @@ def _ask(body: dict[str, Any], messages: Messages, logprobs: bool) -> Ask:
         share_attempt=own.get("share_attempt", False),
         allow_fallback=own.get("allow_fallback", True),
         strict=own.get("strict", False),
+        trace=own.get("trace", False),
     )
 
 

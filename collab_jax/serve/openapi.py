@@ -110,6 +110,13 @@ BUDGET = _all_of(
         "calls_left_in_bucket": NUMBER,
     }
 )
+TRACE = _all_of(
+    {
+        "tokens": _list_of(TEXT),
+        "margins": _list_of(_or_null(NUMBER)),
+        "decided_at": _or_null(COUNT),
+    }
+)
 IN_CHUNK = _or_null(FINISH)
 SCHEMAS: dict[str, Schema] = {
     "ChatRequest": described(body.CHAT),
@@ -138,7 +145,7 @@ SCHEMAS: dict[str, Schema] = {
             ),
         }
     ),
-    "Collab": _all_of(SUMMARY | {"budget": _named("Budget")}),
+    "Collab": _all_of(SUMMARY | {"budget": _named("Budget"), "trace": TRACE}, "trace"),
     "Budget": BUDGET,
     "Error": _all_of(
         {

@@ -70,6 +70,12 @@ class _Span(NamedTuple):
 _NOTHING = _Span("", [])
 
 
+def spell(text: Text, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds; a character that spans two comes with the second."""
+    decoder = Decoder(text)
+    return [decoder.feed([token]) for token in tokens]
+
+
 class Reader:
     """A device response as pieces. `opened`, `closed`: whether the answer has been."""
 

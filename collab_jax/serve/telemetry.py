@@ -79,7 +79,6 @@ class Telemetry:
 
 def record(outcome: Outcome, status: int) -> dict[str, Any]:
     """A request as its operator may see it: no text, but for a `cloud_prompt` that is kept."""
-    finite = [None if m == -float("inf") else round(m, 4) for m in outcome.margins]
     return {
         "request_id": outcome.request_id,
         "status": status,
@@ -89,12 +88,17 @@ def record(outcome: Outcome, status: int) -> dict[str, Any]:
         "stream": outcome.ask.stream,
         "model": outcome.model,
         "finish_reason": outcome.finish,
-        "margins": finite,
+        "margins": margins(outcome),
         "decided_at": outcome.decided_at,
         "attempts": outcome.attempts,
         "cloud_prompt": outcome.cloud_prompt,
         **summary(outcome),
     }
+
+
+def margins(outcome: Outcome) -> list[float | None]:
+    """The margin of each step of the device; None where no call was possible."""
+    return [None if m == -float("inf") else round(m, 4) for m in outcome.margins]
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:

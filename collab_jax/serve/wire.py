@@ -8,7 +8,7 @@ from typing import Any
 from collab_jax.serve.answer import Outcome
 from collab_jax.serve.reader import CUT
 from collab_jax.serve.response import Said, Token
-from collab_jax.serve.telemetry import summary
+from collab_jax.serve.telemetry import margins, summary
 
 DONE = "data: [DONE]\n\n"
 BOTH = "collab"  # the model of a response whose choices are of both
@@ -16,7 +16,17 @@ BOTH = "collab"  # the model of a response whose choices are of both
 
 def collab(outcome: Outcome, budget: dict[str, Any]) -> dict[str, Any]:
     """The object `collab`: who answered, why, and what it cost."""
-    return {**summary(outcome), "budget": budget, "request_id": outcome.request_id}
+    about = {**summary(outcome), "budget": budget, "request_id": outcome.request_id}
+    return about | {"trace": trace(outcome)} if outcome.ask.trace else about
+
+
+def trace(outcome: Outcome) -> dict[str, Any]:
+    """The device's response token by token, tags included; see docs/serving.md."""
+    return {
+        "tokens": outcome.spelt,
+        "margins": margins(outcome),
+        "decided_at": outcome.decided_at,
+    }
 
 
 def usage(outcomes: Sequence[Outcome]) -> dict[str, Any]:
