@@ -79,6 +79,8 @@ def get_config() -> ConfigDict:
     config.task.prompt = "{numbers}={target}"  # for the device model; a real one wants a sentence
     # system prompt of the device model, in the place of the chat template's own; "": that one stays
     config.task.system = ""
+    # of tasks that are code: run what a model wrote without a sandbox, as you, on this machine
+    config.task.unsafe_code = False
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest; of chain too
     config.task.steps = (2, 6)  # fewest, most, of chain's problems
