@@ -12,6 +12,7 @@
                                            weights
     python -m collab_jax.bench cloud       the cloud's store and client against faults and kills
                                            (cloud.py)
+    python -m collab_jax.bench code        verdicts on code a second, in the sandbox (code.py)
 
 prints a table; with --json FILE it also writes every figure. Whatever is compared runs in turn,
 round by round.
@@ -40,7 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     timed = ("decode", "update", "step", "peers", "settings")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar=f"{{{','.join(timed)},{REHEARSE},cloud}}"
+        dest="command", required=True, metavar=f"{{{','.join(timed)},{REHEARSE},cloud,code}}"
     )
     p = commands.add_parser(REHEARSE)
     p.add_argument(
@@ -91,6 +92,10 @@ def main(argv: list[str]) -> int:
         from collab_jax.bench import cloud
 
         return cloud.run_cloud_bench(argv[1:])
+    if argv[:1] == ["code"]:
+        from collab_jax.bench import code
+
+        return code.run_code_bench(argv[1:])
     args = parse(argv)
     if args.command == REHEARSE:
         from collab_jax.bench import rehearse

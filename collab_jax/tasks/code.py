@@ -89,7 +89,7 @@ def _mbpp(row: dict[str, Any]) -> Problem:
 
 
 def _human_eval(row: dict[str, Any]) -> Problem:
-    """The problem of a row of HumanEval, whose text is code, with helpers that tests use as well."""
+    """The problem of a row of HumanEval: its text is code, with helpers that tests use too."""
     name = row["entry_point"]
     return Problem(
         text=row["problem"],

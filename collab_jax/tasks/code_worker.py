@@ -121,9 +121,10 @@ def decode(value: Any, referred: Callable[[int], Any]) -> Any:
 
 
 def serve_solution(channel: socket.socket) -> None:
-    """Executes the source that comes first, then answers each request by [whether it worked, value].
+    """Answers each request by [whether it worked, value].
 
-    A request is [name, arguments ...]: get NAME, call OBJECT ARGS KWARGS, getattr, setattr.
+    A request is [name, arguments ...]: run SOURCE, which comes first; then get NAME, call OBJECT
+    ARGS KWARGS, getattr OBJECT NAME, setattr OBJECT NAME VALUE.
     """
     objects: list[Any] = []
     scope: dict[str, Any] = {"__name__": "solution"}

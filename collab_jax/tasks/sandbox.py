@@ -32,7 +32,8 @@ from collab_jax.tasks import code_worker
 from collab_jax.tasks.base import TaskError
 
 WORKER = pathlib.Path(code_worker.__file__)
-DEADLINE = 20.0  # seconds of a verdict, by the wall clock
+WORKER_INSIDE = "/code_worker.py"  # in a sandbox, which is not to tell where the project is
+DEADLINE = 30.0  # seconds of a verdict, by the wall clock
 START = 60.0  # seconds a process may take to start, on a busy machine
 MAX_SOURCE = 64 << 10  # characters; a longer solution is wrong, unread
 TMP_BYTES = 16 << 20  # of /tmp
@@ -120,7 +121,7 @@ def _confined() -> list[str]:
         path
         for path in (
             *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"),
-            *(f"{base}/lib", f"{base}/lib64", _interpreter(), str(WORKER)),
+            *(f"{base}/lib", f"{base}/lib64", _interpreter()),
         )
         if os.path.exists(path)
     )
@@ -129,6 +130,7 @@ def _confined() -> list[str]:
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"),
         *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"),  # a Python may lie below
         *(word for path in readable for word in ("--ro-bind", path, path)),
+        *("--ro-bind", str(WORKER), WORKER_INSIDE),
         *(word for path in hidden for word in ("--tmpfs", path, "--remount-ro", path)),
         *("--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"),
         *("--remount-ro", "/"),
@@ -144,7 +146,8 @@ class _Process:
     def __init__(self, role: str, unsafe: bool):
         self.channel, theirs = socket.socketpair()
         limits = [f"{name}={value}" for name, value in LIMITS[role].items()]
-        worker = [_interpreter(), "-I", "-S", str(WORKER), role, *limits]
+        place = str(WORKER) if unsafe else WORKER_INSIDE
+        worker = [_interpreter(), "-I", "-S", place, role, *limits]
         with contextlib.ExitStack() as stack:
             stack.enter_context(theirs)
             if not unsafe:
@@ -247,7 +250,9 @@ class Sandbox:
     the thread does that started it.
     """
 
-    def __init__(self, unsafe: bool = False, workers: int | None = None, deadline: float = DEADLINE):
+    def __init__(
+        self, unsafe: bool = False, workers: int | None = None, deadline: float = DEADLINE
+    ):
         if not unsafe:
             _check_bubblewrap()
         size = workers or min(os.cpu_count() or 1, 8)
