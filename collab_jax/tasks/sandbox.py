@@ -113,9 +113,8 @@ def _interpreter() -> str:
     return os.path.realpath(sys.executable)
 
 
-@functools.cache
-def _confined() -> list[str]:
-    """The command line of bubblewrap, but for its --seccomp."""
+def _confined(bwrap: str) -> list[str]:
+    """The command line of bubblewrap, the program at `bwrap`, but for its --seccomp."""
     base, libraries = sys.base_prefix, sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
     readable = dict.fromkeys(
         path
@@ -127,7 +126,7 @@ def _confined() -> list[str]:
     )
     hidden = [path for path in (libraries, "/usr/lib/python3/dist-packages") if os.path.isdir(path)]
     return [
-        *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"),
+        *(bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"),
         *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"),  # a Python may lie below
         *(word for path in readable for word in ("--ro-bind", path, path)),
         *("--ro-bind", str(WORKER), WORKER_INSIDE),
@@ -137,40 +136,70 @@ def _confined() -> list[str]:
     ]
 
 
+def _bubblewrap() -> list[str]:
+    """The command line of `_confined`. Raises TaskError, saying what to do, where it fails."""
+    advice = (
+        "code that a model writes runs in a sandbox, and there is none here: {}; "
+        "or set config.task.unsafe_code=True to run it without one"
+    )
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise TaskError(
+            advice.format("install bubblewrap (Linux; Debian, Ubuntu: apt install bubblewrap)")
+        )
+    confined = _confined(bwrap)
+    command = [*confined, _interpreter(), "-I", "-S", "-c", "pass"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START, env={})
+    if done.returncode:
+        cause = " ".join(done.stderr.split())[:200]
+        raise TaskError(
+            advice.format(
+                f"bubblewrap does not start ({cause}): it must be 0.7 or newer, and unprivileged "
+                "user namespaces allowed, in a container also by its security options"
+            )
+        )
+    return confined
+
+
 # ---- processes
 
 
 class _Process:
-    """A process of `code_worker`, confined unless `unsafe`, and the channel to it."""
+    """A process of `code_worker` and the channel to it.
 
-    def __init__(self, role: str, unsafe: bool):
+    confined: the command line of bubblewrap; empty: the process runs without.
+    """
+
+    def __init__(self, role: str, confined: Sequence[str]):
         self.channel, theirs = socket.socketpair()
         limits = [f"{name}={value}" for name, value in LIMITS[role].items()]
-        place = str(WORKER) if unsafe else WORKER_INSIDE
+        place = WORKER_INSIDE if confined else str(WORKER)
         worker = [_interpreter(), "-I", "-S", place, role, *limits]
         with contextlib.ExitStack() as stack:
             stack.enter_context(theirs)
-            if not unsafe:
-                rules = _pipe_with(seccomp_filter(platform.machine()))
-                stack.callback(os.close, rules)
-                worker = [*_confined(), "--seccomp", str(rules), *worker]
+            rules = []
+            if confined:
+                rules.append(_pipe_with(seccomp_filter(platform.machine())))
+                stack.callback(os.close, rules[0])
+                worker = [*confined, "--seccomp", str(rules[0]), *worker]
             self.process = subprocess.Popen(
                 worker,
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=() if unsafe else (rules,),
+                pass_fds=rules,
                 env={},
                 cwd="/",
                 start_new_session=True,  # Ctrl-C is not for it; what it leaves behind dies with it
             )
 
     def wait_until_ready(self) -> None:
-        """Raises TaskError where the process does not start."""
+        """Raises TaskError, and ends the process, where it does not start."""
         self.channel.settimeout(START)
         with contextlib.suppress(OSError):
             if self.channel.recv(1) == code_worker.READY:
                 return
+        self.kill()
         raise TaskError("a sandbox does not start: is the machine out of memory or processes?")
 
     def kill(self) -> None:
@@ -188,18 +217,26 @@ def _pipe_with(data: bytes) -> int:
     return reader
 
 
+def _alive(process: _Process | None) -> _Process | None:
+    """A process; None where there is none, or somebody else ended it."""
+    if process is None or process.process.poll() is None:
+        return process
+    process.kill()
+    return None
+
+
 class _Pair:
     """A checker, and the process of the next solution, which is started ahead."""
 
-    def __init__(self, unsafe: bool):
-        self.unsafe = unsafe
+    def __init__(self, confined: Sequence[str]):
+        self.confined = confined
         self.solution: _Process | None = None
         self.checker: _Process | None = None
 
     def judge(self, job: Job, deadline: float) -> bool | None:
         """Whether a solution is right; None where the deadline passed."""
-        solution = self._take_solution()
-        checker = self._ready_checker()
+        checker, solution = self._ready_checker(), self._take_solution()
+        verdict = None
         try:
             checker.channel.settimeout(deadline)
             solution.channel.settimeout(None)  # or the checker's end would not wait either
@@ -208,32 +245,31 @@ class _Pair:
             code_worker.send(checker.channel, job._asdict())
             verdict = checker.channel.recv(1)
         except TimeoutError:
-            verdict = None
-        except OSError:  # it died
+            pass
+        except OSError:  # the checker died of what it was sent
             verdict = b""
         finally:
             solution.kill()
-        if not verdict:
-            self.checker = None
-            checker.kill()
+            if not verdict:
+                self.checker = None
+                checker.kill()
         return None if verdict is None else verdict == code_worker.RIGHT
 
     def _take_solution(self) -> _Process:
         """A process for a solution; starts the next one, which boots while this one works."""
-        taken = self.solution or _Process("solution", self.unsafe)
-        self.solution = None
-        try:
-            taken.wait_until_ready()
-        except TaskError:
-            taken.kill()
-            raise
-        self.solution = _Process("solution", self.unsafe)
+        taken, self.solution = _alive(self.solution), None
+        if taken is None:
+            taken = _Process("solution", self.confined)
+        taken.wait_until_ready()
+        self.solution = _Process("solution", self.confined)
         return taken
 
     def _ready_checker(self) -> _Process:
+        self.checker = _alive(self.checker)
         if self.checker is None:
-            self.checker = _Process("checker", self.unsafe)
-            self.checker.wait_until_ready()
+            checker = _Process("checker", self.confined)
+            checker.wait_until_ready()
+            self.checker = checker
         return self.checker
 
     def kill(self) -> None:
@@ -253,13 +289,12 @@ class Sandbox:
     def __init__(
         self, unsafe: bool = False, workers: int | None = None, deadline: float = DEADLINE
     ):
-        if not unsafe:
-            _check_bubblewrap()
+        confined = [] if unsafe else _bubblewrap()
         size = workers or min(os.cpu_count() or 1, 8)
         self._deadline = deadline
         self._threads = concurrent.futures.ThreadPoolExecutor(size)
         self._idle: queue.SimpleQueue[_Pair] = queue.SimpleQueue()
-        self._pairs = [_Pair(unsafe) for _ in range(size)]
+        self._pairs = [_Pair(confined) for _ in range(size)]
         for pair in self._pairs:
             self._idle.put(pair)
         atexit.register(self.close)
@@ -288,25 +323,3 @@ class Sandbox:
 def shared(unsafe: bool) -> Sandbox:
     """The sandbox of this process. Raises TaskError where none can be had."""
     return Sandbox(unsafe)
-
-
-def _check_bubblewrap() -> None:
-    """Raises TaskError, saying what to do, where bubblewrap starts nothing here."""
-    advice = (
-        "code that a model writes runs in a sandbox, and there is none here: {}; "
-        "or set config.task.unsafe_code=True to run it without one"
-    )
-    if shutil.which("bwrap") is None:
-        raise TaskError(
-            advice.format("install bubblewrap (Linux; Debian, Ubuntu: apt install bubblewrap)")
-        )
-    command = [*_confined(), _interpreter(), "-I", "-S", "-c", "pass"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=START, env={})
-    if done.returncode:
-        cause = " ".join(done.stderr.split())[:200]
-        raise TaskError(
-            advice.format(
-                f"bubblewrap does not start ({cause}): allow unprivileged user namespaces, in a "
-                "container also by its security options"
-            )
-        )
