@@ -4,6 +4,7 @@ all reference solutions, and mutations of them, on the real data.
 
 import ast
 import itertools
+import json
 import random
 import runpy
 import string
@@ -388,14 +389,35 @@ def mutations(source):
         vars(node).update(before)
 
 
-LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10, 10))\n"
+IN_ONE_SCOPE = """
+import io, json, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+def stop(*_): raise TimeoutError
+signal.signal(signal.SIGVTALRM, stop)
+out, sys.stdout = sys.stdout, io.StringIO()
+for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_VIRTUAL, 5, 0.1)
+    try:
+        exec(json.loads(line), {"__name__": "mutated"})
+        holds = True
+    except BaseException:
+        holds = False
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    out.write(f"{int(holds)}\\n")
+"""
 
 
-def seen_by_tests(problem, source):
-    """Whether the tests fail where they run in one process with the solution, as is common."""
-    program = "\n".join([LIMITED, problem.prelude, source, *problem.tests])
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True)
-    return done.returncode != 0
+def seen_by_tests(mutated):
+    """Whether the tests of each (problem, source) fail in one scope with it, as is common."""
+    programs = ["\n".join([p.prelude, source, *p.tests]) for p, source in mutated]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", IN_ONE_SCOPE],
+        input="".join(json.dumps(program) + "\n" for program in programs),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return [line == "0" for line in done.stdout.splitlines()]
 
 
 def test_mutations_by_hand():
@@ -415,7 +437,7 @@ def _check_mutations(patient, some):
         for kind, source in mutations(problem.reference)
     ]
     verdicts = patient.judge([code._job(problem, source) for _, problem, source in mutated])
-    seen = [seen_by_tests(problem, source) for _, problem, source in mutated]
+    seen = seen_by_tests([(problem, source) for _, problem, source in mutated])
     through = [what for (what, _, _), v, s in zip(mutated, verdicts, seen, strict=True) if v and s]
     assert through == []
     return sum(seen)

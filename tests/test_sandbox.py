@@ -28,7 +28,7 @@ def judge():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sandbox.LIMITS["solution"], "CPU", 1)
         try:
-            box = Sandbox(workers=1, deadline=15.0)
+            box = Sandbox(workers=1, deadline=120.0)  # for a busy machine
         except UserError as error:
             pytest.skip(str(error))
         yield lambda *jobs: box.judge(jobs)[0]
@@ -221,11 +221,9 @@ ATTACKS = {
         "def f(x): return x + 1 if libc.shmget(0, 1 << 20, 0o1600) >= 0 else 0"
     ),
     "a segmentation fault": "import ctypes\nctypes.string_at(0)",
-    "deep recursion": ("import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x + 1)"),
     "deep data": "def f(x):\n    for _ in range(10 ** 5): x = [x]\n    return x",
     "endless data": "def f(x):\n    x = []\n    x.append(x)\n    return x",
     "large data": "def f(x): return 'x' * (100 << 20)",
-    "much data": "def f(x): return [[]] * 10 ** 6",
     "a long number": "def f(x): return 1 << 10 ** 7",
     "a deep source": "(" * 10_000 + ")" * 10_000,
     "a source of 10 MB": RIGHT + "\n#" + "x" * (10 << 20),
@@ -254,7 +252,9 @@ ATTACKS = {
     ),
     "open files": "files = [open('/dev/null') for _ in range(100)]\ndef f(x): return x + 1",
 }
-SLOW_ATTACKS = {  # they end at a second of CPU, or at the deadline
+SLOW_ATTACKS = {  # they end at a second of CPU
+    "deep recursion": ("import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x + 1)"),
+    "much data": "def f(x): return [[]] * 10 ** 6",
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"),
     "memory bomb": "x = []\nwhile True: x.append(bytearray(1 << 20))",
     "a patient memory bomb": (
@@ -293,15 +293,16 @@ def test_attack(judge, attack):
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", SLOW_ATTACKS)
 def test_attack_on_time_or_memory(judge, attack):
-    assert not judge(job(SLOW_ATTACKS[attack]))
-    assert judge(job(RIGHT)) is True
+    assert judge(job(SLOW_ATTACKS[attack])) is False
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", STOPPED)
-def test_past_the_deadline_nobody_knows(judge, attack):
-    assert judge(job(STOPPED[attack])) is None
-    assert judge(job(RIGHT)) is True
+@pytest.mark.usefixtures("judge")
+def test_past_the_deadline_nobody_knows(attack):
+    box = Sandbox(workers=1, deadline=3.0)
+    assert box.judge([job(STOPPED[attack])]) == [None]
+    box.close()
 
 
 @pytest.mark.parametrize("test", ["assert f(3)", "assert not f(3)", "assert f(3) != 5"])

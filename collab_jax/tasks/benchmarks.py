@@ -58,7 +58,7 @@ SPLITS = {  # name of a file of JSON lines -> (data set, split)
         for name in ("math500", "amc23", "aime24", "minerva_math", "agieval_math")
     },
     "mmlu_test": ("mmlu", "test"),
-    "mbpp": ("mbpp", "all"),
+    "mbpp": ("mbpp", "problems"),
     "mbpp_sanitized_test": ("mbpp_sanitized", "test"),
     "humaneval": ("humaneval", "test"),
 }

@@ -16,6 +16,7 @@ import logging
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -59,10 +60,16 @@ def extract(response: str) -> str | None:
 # ---- problems
 
 
+def _parse(code: str) -> ast.Module:
+    """The syntax tree of code, without the warnings that an escape in it may cause."""
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(code)
+
+
 def _bindings(code: str) -> dict[str, ast.stmt]:
     """The names that code binds at its top level, each with the statement that does."""
     bound: dict[str, ast.stmt] = {}
-    for node in ast.parse(code).body:
+    for node in _parse(code).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             bound[node.name] = node
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -75,7 +82,7 @@ def _bindings(code: str) -> dict[str, ast.stmt]:
 def _mbpp(row: dict[str, Any]) -> Problem:
     """The problem of a row of MBPP."""
     tests = [test for test in (row.get("test_setup_code"), *row["test_list"]) if test]
-    used = {node.id for node in ast.walk(ast.parse("\n".join(tests))) if isinstance(node, ast.Name)}
+    used = {node.id for node in ast.walk(_parse("\n".join(tests))) if isinstance(node, ast.Name)}
     bound = {name: node for name, node in _bindings(row["answer"]).items() if name in used}
     imports = {name: n for name, n in bound.items() if isinstance(n, ast.Import | ast.ImportFrom)}
     return Problem(
@@ -110,7 +117,7 @@ FILES: dict[str, tuple[str, Callable[[dict[str, Any]], Problem]]] = {  # task ->
 
 def _flaw(problem: Problem) -> str:
     """Why a problem cannot be judged; "" where it can."""
-    for node in ast.walk(ast.parse("\n".join((problem.prelude, *problem.tests)))):
+    for node in ast.walk(_parse("\n".join((problem.prelude, *problem.tests)))):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in modules:
@@ -159,7 +166,7 @@ def load(task: ConfigDict, split: str) -> list[Example]:
     file's. Raises TaskError where the split has none.
     """
     read = _read(task.data_dir, task.name)
-    sizes = [sum(1 for _ in ast.walk(ast.parse(problem.reference))) for _, problem in read]
+    sizes = [sum(1 for _ in ast.walk(_parse(problem.reference))) for _, problem in read]
     examples = [
         Example(key, "", problem, difficulty=rank)
         for (key, problem), rank in zip(read, rows.ranks(sizes), strict=True)
