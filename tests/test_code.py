@@ -280,7 +280,7 @@ def test_a_warm_start_with_relabelling_then_training(small, tmp_path, capsys):
     warm = small(
         "countdown_tiny_sft.py",
         sft__words=words,
-        sft__architecture=start.sft.architecture.to_dict() | sizes,
+        sft__architecture=dict(start.sft.architecture) | sizes,
         sft__relabel_steps=1,
         sft__check_prompts=4,
         **settings,

@@ -184,7 +184,7 @@ class _Process:
                 worker = [*confined, "--seccomp", str(rules[0]), *worker]
             self.process = subprocess.Popen(
                 worker,
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=rules,
