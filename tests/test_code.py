@@ -245,7 +245,7 @@ def test_the_simulated_cloud_solves_it(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_warm_start_with_relabelling_then_training(small, tmp_path, capsys):
+def test_warm_starts_with_and_without_relabelling_then_training(small, tmp_path, capsys):
     """A model of characters, made from nothing: what it writes is nonsense, and is judged."""
     write_rows(
         tmp_path / "mbpp.jsonl",
@@ -277,14 +277,16 @@ def test_a_warm_start_with_relabelling_then_training(small, tmp_path, capsys):
         "text__pad": "<pad>",
         "text__eos": ("<eos>",),
     }
-    warm = small(
-        "countdown_tiny_sft.py",
-        sft__words=words,
-        sft__architecture=dict(start.sft.architecture) | sizes,
-        sft__relabel_steps=1,
-        sft__check_prompts=4,
-        **settings,
+    words_and_sizes = {
+        "sft__words": words,
+        "sft__architecture": dict(start.sft.architecture) | sizes,
+    }
+    relabelling = small(
+        "countdown_tiny_sft.py", sft__relabel_steps=1, **words_and_sizes, **settings
     )
+    with pytest.raises(UserError, match="no response to any of 24 training prompts was right"):
+        sft.run(relabelling, tmp_path / "relabelled")  # tuned on each half, then judged
+    warm = small("countdown_tiny_sft.py", sft__check_prompts=4, **words_and_sizes, **settings)
     assert sft.run(warm, tmp_path / "start") == 0
     assert "demonstrations: " in capsys.readouterr().out
     run = small(model__path=str(tmp_path / "start"), **settings)

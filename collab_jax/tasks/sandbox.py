@@ -314,7 +314,7 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends the processes."""
-        self._threads.shutdown()
+        self._threads.shutdown(cancel_futures=True)
         for pair in self._pairs:
             pair.kill()
 
