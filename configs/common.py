@@ -82,6 +82,8 @@ def get_config() -> ConfigDict:
     # shares of calls that prompts show where `task.prompt` has {budget}, so that one model learns
     # to keep to each (collab_jax/tasks/budgets.py); (): prompts show none
     config.task.budgets = ()
+    # of tasks that are code: run what a model wrote without a sandbox, as you, on this machine
+    config.task.unsafe_code = False
     config.task.share_of_three = 0.3  # share of prompts with three numbers; the others have four
     config.task.numbers = (1, 50)  # lowest, highest; of chain too
     config.task.steps = (2, 6)  # fewest, most, of chain's problems

@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it. Goes to the root of the repository and offers
 #   say TEXT         one line of progress
 #   prepare [EXTRA]  makes, repairs or reuses .venv, with this project and its EXTRA of pyproject.toml installed
+#   try_bubblewrap   installs bubblewrap where it can
 # PYTHON chooses the interpreter; another version than that of .venv makes .venv anew.
 
 # A relative PYTHON is meant from where the user stands.
@@ -70,6 +71,19 @@ print(hashlib.sha256(b"\0".join(parts)).hexdigest())' "$1" 2>/dev/null
 stamp() { printf '.venv/collab_jax.installed%s' "${1:+-$1}"; }
 
 is_installed() { [ -s "$(stamp "$1")" ] && [ "$(cat "$(stamp "$1")")" = "$(fingerprint "$1")" ]; }
+
+# Code that a model wrote is judged in bubblewrap's sandbox, without which the tests of that are skipped. Only a try:
+# quick, and never a failure.
+try_bubblewrap() {
+  if command -v bwrap >/dev/null || ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then return 0; fi
+  say "installing bubblewrap, for the tests of the sandbox"
+  export DEBIAN_FRONTEND=noninteractive
+  if ! timeout 60 apt-get install -y --no-install-recommends bubblewrap >/dev/null 2>&1; then
+    timeout 60 apt-get update >/dev/null 2>&1 || true
+    timeout 60 apt-get install -y --no-install-recommends bubblewrap >/dev/null 2>&1 ||
+      say "bubblewrap cannot be installed here: the tests of the sandbox are skipped"
+  fi
+}
 
 prepare() {
   local extra="${1:-}" covered python

@@ -13,5 +13,6 @@ elif [ "${1:-}" = --all ]; then
 fi
 
 prepare test
+try_bubblewrap
 say "running the tests"
 exec .venv/bin/python -m pytest "$@"

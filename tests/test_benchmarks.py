@@ -1,6 +1,7 @@
 """Benchmarks as TFDS data sets: made-up sources over HTTP, read into rows, kept on disk."""
 
 import functools
+import gzip
 import http.server
 import json
 import re
@@ -98,6 +99,15 @@ def sources(tmp_path, monkeypatch):
         problem = {"ID": "chal-1", "Body": "Bo has 6.", "Question": "Half?", "Answer": 3.0}
         challenge = problem | {"Equation": "( 6.0 / 2.0 )", "Type": "Common-Division"}
         archive.writestr("SVAMP-689d/SVAMP.json", json.dumps([challenge]))
+    mbpp = {"task_id": 12, "text": "p", "code": "x\r\ny", "test_list": ["t"]}
+    mbpp |= {"test_setup_code": "", "challenge_test_list": []}
+    place("mbpp").write_text(json.dumps(mbpp) + "\n")
+    sanitized = {"prompt": "p", "code": "c", "test_imports": ["import math"], "test_list": ["t"]}
+    several = [sanitized | {"task_id": number} for number in (3, 11, 510, 511)]
+    place("mbpp_sanitized").write_text(json.dumps(several))
+    human_eval = {"task_id": "HumanEval/7", "prompt": "def f():", "canonical_solution": " pass"}
+    with gzip.open(place("humaneval"), "wt") as file:
+        file.write(json.dumps(human_eval | {"test": "t", "entry_point": "f"}) + "\n")
     (www / "gsm8k").mkdir()
     for split in ("train", "test"):
         (www / "gsm8k" / f"{split}.jsonl").write_text(
@@ -147,6 +157,12 @@ def test_every_source_becomes_rows_once_and_for_all(sources, tmp_path):
     assert (pens["problem"], pens["answer"]) == ("Ann has 4 pens and 5 caps.", "9")
     assert (pens["id"], pens["solution"], pens["level"]) == ("mawps-asdiv/0", "4+5=9", 1)
     assert (half["id"], half["problem"], half["answer"]) == ("chal-1", "Bo has 6. Half?", "3")
+    [mbpp], [human_eval] = read("mbpp"), read("humaneval")
+    assert (mbpp["id"], mbpp["answer"], mbpp["test_list"]) == ("mbpp/12", "x\ny", ["t"])
+    assert (human_eval["id"], human_eval["answer"]) == ("HumanEval/7", " pass")
+    assert (human_eval["test"], human_eval["entry_point"]) == ("t", "f")
+    sanitized = read("mbpp_sanitized_test")
+    assert [row["id"] for row in sanitized] == ["mbpp_sanitized/11", "mbpp_sanitized/510"]
     [word_problem] = read("gsm8k_test")
     assert word_problem == {
         "id": "gsm8k/tfds-test-0",

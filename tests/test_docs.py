@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL
+from fakes import write_rows
 
 from collab_jax import cloud, records, tasks
 from collab_jax.bench import peers
@@ -220,13 +221,13 @@ REGISTRIES = tasks.TASKS, routers.ROUTERS, cloud.KINDS, algorithms.PARTS["advant
 
 @pytest.fixture
 def add_part():
-    """add_part(heading): runs a part's code of architecture.md; undone after the test."""
+    """add_part(heading): runs a part's code of a page; undone after the test."""
     before = [dict(registry) for registry in REGISTRIES]
 
-    def run(heading):
-        section = TEXTS[ROOT / "docs" / "architecture.md"].split(f"### {heading}\n")[1]
+    def run(heading, page=ROOT / "docs" / "architecture.md", lines=15):
+        section = TEXTS[page].split(f"# {heading}\n")[1]
         code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-        assert len([line for line in code.splitlines() if line]) <= 15
+        assert len([line for line in code.splitlines() if line]) <= lines
         exec(compile(code, heading, "exec"), {})
 
     yield run
@@ -238,7 +239,8 @@ def add_part():
 def test_every_part_is_tested_below():
     headings = re.findall(r"^### (.*)", TEXTS[ROOT / "docs" / "architecture.md"], re.MULTILINE)
     assert headings == ["A task", "A router", "A cloud", "An algorithm"]
-    assert sum(len(blocks(page, "python")) for page in [README, *DOCS]) == len(headings)
+    shown = sum(len(blocks(page, "python")) for page in [README, *DOCS])
+    assert shown == len(headings) + 1  # a task of code, in tasks.md
 
 
 def test_a_task(add_part, small):
@@ -253,6 +255,17 @@ def test_a_task(add_part, small):
         Verdict(correct=False, called=False, formatted=False),
         Verdict(correct=False, called=True, formatted=False),
     ]
+
+
+def test_a_task_of_code(add_part, small, tmp_path):
+    add_part("A task of your own", page=ROOT / "docs" / "tasks.md", lines=40)
+    row = {"id": "k", "problem": "Halve.", "answer": "def half(x): return x / 2", "name": "half"}
+    write_rows(tmp_path / "test.jsonl", [row | {"tests": ["assert half(4) == 2"]}])
+    settings = {"task__data_dir": str(tmp_path), "task__prompt": "{problem}"}
+    task = tasks.make_task(small(task__name="katas", task__unsafe_code=True, **settings))
+    examples = task.load("test") * 2
+    right, wrong = task.verify(examples, [f"<answer>{row['answer']}</answer>", "```\npass\n```"])
+    assert (right.correct, wrong.correct) == (True, False)
 
 
 def test_a_router(add_part):

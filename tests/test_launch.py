@@ -45,6 +45,7 @@ class Tree:
         self.calls_file = tmp_path / "calls"
         self.python = self.executable(tmp_path / "bin" / "stand-in", STAND_IN)
         self.path = f"{self.python.parent}:{os.environ['PATH']}"
+        self.executable(tmp_path / "bin" / "bwrap", "#!/bin/bash\n")  # nothing is to be installed
         for name in (
             "python3.13",
             "python3.12",
@@ -119,6 +120,26 @@ def test_first_run_makes_a_venv_and_installs_and_the_second_skips_both(tree):
 
     _, calls = tree.run("launch/quickstart.sh")  # the install with the extra covers the one without
     assert installs(calls) == []
+
+
+@pytest.mark.parametrize(
+    ("apt_fails", "says"),
+    [(False, "installing bubblewrap"), (True, "tests of the sandbox are skipped")],
+)
+def test_bubblewrap_is_installed_where_it_can_be(tree, tmp_path, apt_fails, says):
+    """A PATH with nothing but what the scripts need, apt-get and id among it as stand-ins."""
+    (tmp_path / "bin" / "bwrap").unlink()
+    for name in ("bash", "dirname", "cat", "cp", "mkdir", "rm", "timeout"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    tree.executable(tmp_path / "bin" / "id", "#!/bin/bash\necho 0\n")
+    asked = tmp_path / "asked"
+    tree.executable(
+        tmp_path / "bin" / "apt-get", f"#!/bin/bash\necho $1 >>'{asked}'\nexit {int(apt_fails)}\n"
+    )
+    done, calls = tree.run(PATH=str(tmp_path / "bin"))
+    assert done.returncode == 0 and says in done.stdout and calls[-1] == "-m pytest"
+    expected = ["install", "update", "install"] if apt_fails else ["install"]
+    assert asked.read_text().split() == expected
 
 
 def test_quickstart_lets_later_arguments_win(tree):

@@ -215,7 +215,11 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, small, tm
     experiment.load_state(experiment.prepare(adapted, tmp_path / "adapted"))
     chains = RecordingConfig(small(task__name="chain", task__prompt="{problem}"))
     experiment.make_task(chains).load("test")
-    reads = config.reads | warm.reads | adapted.reads | chains.reads
+    mbpp = RecordingConfig(
+        small(task__name="mbpp", task__prompt="{problem}", task__unsafe_code=True)
+    )
+    experiment.make_task(mbpp)
+    reads = config.reads | warm.reads | adapted.reads | chains.reads | mbpp.reads
     for kind, model in OTHER_CLOUDS.items():
         other = RecordingConfig(small(cloud__kind=kind, cloud__model=model))
         make_cloud(other, experiment.make_task(other), tmp_path / "other.sqlite")

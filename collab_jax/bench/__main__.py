@@ -14,6 +14,7 @@
                                            (cloud.py)
     python -m collab_jax.bench serve       the server against odd requests and clients that leave
                                            (serve.py)
+    python -m collab_jax.bench code        verdicts on code a second, in the sandbox (code.py)
 
 prints a table; with --json FILE it also writes every figure. Whatever is compared runs in turn,
 round by round.
@@ -42,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     timed = ("decode", "update", "step", "peers", "settings")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar=f"{{{','.join(timed)},{REHEARSE},cloud,serve}}"
+        dest="command", required=True, metavar=f"{{{','.join(timed)},{REHEARSE},cloud,serve,code}}"
     )
     p = commands.add_parser(REHEARSE)
     p.add_argument(
@@ -97,6 +98,10 @@ def main(argv: list[str]) -> int:
         from collab_jax.bench import serve
 
         return serve.run_serve_bench(argv[1:])
+    if argv[:1] == ["code"]:
+        from collab_jax.bench import code
+
+        return code.run_code_bench(argv[1:])
     args = parse(argv)
     if args.command == REHEARSE:
         from collab_jax.bench import rehearse

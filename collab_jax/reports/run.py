@@ -129,6 +129,8 @@ def closing(report: Mapping[str, Any]) -> str:
         f"{training['usd']:.2f} USD{_dated(report)}; "
         f"{cloud['spent']['calls']} requests were sent in all.",
     ]
+    if report["config"]["task"]["unsafe_code"]:
+        lines.append("Code was judged without a sandbox (config.task.unsafe_code).")
     if no_answer > summary.BUDGETS[0]:
         lines.append(
             f"With the marker disallowed {no_answer:.0%} of the responses have no answer. Margin "

@@ -12,7 +12,18 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import budgets, chain, choice, countdown, jsonl, math, mix, reward, svamp
+from collab_jax.tasks import (
+    budgets,
+    chain,
+    choice,
+    code,
+    countdown,
+    jsonl,
+    math,
+    mix,
+    reward,
+    svamp,
+)
 from collab_jax.tasks.base import Example, Task, TaskError, Verdict
 
 TASKS = {
@@ -21,6 +32,7 @@ TASKS = {
     **dict.fromkeys(math.FILES, math.make_task),
     "mmlu": choice.make_task,
     "svamp": svamp.make_task,
+    **dict.fromkeys(code.FILES, code.make_task),
     "jsonl": jsonl.make_task,
 }
 

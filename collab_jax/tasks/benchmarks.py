@@ -19,11 +19,12 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from collab_jax.tasks import svamp_source
+from collab_jax.tasks import code_source, svamp_source
 from collab_jax.tasks.base import TaskError
 
 RAW, ARCHIVE = "https://raw.githubusercontent.com", "https://codeload.github.com"
 _QWEN = "QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
+_MBPP = "google-research/google-research"
 SOURCES = {  # config -> where its file is, below RAW or (a whole repository, as zip) ARCHIVE
     # the 12,500 files of the MATH release
     "math": "aiwaves-cn/agents/zip/e8c4e3c2d19739d3dff59e577d1c97090cc15f59",
@@ -40,6 +41,11 @@ SOURCES = {  # config -> where its file is, below RAW or (a whole repository, as
     # CSV files of 57 subjects
     "mmlu": "HaeChan0305/MLILAB-FedLLM/zip/d92730e8bacd7b3a61e551e015e40588e10234b4",
     "svamp": "arkilpatel/SVAMP/zip/689d7ccac74b9983a2ac7cc3b264f441b99e7c53",
+    "mbpp": f"{_MBPP}/2251e8c67a7fe7d6348714967ee101080b28e956/mbpp/mbpp.jsonl",
+    "mbpp_sanitized": f"{_MBPP}/dec705a28fea05552916c0b83c52f5f23609e8ee/mbpp/sanitized-mbpp.json",
+    "humaneval": (
+        "openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz"
+    ),
 }
 SPLITS = {  # name of a file of JSON lines -> (data set, split)
     **{
@@ -52,6 +58,9 @@ SPLITS = {  # name of a file of JSON lines -> (data set, split)
         for name in ("math500", "amc23", "aime24", "minerva_math", "agieval_math")
     },
     "mmlu_test": ("mmlu", "test"),
+    "mbpp": ("mbpp", "problems"),
+    "mbpp_sanitized_test": ("mbpp_sanitized", "test"),
+    "humaneval": ("humaneval", "test"),
 }
 # Of MATH's training split: the same problem as a test row, and (the last two) an empty answer.
 NOT_TRAINED = (
@@ -203,6 +212,9 @@ READERS = {
     "agieval_math": _agieval_math,
     "mmlu": _mmlu,
     "svamp": svamp_source.read,
+    "mbpp": code_source.mbpp,
+    "mbpp_sanitized": code_source.mbpp_sanitized,
+    "humaneval": code_source.humaneval,
 }
 
 

@@ -125,8 +125,8 @@ def make_task(config: ConfigDict) -> Task:
         load=lambda split: load(split, task),
         problem=lambda example: example.problem,
         gold=lambda example: answer(example.problem),
-        compare=lambda golds, responses: [
-            _is_answer(gold, response) for gold, response in zip(golds, responses, strict=True)
+        compare=lambda examples, responses: [
+            _is_answer(answer(e.problem), r) for e, r in zip(examples, responses, strict=True)
         ],
         cloud_prompt=_CLOUD_PROMPT,
         splits=SPLITS,

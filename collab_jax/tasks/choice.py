@@ -50,8 +50,8 @@ def make_task(config: ConfigDict) -> Task:
         load=lambda split: load(config.task, split),
         problem=_question,
         gold=lambda example: example.problem[2],
-        compare=lambda golds, responses: [
-            letter(r) == gold for gold, r in zip(golds, responses, strict=True)
+        compare=lambda examples, responses: [
+            letter(r) == e.problem[2] for e, r in zip(examples, responses, strict=True)
         ],
         cloud_prompt=_CLOUD_PROMPT,
         splits=("test",),

@@ -54,8 +54,9 @@ def make_task(config: ConfigDict) -> Task:
         load=lambda split: load(config.task.data_dir, split, fields),
         problem=_problem,
         gold=lambda example: example.problem.get("answer"),
-        compare=lambda golds, responses: [
-            same(gold, base.answer_of(r)) for gold, r in zip(golds, responses, strict=True)
+        compare=lambda examples, responses: [
+            same(e.problem["answer"], base.answer_of(r))
+            for e, r in zip(examples, responses, strict=True)
         ],
         cloud_prompt=CLOUD_PROMPT,
         splits=SPLITS,

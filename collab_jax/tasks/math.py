@@ -109,8 +109,8 @@ def make_task(config: ConfigDict) -> Task:
         load=lambda split: load(config.task, split),
         problem=_problem,
         gold=lambda example: example.problem[1],
-        compare=lambda golds, responses: equal_all(
-            [(gold, extract(r)) for gold, r in zip(golds, responses, strict=True)]
+        compare=lambda examples, responses: equal_all(
+            [(e.problem[1], extract(r)) for e, r in zip(examples, responses, strict=True)]
         ),
         cloud_prompt=_CLOUD_PROMPT,
         read_answer=lambda _, response: prose.last_answer(response),

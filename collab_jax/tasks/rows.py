@@ -103,7 +103,7 @@ def make_task(
     load: Callable[[str], list[Example]],
     problem: Callable[[Example], str],
     gold: Callable[[Example], str | None],
-    compare: Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]],
+    compare: Callable[[Sequence[Example], Sequence[str]], Sequence[bool | None]],
     cloud_prompt: str,
     splits: Sequence[str],
     ranked: bool = False,
@@ -115,9 +115,10 @@ def make_task(
     """The task of `config.task.name`, whose prompts are templates with {problem} in them.
 
     The device's template is `config.task.prompt`, the cloud's `cloud_prompt`. gold(example) -> the
-    right answer, None where there is none. compare(golds, responses) -> whether the answer of each
-    response is its gold one; None where the comparison ran out of time. splits, read_answer,
-    demonstrations, template, practice: as in `Task`. ranked: whether examples have a difficulty.
+    right answer, None where there is none. compare(examples, responses) -> whether the answer of
+    each response is right, of examples with a right answer and responses that do not call; None
+    where the comparison ran out of time. splits, read_answer, demonstrations, template,
+    practice: as in `Task`. ranked: whether examples have a difficulty.
     Raises TaskError for a prompt without {problem}.
     """
     asked, marker = config.task.prompt, config.text.marker
@@ -128,22 +129,20 @@ def make_task(
         return [{"role": "user", "content": asked.replace("{problem}", problem(example))}]
 
     def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
-        golds = {i: answer for i, e in enumerate(examples) if (answer := gold(e)) is not None}
-        equal = compare(list(golds.values()), [responses[i] for i in golds])
-        right = dict(zip(golds, equal, strict=True))
-        verdicts = []
-        for i, response in enumerate(responses):
-            called = base.called(response, marker)
-            verdicts.append(
-                Verdict(
-                    correct=right.get(i) is True,
-                    called=called,
-                    formatted=base.formatted(response),
-                    timed_out=i in right and right[i] is None,
-                    unjudged=i not in right and not called,
-                )
+        called = [base.called(response, marker) for response in responses]
+        judged = [i for i, e in enumerate(examples) if not called[i] and gold(e) is not None]
+        equal = compare([examples[i] for i in judged], [responses[i] for i in judged])
+        right = dict(zip(judged, equal, strict=True))
+        return [
+            Verdict(
+                correct=right.get(i) is True,
+                called=called[i],
+                formatted=base.formatted(response),
+                timed_out=i in right and right[i] is None,
+                unjudged=i not in right and not called[i],
             )
-        return verdicts
+            for i, response in enumerate(responses)
+        ]
 
     @functools.cache
     def solvable(split: str) -> dict[str, Example]:

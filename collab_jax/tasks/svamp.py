@@ -118,8 +118,11 @@ def make_task(config: ConfigDict) -> Task:
         load=lambda split: load(config.task, split),
         problem=_problem,
         gold=lambda example: example.problem["answer"],
-        compare=lambda golds, responses: math.equal_all(
-            [(gold, math.extract(r)) for gold, r in zip(golds, responses, strict=True)]
+        compare=lambda examples, responses: math.equal_all(
+            [
+                (e.problem["answer"], math.extract(r))
+                for e, r in zip(examples, responses, strict=True)
+            ]
         ),
         cloud_prompt=_CLOUD_PROMPT,
         read_answer=lambda _, response: prose.last_answer(response),
