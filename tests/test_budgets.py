@@ -11,7 +11,8 @@ import pytest
 from collab_jax import gapg, records, train
 from collab_jax.gapg import Rollout
 from collab_jax.reports import summary
-from collab_jax.rl import algorithms, step
+from collab_jax.rl import algorithms
+from collab_jax.rl.signal import learning_signal
 from collab_jax.runtime import metrics
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
@@ -95,7 +96,7 @@ def signal(level, alphas, shown, rate=0.5, price=None):
     algorithm = gapg.Algorithm(
         gapg.reward, gapg.advantage, algorithms.no_filter, algorithms.dual_alpha_c(rate, 0.0)
     )
-    return step.learning_signal(algorithm, state, batch(level), jax.random.key(0))
+    return learning_signal(algorithm, state, batch(level), jax.random.key(0))
 
 
 def test_each_prompt_is_paid_and_each_control_moves_by_its_own_budget():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from collab_jax import records as tables
-from collab_jax.routing import costs, measures
+from collab_jax.routing import costs, curves
 from collab_jax.runtime.errors import UserError
 
 T, F = True, False
@@ -74,7 +74,7 @@ def test_cost_frontier_by_hand():
     assert got.usd[0] == pytest.approx((2 * 0.5 + (10 + 40) * 0.01) / 4)
     assert got.seconds[0] == pytest.approx((14 + 8) * 0.01 / 4 + 1)
     assert costs.cost_frontier(r, TRACE_SCORE, prices, "prompt").accuracy == pytest.approx(
-        measures.frontiers({"x": [(r, TRACE_SCORE)]}, resamples=1).accuracy["x"][0]
+        curves.frontiers({"x": [(r, TRACE_SCORE)]}, resamples=1).accuracy["x"][0]
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from collab_jax import records as tables
-from collab_jax.routing import measures
+from collab_jax.routing import curves, measures
 from collab_jax.runtime.errors import UserError
 
 T, F = True, False
@@ -30,7 +30,7 @@ def random_records(n, seed=0, device=0.5, cloud=0.9):
 
 
 def curve(r, score, **kwargs):
-    f = measures.frontiers({"x": [(r, score)]}, resamples=1, **kwargs)
+    f = curves.frontiers({"x": [(r, score)]}, resamples=1, **kwargs)
     return f.rates, f.accuracy["x"][0]
 
 
@@ -81,7 +81,7 @@ def test_a_constant_score_is_random_in_closed_form():
     assert y == pytest.approx(
         (1 - rates) * r["local_correct"].mean() + rates * r["cloud_correct"].mean(), abs=1e-12
     )
-    assert y == pytest.approx(measures.random_frontier(rates, y), abs=1e-12)
+    assert y == pytest.approx(curves.random_frontier(rates, y), abs=1e-12)
 
 
 def test_the_perfect_router_in_closed_form_and_never_beaten():
@@ -145,17 +145,17 @@ def test_routellm_figures_by_hand():
     rates, y = curve(
         r, np.array([5.0, 4, 3, 2, 1])
     )  # 0.2, 0.4, 0.6, 0.8, 1, 1 at 0, 0.2, ..., 1 calls
-    assert measures.pgr(y)[[0, 20, 40, 60, 80, 100]] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
-    assert measures.apgr(rates, y) == pytest.approx(0.2 * (0.25 + 0.5 + 0.75 + 1 + 0.5))
-    assert measures.area(rates, y) == pytest.approx(0.2 * (0.1 + 0.4 + 0.6 + 0.8 + 1 + 0.5))
-    assert [measures.cpt(rates, y, x) for x in (0.5, 0.8, 1)] == pytest.approx(
+    assert curves.pgr(y)[[0, 20, 40, 60, 80, 100]] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    assert curves.apgr(rates, y) == pytest.approx(0.2 * (0.25 + 0.5 + 0.75 + 1 + 0.5))
+    assert curves.area(rates, y) == pytest.approx(0.2 * (0.1 + 0.4 + 0.6 + 0.8 + 1 + 0.5))
+    assert [curves.cpt(rates, y, x) for x in (0.5, 0.8, 1)] == pytest.approx(
         [0.4, 0.6 + 0.2 * 0.05 / 0.25, 0.8]
     )
 
 
 def test_random_has_its_textbook_figures():
     rates, y = curve(random_records(1000)[0], np.zeros(1000))
-    figures = [measures.apgr(rates, y), measures.cpt(rates, y, 0.5), measures.cpt(rates, y, 0.8)]
+    figures = [curves.apgr(rates, y), curves.cpt(rates, y, 0.5), curves.cpt(rates, y, 0.8)]
     assert figures == pytest.approx([0.5, 0.5, 0.8])
 
 
@@ -163,16 +163,16 @@ def test_the_hull_is_a_running_maximum():
     r = records([T, F, F, T], [F, T, T, T])  # 0.5, 0.25, 0.5, 0.75, 0.75: the first call harms
     rates, y = curve(r, np.array([4.0, 3, 2, 1]))
     at = [0, 25, 50, 75, 100]
-    assert measures.pgr(y)[at].tolist() == [0, -1, 0, 1, 1]
-    assert measures.hull(measures.pgr(y))[at].tolist() == [0, 0, 0, 1, 1]
-    assert measures.apgr(rates, y) == pytest.approx(0.25 * (1 + 0.5))
-    assert measures.cpt(rates, y, 0.5) == pytest.approx(0.5 + 0.25 * 0.5)
+    assert curves.pgr(y)[at].tolist() == [0, -1, 0, 1, 1]
+    assert curves.hull(curves.pgr(y))[at].tolist() == [0, 0, 0, 1, 1]
+    assert curves.apgr(rates, y) == pytest.approx(0.25 * (1 + 0.5))
+    assert curves.cpt(rates, y, 0.5) == pytest.approx(0.5 + 0.25 * 0.5)
 
 
 def test_figures_work_over_leading_axes():
     frontiers = [curve(*random_records(100, seed)) for seed in range(4)]
     rates, y = frontiers[0][0], np.array([y for _, y in frontiers]).reshape(2, 2, -1)
-    for figure in (measures.apgr, measures.area, lambda x, a: measures.cpt(x, a, 0.5)):
+    for figure in (curves.apgr, curves.area, lambda x, a: curves.cpt(x, a, 0.5)):
         assert figure(rates, y).ravel() == pytest.approx(
             [float(figure(rates, y)) for _, y in frontiers]
         )
@@ -181,9 +181,9 @@ def test_figures_work_over_leading_axes():
 def test_without_a_gap_there_is_nothing_to_recover():
     r = records([T, T, F, F], [T, F, F, T])
     rates, y = curve(r, np.arange(4.0))
-    assert np.isnan(measures.pgr(y)).all() and np.isnan(measures.cpt(rates, y, 0.5))
-    assert np.isnan(measures.apgr(rates, y)) and not np.isnan(measures.area(rates, y))
-    assert measures.estimate(np.full(11, np.nan)) == {"value": None, "low": None, "high": None}
+    assert np.isnan(curves.pgr(y)).all() and np.isnan(curves.cpt(rates, y, 0.5))
+    assert np.isnan(curves.apgr(rates, y)) and not np.isnan(curves.area(rates, y))
+    assert curves.estimate(np.full(11, np.nan)) == {"value": None, "low": None, "high": None}
 
 
 def test_the_reachable_router_by_hand():
@@ -212,9 +212,9 @@ def test_without_strata_the_reachable_router_knows_one_share_and_nothing_beats_i
 def test_gain_share_by_hand():
     r = records()
     rates, y = curve(r, SCORE)
-    share = measures.gain_share(rates, y, curve(r, measures.perfect_score(r))[1])
+    share = curves.gain_share(rates, y, curve(r, measures.perfect_score(r))[1])
     assert share[[20, 40]] == pytest.approx([1, 1])
-    bad = measures.gain_share(rates, curve(r, -SCORE)[1], curve(r, measures.perfect_score(r))[1])
+    bad = curves.gain_share(rates, curve(r, -SCORE)[1], curve(r, measures.perfect_score(r))[1])
     assert bad[40] == pytest.approx((0.2 - 0.48) / (0.8 - 0.48))  # sends rows 0 and 3
     assert np.isnan(share[0]) and np.isnan(share[100])
 
@@ -228,7 +228,7 @@ def test_gain_share_by_hand():
 )
 def test_only_the_order_of_a_score_counts(transform):
     r, score = random_records(150)
-    a, b = (measures.frontiers({"x": [(r, s)]}, resamples=20) for s in (score, transform(score)))
+    a, b = (curves.frontiers({"x": [(r, s)]}, resamples=20) for s in (score, transform(score)))
     assert np.array_equal(a.accuracy["x"], b.accuracy["x"])
     assert measures.auc(r, score) == measures.auc(r, transform(score))
 
@@ -254,7 +254,7 @@ def test_every_row_twice_changes_no_figure():
 
 def test_the_ends_are_the_device_and_the_cloud_and_the_middle_is_replay():
     r, score = random_records(130)
-    f = measures.frontiers({"x": [(r, score)]}, budgets=[0.123, 0.5], resamples=1)
+    f = curves.frontiers({"x": [(r, score)]}, budgets=[0.123, 0.5], resamples=1)
     assert f.budgets.tolist() == [0, 0.123, 0.5, 1] and f.rates.tolist() == [0, 15 / 130, 0.5, 1]
     expected = [measures.replay(r, score, b).mean() for b in f.budgets]
     assert f.accuracy["x"][0] == pytest.approx(expected)
@@ -267,7 +267,7 @@ def test_the_ends_are_the_device_and_the_cloud_and_the_middle_is_replay():
 def test_the_bootstrap_equals_a_naive_one_on_the_same_draws():
     one, two = random_records(30, 0), random_records(30, 1)
     methods = {"a": [one, two], "b": [one], "c": [two, (one[0], -one[1])]}
-    f = measures.frontiers(methods, budgets=[0.1, 0.3, 0.77], resamples=25, seed=3)
+    f = curves.frontiers(methods, budgets=[0.1, 0.3, 0.77], resamples=25, seed=3)
     prompts, pairs = np.random.default_rng([3, 0]), np.random.default_rng([3, 2])
     for r in range(1, 26):
         rows = prompts.integers(30, size=30)
@@ -288,7 +288,7 @@ def test_the_bootstrap_equals_a_naive_one_on_the_same_draws():
 
 def test_the_interval_of_an_accuracy_is_the_binomial_one():
     r, score = random_records(400, device=0.3)
-    got = measures.estimate(measures.frontiers({"x": [(r, score)]}, resamples=2000).at("x", 0))
+    got = curves.estimate(curves.frontiers({"x": [(r, score)]}, resamples=2000).at("x", 0))
     p = r["local_correct"].mean()
     assert got["value"] == p
     assert got["high"] - got["low"] == pytest.approx(
@@ -299,7 +299,7 @@ def test_the_interval_of_an_accuracy_is_the_binomial_one():
 @pytest.mark.parametrize("rights", [(T, F), (T, F, F), (T, T, F, F, F)])
 def test_where_all_the_variance_is_between_seeds_the_interval_is_students(rights):
     runs = [(records([right] * 5, [T] * 5), np.zeros(5)) for right in rights]
-    got = measures.estimate(measures.frontiers({"x": runs}, resamples=8000).at("x", 0))
+    got = curves.estimate(curves.frontiers({"x": runs}, resamples=8000).at("x", 0))
     mean, S = np.mean(rights), len(rights)
     half = stats.t.ppf(0.975, S - 1) * np.std(rights, ddof=1) / S**0.5
     assert got["value"] == mean
@@ -311,17 +311,17 @@ def test_where_all_the_variance_is_between_seeds_the_interval_is_students(rights
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_weights_of_seeds_leave_what_all_seeds_agree_on(size):
     draw = np.random.default_rng(0)
-    assert [measures.seed_weights(draw, size).sum() for _ in range(9)] == pytest.approx([1.0] * 9)
+    assert [curves.seed_weights(draw, size).sum() for _ in range(9)] == pytest.approx([1.0] * 9)
 
 
 def test_differences_are_paired():
     r, score = random_records(200)
     worse = score + np.random.default_rng(2).normal(size=200)
-    f = measures.frontiers(
+    f = curves.frontiers(
         {"a": [(r, score)], "b": [(r, worse)], "c": [(r, score.copy())]}, resamples=300
     )
-    assert measures.estimate(f.at("a", 0.3) - f.at("c", 0.3)) == {"value": 0, "low": 0, "high": 0}
-    width = lambda values: measures.estimate(values)["high"] - measures.estimate(values)["low"]  # noqa: E731
+    assert curves.estimate(f.at("a", 0.3) - f.at("c", 0.3)) == {"value": 0, "low": 0, "high": 0}
+    width = lambda values: curves.estimate(values)["high"] - curves.estimate(values)["low"]  # noqa: E731
     assert width(f.at("a", 0.3) - f.at("b", 0.3)) < 0.9 * np.hypot(
         width(f.at("a", 0.3)), width(f.at("b", 0.3))
     )
@@ -329,10 +329,10 @@ def test_differences_are_paired():
 
 def test_another_method_changes_no_interval_and_a_seed_repeats_them():
     a, b = random_records(60), random_records(60, 1)
-    alone = measures.frontiers({"a": [a]}, resamples=30)
-    together = measures.frontiers({"b": [b, b], "a": [a]}, resamples=30)
+    alone = curves.frontiers({"a": [a]}, resamples=30)
+    together = curves.frontiers({"b": [b, b], "a": [a]}, resamples=30)
     assert np.array_equal(alone.accuracy["a"], together.accuracy["a"])
-    other = measures.frontiers({"a": [a]}, resamples=30, seed=1).accuracy["a"]
+    other = curves.frontiers({"a": [a]}, resamples=30, seed=1).accuracy["a"]
     assert not np.array_equal(alone.accuracy["a"], other) and np.array_equal(
         alone.accuracy["a"][0], other[0]
     )
@@ -340,11 +340,11 @@ def test_another_method_changes_no_interval_and_a_seed_repeats_them():
 
 def test_estimate_by_hand_and_with_undefined_resamples():
     draws = np.arange(1.0, 1001)
-    assert measures.estimate(np.append(7.0, draws)) == {"value": 7, "low": 25, "high": 975}
+    assert curves.estimate(np.append(7.0, draws)) == {"value": 7, "low": 25, "high": 975}
     draws[:20] = np.nan  # they count as below the lowest and as above the highest
-    assert measures.estimate(np.append(7.0, draws)) == {"value": 7, "low": 25, "high": 995}
+    assert curves.estimate(np.append(7.0, draws)) == {"value": 7, "low": 25, "high": 995}
     draws[:30] = np.nan
-    assert measures.estimate(np.append(7.0, draws)) == {"value": 7, "low": None, "high": None}
+    assert curves.estimate(np.append(7.0, draws)) == {"value": 7, "low": None, "high": None}
 
 
 # ---- bad input
@@ -366,21 +366,21 @@ def test_bad_input_is_refused_with_the_reason():
     refused(r"says wrong on all 5 prompts", measures.auc, records([F] * 5), SCORE)
     refused(r"NaN in 2 of 5 rows \(first: row 2\)", measures.auc, r, holed)
     refused(r"NaN in 2 of 5 rows", measures.replay, r, holed, 0.2)
-    refused(r"the score of mine is NaN in 2 of 5 rows", measures.frontiers, {"mine": [(r, holed)]})
+    refused(r"the score of mine is NaN in 2 of 5 rows", curves.frontiers, {"mine": [(r, holed)]})
     refused(
         r"the score of mine has shape \(4,\): .* each of 5 prompts",
-        measures.frontiers,
+        curves.frontiers,
         {"mine": [(r, SCORE[:4])]},
     )
     refused(r"from 0 to 1: got 30", measures.replay, r, SCORE, 30)
-    refused(r"from 0 to 1", measures.frontiers, {"x": [(r, SCORE)]}, budgets=[-0.1])
-    refused(r"resamples=0", measures.frontiers, {"x": [(r, SCORE)]}, resamples=0)
-    refused(r"nothing to compare", measures.frontiers, {})
-    refused(r"nothing to compare", measures.frontiers, {"x": []})
-    refused(r"above 0 and up to 1: got 80", measures.cpt, *curve(r, SCORE), 80)
+    refused(r"from 0 to 1", curves.frontiers, {"x": [(r, SCORE)]}, budgets=[-0.1])
+    refused(r"resamples=0", curves.frontiers, {"x": [(r, SCORE)]}, resamples=0)
+    refused(r"nothing to compare", curves.frontiers, {})
+    refused(r"nothing to compare", curves.frontiers, {"x": []})
+    refused(r"above 0 and up to 1: got 80", curves.cpt, *curve(r, SCORE), 80)
     refused(
         r"not computed at a budget of 0.355",
-        measures.frontiers({"x": [(r, SCORE)]}, resamples=1).at,
+        curves.frontiers({"x": [(r, SCORE)]}, resamples=1).at,
         "x",
         0.355,
     )
@@ -392,11 +392,11 @@ def test_other_prompts_are_refused():
     turned = {name: column[::-1] for name, column in r.items()}
     refused(
         r"b \(seed 1 of 1\) is not of the prompts of a, .* 2 ids in one of the two only; align",
-        measures.frontiers,
+        curves.frontiers,
         {"a": [(r, SCORE)], "b": [(other, SCORE)]},
     )
     refused(
         r"a \(seed 2 of 2\) is not .* or not in their order: 5 and 5 prompts, 0 ids",
-        measures.frontiers,
+        curves.frontiers,
         {"a": [(r, SCORE), (turned, SCORE)]},
     )

@@ -20,7 +20,7 @@ from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.reports import suite
 from collab_jax.rl import evaluation, experiment, rollout, training
-from collab_jax.routing import measures
+from collab_jax.routing import curves
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 
@@ -254,7 +254,7 @@ def test_intervals_are_of_prompts_not_of_samples():
     assert width(result["average"]["device"]) == pytest.approx(
         np.mean(widths) / 2, rel=0.2
     )  # four independent ones
-    assert result["benchmarks"]["b1"]["device"] == measures.estimate(
+    assert result["benchmarks"]["b1"]["device"] == curves.estimate(
         suite.figures([make(100, seed=1)], 0.3, 1)["device"]
     )
 

@@ -11,8 +11,8 @@ from collab_jax import records
 from collab_jax.records import Records
 from collab_jax.reports import figures, page
 from collab_jax.reports.summary import BUDGETS
-from collab_jax.routing import costs, measures, routers
-from collab_jax.routing.measures import Frontiers, Runs, estimate
+from collab_jax.routing import costs, curves, measures, routers
+from collab_jax.routing.curves import Frontiers, Runs, estimate
 from collab_jax.runtime import files, markdown
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent, points
@@ -72,7 +72,7 @@ def compare(
     reference = reference or (default if default in methods else next(iter(methods)))
     if reference not in methods:
         raise UserError(f"no method {reference!r} to compare with: use one of {sorted(methods)}")
-    frontiers = measures.frontiers(methods, sorted({*measures.GRID, *budgets}), resamples)
+    frontiers = curves.frontiers(methods, sorted({*curves.GRID, *budgets}), resamples)
     return {
         "prompts": len(next(iter(models.values())).seeds[0]["id"]),
         "split": records.split_of(tables[0]),
@@ -103,7 +103,7 @@ def method_figures(
     """The figures of one "MODEL: ROUTER"."""
     model, _, router = name.partition(": ")
     rates, curve = frontiers.rates, frontiers.accuracy[name]
-    share = measures.gain_share(rates, curve, frontiers.accuracy[f"{model}: reachable"])
+    share = curves.gain_share(rates, curve, frontiers.accuracy[f"{model}: reachable"])
     at_budget = {}
     for budget in budgets:
         lead = frontiers.at(reference, budget) - frontiers.at(name, budget)
@@ -119,10 +119,10 @@ def method_figures(
             at_budget[str(budget)] |= cost
     return {
         "at_budget": at_budget,
-        "area": estimate(measures.area(rates, curve)),
-        "apgr": estimate(measures.apgr(rates, curve)),
-        "cpt_50": estimate(measures.cpt(rates, curve, 0.5)),
-        "cpt_80": estimate(measures.cpt(rates, curve, 0.8)),
+        "area": estimate(curves.area(rates, curve)),
+        "apgr": estimate(curves.apgr(rates, curve)),
+        "cpt_50": estimate(curves.cpt(rates, curve, 0.5)),
+        "cpt_80": estimate(curves.cpt(rates, curve, 0.8)),
         "auc": _mean([_auc_of(table, score) for table, score in runs]),
         "auc_by_stratum": _mean_by_key(
             [measures.auc_by_stratum(table, score) for table, score in runs]

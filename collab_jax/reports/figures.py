@@ -15,7 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from collab_jax.records import Records  # noqa: E402
-from collab_jax.routing import measures  # noqa: E402
+from collab_jax.routing.curves import frontiers  # noqa: E402
 from collab_jax.routing.routers import ROUTERS, score  # noqa: E402
 from collab_jax.runtime import files  # noqa: E402
 
@@ -69,7 +69,7 @@ def frontier(path: pathlib.Path, before: Records, after: Records, report: dict) 
 
 def _frontier_of(records: Records, router: str) -> tuple[np.ndarray, np.ndarray]:
     """Call rates f64[K] and accuracies f64[K], in percent."""
-    f = measures.frontiers({router: [(records, score(router, records))]}, resamples=1)
+    f = frontiers({router: [(records, score(router, records))]}, resamples=1)
     return 100 * f.rates, 100 * f.accuracy[router][0]
 
 

@@ -40,7 +40,7 @@ from collab_jax.records import Records
 from collab_jax.reports.summary import natural_outcomes
 from collab_jax.rl import evaluation, experiment, rollout
 from collab_jax.rl.experiment import Run
-from collab_jax.routing import measures, routers
+from collab_jax.routing import curves, routers
 from collab_jax.runtime import files, markdown, parallel, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
@@ -91,7 +91,7 @@ def figures(samples: Sequence[Records], budget: float, seed: int) -> dict[str, n
     are of R resamples of the prompts, the same for all tables.
     """
     known = [records.known(table, also=samples) for table in samples]
-    at_budget = measures.frontiers(
+    at_budget = curves.frontiers(
         {
             **{f"margin {i}": [(t, routers.score("margin", t))] for i, t in enumerate(known)},
             **{f"random {i}": [(t, routers.score("random", t))] for i, t in enumerate(known)},
@@ -117,7 +117,7 @@ def figures(samples: Sequence[Records], budget: float, seed: int) -> dict[str, n
 def mean_share(tables: Sequence[Records], outcomes: Sequence[np.ndarray], seed: int) -> np.ndarray:
     """Returns the share of True of `outcomes`, bool[n] for each table, and of R resamples of it.
 
-    f64[1 + R], the mean over the tables. The resamples are those of `measures.frontiers`: with a
+    f64[1 + R], the mean over the tables. The resamples are those of `curves.frontiers`: with a
     budget of 0 a frontier is the mean of `local_correct`, whatever stands there.
     """
     same_score = np.zeros(len(tables[0]["id"]))
@@ -125,7 +125,7 @@ def mean_share(tables: Sequence[Records], outcomes: Sequence[np.ndarray], seed: 
         str(i): [(table | {"local_correct": outcome}, same_score)]
         for i, (table, outcome) in enumerate(zip(tables, outcomes, strict=True))
     }
-    f = measures.frontiers(methods, [0], seed=seed)
+    f = curves.frontiers(methods, [0], seed=seed)
     return np.mean([f.at(name, 0) for name in methods], axis=0)
 
 
@@ -148,11 +148,11 @@ def summarize(
         for seed, (name, table) in enumerate(tables.items())  # a seed each: independent resamples
     }
     rates = {
-        name: counts[name] | {column: measures.estimate(x) for column, x in values.items()}
+        name: counts[name] | {column: curves.estimate(x) for column, x in values.items()}
         for name, values in found.items()
     }
     average = {
-        column: measures.estimate(np.mean([values[column] for values in found.values()], axis=0))
+        column: curves.estimate(np.mean([values[column] for values in found.values()], axis=0))
         for column in COLUMNS
     }
     return {"benchmarks": rates, "average": average}

@@ -11,8 +11,9 @@ import numpy as np
 
 from collab_jax import records
 from collab_jax.records import Records
-from collab_jax.routing import measures, routers
-from collab_jax.routing.measures import Rate, estimate, rate
+from collab_jax.routing import curves, measures, routers
+from collab_jax.routing.curves import estimate
+from collab_jax.routing.measures import Rate, rate
 from collab_jax.routing.response import no_answer
 
 BUDGETS = (0.1, 0.2, 0.3)
@@ -75,8 +76,8 @@ def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
     Beside them `margin_over_random`, and margin's share of the gain over random that can be had.
     """
     methods = {name: [(table, routers.score(name, table))] for name in SUMMARY_ROUTERS}
-    f = measures.frontiers(methods, BUDGETS)
-    share = measures.gain_share(f.rates, f.accuracy["margin"], f.accuracy["reachable"])
+    f = curves.frontiers(methods, BUDGETS)
+    share = curves.gain_share(f.rates, f.accuracy["margin"], f.accuracy["reachable"])
     return {
         str(b): {
             **{name: estimate(f.at(name, b)) for name in SUMMARY_ROUTERS},
@@ -98,7 +99,7 @@ def shown_budgets(table: Records) -> dict[str, dict[str, Rate]] | None:
     found = {}
     for budget in np.unique(table["shown_budget"]):
         part = {name: column[table["shown_budget"] == budget] for name, column in table.items()}
-        f = measures.frontiers({"margin": [(part, routers.score("margin", part))]}, [budget])
+        f = curves.frontiers({"margin": [(part, routers.score("margin", part))]}, [budget])
         found[f"{budget:g}"] = {
             "call_rate": rate(part["natural_called"]),
             "overall_accuracy": rate(natural_outcomes(part)),
@@ -168,7 +169,7 @@ def _gain_at_budgets(
         "before": [(before, routers.score("margin", before))],
         "after": [(after, routers.score("margin", after))],
     }
-    f = measures.frontiers(methods, budgets)
+    f = curves.frontiers(methods, budgets)
     return {b: estimate(f.at("after", b) - f.at("before", b)) for b in budgets}
 
 

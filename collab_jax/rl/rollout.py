@@ -32,7 +32,7 @@ from collab_jax.rl import algorithms
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import NOTHING_MISSING, MissingVerdicts
 from collab_jax.runtime import parallel
-from collab_jax.tasks import Example, Task, Verdict
+from collab_jax.tasks import Example, Task, Verdict, budgets
 
 
 class Batch(NamedTuple):
@@ -356,6 +356,7 @@ def collect(
     judging.wait_for_replies(wait)
     D = jax.local_device_count()
     prompts, prompt_mask = parallel.shard((batch.prompts, batch.mask), D)
+    levels = budgets.levels(batch.examples, run.config.task.budgets)
     rollout = Rollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
@@ -368,7 +369,7 @@ def collect(
         formatted=parallel.shard(judging.formatted, D),
         cloud_correct=parallel.shard(judging.cloud_correct, D),
         cloud_known=parallel.shard(judging.cloud_known, D),
-        level=shown_levels(batch.examples, run.config.task.budgets),
+        level=None if levels is None else parallel.shard(levels, D),
     )
     return Collected(
         rollout=rollout,
@@ -377,14 +378,6 @@ def collect(
         cloud_asked=len(judging.asked),
         missing=judging.missing(),
     )
-
-
-def shown_levels(examples: Sequence[Example], budgets: Sequence[float]) -> jax.Array | None:
-    """Returns which of the budgets each prompt shows, i32[D, P]; None where none is shown."""
-    if not budgets:
-        return None
-    levels = [tuple(budgets).index(example.budget) for example in examples]
-    return parallel.shard(np.array(levels, np.int32), jax.local_device_count())
 
 
 def barred_tokens(sampler: Sampler, samples: Samples) -> jax.Array | None:

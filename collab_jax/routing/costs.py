@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from collab_jax.records import Records, require
-from collab_jax.routing.measures import GRID, calls, rank, sent, sent_of
+from collab_jax.routing.curves import GRID
+from collab_jax.routing.measures import calls, rank, sent, sent_of
 
 # What a router has read when it decides; see `device_tokens`.
 Reads = Literal["prompt", "response", "trace"]

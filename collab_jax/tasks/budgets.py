@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from collab_jax.tasks.base import Example, Task, TaskError
@@ -21,15 +22,15 @@ def are_shown(config: ConfigDict) -> bool:
 
     Raises TaskError where the prompt and the budgets do not go together.
     """
-    shown, levels = PLACE in config.task.prompt, tuple(config.task.budgets)
-    if shown != bool(levels):
+    shown, shares = PLACE in config.task.prompt, tuple(config.task.budgets)
+    if shown != bool(shares):
         raise TaskError(
-            f"config.task.budgets={levels} and prompt={config.task.prompt!r}: budgets are shown "
+            f"config.task.budgets={shares} and prompt={config.task.prompt!r}: budgets are shown "
             f"where the prompt has {PLACE}, so set both or neither"
         )
-    in_range = all(isinstance(b, float) and 0 < b < 1 for b in levels)
-    if not in_range or len(set(map(percent, levels))) < len(levels):
-        raise TaskError(f"config.task.budgets={levels} must be different shares in (0, 1)")
+    in_range = all(isinstance(b, float) and 0 < b < 1 for b in shares)
+    if not in_range or len(set(map(percent, shares))) < len(shares):
+        raise TaskError(f"config.task.budgets={shares} must be different shares in (0, 1)")
     return shown
 
 
@@ -38,26 +39,33 @@ def percent(budget: float) -> str:
     return f"{100 * budget:g}"
 
 
+def levels(examples: Sequence[Example], budgets: Sequence[float]) -> np.ndarray | None:
+    """Which of the budgets each example's prompt shows, i32[n]; None where none is shown."""
+    if not budgets:
+        return None
+    return np.array([tuple(budgets).index(example.budget) for example in examples], np.int32)
+
+
 def shown(make: Callable[[ConfigDict], Task], config: ConfigDict) -> Task:
     """The task that `make` makes of a config, with prompts that show their budgets."""
-    levels = tuple(config.task.budgets)
+    shares = tuple(config.task.budgets)
 
     def made(budget: float) -> Task:
         written = config.copy_and_resolve_references()
         written.task.prompt = config.task.prompt.replace(PLACE, percent(budget))
         return make(written)
 
-    by_budget = {budget: made(budget) for budget in levels}
-    task = by_budget[levels[0]]
+    by_budget = {budget: made(budget) for budget in shares}
+    task = by_budget[shares[0]]
     demonstrations = task.demonstrations
 
     def load(split: str) -> list[Example]:
         loaded = task.load(split)
-        return _in_turn(loaded, levels) if split == "train" else _each(loaded, levels)
+        return _in_turn(loaded, shares) if split == "train" else _each(loaded, shares)
 
     def demonstrated(seed: int) -> Iterator[tuple[Example, str]]:
         assert demonstrations
-        pairs = zip(itertools.cycle(levels), demonstrations(seed), strict=False)
+        pairs = zip(itertools.cycle(shares), demonstrations(seed), strict=False)
         return ((dataclasses.replace(e, budget=b), response) for b, (e, response) in pairs)
 
     return dataclasses.replace(
@@ -68,15 +76,15 @@ def shown(make: Callable[[ConfigDict], Task], config: ConfigDict) -> Task:
     )
 
 
-def _in_turn(examples: Sequence[Example], levels: Sequence[float]) -> list[Example]:
-    pairs = zip(examples, itertools.cycle(levels), strict=False)
+def _in_turn(examples: Sequence[Example], shares: Sequence[float]) -> list[Example]:
+    pairs = zip(examples, itertools.cycle(shares), strict=False)
     return [dataclasses.replace(example, budget=budget) for example, budget in pairs]
 
 
-def _each(examples: Sequence[Example], levels: Sequence[float]) -> list[Example]:
+def _each(examples: Sequence[Example], shares: Sequence[float]) -> list[Example]:
     """Every example with every budget, the same problem's side by side."""
     return [
         dataclasses.replace(example, id=f"{example.id}@{percent(budget)}", budget=budget)
         for example in examples
-        for budget in levels
+        for budget in shares
     ]
