@@ -8,12 +8,13 @@ import optax
 
 
 def make_schedule(
-    learning_rate: float, warmup_steps: int, decay_steps: int | None
+    learning_rate: float, warmup_steps: int, decay_steps: int | jax.Array | None
 ) -> optax.Schedule:
     """Returns the learning rate by step, from 0: a linear warm-up, then constant or a cosine.
 
     Step i of the warm-up has (i + 1) / warmup_steps of `learning_rate`: an update with a rate of 0
-    would spend a batch on nothing. The cosine comes to 0 at `decay_steps`.
+    would spend a batch on nothing. The cosine comes to 0 at `decay_steps`, which may be traced: one
+    program then serves runs of any length.
     """
 
     def warmup(step):
@@ -23,7 +24,11 @@ def make_schedule(
         return optax.join_schedules(
             [warmup, optax.constant_schedule(learning_rate)], [warmup_steps]
         )
-    cosine = optax.cosine_decay_schedule(learning_rate, max(decay_steps - warmup_steps, 1))
+
+    def cosine(step):
+        whole = jnp.maximum(jnp.asarray(decay_steps) - warmup_steps, 1)
+        return learning_rate * (0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step / whole, 1))))
+
     return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 

@@ -114,6 +114,7 @@ class Tuner:
             return Sums(sums.loss + value, grads, sums.taught + rows.taught.sum())
 
         self._add = parallel.Program(add, donate=(0,))
+        self._update = parallel.Program(self._updated, donate=(0, 1, 2))
         self._zero = parallel.pmap(zero_sums)
 
     def micro_batches(self, encoded: list[Encoded]) -> list[PackedRows]:
@@ -134,10 +135,10 @@ class Tuner:
         too long. metrics.jsonl and checkpoints go to `folder`; what these hold is not done again.
         Raises UserError where the loss is not finite.
         """
-        optimizer, checkpoints = self._optimizer(steps), Checkpoints(folder / "checkpoints")
-        state = _start(params, optimizer, checkpoints)
+        checkpoints = Checkpoints(folder / "checkpoints")
+        state = _start(params, self._optimizer(steps), checkpoints)
         if state.step < steps:
-            state = self._steps(folder, state, source, steps, optimizer, checkpoints)
+            state = self._steps(folder, state, source, steps, checkpoints)
         if self._stop.requested:
             self._stop.exit(f"stopped and saved in {folder}; the same command goes on from there")
         return parallel.unreplicate(state.params)
@@ -148,7 +149,6 @@ class Tuner:
         state: TuningState,
         source: Source,
         steps: int,
-        optimizer: optax.GradientTransformation,
         checkpoints: Checkpoints,
     ) -> TuningState:
         """The state (with the axis D) after step number `steps`, or after the one that was the last
@@ -156,7 +156,7 @@ class Tuner:
         """
         first, every = int(state.step), self._config.sft.checkpoint_every
         params, opt_state = state.params, state.opt_state
-        update, batches = self._compiled_update(optimizer), self._batches(source, first)
+        batches, length = self._batches(source, first), parallel.replicate(np.int32(steps))
         encoded = next(batches)
         print(self._plan(encoded, params, steps - first, folder.name))
         sums, writer = self._zero(params), metrics.MetricsWriter(folder, first)
@@ -165,7 +165,9 @@ class Tuner:
                 started = time.monotonic()
                 for rows in self.micro_batches(encoded):
                     sums = self._add(sums, params, self._frozen, rows)
-                params, opt_state, sums, losses, norms = update(params, opt_state, sums)
+                params, opt_state, sums, losses, norms = self._update(
+                    params, opt_state, sums, length
+                )
                 if step < steps:
                     encoded = next(batches)  # while the devices work
                 # One update at a time: queued updates of host devices can lock in the collective.
@@ -189,30 +191,26 @@ class Tuner:
         writer.close()
         return state
 
-    def _optimizer(self, steps: int) -> optax.GradientTransformation:
+    def _optimizer(self, steps: int | jax.Array) -> optax.GradientTransformation:
         sft = self._config.sft
         schedule = optim.make_schedule(sft.learning_rate, sft.warmup_steps, decay_steps=steps)
         return optim.make_optimizer(
             schedule, sft.weight_decay, optim.clipped(), self._config.model.param_dtype
         )
 
-    def _compiled_update(self, optimizer: optax.GradientTransformation) -> Callable:
-        """update(params, opt_state, sums) -> params, opt_state, zero sums, mean loss, norm.
+    def _updated(self, params: Params, opt_state: optax.OptState, sums: Sums, steps: jax.Array):
+        """(params, opt_state, zero sums, mean loss, norm) after one step of `steps`.
 
         The loss is in nats a taught token, the norm that of its gradient before clipping.
         """
-
-        def update(params: Params, opt_state: optax.OptState, sums: Sums):
-            # Sums and counts travel apart and are divided once: devices have different numbers.
-            total = jax.lax.psum(sums, parallel.AXIS)
-            grads = jax.tree.map(lambda g: g / total.taught, total.grads)
-            norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            new = cast(Params, optax.apply_updates(params, updates))
-            mean = total.loss / total.taught
-            return new, opt_state, jax.tree.map(jnp.zeros_like, sums), mean, norm
-
-        return parallel.Program(update, donate=(0, 1, 2))
+        # Sums and counts travel apart and are divided once: devices have different numbers.
+        total = jax.lax.psum(sums, parallel.AXIS)
+        grads = jax.tree.map(lambda g: g / total.taught, total.grads)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = self._optimizer(steps).update(grads, opt_state, params)
+        new = cast(Params, optax.apply_updates(params, updates))
+        mean = total.loss / total.taught
+        return new, opt_state, jax.tree.map(jnp.zeros_like, sums), mean, norm
 
     def _batches(self, source: Source, first: int) -> Iterator[list[Encoded]]:
         """The demonstrations of each step from `first` on, those that fit."""
