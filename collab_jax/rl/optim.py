@@ -25,7 +25,7 @@ def make_schedule(
             [warmup, optax.constant_schedule(learning_rate)], [warmup_steps]
         )
 
-    def cosine(step):
+    def cosine(step):  # optax's takes no traced length
         whole = jnp.maximum(jnp.asarray(decay_steps) - warmup_steps, 1)
         return learning_rate * (0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step / whole, 1))))
 

@@ -29,6 +29,19 @@ class Device(NamedTuple):
         messages = [self.run.task.prompt(example) for example in self.examples_of(records)]
         return self.run.text.prompt_batch(messages, self.run.config.prompt_length)
 
+    def responses_of(self, records: Records) -> tuple[np.ndarray, np.ndarray]:
+        """(responses i32[n, T], tokens of each i32[n]) of the rows, EOS in.
+
+        The recorded text is tokenized again; a response that was cut off counts up to the cut.
+        """
+        text, T = self.run.text, self.run.config.max_new_tokens
+        responses = np.full((len(records["text"]), T), text.pad_id, np.int32)
+        length = np.zeros(len(responses), np.int32)
+        for i, written in enumerate(records["text"]):
+            ids = text.response_ids(written)[:T]
+            responses[i, : len(ids)], length[i] = ids, len(ids)
+        return responses, length
+
 
 def batches(rows: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """(row numbers i64[size], how many of them count) for all rows, in order.

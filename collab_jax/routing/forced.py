@@ -47,14 +47,8 @@ def _score(records: Records, unsure: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _read(device: Device, records: Records) -> np.ndarray:
-    """`gap_and_logprob` of the rows, f32[n, 2]; the recorded text is tokenized again."""
-    run, T = device.run, device.run.config.max_new_tokens
-    prompts, mask = device.prompts_of(records)
-    responses = np.full((len(prompts), T), run.text.pad_id, np.int32)
-    length = np.zeros(len(prompts), np.int32)
-    for i, text in enumerate(records["text"]):
-        ids = run.text.response_ids(text)[:T]
-        responses[i, : len(ids)], length[i] = ids, len(ids)
+    """`gap_and_logprob` of the rows, f32[n, 2]."""
+    run = device.run
     body = functools.partial(
         gap_and_logprob,
         cfg=run.cfg,
@@ -64,7 +58,7 @@ def _read(device: Device, records: Records) -> np.ndarray:
     compiled = parallel.pmap(lambda params, *rows: body(params, *rows))
     return by_batch(
         lambda *rows: compiled(device.params, *rows),
-        (prompts, mask, responses, length),
+        (*device.prompts_of(records), *device.responses_of(records)),
         run.config.eval.batch_size,
     )
 

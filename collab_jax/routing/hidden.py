@@ -30,21 +30,12 @@ def score(device: Device, fit_on: Records, records: Records) -> tuple[np.ndarray
 
 
 def _features(device: Device, compiled: Callable, records: Records) -> np.ndarray:
-    """The hidden states f32[n, E].
-
-    The recorded text is tokenized again; a response that was cut off counts up to the cut.
-    """
-    run, T = device.run, device.run.config.max_new_tokens
-    prompts, mask = device.prompts_of(records)
-    responses = np.full((len(prompts), T), run.text.pad_id, np.int32)
-    last = np.zeros(len(prompts), np.int32)
-    for i, text in enumerate(records["text"]):
-        ids = run.text.response_ids(text)[:T]
-        responses[i, : len(ids)], last[i] = ids, len(ids) - 1
+    """The hidden states f32[n, E]."""
+    responses, length = device.responses_of(records)
     return by_batch(
         lambda *rows: compiled(device.params, *rows),
-        (prompts, mask, responses, last),
-        run.config.eval.batch_size,
+        (*device.prompts_of(records), responses, length - 1),
+        device.run.config.eval.batch_size,
     )
 
 
