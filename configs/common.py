@@ -171,6 +171,8 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.learning_rate = 5e-5  # AdamW, after the warm-up
     config.optim.warmup_steps = 10  # updates over which the learning rate rises linearly
+    # Adam's beta 1. Near 1, a control sees late what it does: its plant has this memory
+    config.optim.momentum = 0.9
     config.optim.decay = False  # cosine to 0 at the last step, else constant
     config.optim.weight_decay = 0.0  # of matrices
     # decay of the averaged weights that a run evaluates and exports; 0: the last weights
@@ -234,8 +236,6 @@ def get_config() -> ConfigDict:
     # of demonstrations: task | file | self (own samples; those that fail call)
     config.sft.source = "task"
     config.sft.demonstrations = ""  # file: JSON lines, see collab_jax/rl/demonstrations.py
-    # updates on what the task has to practise, before all others (SVAMP: sums); 0: none
-    config.sft.practice_steps = 0
     # updates of two tunings before the last, each on half of the prompts; the model then answers
     # the other half, which becomes demonstrations, those that fail with a call; 0: there are none
     config.sft.relabel_steps = 0

@@ -1,33 +1,21 @@
-"""Drills in arithmetic: worked out as steps are, right, of the promised sizes, of every kind."""
+"""Drills in arithmetic: right, of the promised sizes, and of every kind."""
 
 import random
 import re
 from collections import Counter
 
-from collab_jax.tasks import columns, drills
+from collab_jax.tasks import drills
 
 
-def sums_of(drill):
-    """The sums of a drill as steps, whether they are worked out in columns or not."""
-    asked, sums = "", []
-    for line in drill.split("\n"):
-        if line.endswith(":"):
-            asked = line.removesuffix(":")
-        elif not asked or line.startswith("="):
-            sums.append(asked + line)
-            asked = ""
-    return sums
-
-
-def test_every_sum_is_right_and_no_longer_than_promised():
+def test_a_drill_is_right_and_asks_what_it_solves():
     rng, kinds = random.Random(0), Counter()
-    for _ in range(750):
-        drill = drills.drill(rng)
-        sums = sums_of(drill)
-        assert len(sums) == drills.SUMS
-        assert drill.split("\n") == [line for step in sums for line in columns.worked(step)]
-        for line in sums:
-            left, operator, right, value = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", line).groups()
+    for _ in range(500):
+        row = drills.drill(rng)
+        steps = row["solution"].split(", ")
+        assert [step.partition("=")[0] for step in steps] == row["problem"].split(", ")
+        assert len(steps) == drills.SUMS and steps[-1].partition("=")[2] == row["answer"]
+        for step in steps:
+            left, operator, right, value = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
             left, right, value = int(left), int(right), int(value)
             kinds[operator] += 1
             assert right > 0 and max(left, right) < 1000

@@ -1,9 +1,7 @@
 """The warm start: whose demonstrations it learns from, what it writes, what it refuses."""
 
-import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -125,27 +123,6 @@ def test_each_half_is_labelled_by_a_model_that_was_tuned_on_the_other(
     assert "AUC of the margin" in capsys.readouterr().out
 
 
-def test_practice_comes_first_and_the_demonstrations_begin_with_what_it_made(
-    small, tmp_path, monkeypatch
-):
-    def with_practice(config):
-        task = make_task(config)
-        return dataclasses.replace(task, practice=task.demonstrations)
-
-    began, tune = {}, Tuner.tune
-
-    def spy(tuner, folder, params, source, steps):
-        tuned = tune(tuner, folder, params, source, steps)
-        began[folder.name] = params, tuned, steps
-        return tuned
-
-    monkeypatch.setattr(sft, "make_task", with_practice)
-    monkeypatch.setattr(Tuner, "tune", spy)
-    assert sft.run(small(sft__practice_steps=2), tmp_path) == 0
-    assert list(began) == ["practice", "tuning"] and began["practice"][2] == 2
-    jax.tree.map(np.testing.assert_array_equal, began["practice"][1], began["tuning"][0])
-
-
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -161,8 +138,6 @@ def test_practice_comes_first_and_the_demonstrations_begin_with_what_it_made(
         ({"sft__marker_share": 1.0}, "config.sft.marker_share=1.0"),
         ({"sft__prompts": -1}, "config.sft.prompts must be at least 0"),
         ({"sft__relabel_steps": -1}, "config.sft.relabel_steps=-1"),
-        ({"sft__practice_steps": -1}, "config.sft.practice_steps=-1"),
-        ({"sft__practice_steps": 1}, "has nothing to practise: set config.sft.practice_steps=0"),
         ({"sft__relabel_steps": 1, "sft__source": "self"}, "relabel_steps tunes it before"),
         ({"sft__checkpoint_every": 0}, "config.sft.checkpoint_every=0 must be at least 1"),
         (

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from collab_jax.models.text import Messages, Text
 from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, Task, base
+from collab_jax.tasks import Task, base
 
 LOOKED_AT = 1000  # demonstrations of a task that are counted before they are used
 
@@ -246,25 +246,11 @@ def of_task(task: Task, text: Text, config: ConfigDict) -> Given:
         )
 
     def stream() -> Iterator[Demonstration]:
-        return _asked(task, make(config.seed))
+        pairs = make(config.seed)
+        return (Demonstration(task.prompt(example), response) for example, response in pairs)
 
     first = drop_too_long(list(itertools.islice(stream(), LOOKED_AT)), text, config)
     return Given(stream, first, {})
-
-
-def of_practice(task: Task, config: ConfigDict) -> Callable[[], Iterator[Demonstration]]:
-    """Starts the endless sequence of the task's practice. Raises UserError where it has none."""
-    make = task.practice
-    if make is None:
-        raise UserError(
-            f"task {task.name!r} has nothing to practise: set config.sft.practice_steps=0"
-        )
-    return lambda: _asked(task, make(config.seed))
-
-
-def _asked(task: Task, pairs: Iterator[tuple[Example, str]]) -> Iterator[Demonstration]:
-    """The pairs with the task's prompts in the examples' place."""
-    return (Demonstration(task.prompt(example), response) for example, response in pairs)
 
 
 def endless(items: Sequence[Item], seed: int) -> Iterator[Item]:

@@ -110,7 +110,11 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         task=task,
         cloud=cloud,
         optimizer=optim.make_optimizer(
-            schedule, config.optim.weight_decay, optim.unit_norm(), config.model.param_dtype
+            schedule,
+            config.optim.weight_decay,
+            optim.unit_norm(),
+            config.model.param_dtype,
+            config.optim.momentum,
         ),
         checkpoints=Checkpoints(workdir / "checkpoints"),
     )

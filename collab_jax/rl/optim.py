@@ -54,16 +54,19 @@ def make_optimizer(
     weight_decay: float,
     bound: optax.GradientTransformation,
     param_dtype: str = "float32",
+    momentum: float = 0.9,
 ) -> optax.GradientTransformation:
     """`bound` (`unit_norm` or `clipped`), then AdamW, for parameters of `param_dtype`.
 
-    Vectors (norms and biases) have no weight decay.
+    momentum: Adam's beta 1. Vectors (norms and biases) have no weight decay.
     """
 
     def matrices(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=matrices, mu_dtype=param_dtype)
+    adamw = optax.adamw(
+        schedule, b1=momentum, weight_decay=weight_decay, mask=matrices, mu_dtype=param_dtype
+    )
     chain = optax.chain(bound, adamw)
     return chain if param_dtype == "float32" else compensated(chain)
 

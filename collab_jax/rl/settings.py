@@ -107,6 +107,10 @@ def _check_algorithm(config: ConfigDict) -> None:
 
 def _check_optim(config: ConfigDict) -> None:
     _need(
+        0 <= config.optim.momentum < 1,
+        f"config.optim.momentum={config.optim.momentum} must lie in [0, 1)",
+    )
+    _need(
         0 <= config.optim.average <= 0.9999,
         f"config.optim.average={config.optim.average} must lie in [0, 0.9999]: 0 averages nothing",
     )
@@ -232,8 +236,10 @@ def _check_tuning(sft: ConfigDict) -> None:
     )
     for key in ("batch_size", "micro_rows", "checkpoint_every"):
         _need(sft[key] >= 1, f"config.sft.{key}={sft[key]} must be at least 1")
-    for key in ("practice_steps", "relabel_steps"):
-        _need(sft[key] >= 0, f"config.sft.{key}={sft[key]} must be at least 0: 0 leaves it out")
+    _need(
+        sft.relabel_steps >= 0,
+        f"config.sft.relabel_steps={sft.relabel_steps} must be at least 0: 0 relabels nothing",
+    )
     _need(
         0 <= sft.learning_rate < math.inf,
         f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0",

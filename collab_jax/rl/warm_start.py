@@ -4,8 +4,7 @@
 With `config.sft.relabel_steps` the model is therefore tuned on them first, and then shown how good
 it became: it answers training prompts that it was not tuned on, and where its own attempt fails,
 the call is what it learns to end it with (`own_samples.py`). All prompts are labelled so, since
-each half of them is answered by a model that was tuned on the other half. Before all that comes
-what the task has to practise, with `config.sft.practice_steps`, in a tuning of its own.
+each half of them is answered by a model that was tuned on the other half.
 
 What a start needs to go on is in WORKDIR/warm_start: the settings, and a folder for each tuning
 with its metrics, checkpoints and samples.
@@ -55,7 +54,6 @@ class WarmStart(NamedTuple):
     cfg: DecoderConfig  # with the adapter's scale, where there is one
     text: Text
     task: Task
-    practice: Source | None  # what comes before the demonstrations
     given: Given | None  # demonstrations of the task or of a file; None: they are the model's own
     examples: list[Example]  # training examples whose prompts fit
     check_examples: list[Example]  # to try the tuned model on
@@ -108,9 +106,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     nothing = bool(config.sft.architecture)
     base = _from_nothing(config, folder) if nothing else experiment.base_model(config, folder)
     config, cfg, text = base.config, base.cfg, base.text
-    practice, given = None, None
-    if config.sft.practice_steps:
-        practice = demonstrations.of_practice(task, config)
+    given = None
     if config.sft.source == "task":
         given = demonstrations.of_task(task, text, config)
     elif config.sft.source == "file":
@@ -147,7 +143,6 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
         cfg=cfg,
         text=text,
         task=task,
-        practice=practice,
         given=given,
         examples=train.examples,
         check_examples=check_examples,
@@ -207,10 +202,6 @@ def tuned(start: WarmStart, stop: GracefulStop) -> Params:
     `stop` may end the process, with what is done so far saved.
     """
     config, tuner = start.config, Tuner(start.cfg, start.frozen, start.text, start.config, stop)
-    if start.practice:
-        steps = config.sft.practice_steps
-        params = tuner.tune(start.folder / "practice", start.params, start.practice, steps)
-        start = start._replace(params=params)
     if start.given is None:
         file = start.folder / "samples.jsonl"
         own = _answered(start, start.params, start.examples[: config.sft.prompts or None], file)

@@ -70,8 +70,7 @@ class Task:
     none; None: the task reads nothing without tags. Evaluation alone uses it (`lenient_correct`).
     demonstrations(seed) -> endless (example, response) pairs for the warm start; None: there are
     none. template(prompt) -> what problems have in common that are alike but for details, such as
-    their numbers. practice(seed) -> endless (example, response) pairs that exercise a skill, such
-    as arithmetic, of problems that are not the task's; None: there are none.
+    their numbers.
     """
 
     name: str
@@ -87,7 +86,6 @@ class Task:
     read_answer: ReadAnswer | None = None
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None
     template: Callable[[str], str] = str
-    practice: Callable[[int], Iterator[tuple[Example, str]]] | None = None
 
 
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)

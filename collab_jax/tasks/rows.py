@@ -110,15 +110,14 @@ def make_task(
     read_answer: base.ReadAnswer | None = None,
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None,
     template: Callable[[str], str] = str,
-    practice: Callable[[int], Iterator[tuple[Example, str]]] | None = None,
 ) -> Task:
     """The task of `config.task.name`, whose prompts are templates with {problem} in them.
 
     The device's template is `config.task.prompt`, the cloud's `cloud_prompt`. gold(example) -> the
     right answer, None where there is none. compare(examples, responses) -> whether the answer of
     each response is right, of examples with a right answer and responses that do not call; None
-    where the comparison ran out of time. splits, read_answer, demonstrations, template,
-    practice: as in `Task`. ranked: whether examples have a difficulty.
+    where the comparison ran out of time. splits, read_answer, demonstrations, template: as
+    in `Task`. ranked: whether examples have a difficulty.
     Raises TaskError for a prompt without {problem}.
     """
     asked, marker = config.task.prompt, config.text.marker
@@ -173,5 +172,4 @@ def make_task(
         read_answer=read_answer,
         demonstrations=demonstrations,
         template=template,
-        practice=practice,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import columns, drills, math, prose, renumber, rows, spelling, splits
+from collab_jax.tasks import drills, math, prose, renumber, rows, spelling, splits
 from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
 
 _CLOUD_PROMPT = (
@@ -80,10 +80,10 @@ def demonstrations(
 ) -> Iterator[tuple[Example, str]]:
     """Endless (example, response): in each epoch all training examples once, in another order.
 
-    In every second epoch problems have other numbers where that is safe (`renumber.py`). A response
-    shows the steps, each on a line, or on several where the sum is long (`columns.py`). A share
-    `give_up` of them stops at random, without a look at the problem, and ends with the marker:
-    before a line, after the last one, or where the answer would open.
+    In every second epoch problems have other numbers where that is safe (`renumber.py`), and after
+    each problem comes a drill in arithmetic (`drills.py`). A response shows the steps, each on a
+    line. A share `give_up` of them stops at random, without a look at the problem, and ends with
+    the marker: before a step, after the last one, or where the answer would open.
     """
     rng = random.Random(f"demonstrations {seed}")
     for epoch in itertools.count():
@@ -92,23 +92,23 @@ def demonstrations(
                 row = renumber.renumbered(example.problem, rng)
                 example = dataclasses.replace(example, problem=row)
             yield example, _response(example.problem, give_up, marker, rng)
-
-
-def practice(seed: int) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response) pairs: drills in arithmetic (`drills.py`)."""
-    rng, asked = random.Random(f"practice {seed}"), {"problem": drills.ASKED}
-    for number in itertools.count():
-        yield Example(f"drill/{number}", "drill", asked), drills.drill(rng)
+            row = drills.drill(rng)
+            yield Example(row["id"], "drill", row), _response(row, give_up, marker, rng)
 
 
 def _response(row: dict[str, Any], give_up: float, marker: str, rng: random.Random) -> str:
-    lines = [line for step in steps(row) for line in columns.worked(step)]
+    lines = steps(row)
     thought = "<think>" + "\n".join(lines) + "</think>\n"
     if rng.random() >= give_up:
         return f"{thought}<answer>{row['answer']}</answer>"
     stop = rng.randint(0, len(lines) + 1)
     before = "<think>" + "".join(f"{line}\n" for line in lines[:stop])
     return (before if stop <= len(lines) else thought) + marker
+
+
+def _template(prompt: str) -> str:
+    """The words of a problem; of a drill, which has none, all of it."""
+    return splits.template(prompt) or prompt
 
 
 def make_task(config: ConfigDict) -> Task:
@@ -131,6 +131,5 @@ def make_task(config: ConfigDict) -> Task:
         demonstrations=lambda seed: demonstrations(
             seed, load(config.task, "train"), config.task.demo_give_up, config.text.marker
         ),
-        template=splits.template,
-        practice=practice,
+        template=_template,
     )
