@@ -266,6 +266,11 @@ def test_a_task_of_code(add_part, small, tmp_path):
     examples = task.load("test") * 2
     right, wrong = task.verify(examples, [f"<answer>{row['answer']}</answer>", "```\npass\n```"])
     assert (right.correct, wrong.correct) == (True, False)
+    question = {"id": "q", "problem": "Half of 4?", "choices": ["1", "2"], "answer": "B"}
+    write_rows(tmp_path / "quiz_test.jsonl", [question])
+    quiz = tasks.make_task(small(task__name="quiz", **settings))
+    (verdict,) = quiz.verify(quiz.load("test"), ["<answer>(B) 2</answer>"])
+    assert verdict.correct
 
 
 def test_a_router(add_part):

@@ -75,3 +75,15 @@ def test_examples_to_show_are_what_they_say():
         and shown["rightly asked the cloud"] == 1
     )
     assert shown["solved on the device"] == 3 and shown["stayed, and was wrong"] == 2
+
+
+def test_a_report_has_the_accuracy_of_each_stratum():
+    before = summary.summary(make(stratum=["law", "law", "sums", "sums", "sums"]))
+    after = summary.summary(
+        make(stratum=["law", "law", "sums", "sums", "sums"], local_correct=[T, F, T, T, T])
+    )
+    rows = run.strata({"before": before, "after": after}).splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:4]] == ["law", "sums"]
+    assert "| 50.0 (" in rows[2] and "| 100.0 (" in rows[3]
+    alone = summary.summary(make())
+    assert run.strata({"before": alone, "after": alone}) == ""

@@ -156,7 +156,7 @@ def render(report: Mapping[str, Any], table: str, after: Records) -> str:
         f"seed {config['seed']}\n\n"
         f"{algorithm}; {report['after']['n']} {records.split_of(after)} prompts; "
         f"every rate is a share of all prompts, with its 95 % interval. {machine}.\n\n"
-        f"{table}\n\n{closing(report)}\n\n{shown_budgets(report)}"
+        f"{table}\n\n{closing(report)}\n\n{shown_budgets(report)}{strata(report)}"
         "![accuracy against call rate](frontier.png)\n\n![training](training.png)\n\n"
         f"## Examples after training (natural decoding)\n\n{examples_list(after)}\n"
     )
@@ -174,6 +174,15 @@ def shown_budgets(report: Mapping[str, Any]) -> str:
         for budget, figures in found.items()
     ]
     return f"{markdown.table(head, rows)}\n\n"
+
+
+def strata(report: Mapping[str, Any]) -> str:
+    """Returns the table of the device's accuracy in each stratum; "" where there is just one."""
+    before, after = (report[side]["local_accuracy_by_stratum"] for side in ("before", "after"))
+    if len(after) < 2:
+        return ""
+    rows = [[name, percent(before[name]), percent(after[name])] for name in after]
+    return f"{markdown.table(['accuracy on the device, of', 'before', 'after'], rows)}\n\n"
 
 
 def examples_list(table: Records) -> str:

@@ -30,7 +30,7 @@ TASKS = {
     "countdown": countdown.make_task,
     "chain": chain.make_task,
     **dict.fromkeys(math.FILES, math.make_task),
-    "mmlu": choice.make_task,
+    **dict.fromkeys(("mmlu", "choices"), choice.make_task),
     "svamp": svamp.make_task,
     **dict.fromkeys(code.FILES, code.make_task),
     "jsonl": jsonl.make_task,

@@ -1,40 +1,86 @@
-"""Multiple choice with letters: MMLU, for evaluation."""
+"""Multiple choice with letters: MMLU, for evaluation, and questions of your own, for training too.
+
+The questions of a task NAME are in NAME_train.jsonl, NAME_test.jsonl and, if wanted,
+NAME_validation.jsonl, split as those of `jsonl.py`. A line has `id`, `problem`, `choices` (a list)
+and `answer` (the letter of the right one); `type`, say the subject, is the stratum.
+
+A training file often has its right answers in a pattern, which a model would learn. So the choices
+of training and validation come in the order of their hashes, but for questions whose choices speak
+of each other's places ("A and B", "all of the above"). A test is shown as its authors wrote it.
+"""
+
+import re
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import math, prose, rows, splits
-from collab_jax.tasks.base import Example, Task, TaskError
+from collab_jax.tasks import jsonl, math, prose, rows, splits
+from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
 
 LETTERS = "ABCDEFGHIJ"
 _CLOUD_PROMPT = (
     "Answer this question. End with the letter of the right choice between <answer> and </answer>."
     "\n\n{problem}"
 )
+_PLACES = re.compile(  # "A and C", "both (a) and (b)", "B, C only", "all of the above"
+    r"\b[a-j]\)?(?:\s*[,&/]\s*|\s+)(?:(?:and|or|nor)\s+)?\(?[a-j]\b|\b(?:only [a-j]|[a-j] only)\b"
+    r"|\b(?:above|below|preceding|previous|former|latter|following|other (?:choices|options))\b",
+    re.IGNORECASE,
+)
 
 
-def letter(response: str) -> str | None:
-    """The letter that a response chooses: "B", "(B)", "B. 42", "The answer is B"."""
+def shuffled(question: str, choices: tuple[str, ...], answer: str) -> tuple[tuple[str, ...], str]:
+    """The choices in the order of their hashes, and the letter that the answer then has.
+
+    Both depend on the question and its choices alone. Choices that name places stay in theirs.
+    """
+    if any(_PLACES.search(choice) for choice in choices):
+        return choices, answer
+    order = splits.shuffled(range(len(choices)), lambda i: f"{question}\n{choices[i]}")
+    return tuple(choices[i] for i in order), LETTERS[order.index(LETTERS.index(answer))]
+
+
+def chosen(example: Example, response: str) -> str | None:
+    """The letter that a response chooses: "B", "(b)", "The answer is B. 42".
+
+    The text of one choice, word for word, is its letter too; None where nothing is chosen.
+    """
+    _, choices, _ = example.problem
     answer = math.extract(response)
-    return prose.letter(answer) if answer else None
+    if answer is None:
+        return None
+    same = [x for x, c in zip(LETTERS, choices, strict=False) if jsonl.same(c, answer)]
+    return same[0] if len(same) == 1 and len(answer) > 1 else prose.letter(answer)
 
 
 def load(task: ConfigDict, split: str) -> list[Example]:
-    """The examples of the test, the one split; `example.problem` is (question, choices, letter).
+    """The examples of a split; `example.problem` is (question, choices, letter).
 
-    Some of the high-school mathematics are problems of MATH's training
-    split: these say so (`Example.seen`).
+    Some of MMLU's high-school mathematics are problems of MATH's training split: these say so
+    (`Example.seen`). Raises TaskError for a row that is no question with choices.
     """
-    name, examples = f"{task.name}_{split}", []
-    for row in rows.read(task.data_dir, name, ("answer", "choices")):
-        if row["answer"] not in LETTERS[: len(row["choices"])]:
+    found = jsonl.load(task.data_dir, split, ("answer", "choices"), prefix=f"{task.name}_")
+    examples = []
+    for row in (example.problem for example in found):
+        question, choices, answer = row["problem"], _choices(row), row["answer"]
+        if answer not in tuple(LETTERS[: len(choices)]):
             raise TaskError(
-                f"{name}, row {row['id']}: "
-                f"the answer {row['answer']!r} is not the letter of one of its choices"
+                f"{task.name}, row {row['id']}: "
+                f"the answer {answer!r} is not the letter of one of its choices"
             )
-        problem = row["problem"], tuple(row["choices"]), row["answer"]
+        if split != "test":
+            choices, answer = shuffled(question, choices, answer)
+        problem = question, choices, answer
         seen = "math" if row.get("math_train_id") else ""
         examples.append(Example(row["id"], rows.stratum(row), problem, seen=seen))
     return splits.shuffled(examples, _question)
+
+
+def _choices(row: dict) -> tuple[str, ...]:
+    """The choices of a row, as text. Raises TaskError where they are not 2 to 10 texts."""
+    choices = row["choices"]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise TaskError(f"row {row['id']}: choices must be a list of 2 to {len(LETTERS)}")
+    return tuple(map(str, choices))
 
 
 def _question(example: Example) -> str:
@@ -44,16 +90,16 @@ def _question(example: Example) -> str:
 
 
 def make_task(config: ConfigDict) -> Task:
-    """MMLU; `config.task.prompt` has {problem} where question and choices go."""
+    """The task of the files; `config.task.prompt` has {problem} where question and choices go."""
     return rows.make_task(
         config,
         load=lambda split: load(config.task, split),
         problem=_question,
         gold=lambda example: example.problem[2],
         compare=lambda examples, responses: [
-            letter(r) == e.problem[2] for e, r in zip(examples, responses, strict=True)
+            chosen(e, r) == e.problem[2] for e, r in zip(examples, responses, strict=True)
         ],
         cloud_prompt=_CLOUD_PROMPT,
-        splits=("test",),
+        splits=("test",) if config.task.name == "mmlu" else SPLITS,
         read_answer=lambda _, response: prose.last_letter(response),
     )

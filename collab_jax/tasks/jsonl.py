@@ -22,22 +22,22 @@ def same(gold: str, answer: str | None) -> bool:
     return answer is not None and answer.casefold().split() == gold.casefold().split()
 
 
-def load(folder: str, split: str, fields: Sequence[str]) -> list[Example]:
+def load(folder: str, split: str, fields: Sequence[str], prefix: str = "") -> list[Example]:
     """The examples of a split; `example.problem` is the row, which has these fields at least.
 
-    Raises TaskError where the split has none.
+    prefix: what the names of the files begin with. Raises TaskError where the split has none.
     """
-    own_file = split == "test" or rows.find(folder, "validation") is not None
-    name = split if own_file else "train"
-    examples = [
-        Example(row["id"], rows.stratum(row), row) for row in rows.read(folder, name, fields)
-    ]
+    own_file = split == "test" or rows.find(folder, f"{prefix}validation") is not None
+    name = prefix + (split if own_file else "train")
+    found = rows.read(folder, name, fields)
+    examples = [Example(row["id"], rows.stratum(row), row) for row in found]
     if own_file:
         return splits.shuffled(examples, _problem)
     of_split = splits.of_split(examples, split, _problem)
     if not of_split:
         raise TaskError(
-            f"none of the {len(examples)} rows of {name} is for {split}: write a validation.jsonl"
+            f"none of the {len(examples)} rows of {name} is for {split}: "
+            f"write a {prefix}validation.jsonl"
         )
     return of_split
 

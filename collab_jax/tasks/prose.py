@@ -5,6 +5,7 @@ answer out of a sentence, and `last_answer` out of a whole response without tags
 """
 
 import re
+import unicodedata
 
 from collab_jax.tasks import denials
 
@@ -199,15 +200,30 @@ def _numbers(sentence: str) -> list[str]:
 
 # ---- letters of choices
 
+_WRAPPED = re.compile(  # the letter or the words in a text: "\text{B}", "**B**", "'B'", "[B]"
+    r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$`]|\\[()\[\]]|^\s*#+"
+    r"|[\"'“‘<{\[]\s*([A-Ja-j])\s*[\"'”’>}\]]"
+)
 _LETTER = re.compile(
-    r"[(\s]*(?i:option|choice)?[(\s]*([A-J])(?:([).:,]+(?:\s.*)?)|(\s+-\s.*))?", re.DOTALL
+    r"(?i:(?:so|then|thus|hence|therefore|but)\b[,:]?)?[(\s]*"
+    r"(?i:(?:option|choice|letter|answer)\b[-–:\s]*)?[(\s]*"
+    r"([A-J])(?:([).:,;!]+(?:\s.*)?)|(\s+[-–—=]\s.*|\s+\([^()]*\)))?",
+    re.DOTALL,
+)
+_SMALL_LETTER = re.compile(r"\(?([a-j])(?:\)(?:\s.*)?)?", re.DOTALL)  # "b", "(b)", "b) four"
+_NAMED = re.compile(  # "B is correct", "option B is the answer", "I choose B"
+    r"(?:(?:^|[,.:;]\s+|\b(?i:option|choice|answer|letter|statement)\s+)\(?([A-J])\)?\s+is\s+"
+    r"(?:the\s+)?(?:(?:most\s+)?(?:correct|right|best|true)|answer|choice)\b"
+    r"|\b(?:choose|pick|select|go\s+with)\s+(?:(?i:option|choice|answer|letter)\s+)?"
+    r"\(?([A-J])(?=\)|[.:,;!]|\s*$|\s+(?:because|since|as)\b))"
 )
 _OTHER = r"\(?([A-HJ])"  # no I, which is a number or a word more often
 _MARKED = rf"{_OTHER}[).:](?!\s[a-z])"  # "(B)" or "B.", no "E. coli"
-_OTHER_LETTER = re.compile(  # "A, B", "(A) and (B)", "A) B)", "A. 3 or B. 4", "A. 3\nB. 4"
-    rf"^[).:]*\s*(?:,|&|/|(?:and|or)\b)\s*{_OTHER}(?=[).:,]|\s*$)"
+_OTHER_LETTER = re.compile(  # "A, B", "A, B and C", "(A) and (B)", "A) B)", "A. 3 or B. 4"
+    rf"^[).:]*\s*(?:,|&|/|(?:and|or)\b)\s*{_OTHER}(?=[).:,]|\s*$|\s+(?:and|or)\b)"
     rf"|(?:^[).:]+\s*|\b(?:and|or)\s+|\n\s*){_MARKED}|^[^(]*\s{_OTHER}\)"
 )
+_MARK = re.compile(r"(?<!\w)([A-J])[).:]")
 # "A is", "A: wrong", but not the text of a choice, as "A. without a name" or "A. Wrong, wrong".
 _ABOUT_LETTER = re.compile(
     r"[-().:,\s]*(?:(?:(?:is|was|can|seems|looks)\b|isn't|(?:cannot|can't) be\b).*|[a-z]+\W*)",
@@ -216,17 +232,25 @@ _ABOUT_LETTER = re.compile(
 
 
 def letter(text: str) -> str | None:
-    """The letter of a choice that an answer begins with: "B", "(B)", "B. 42", "B) four".
+    """The letter of a choice that an answer states: "B", "(b)", "B. 42", "B is correct".
 
-    None where it names another one too, or takes it back: "A and B", "A: wrong".
+    None where it names another one too, or takes it back ("A and B", "A: wrong"), and for a letter
+    that is part of what a sentence says ("A cat", "vitamin C").
     """
     for part in (text, after_cue(text) or "", answer_in(text)):
-        plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$]", r"\1", part)
-        if match := _LETTER.fullmatch(denials.without_asides(plain).strip(" .\n")):
+        plain = _WRAPPED.sub(r"\1\2", unicodedata.normalize("NFKC", part))
+        plain = denials.without_asides(plain).strip(" .\n")
+        if "ABC" in "".join(_MARK.findall(plain)):  # the list of all choices
+            continue
+        if match := _LETTER.fullmatch(plain):
             rest = match[2] or match[3] or ""
             others = {name for names in _OTHER_LETTER.findall(rest) for name in names if name}
             denied = _ABOUT_LETTER.fullmatch(rest) is not None and denials.denied(rest)
             return None if denied or others - {match[1]} else match[1]
+        if match := _SMALL_LETTER.fullmatch(plain):
+            return match[1].upper()
+        if named := {name for names in _NAMED.findall(plain) for name in names if name}:
+            return named.pop() if len(named) == 1 and not denials.denied(plain) else None
     return None
 
 
