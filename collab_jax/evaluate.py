@@ -54,16 +54,19 @@ def main(config: ConfigDict, workdir: pathlib.Path, split: str = "validation") -
 def in_words(figures: dict) -> str:
     """Returns what to print of the figures."""
     natural, lenient = figures["natural"], ""
+    accuracy = "mean grade" if figures["right"] else "accuracy"
     if figures["lenient_accuracy"]:
         lenient = f" ({figures['lenient_accuracy']['value']:.1%} tags or not)"
     text = (
         f"step {figures['step']}, {figures['n']} {figures['split']} prompts: "
-        f"local accuracy {figures['local_accuracy']['value']:.1%}{lenient}, "
+        f"local {accuracy} {figures['local_accuracy']['value']:.1%}{lenient}, "
         f"natural calls {natural['call_rate']['value']:.1%}, "
         f"overall {natural['overall_accuracy']['value']:.1%}"
     )
     if unknown := figures["cloud_unknown"]["value"]:
         text += f", without the {unknown:.1%} of the prompts with an unknown cloud verdict"
+    if figures["unjudged"] and (unjudged := figures["unjudged"]["value"]):
+        text += f"; {unjudged:.1%} of the device's answers could not be judged, and count as wrong"
     if shared := figures["share_attempt"]:
         text += (
             "; with the device's attempt the cloud is right on "

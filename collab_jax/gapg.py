@@ -120,7 +120,8 @@ class Rollout(flax.struct.PyTreeNode):
     """What one step learns from; `rl/rollout.py` draws its layout.
 
     barred: the token that was disallowed at each place, or -1; None if nothing was disallowed.
-    cloud_known is False only where the cloud's verdict was needed and the cloud failed.
+    cloud_known is False only where the cloud's verdict was needed and the cloud failed. Grades are
+    None where answers are right or wrong, no more.
     """
 
     prompts: jax.Array  # i32[Q, L]
@@ -133,6 +134,8 @@ class Rollout(flax.struct.PyTreeNode):
     formatted: jax.Array  # bool[Q, G]
     cloud_correct: jax.Array  # bool[Q], the cloud's verdict where it was needed
     cloud_known: jax.Array  # bool[Q]
+    grade: jax.Array | None = None  # f32[Q, G], in [0, 1]: how right the device's answer is
+    cloud_grade: jax.Array | None = None  # f32[Q], and the cloud's
     barred: jax.Array | None = None  # i32[Q, G, T]
     level: jax.Array | None = None  # i32[Q], which budget a prompt shows; None: none is shown
 
@@ -218,6 +221,8 @@ def reward(
     called: jax.Array,
     formatted: jax.Array,
     cloud_correct: jax.Array,
+    grade: jax.Array | None = None,
+    cloud_grade: jax.Array | None = None,
 ) -> tuple[jax.Array, RewardState]:
     """The hierarchical reward r f32[Q, G] of each response, and the state with its outcome counted.
 
@@ -229,12 +234,17 @@ def reward(
         called, and the cloud is right  alpha_c
         local, wrong, well formed       alpha_f
         anything else                   0
+
+    With grades in [0, 1], grade f32[Q, G] and cloud_grade f32[Q], an answer earns that part of
+    alpha_a, a call that part of alpha_c.
     """
     a, c, f = jnp.moveaxis(state.alphas, -1, 0)[..., None]  # f32[1] or f32[Q, 1] each
     by_call = jnp.where(cloud_correct[:, None], 2, 4)
     by_answer = jnp.where(correct, jnp.where(formatted, 0, 1), jnp.where(formatted, 3, 4))
     outcome = jnp.where(called, by_call, by_answer)  # an index of OUTCOMES
-    r = jnp.select([outcome == i for i in range(4)], [a + f, a, c, f], 0.0)
+    local = correct if grade is None else grade
+    cloud = cloud_correct if cloud_grade is None else cloud_grade
+    r = jnp.where(called, c * cloud[:, None], a * local + f * formatted)
     return r, state.replace(
         counts=state.counts + jnp.bincount(outcome.reshape(-1), length=5).astype(jnp.int32)
     )
@@ -341,9 +351,19 @@ def tally(
 
 # ---------------------------------------------------------------------------------------- algorithm
 
-# (RewardState, correct, called, formatted, cloud_correct) -> r f32[Q, G], RewardState
+# (RewardState, correct, called, formatted, cloud_correct, grade, cloud_grade)
+#     -> r f32[Q, G], RewardState
 Reward = Callable[
-    [RewardState, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, RewardState]
+    [
+        RewardState,
+        jax.Array,
+        jax.Array,
+        jax.Array,
+        jax.Array,
+        jax.Array | None,
+        jax.Array | None,
+    ],
+    tuple[jax.Array, RewardState],
 ]
 # (r f32[Q, G], mask bool[Q, G, T]) -> f32[Q, G], the weight of each response's summed log-prob
 Advantage = Callable[[jax.Array, jax.Array], jax.Array]

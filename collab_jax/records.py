@@ -5,6 +5,8 @@
     id                 str               required: the prompt's name, once in a table
     local_correct      bool              required: the device is right with the marker disallowed
     cloud_correct      bool              required: the cloud is right; False where not known
+    local_grade        float             how right the device is, 0 to 1, where a task grades
+    cloud_grade        float             how right the cloud is, 0 to 1; 0 where not known
     task               str               name of the task; default ""
     split              str               train, validation or test; default ""
     stratum            str               difficulty class; each also has its own AUC; default ""
@@ -37,6 +39,7 @@
                                          of several tokens, the whole marker came
     natural_completed  bool              and free decoding finished the marker
     natural_correct    bool              the answer is right
+    natural_grade      float             how right it is, 0 to 1
     natural_ended      bool              the response was not cut off
     natural_tokens     int       tokens  up to the decision token where it called, else all
     score_<router>     float             higher means "send it to the cloud"; may be infinite
@@ -76,6 +79,8 @@ TYPES = {
     "id": "str",
     "local_correct": "bool",
     "cloud_correct": "bool",
+    "local_grade": "float",
+    "cloud_grade": "float",
     "task": "str",
     "split": "str",
     "stratum": "str",
@@ -107,6 +112,7 @@ TYPES = {
     "natural_called": "bool",
     "natural_completed": "bool",
     "natural_correct": "bool",
+    "natural_grade": "float",
     "natural_ended": "bool",
     "natural_tokens": "int",
 }
@@ -115,6 +121,12 @@ TYPES = {
 def type_of(column: str) -> str | None:
     """The type of a column in the module's table; None for a column that is not there."""
     return TYPES.get(column) or ("float" if column.startswith(("score_", "tokens_")) else None)
+
+
+def outcomes(records: Records, side: str) -> np.ndarray:
+    """The grades f64[n] of the answers of a side (local, cloud, natural), else bool[n]: right."""
+    grade = f"{side}_grade"
+    return records[grade if grade in records else f"{side}_correct"]
 
 
 def scores(records: Records) -> dict[str, np.ndarray]:

@@ -74,6 +74,10 @@ def get_config() -> ConfigDict:
     config.task.reward = ""
     # a model of config.cloud that judges answers in the verifier's place; "": none
     config.task.judge = ""
+    # file of the criteria and the scale that the judge grades by (docs/tasks.md); "": yes or no
+    config.task.rubric = ""
+    # grade from which an answer counts as right: for D1, D2, calibration; of a reward or a rubric
+    config.task.right_from = 0.5
     # NAME.jsonl or NAME.jsonl.gz is read from here if it exists, else the data set is built here
     config.task.data_dir = "~/tensorflow_datasets"
     config.task.prompt = "{numbers}={target}"  # for the device model; a real one wants a sentence

@@ -156,7 +156,9 @@ def test_what_follows_the_last_decision_state_is_the_answer(run, margins, first,
         margins=np.array([margins]),
     )
     no = np.array([False])
-    local = evaluation.Pass(samples, Verdicts(["<answer>1</answer>"], ~no, no, ~no, no, no))
+    local = evaluation.Pass(
+        samples, Verdicts(["<answer>1</answer>"], ~no, no, ~no, no, no, np.ones(1, np.float32))
+    )
     example = evaluation.held_out(run, "validation")[0]
     row = evaluation._row(run.task, example, 0, {"local": local}, drawn=False)
     assert row["answer_logp"] == pytest.approx(answer) and row["logp"] == pytest.approx(-10.45)

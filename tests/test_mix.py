@@ -150,10 +150,12 @@ def test_the_simulated_cloud_answers_a_mix_from_its_gold_answers(folder, tmp_pat
     settings.cloud.error_rate = 0.0
     task = make_task(settings)
     examples = task.load("train") + task.load("test")
-    correct, known, _ = ask_cloud(task, make_cloud(settings, task, tmp_path / "c.sqlite"), examples)
+    cloud = make_cloud(settings, task, tmp_path / "c.sqlite")
+    correct, known, _ = ask_cloud(task, cloud, examples).verdicts
     assert correct.all() and known.all()
     settings.cloud.error_rate = 1.0  # wrong everywhere, where the answer is 0 too
-    correct, known, _ = ask_cloud(task, make_cloud(settings, task, tmp_path / "c.sqlite"), examples)
+    cloud = make_cloud(settings, task, tmp_path / "c.sqlite")
+    correct, known, _ = ask_cloud(task, cloud, examples).verdicts
     assert not correct.any() and known.all()
     with pytest.raises(UserError, match="not a prompt of math or gsm8k"):
         task.solve_prompt([{"role": "user", "content": "Hello"}])
@@ -228,7 +230,8 @@ def test_a_reward_of_ones_own(folder, tmp_path):
     verdicts = of("picky").verify([town, town, poem, poem], responses)
     assert verdicts == [RIGHT, WRONG, UNJUDGED, CALLED]
     verdicts = of("long").verify([town, town], ["x" * 50, "x" * 49])
-    assert verdicts == [Verdict(True, False, False), Verdict(False, False, False)]
+    nothing = Verdict(False, False, False)
+    assert verdicts == [nothing._replace(correct=True, grade=0.5), nothing._replace(grade=0.49)]
     with pytest.raises(
         UserError,
         match=r"mine.py:broken: example 'a', line 11: KeyError: 'points': mend the function",
@@ -301,5 +304,5 @@ def test_a_judge_by_config_and_a_cloud_answer_that_it_cannot_judge(folder, tmp_p
         "simulated-judge"
     }
     poet = SimulatedCloud("poet", lambda messages: answered("roses"), 0.0, 0.0, 0.0, 0.0)
-    correct, known, answers = ask_cloud(judged, CachedCloud(poet, store), [town, poem])
+    (correct, known, _), answers = ask_cloud(judged, CachedCloud(poet, store), [town, poem])
     assert not correct.any() and known.tolist() == [True, False] and answers.failed == 0

@@ -75,7 +75,7 @@ def test_the_cloud_is_asked_where_its_verdict_matters(parts):
             return Answers([reply, None], bought=1, failed=1)
 
     other = Example("y", "3 numbers", ((1, 2, 3), 6))
-    correct, known, answers = rollout.ask_cloud(task, Sometimes(), [EXAMPLE, other])
+    (correct, known, _), answers = rollout.ask_cloud(task, Sometimes(), [EXAMPLE, other])
     assert (
         correct.tolist() == [True, False]
         and known.tolist() == [True, False]

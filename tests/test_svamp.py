@@ -270,7 +270,7 @@ def test_the_simulated_cloud_knows_every_split_and_how_hard_it_is(folder, tmp_pa
     task = make_task(settings)
     examples = [e for split in ("train", "validation", "test") for e in task.load(split)]
     cloud = make_cloud(settings, task, tmp_path / "c.sqlite")
-    correct, known, _ = rollout.ask_cloud(task, cloud, examples)
+    correct, known, _ = rollout.ask_cloud(task, cloud, examples).verdicts
     assert correct.all() and known.all()
     assert [task.difficulty(task.cloud_prompt(e)) for e in examples] == [
         e.difficulty for e in examples

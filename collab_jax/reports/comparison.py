@@ -158,7 +158,11 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     if not all("natural_called" in table for table in model.seeds):
         return alone
     right = [
-        np.where(table["natural_called"], table["cloud_correct"], table["natural_correct"])
+        np.where(
+            table["natural_called"],
+            records.outcomes(table, "cloud"),
+            records.outcomes(table, "natural"),
+        )
         for table in model.seeds
     ]
     return alone | {

@@ -170,7 +170,7 @@ def evaluate_benchmark(
     """
     trained, config = task_shares(run.config), with_task(run.config, name)
     if name not in trained:
-        config.task.update(reward="", judge="")  # they are for the run's own tasks
+        config.task.update(reward="", judge="", rubric="")  # they are for the run's own tasks
     bench = experiment.with_task_and_cloud_of(run, config)
     everything = bench.task.load("test")
     unseen = [example for example in everything if example.seen not in trained]

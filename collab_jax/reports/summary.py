@@ -1,7 +1,8 @@
 """The figures of one evaluation, as report.json and eval.json hold them. No jax.
 
 Intervals are of 95 %: Wilson's, or a bootstrap's. Figures that depend on the cloud's verdict are
-over the prompts on which it is known; the others are over all prompts.
+over the prompts on which it is known; the others are over all prompts. Where answers have grades,
+an accuracy is their mean, with Student's interval; `right` has the shares that count as right.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from collab_jax import records
-from collab_jax.records import Records
+from collab_jax.records import Records, outcomes
 from collab_jax.routing import curves, measures, routers
 from collab_jax.routing.curves import estimate
 from collab_jax.routing.measures import Rate, rate
@@ -28,9 +29,11 @@ def summary(table: Records) -> dict[str, Any]:
     answered = {name: column[~no_answer(table)] for name, column in table.items()}
     return {
         "n": len(table["id"]),
-        "local_accuracy": rate(table["local_correct"]),
+        "local_accuracy": rate(outcomes(table, "local")),
         "lenient_accuracy": lenient_accuracy(table),
-        "cloud_accuracy": rate(known["cloud_correct"]),
+        "cloud_accuracy": rate(outcomes(known, "cloud")),
+        "right": right(table, known),
+        "unjudged": rate(table["unjudged"]) if "unjudged" in table else None,
         "natural": {
             "call_rate": rate(called),
             # answered on the device, right or wrong
@@ -54,7 +57,7 @@ def summary(table: Records) -> dict[str, Any]:
         "auc": _aucs(table),
         "auc_answered": _aucs(answered),
         "local_accuracy_by_stratum": {
-            str(s): rate(table["local_correct"][table["stratum"] == s])
+            str(s): rate(outcomes(table, "local")[table["stratum"] == s])
             for s in np.unique(table["stratum"])
         },
     }
@@ -65,9 +68,17 @@ def lenient_accuracy(table: Records) -> Rate | None:
     return rate(table["lenient_correct"]) if "lenient_correct" in table else None
 
 
+def right(table: Records, known: Records) -> dict[str, Rate] | None:
+    """Returns the shares of graded answers that count as right; None where none is graded."""
+    if "local_grade" not in table:
+        return None
+    return {"local": rate(table["local_correct"]), "cloud": rate(known["cloud_correct"])}
+
+
 def natural_outcomes(table: Records) -> np.ndarray:
-    """Returns bool[n]: whether the natural pass came to a right answer, its own or the cloud's."""
-    return np.where(table["natural_called"], table["cloud_correct"], table["natural_correct"])
+    """Returns what the natural pass came to, its own answer or the cloud's: bool[n], or grades."""
+    cloud, own = outcomes(table, "cloud"), outcomes(table, "natural")
+    return np.where(table["natural_called"], cloud, own)
 
 
 def at_budgets(table: Records) -> dict[str, dict[str, Rate]]:
@@ -103,7 +114,7 @@ def shown_budgets(table: Records) -> dict[str, dict[str, Rate]] | None:
         found[f"{budget:g}"] = {
             "call_rate": rate(part["natural_called"]),
             "overall_accuracy": rate(natural_outcomes(part)),
-            "local_accuracy": rate(part["local_correct"]),
+            "local_accuracy": rate(outcomes(part, "local")),
             "margin": estimate(f.at("margin", budget)),
         }
     return found

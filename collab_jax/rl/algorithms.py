@@ -33,9 +33,13 @@ def task_reward(
     called: jax.Array,
     formatted: jax.Array,
     cloud_correct: jax.Array,
+    grade: jax.Array | None = None,
+    cloud_grade: jax.Array | None = None,
 ) -> tuple[jax.Array, RewardState]:
     """r f32[Q, G]: `gapg.reward` as if the cloud were never right, so that a call earns nothing."""
-    return gapg.reward(state, correct, called, formatted, jnp.zeros_like(cloud_correct))
+    del cloud_grade
+    never = jnp.zeros_like(cloud_correct)
+    return gapg.reward(state, correct, called, formatted, never, grade)
 
 
 # ---------------------------------------------------------------------------------------- advantage

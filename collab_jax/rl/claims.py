@@ -36,7 +36,7 @@ MAY_DIFFER_ON_RESUME = {
 }
 UNREAD = ("sft.", "serve.")  # settings of the warm start and of a server, which no run reads
 DATA = "data"  # the entry of config.json, beside the settings, that says what data the run has seen
-REWARD = "reward"  # in it, the file of `config.task.reward`; the other names are splits
+REWARD = "reward"  # in it, the file of `config.task.reward` or `rubric`; the other names are splits
 BASE = "base"  # the entry that says which model the run began with: its `identity.fingerprint`
 COMMIT = "commit"  # in it, the commit of a model of the hub
 
@@ -136,9 +136,9 @@ def check_unchanged(workdir: pathlib.Path, name: str, contents: dict[str, dict])
 
 
 def check_reward(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises UserError where the file of `config.task.reward` is another one than before."""
-    if config.task.reward:
-        source = pathlib.Path(config.task.reward.rpartition(":")[0]).expanduser()
+    """Raises UserError where the file of the reward, or of the rubric, is another than before."""
+    if path := config.task.reward.rpartition(":")[0] or config.task.rubric:
+        source = pathlib.Path(path).expanduser()
         lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
         check_unchanged(workdir, REWARD, {source.name: files.fingerprint(lines, "lines")})
 

@@ -99,7 +99,7 @@ def evaluate(
             columns = [_row(run.task, e, i, passes, drawn) for i, e in enumerate(batch)]
             for row, right in zip(columns, _lenient(run.task, batch, passes["local"]), strict=True):
                 row["lenient_correct"] = right
-            answers = [UNKNOWN] * len(batch)
+            answers = [unknown_answer(run.task)] * len(batch)
             if ask_cloud:
                 answers = cloud_answers(run.task, run.cloud, batch)
             shared: list[Row] = [{}] * len(batch)
@@ -161,6 +161,7 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
         "prompt": task.prompt(example)[-1]["content"],
         "text": verdicts.texts[i],
         "local_correct": bool(verdicts.correct[i]),
+        **({"local_grade": float(verdicts.grade[i])} if task.graded else {}),
         "formatted": bool(verdicts.formatted[i]),
         "unjudged": bool(verdicts.timed_out[i] | verdicts.unjudged[i]),
         "ended": bool(local.ended[i]),
@@ -182,6 +183,7 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
         "natural_called": bool(natural_verdicts.called[i]) if drawn else crossed,
         "natural_completed": bool(natural_verdicts.called[i]),
         "natural_correct": bool(natural_verdicts.correct[i]),
+        **({"natural_grade": float(natural_verdicts.grade[i])} if task.graded else {}),
         "natural_ended": bool(natural.ended[i]),
         "natural_tokens": int(crossing.argmax()) + 1 if crossed else int(natural.mask[i].sum()),
     }
@@ -202,19 +204,25 @@ def _lenient(task: Task, batch: Sequence[Example], local: Pass) -> list[bool]:
 # ---- the cloud's verdicts
 
 
+def unknown_answer(task: Task) -> Row:
+    """Returns the cloud's columns where its call failed."""
+    return UNKNOWN | ({"cloud_grade": 0.0} if task.graded else {})
+
+
 def cloud_answers(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -> list[Row]:
     """Returns the cloud's columns of each example; a failed call is an unknown verdict."""
-    correct, known, answers = rollout.ask_cloud(task, cloud, examples)
+    verdicts, answers = rollout.ask_cloud(task, cloud, examples)
     return [
-        UNKNOWN
+        unknown_answer(task)
         if reply is None
         else {
             "cloud_correct": c,
             "cloud_known": k,
+            **({"cloud_grade": float(g)} if task.graded else {}),
             "cloud_tokens": reply.input_tokens + reply.output_tokens,
             "cloud_usd": reply.usd,
         }
-        for c, k, reply in zip(correct, known, answers.replies, strict=True)
+        for c, k, g, reply in zip(*verdicts, answers.replies, strict=True)
     ]
 
 
@@ -230,7 +238,8 @@ def ask_again(run: Run, table: Records, examples: Sequence[Example], name: str) 
     changes. Raises UserError, with the reasons, where too many verdicts stay unknown.
     """
     by_id = {example.id: example for example in examples}
-    table = table | {column: table[column].copy() for column in UNKNOWN}
+    columns = unknown_answer(run.task)
+    table = table | {column: table[column].copy() for column in columns}
     earlier = Counter(run.cloud.reasons)
     for _ in range(ROUNDS):
         unknown = np.flatnonzero(~table["cloud_known"])
@@ -239,7 +248,7 @@ def ask_again(run: Run, table: Records, examples: Sequence[Example], name: str) 
         time.sleep(run.cloud.breaker.seconds_left())
         asked = [by_id[key] for key in table["id"][unknown]]
         answers = cloud_answers(run.task, run.cloud, asked)
-        for column in UNKNOWN:
+        for column in columns:
             table[column][unknown] = [row[column] for row in answers]
     if too_many_unknown(run, table):
         unknown = [by_id[key] for key in table["id"][~table["cloud_known"]]]
@@ -290,7 +299,7 @@ def shared_answers(
     answers = cloud.answer(
         [with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names
     )
-    correct, known = rollout.cloud_verdicts(task, called, answers)
+    correct, known, _ = rollout.cloud_verdicts(task, called, answers)
     without = cloud.answer(alone).replies
     rows: list[Row] = [
         {"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0} for _ in examples
@@ -310,7 +319,7 @@ def plain_answers(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -
     """
     prompts, _ = rollout.cloud_prompts(task, examples)
     replies = cloud.stored([as_it_is(messages) for messages in prompts])
-    correct, known = rollout.cloud_verdicts(task, examples, Answers(replies, bought=0, failed=0))
+    correct, known, _ = rollout.cloud_verdicts(task, examples, Answers(replies, bought=0, failed=0))
     changed = [bool(cloud.redact(messages).originals) for messages in prompts]
     return [
         {"redacted": r, "plain_known": bool(k), "plain_correct": bool(c)}

@@ -101,7 +101,7 @@ def _read_row(row: dict[str, Any]) -> MissingVerdicts:
     if "ids" in row:
         return MissingVerdicts(frozenset(row["ids"]), {})
     responses = {
-        (response["id"], response["index"]): Verdict(*(response[name] for name in Verdict._fields))
+        (response.pop("id"), response.pop("index")): Verdict(**response)
         for response in row["responses"]
     }
     return MissingVerdicts(frozenset(row["prompts"]), responses)

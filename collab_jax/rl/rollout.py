@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    """The texts of R responses, and what each response is, bool[R] each."""
+    """The texts of R responses, and what each response is, bool[R] each; grade f32[R]."""
 
     texts: list[str]
     correct: np.ndarray
@@ -52,10 +52,7 @@ class Verdicts(NamedTuple):
     formatted: np.ndarray
     timed_out: np.ndarray  # the verifier ran out of time
     unjudged: np.ndarray  # the verifier could not tell
-
-    def of(self, row: int) -> Verdict:
-        """Returns the verdict of one response."""
-        return Verdict(*(bool(column[row]) for column in self[1:]))
+    grade: np.ndarray  # how right it is, in [0, 1]
 
 
 class CloudVerdicts(NamedTuple):
@@ -63,13 +60,13 @@ class CloudVerdicts(NamedTuple):
 
     correct: np.ndarray  # False where it is not known
     known: np.ndarray
+    grade: np.ndarray  # f32[n], how right they are, in [0, 1]; 0 where it is not known
 
 
 class CloudAnswers(NamedTuple):
-    """The cloud's verdicts on n prompts, bool[n] each, and the answers they are about."""
+    """The cloud's answers to n prompts, and its verdicts on them."""
 
-    correct: np.ndarray
-    known: np.ndarray
+    verdicts: CloudVerdicts
     answers: Answers
 
 
@@ -170,24 +167,31 @@ def judge(
     margins and biases.
     """
     texts = text.decode(tokens, mask)
-    given = given or {}
-    flags = np.zeros((len(texts), len(Verdict._fields)), bool)
-    if rows := [row for row in np.flatnonzero(ended).tolist() if row not in given]:
-        flags[rows] = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
-    for row, verdict in given.items():
-        flags[row] = verdict
-    correct, called, formatted, timed_out, unjudged = flags.T
+    verdicts = dict(given or {})
+    if rows := [row for row in np.flatnonzero(ended).tolist() if row not in verdicts]:
+        judged = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
+        verdicts.update(zip(rows, judged, strict=True))
+    nothing = Verdict(correct=False, called=False, formatted=False)
+    found = [verdicts.get(row, nothing) for row in range(len(texts))]
+    called = np.array([v.called for v in found], bool)
     if text.plain is None:
         called = called & ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
-    return Verdicts(texts, correct, called, formatted, timed_out, unjudged)
+    return Verdicts(
+        texts,
+        correct=np.array([v.correct for v in found], bool),
+        called=called,
+        formatted=np.array([v.formatted for v in found], bool),
+        timed_out=np.array([v.timed_out for v in found], bool),
+        unjudged=np.array([v.unjudged for v in found], bool),
+        grade=np.array([v.value for v in found], np.float32),
+    )
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -> CloudAnswers:
-    """Returns the cloud's answers to n examples and its verdicts on them, through the store."""
+    """Returns the cloud's answers to n examples and the verdicts on them, through the store."""
     prompts, ids = cloud_prompts(task, examples)
     answers = cloud.answer(prompts, ids)
-    verdicts = cloud_verdicts(task, examples, answers)
-    return CloudAnswers(verdicts.correct, verdicts.known, answers)
+    return CloudAnswers(cloud_verdicts(task, examples, answers), answers)
 
 
 def cloud_prompts(task: Task, examples: Sequence[Example]) -> tuple[list[Messages], list[str]]:
@@ -210,7 +214,9 @@ def cloud_verdicts(task: Task, examples: Sequence[Example], answers: Answers) ->
         ],
         bool,
     )
-    return CloudVerdicts(np.array([v.correct for v in verdicts], bool) & known, known)
+    correct = np.array([v.correct for v in verdicts], bool) & known
+    grade = np.where(known, np.array([v.value for v in verdicts], np.float32), np.float32(0))
+    return CloudVerdicts(correct, known, grade)
 
 
 class LiveJudging:
@@ -235,6 +241,7 @@ class LiveJudging:
         self.correct, self.called, self.formatted = (np.zeros((Q, G), bool) for _ in range(3))
         self.texts = np.empty((Q, G), object)
         self.cloud_correct, self.cloud_known = np.zeros(Q, bool), np.ones(Q, bool)
+        self.grade, self.cloud_grade = np.zeros((Q, G), np.float32), np.zeros(Q, np.float32)
         self.asked: list[int] = []  # prompts on which the cloud's verdict was needed
         self._open = np.full(Q, G)  # responses of each prompt that have not ended
         self._pending: list[tuple[np.ndarray, Pending]] = []  # prompts, and the cloud's answers
@@ -274,9 +281,16 @@ class LiveJudging:
         self.correct[now] = verdicts.correct
         self.called[now] = verdicts.called
         self.formatted[now] = verdicts.formatted
+        self.grade[now] = verdicts.grade
         self.texts[now] = verdicts.texts
         for row in np.flatnonzero(verdicts.timed_out | verdicts.unjudged).tolist():
-            self._missing[keys[row]] = verdicts.of(row)
+            self._missing[keys[row]] = Verdict(
+                correct=False,
+                called=bool(verdicts.called[row]),
+                formatted=bool(verdicts.formatted[row]),
+                timed_out=bool(verdicts.timed_out[row]),
+                unjudged=bool(verdicts.unjudged[row]),
+            )
         self._open -= now.sum(1)
         self._ask_cloud(np.flatnonzero((self._open == 0) & now.any(1)))
         self._judge_replies()
@@ -316,6 +330,7 @@ class LiveJudging:
         verdicts = cloud_verdicts(self._task, [self._examples[q] for q in prompts], answers)
         self.cloud_correct[prompts] = verdicts.correct
         self.cloud_known[prompts] = verdicts.known
+        self.cloud_grade[prompts] = verdicts.grade
 
     def missing(self) -> MissingVerdicts:
         """Returns the verdicts that were needed and are not known."""
@@ -357,6 +372,7 @@ def collect(
     D = jax.local_device_count()
     prompts, prompt_mask = parallel.shard((batch.prompts, batch.mask), D)
     levels = budgets.levels(batch.examples, run.config.task.budgets)
+    graded = run.task.graded
     rollout = Rollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
@@ -369,6 +385,8 @@ def collect(
         formatted=parallel.shard(judging.formatted, D),
         cloud_correct=parallel.shard(judging.cloud_correct, D),
         cloud_known=parallel.shard(judging.cloud_known, D),
+        grade=parallel.shard(judging.grade, D) if graded else None,
+        cloud_grade=parallel.shard(judging.cloud_grade, D) if graded else None,
         level=None if levels is None else parallel.shard(levels, D),
     )
     return Collected(

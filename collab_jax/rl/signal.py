@@ -37,6 +37,8 @@ def learning_signal(
         batch.called,
         batch.formatted,
         batch.cloud_correct,
+        batch.grade,
+        batch.cloud_grade,
     )
     reward = reward.replace(alphas=state.reward.alphas)
     keep, filter = algorithm.prompt_filter(

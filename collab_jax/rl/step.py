@@ -283,6 +283,7 @@ def step_metrics(
     return {
         "reward": signal.r.mean(),
         "local_accuracy": batch.correct.mean(),  # of all responses, calls included
+        **({} if batch.grade is None else {"local_grade": batch.grade.mean()}),
         "call_rate": signal.call_rate,
         **_by_budget(state, signal, batch.level),
         "alpha_c": state.reward.alphas[..., 1].mean(),  # what a right call earned

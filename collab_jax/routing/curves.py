@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collab_jax.records import Records
+from collab_jax.records import Records, outcomes
 from collab_jax.routing.measures import Ranking, Rate, calls, rank
 from collab_jax.runtime.errors import UserError
 
@@ -110,18 +110,18 @@ def seed_weights(draw: np.random.Generator, size: int) -> np.ndarray:
 class _Run(NamedTuple):
     """One seed of a method.
 
-    32 bits hold every count, and halve the memory that a resample walks through.
+    32 bits hold every count, and halve the memory that a resample walks through. Grades are f64.
     """
 
     ranking: Ranking
-    local: np.ndarray  # i32[n]
-    gain: np.ndarray  # i32[n], cloud - local, in the ranking's order
+    local: np.ndarray  # i32[n] or f64[n]
+    gain: np.ndarray  # the same, cloud - local, in the ranking's order
 
 
 def _run(name: str, records: Records, score: np.ndarray) -> _Run:
-    local, cloud = (
-        records[column].astype(np.int32) for column in ("local_correct", "cloud_correct")
-    )
+    both = outcomes(records, "local"), outcomes(records, "cloud")
+    number = np.int32 if all(x.dtype == bool for x in both) else np.float64
+    local, cloud = (x.astype(number) for x in both)
     if np.shape(score) != local.shape:
         raise UserError(
             f"the score of {name} has shape {np.shape(score)}: it must be one number for each of "
@@ -140,7 +140,7 @@ def _accuracy(run: _Run, times: np.ndarray, counts: np.ndarray) -> np.ndarray:
     order, ends = run.ranking
     ordered = times[order]
     total = np.zeros(len(order) + 1, np.int32)  # sent with the first i of `order`
-    gained = np.zeros(len(order) + 1, np.int32)
+    gained = np.zeros(len(order) + 1, run.gain.dtype)
     np.cumsum(ordered, out=total[1:])
     np.cumsum(ordered * run.gain, out=gained[1:])
     # The group of equal scores in which each count is reached.

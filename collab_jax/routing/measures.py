@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from collab_jax.records import Records
+from collab_jax.records import Records, outcomes
 from collab_jax.runtime.errors import UserError
 
 # A figure "value" with its 95 % interval "low" to "high"; None where one is not defined.
@@ -27,9 +27,16 @@ Rate = dict[str, float | None]
 # ---- rates
 
 
-def rate(outcomes: np.ndarray) -> Rate:
-    """The share of True in bool[n], with Wilson's interval."""
-    k, n = int(outcomes.sum()), len(outcomes)
+def rate(values: np.ndarray) -> Rate:
+    """The share of True in bool[n], with Wilson's interval; the mean of f[n], with Student's."""
+    n = len(values)
+    if values.dtype != bool:
+        wide = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else None
+        mean = float(values.mean())
+        if wide is None:
+            return {"value": mean, "low": None, "high": None}
+        return {"value": mean, "low": float(mean - wide), "high": float(mean + wide)}
+    k = int(values.sum())
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")
     return {"value": k / n, "low": float(interval.low), "high": float(interval.high)}
 
@@ -93,9 +100,12 @@ def sent_of(ranking: Ranking, count: int) -> np.ndarray:
 
 
 def replay(records: Records, score: np.ndarray, budget: float) -> np.ndarray:
-    """Probability f64[n] that each prompt is answered correctly in the end, at a budget."""
+    """Probability f64[n] that each prompt is answered correctly in the end, at a budget.
+
+    Where answers have grades, the grade that is expected.
+    """
     p = sent(score, budget)
-    return p * records["cloud_correct"] + (1 - p) * records["local_correct"]
+    return p * outcomes(records, "cloud") + (1 - p) * outcomes(records, "local")
 
 
 def perfect_score(records: Records) -> np.ndarray:
@@ -103,7 +113,7 @@ def perfect_score(records: Records) -> np.ndarray:
 
     What only the cloud gets right comes first, what only the device gets right last.
     """
-    return records["cloud_correct"].astype(float) - records["local_correct"]
+    return outcomes(records, "cloud").astype(float) - outcomes(records, "local")
 
 
 def reachable_score(records: Records) -> np.ndarray:
@@ -114,8 +124,8 @@ def reachable_score(records: Records) -> np.ndarray:
     expect more.
     """
     _, stratum = np.unique(records["stratum"].astype(str), return_inverse=True)
-    right = np.bincount(stratum, records["cloud_correct"]) / np.bincount(stratum)
-    return right[stratum] - records["local_correct"]
+    right = np.bincount(stratum, outcomes(records, "cloud")) / np.bincount(stratum)
+    return right[stratum] - outcomes(records, "local")
 
 
 def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str, float]:

@@ -74,14 +74,18 @@ def make_task(config: ConfigDict) -> Task:
         system = {"role": "system", "content": config.task.system}
         without = task.prompt
         task = dataclasses.replace(task, prompt=lambda example: [system, *without(example)])
+    if not 0 < config.task.right_from <= 1:
+        raise TaskError(f"config.task.right_from={config.task.right_from} must lie in (0, 1]")
+    if config.task.rubric and not config.task.judge:
+        raise TaskError("config.task.rubric is what a judge grades by: name config.task.judge too")
     if not config.task.reward:
         return task
     if config.task.judge:
         raise TaskError(
             "config.task.reward and config.task.judge both tell right from wrong: set one of them"
         )
-    verify = reward.verifier(config.task.reward, config.text.marker)
-    return dataclasses.replace(task, verify=verify)
+    verify = reward.verifier(config.task.reward, config.text.marker, config.task.right_from)
+    return dataclasses.replace(task, verify=verify, graded=True)
 
 
 def _single_task(config: ConfigDict) -> Task:

@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
     """What a response is. A response that called is neither correct nor formatted.
 
     Where `timed_out` or `unjudged` is set, nobody knows whether the response is correct, and
-    `correct` is False.
+    `correct` is False. A graded one is correct where its grade reaches `config.task.right_from`.
     """
 
     correct: bool
@@ -48,6 +48,12 @@ class Verdict(NamedTuple):
     formatted: bool
     timed_out: bool = False  # the comparison was stopped at its deadline
     unjudged: bool = False  # a judge's call failed, a reward returned None, or there is no answer
+    grade: float | None = None  # in [0, 1]; None: the response is right or wrong, no more
+
+    @property
+    def value(self) -> float:
+        """How right the response is, in [0, 1]."""
+        return float(self.correct) if self.grade is None else self.grade
 
 
 Verify = Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
@@ -65,6 +71,7 @@ class Task:
     solve_prompt(messages) -> a right response to a cloud prompt; None: there is no exact solver.
     difficulty(messages) -> that of a cloud prompt's example; None: no example has one.
     gold(example) -> the right answer, None where the example has none; None: the task keeps none.
+    graded: whether verdicts have grades.
     weights: of a mix, each part's share of the training prompts.
     read_answer(example, response) -> the answer of a response without tags, None where there is
     none; None: the task reads nothing without tags. Evaluation alone uses it (`lenient_correct`).
@@ -82,6 +89,7 @@ class Task:
     solve_prompt: Callable[[Messages], str] | None = None
     difficulty: Callable[[Messages], float | None] | None = None
     gold: Callable[[Example], str | None] | None = None
+    graded: bool = False
     weights: Mapping[str, float] | None = None
     read_answer: ReadAnswer | None = None
     demonstrations: Callable[[int], Iterator[tuple[Example, str]]] | None = None

@@ -8,8 +8,8 @@ evaluation also calls it with `<answer>...</answer>` for what it read in a respo
 What it returns:
 
     True, False      right, wrong
-    0 ... 1          right from 0.5 on: the method rewards being right, and `config.reward` says
-                     how much
+    0 ... 1          a grade: it earns this part of what `config.reward` gives for a right answer,
+                     and counts as right from `config.task.right_from` on
     None             cannot be judged: counted as wrong, and among `verifier_failures`
 """
 
@@ -25,12 +25,15 @@ from collab_jax.tasks.base import Example, TaskError, Verdict, Verify
 Reward = Callable[[Example, str], bool | float | None]
 
 
-def verifier(spec: str, marker: str) -> Verify:
-    """`Task.verify` by the function that `spec` names, which is loaded now."""
+def verifier(spec: str, marker: str, right_from: float) -> Verify:
+    """`Task.verify` by the function that `spec` names, which is loaded now.
+
+    right_from: the lowest grade that is right.
+    """
     function: Reward = functions.load(spec, "config.task.reward")
     path = functions.path_of(spec)
 
-    def is_right(example: Example, response: str) -> bool | None:
+    def value_of(example: Example, response: str) -> bool | float | None:
         where = f"config.task.reward={spec}: example {example.id!r}"
         try:
             value = function(example, response)
@@ -43,16 +46,17 @@ def verifier(spec: str, marker: str) -> Verify:
             return None
         if not isinstance(value, numbers.Real | np.bool_) or not 0 <= value <= 1:
             raise TaskError(f"{where} got {value!r}: return a bool, a number from 0 to 1, or None")
-        return bool(value >= 0.5)
+        return bool(value) if isinstance(value, bool | np.bool_) else float(value)
 
     def verdict(example: Example, response: str) -> Verdict:
         called = base.called(response, marker)
-        right = is_right(example, response) if response and not called else False
+        value = value_of(example, response) if response and not called else False
         return Verdict(
-            correct=right is True,
+            correct=value is not None and value >= right_from,
             called=called,
             formatted=base.formatted(response),
-            unjudged=right is None,
+            unjudged=value is None,
+            grade=value if isinstance(value, float) else None,
         )
 
     def verify(examples: Sequence[Example], responses: Sequence[str]) -> list[Verdict]:
