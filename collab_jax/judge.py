@@ -26,7 +26,7 @@ from collab_jax.rl import claims, experiment
 from collab_jax.routing.measures import rate
 from collab_jax.runtime import cli, files
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, Verdict
+from collab_jax.tasks import Example, Verdict, judge, make_task
 from collab_jax.tasks.base import SPLITS
 
 FIELDS = "id, text and label (true, false, or a grade from 0 to 1)"
@@ -85,11 +85,11 @@ def agreement(
     if not judged:
         raise UserError(f"none of the {len(labels)} answers could be judged: is the judge there?")
     people = np.array([labels[i] for i in judged])
-    judge = np.array([verdicts[i].value for i in judged])
+    machine = np.array([verdicts[i].value for i in judged])
     says, right = np.array([verdicts[i].correct for i in judged]), people >= right_from
     same = float(np.mean(says == right))
     chance = float(says.mean() * right.mean() + (1 - says.mean()) * (1 - right.mean()))
-    ranked = len(set(people.tolist())) > 1 and len(set(judge.tolist())) > 1
+    ranked = len(set(people.tolist())) > 1 and len(set(machine.tolist())) > 1
     return {
         "n": len(labels),
         "unjudged": len(labels) - len(judged),
@@ -97,9 +97,9 @@ def agreement(
         "kappa": (same - chance) / (1 - chance) if chance < 1 else None,
         "right_by_judge": float(says.mean()),
         "right_by_people": float(right.mean()),
-        "mean_absolute_difference": float(np.abs(judge - people).mean()),
-        "bias": rate(judge - people),
-        "rank_correlation": _rank_correlation(people, judge) if ranked else None,
+        "mean_absolute_difference": float(np.abs(machine - people).mean()),
+        "bias": rate(machine - people),
+        "rank_correlation": _rank_correlation(people, machine) if ranked else None,
     }
 
 
@@ -126,7 +126,7 @@ def main(config: ConfigDict, workdir: pathlib.Path, labels: pathlib.Path, split:
     """Judges the labelled answers, writes judge.json, and returns the exit status."""
     found = read_labels(labels)
     claims.make_workdir(workdir)
-    task, _ = experiment.task_and_cloud(config, experiment.store_path(config, workdir))
+    task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
     by_id: dict[str, Example] = {example.id: example for example in task.load(split)}
     if unknown := [label.id for label in found if label.id not in by_id]:
         raise UserError(

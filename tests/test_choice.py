@@ -32,7 +32,8 @@ vitamin C | Vitamin C | The answer is vitamin C | Hepatitis C | plan B | 25 C | 
 Both A and C | C or D | C, D | A, B and C | A, B, C | C/D | C-D | C? D? | not sure, C or B | C?
 C++ | A. 3 B. 4 C. 5 | The answer is either C or D | C or maybe D | The answer could be C or D
 Not C | The answer is not C | C is wrong | C is not correct | C isn't right | C: incorrect
-C (wrong) | It cannot be C | I would exclude C | I would not choose C | neither C nor D | Anything but C | 4
+C (wrong) | It cannot be C | I would exclude C
+I would not choose C | neither C nor D | Anything but C | 4
 A is correct. C is correct.
 """
 

@@ -3,8 +3,8 @@
 It is another model of the same cloud, asked yes or no, or to grade by a rubric (`rubric.py`).
 `config.task.judge` names the model; how it is reached is the rest of `config.cloud`. It sees the
 question (the cloud's prompt), the gold answer where there is one, and the answer of a response,
-which is what stands between <answer> and </answer>. Its replies are stored like the cloud's, so that
-none is paid for twice. A call that failed, or a reply that is no verdict (which is told once),
+which is what stands between <answer> and </answer>. Its replies are stored like the cloud's, so
+that none is paid for twice. A call that failed, or a reply that is no verdict (which is told once),
 leaves the response unjudged: wrong, and counted in `verifier_failures`.
 """
 
@@ -109,7 +109,7 @@ def scored(criteria: Rubric) -> Way:
 
 
 def compared(criteria: Rubric) -> Way:
-    """The way of a rubric that compares with the reference answer: two questions, in both orders."""
+    """The way of a rubric that compares with the reference: two questions, in both orders."""
 
     def ask(prompt: str, gold: str | None, answer: str) -> list[Messages]:
         if gold is None:

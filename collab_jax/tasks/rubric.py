@@ -108,7 +108,7 @@ def read_scores(rubric: Rubric, reply: str) -> float | None:
 
 
 def read_preferences(replies: Sequence[str]) -> float | None:
-    """The grade of an answer that was shown first, then second; None where a reply is no verdict."""
+    """The grade of an answer shown first, then second; None where a reply is no verdict."""
     grades = []
     for place, reply in enumerate(replies):
         preference = PREFERENCES.get(reply.strip().strip("*.").lower())
