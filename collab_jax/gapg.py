@@ -351,20 +351,9 @@ def tally(
 
 # ---------------------------------------------------------------------------------------- algorithm
 
-# (RewardState, correct, called, formatted, cloud_correct, grade, cloud_grade)
+# (RewardState, correct, called, formatted, cloud_correct, grade=None, cloud_grade=None)
 #     -> r f32[Q, G], RewardState
-Reward = Callable[
-    [
-        RewardState,
-        jax.Array,
-        jax.Array,
-        jax.Array,
-        jax.Array,
-        jax.Array | None,
-        jax.Array | None,
-    ],
-    tuple[jax.Array, RewardState],
-]
+Reward = Callable[..., tuple[jax.Array, RewardState]]
 # (r f32[Q, G], mask bool[Q, G, T]) -> f32[Q, G], the weight of each response's summed log-prob
 Advantage = Callable[[jax.Array, jax.Array], jax.Array]
 # (FilterState, r, correct, cloud_correct, cloud_known, key) -> keep bool[Q], FilterState

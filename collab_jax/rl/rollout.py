@@ -54,6 +54,10 @@ class Verdicts(NamedTuple):
     unjudged: np.ndarray  # the verifier could not tell
     grade: np.ndarray  # how right it is, in [0, 1]
 
+    def of(self, row: int) -> Verdict:
+        """Returns the verdict of a response that was not judged, which has no grade."""
+        return Verdict(*(bool(column[row]) for column in self[1:6]))
+
 
 class CloudVerdicts(NamedTuple):
     """Whether the cloud's answers to n prompts are correct, and whether that is known, bool[n]."""
@@ -171,20 +175,13 @@ def judge(
     if rows := [row for row in np.flatnonzero(ended).tolist() if row not in verdicts]:
         judged = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
         verdicts.update(zip(rows, judged, strict=True))
-    nothing = Verdict(correct=False, called=False, formatted=False)
-    found = [verdicts.get(row, nothing) for row in range(len(texts))]
-    called = np.array([v.called for v in found], bool)
+    found = [verdicts.get(row, Verdict(False, False, False)) for row in range(len(texts))]
+    flags = np.array([verdict[:5] for verdict in found], bool).reshape(-1, 5)
+    correct, called, formatted, timed_out, unjudged = flags.T
     if text.plain is None:
         called = called & ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
-    return Verdicts(
-        texts,
-        correct=np.array([v.correct for v in found], bool),
-        called=called,
-        formatted=np.array([v.formatted for v in found], bool),
-        timed_out=np.array([v.timed_out for v in found], bool),
-        unjudged=np.array([v.unjudged for v in found], bool),
-        grade=np.array([v.value for v in found], np.float32),
-    )
+    grade = np.array([verdict.value for verdict in found], np.float32)
+    return Verdicts(texts, correct, called, formatted, timed_out, unjudged, grade)
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -> CloudAnswers:
@@ -202,8 +199,7 @@ def cloud_prompts(task: Task, examples: Sequence[Example]) -> tuple[list[Message
 def cloud_verdicts(task: Task, examples: Sequence[Example], answers: Answers) -> CloudVerdicts:
     """Returns whether each of the cloud's answers is correct, and whether that is known.
 
-    It is not known where the call failed, the verifier ran out of time, or the answer could not be
-    judged.
+    It is not where the call failed, the verifier ran out of time, or could not judge the answer.
     """
     texts = ["" if reply is None else reply.text for reply in answers.replies]
     verdicts = task.verify(examples, texts)
@@ -214,9 +210,9 @@ def cloud_verdicts(task: Task, examples: Sequence[Example], answers: Answers) ->
         ],
         bool,
     )
-    correct = np.array([v.correct for v in verdicts], bool) & known
-    grade = np.where(known, np.array([v.value for v in verdicts], np.float32), np.float32(0))
-    return CloudVerdicts(correct, known, grade)
+    correct = np.array([v.correct for v in verdicts], bool)
+    grade = np.array([v.value for v in verdicts], np.float32)
+    return CloudVerdicts(correct & known, known, grade * known)
 
 
 class LiveJudging:
@@ -284,13 +280,7 @@ class LiveJudging:
         self.grade[now] = verdicts.grade
         self.texts[now] = verdicts.texts
         for row in np.flatnonzero(verdicts.timed_out | verdicts.unjudged).tolist():
-            self._missing[keys[row]] = Verdict(
-                correct=False,
-                called=bool(verdicts.called[row]),
-                formatted=bool(verdicts.formatted[row]),
-                timed_out=bool(verdicts.timed_out[row]),
-                unjudged=bool(verdicts.unjudged[row]),
-            )
+            self._missing[keys[row]] = verdicts.of(row)
         self._open -= now.sum(1)
         self._ask_cloud(np.flatnonzero((self._open == 0) & now.any(1)))
         self._judge_replies()
@@ -372,7 +362,6 @@ def collect(
     D = jax.local_device_count()
     prompts, prompt_mask = parallel.shard((batch.prompts, batch.mask), D)
     levels = budgets.levels(batch.examples, run.config.task.budgets)
-    graded = run.task.graded
     rollout = Rollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
@@ -385,8 +374,8 @@ def collect(
         formatted=parallel.shard(judging.formatted, D),
         cloud_correct=parallel.shard(judging.cloud_correct, D),
         cloud_known=parallel.shard(judging.cloud_known, D),
-        grade=parallel.shard(judging.grade, D) if graded else None,
-        cloud_grade=parallel.shard(judging.cloud_grade, D) if graded else None,
+        grade=parallel.shard(judging.grade, D) if run.task.graded else None,
+        cloud_grade=parallel.shard(judging.cloud_grade, D) if run.task.graded else None,
         level=None if levels is None else parallel.shard(levels, D),
     )
     return Collected(
