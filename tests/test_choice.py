@@ -152,6 +152,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
         make_task(config(tmp_path, "mmlu")).load("train")
 
 
+@pytest.mark.slow
 def test_mmlu_is_shuffled_fairly_as_training_questions(tmp_path):
     """MMLU's own rows in the place of a training file: every letter is as often right."""
     file = DATA / "mmlu_test.jsonl.gz"

@@ -167,8 +167,7 @@ def judge(
 
     `examples` has one example for each response. given: verdicts by row, which the verifier is not
     asked for. A response that was cut off is neither correct, nor a call, nor well formed. A call
-    needs the decision token where there is one: the marker spelt out in other tokens would escape
-    margins and biases.
+    needs the decision token where there is one: a marker in other tokens would escape every bias.
     """
     texts = text.decode(tokens, mask)
     verdicts = dict(given or {})
