@@ -92,7 +92,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     if all(side["lenient_accuracy"] for side in sides):
         lenient = [row("the same, tags or not", lambda side: side["lenient_accuracy"])]
     graded = []
-    if all(side["right"] for side in sides):
+    if all(side.get("right") for side in sides):
         graded = [
             row("of the device's answers, counted as right", lambda side: side["right"]["local"]),
             row("of the cloud's answers, counted as right", lambda side: side["right"]["cloud"]),
@@ -110,7 +110,9 @@ def markdown_table(report: Mapping[str, Any]) -> str:
             title = f"{100 * budget:.0f} % calls: {ROUTERS[name].title}"
             rows.append(row(title, lambda side, b=str(budget), n=name: side["at_budget"][b][n]))
     rows.append(row("cloud alone (100 % calls)", lambda side: side["cloud_accuracy"]))
-    if any(side["unjudged"] and side["unjudged"]["value"] for side in sides):
+    if all(side.get("unjudged") for side in sides) and any(
+        side["unjudged"]["value"] for side in sides
+    ):
         title = "the device's answer could not be judged (it counts as wrong)"
         rows.append(row(title, lambda side: side["unjudged"]))
     if any(side["cloud_unknown"]["value"] for side in sides):
