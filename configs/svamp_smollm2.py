@@ -16,8 +16,8 @@ theirs: 2,509 problems, and 257 for validation; the test has 1,000.
 The prompt is the problem and no more: the warm start teaches the format, some 27 tokens a response,
 with drills in arithmetic between the problems: most failures of this model are sums. The short
 system prompt takes the place of the template's own, to save tokens. Products are in bfloat16, which
-cores with bf16 instructions compute about twice as fast. The cloud is simulated: wrong on 6 % of the
-prompts, with odds that are 20 times as high on the hardest problem as on the easiest.
+cores with bf16 instructions compute about twice as fast. The cloud is simulated: wrong on 6 % of
+the prompts, with odds that are 20 times as high on the hardest problem as on the easiest.
 
 Training has no filter and averages weights, as configs/countdown_tiny_ours.py does and explains,
 but samples at temperature 1, and moves what a right call earns to bring calls to the budget. At the
