@@ -157,13 +157,15 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     }
     if not all("natural_called" in table for table in model.seeds):
         return alone
+    called = [table["natural_called"] for table in model.seeds]
     right = [
         np.where(table["natural_called"], table["cloud_correct"], table["natural_correct"])
         for table in model.seeds
     ]
+    resamples = len(curve) - 1
     return alone | {
-        "natural_call_rate": float(np.mean([table["natural_called"] for table in model.seeds])),
-        "natural_accuracy": float(np.mean(right)),
+        "natural_call_rate": estimate(curves.mean(called, resamples)),
+        "natural_accuracy": estimate(curves.mean(right, resamples)),
     }
 
 
