@@ -10,8 +10,8 @@ The settings are those of configs/svamp_smollm2.py, which explains them, but for
 follow from MBPP, and the cloud's errors, which do not depend on difficulty: Countdown does not say
 how hard a problem is. Of five training prompts two are Countdown's, two SVAMP's and one MBPP's. The
 prompt is the problem and no more, `23 46 8=31` in Countdown; the warm start teaches what to do with
-each. MBPP needs bubblewrap (docs/tasks.md). The report tells the tasks apart. An evaluation has
-450 prompts, since MBPP has 90 for validation: more would change the shares. Not measured yet.
+each. MBPP needs bubblewrap (docs/tasks.md). The report tells the tasks apart. An evaluation has 440
+prompts: beyond, MBPP's 90 for validation run out, and the shares would be others. Not measured yet.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.prompt_length = 256
     config.max_new_tokens = 256
     config.cloud.error_skew = 0.0
-    config.eval.prompts = 450
-    config.eval.batch_size = 150
+    config.eval.prompts = 440
+    config.eval.batch_size = 110
     config.sft.prompts = 1500  # to label: Countdown alone has 16,384
     return config

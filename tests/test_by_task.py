@@ -133,9 +133,9 @@ def test_no_division_of_the_calls_gains_more_where_the_regression_has_a_step(see
 
 
 def test_tasks_that_are_alike_gain_nothing_by_a_bias_for_each():
-    gains = [by_task.at_budget(drawn(600, seed, shift=0.0), 0.3)["gain"] for seed in range(8)]
+    gains = [by_task.at_budget(drawn(600, seed, shift=0.0), 0.3)["gain"] for seed in range(5)]
     assert -0.02 < np.mean([value(g) for g in gains]) < 0.003  # noise chooses, and costs a little
-    assert sum(g["low"] <= 0 <= g["high"] for g in gains) >= 6
+    assert sum(g["low"] <= 0 <= g["high"] for g in gains) >= 4
 
 
 def test_a_shift_of_one_tasks_margins_harms_one_bias_and_not_a_bias_for_each():

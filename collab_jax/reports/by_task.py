@@ -16,13 +16,13 @@ def section(figures: Mapping[str, Any]) -> str:
         [
             "## By task",
             results_table(found["tasks"]),
-            "A budget is spent over all prompts, by one bias: figures without a task's name are of "
-            "the mix. So many calls does each task then get, in percent, and so many with a bias "
-            "of its own:",
+            "One bias spends the budget over all prompts, and figures without a task's name are "
+            "of the whole mix. How it divides the calls, and how a bias for each task would, in "
+            "percent:",
             division_table(found["at_budget"]),
-            "What a bias for each task gains at the same share of calls in all. Each half of the "
-            "prompts has the biases that gain most on the other half; the interval of the gain is "
-            "of these biases.",
+            "What a bias for each task would gain, with as many calls in all. Each half of the "
+            "prompts has the biases that gain most on the other half; the gain's interval is that "
+            "of a paired bootstrap over prompts, for these biases.",
             gain_table(found["at_budget"]),
         ]
     )
