@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from collab_jax import records
-from collab_jax.reports import suite, summary
+from collab_jax.reports import by_task, suite, summary
 from collab_jax.rl import evaluation, experiment
 from collab_jax.runtime import cli, files, parallel
 from collab_jax.runtime.errors import UserError
@@ -48,6 +48,10 @@ def main(config: ConfigDict, workdir: pathlib.Path, split: str = "validation") -
     figures = {"step": int(state.step[0]), "split": split, **summary.summary(table)}
     files.write_text(file.with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
     print(f"{in_words(figures)}; wrote {file.with_suffix('.json')}")
+    if config.task.unsafe_code:
+        print(summary.UNSAFE_CODE)
+    if tasks := by_task.section(figures):
+        print(f"\n{tasks}")
     return 0
 
 

@@ -18,7 +18,7 @@ from fakes import write_rows
 
 from collab_jax import cloud, records, tasks
 from collab_jax.bench import peers
-from collab_jax.reports import sweep as sweep_report
+from collab_jax.reports import findings
 from collab_jax.rl import algorithms, sweeps
 from collab_jax.routing import routers
 from collab_jax.tasks import Example, Verdict
@@ -194,7 +194,7 @@ def test_the_seams_are_those_of_the_code():
 
 def test_the_headline_is_that_of_the_published_results():
     results = ROOT / "docs" / "results" / "paper_table" / "compare.json"
-    headline = sweep_report.headline_table(json.loads(results.read_text()))
+    headline = findings.headline_table(json.loads(results.read_text()))
     assert headline in TEXTS[README] and headline in TEXTS[ROOT / "docs" / "results.md"]
 
 

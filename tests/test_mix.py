@@ -1,6 +1,7 @@
 """Mixes by weight, a task of one's own from JSON lines, a reward of one's own, a judge."""
 
 import dataclasses
+import itertools
 import json
 import operator
 import runpy
@@ -9,12 +10,13 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import ROOT
+from fakes import svamp_row
 
 from collab_jax.cloud import CachedCloud, Failure, Reply, SimulatedCloud, Store, make_cloud
 from collab_jax.rl import training
 from collab_jax.rl.rollout import ask_cloud
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import Example, Verdict, judge, make_task, mix
+from collab_jax.tasks import Example, Verdict, judge, make_task, mix, with_task
 
 MARKER = "<unknown> I need external assistance </unknown>"
 RIGHT, WRONG = Verdict(True, False, True), Verdict(False, False, True)
@@ -143,6 +145,34 @@ def test_a_mix_verifies_one_batch_for_each_task(folder):
     assert task.verify(examples, ["1", "2", "3"]) == [RIGHT] * 3
     assert calls == [("math", ["1", "3"]), ("gsm8k", ["2"])]
     assert task.solve_prompt is None  # these parts have no solver
+
+
+def test_demonstrations_of_a_mix_are_dealt_out_by_weight_each_from_its_own_stream(tmp_path):
+    write(tmp_path / "svamp_train.jsonl", [svamp_row(i) for i in range(60)])
+    parts = {"countdown": 2, "svamp": 1}
+    settings = config(tmp_path, mix=tuple(parts.items()))
+    task = make_task(settings)
+    shown = list(itertools.islice(task.demonstrations(3), 30))
+    assert [e.task for e, _ in shown[:6]] == ["countdown", "svamp", "countdown"] * 2
+    for name in parts:
+        alone = make_task(with_task(settings, name)).demonstrations(3)
+        of_part = [(e.problem, response) for e, response in shown if e.task == name]
+        first = itertools.islice(alone, len(of_part))
+        assert of_part == [(e.problem, response) for e, response in first]
+    asked = [task.prompt(e)[0]["content"] for e, _ in shown]  # drills of SVAMP's too
+    assert all(prompt.startswith("Solve: ") for prompt in asked)
+    # Countdown's problem is what the embedded model is asked.
+    numbers, target = shown[0][0].problem
+    assert asked[0] == f"Solve: {' '.join(map(str, numbers))}={target}"
+    # Problems that are alike but for numbers stay alike in a mix, in any order of its parts.
+    for turned in (parts, dict(reversed(parts.items()))):
+        same = make_task(config(tmp_path, mix=tuple(turned.items()))).template
+        assert same("Ann has 3 pens.") == same("Ann has 40 pens.") != same("Ann has 3 caps.")
+        assert same("1 2 3=6") != same("1 2 4=7")
+
+
+def test_a_mix_with_a_task_without_demonstrations_has_none(folder):
+    assert make_task(config(folder, mix=(("math", 1), ("countdown", 1)))).demonstrations is None
 
 
 def test_the_simulated_cloud_answers_a_mix_from_its_gold_answers(folder, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, SMALL
 from fakes import make_table as make
 
-from collab_jax import records
+from collab_jax import evaluate, records, train
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.reports import suite
@@ -145,6 +145,30 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
     assert set(table["stratum"]) == {"math, level 1", "gsm8k, level 1"}
 
 
+@pytest.mark.slow
+def test_the_reports_of_a_mix_tell_its_tasks_apart(made, tmp_path, capsys):
+    config = made[0].copy_and_resolve_references()
+    config.eval.split, config.train.steps = "test", 1
+    config.task.unsafe_code = True  # these tasks are no code, but the reports do not look for it
+    assert train.main(config, tmp_path) == 0
+    text = (tmp_path / "report.md").read_text()
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = report["after"]["by_task"]
+    assert "## By task" in text and set(found["tasks"]) == {"gsm8k", "math"}
+    table = records.read(tmp_path / "after.parquet")
+    for name, of in found["tasks"].items():
+        here = table["task"] == name
+        assert of["n"] == here.sum() and of["call_rate"]["value"] == (
+            table["natural_called"][here].mean()
+        )
+    capsys.readouterr()
+    assert evaluate.main(config, tmp_path, "test") == 0
+    said = capsys.readouterr().out
+    assert "Code was judged without a sandbox" in said and "## By task" in said
+    evaluated = json.loads((tmp_path / "test.json").read_text())
+    assert evaluated["by_task"] == found  # the same prompts, the same model
+
+
 @pytest.fixture(scope="module")
 def workdir(made, tmp_path_factory):
     return tmp_path_factory.mktemp("run")
@@ -270,7 +294,9 @@ def test_figures_of_the_cloud_are_over_known_verdicts_and_a_note_says_how_many_a
     assert at["margin"] == pytest.approx(0.75)
     figure = {"prompts": 5, "samples": 1, "seen_in_training": 0, "too_long": 0, "unjudged": 2}
     figure["cloud_unknown"] = 1
-    result = {"benchmarks": {"amc23": figure}, "trained_on": ["math"]}
+    result = {"benchmarks": {"amc23": figure}, "trained_on": ["math"], "unsafe_code": False}
     first, second = suite.notes("x", result)
     assert first.startswith("amc23: the cloud's verdict is not known on 1 of 5 responses")
     assert second == "amc23: 2 of 5 responses could not be judged; they count as wrong."
+    told = suite.notes("x", result | {"unsafe_code": True})
+    assert told == ["Code was judged without a sandbox (config.task.unsafe_code).", first, second]

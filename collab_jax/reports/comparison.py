@@ -157,6 +157,7 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     }
     if not all("natural_called" in table for table in model.seeds):
         return alone
+    called = [table["natural_called"] for table in model.seeds]
     right = [
         np.where(
             table["natural_called"],
@@ -165,9 +166,10 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
         )
         for table in model.seeds
     ]
+    resamples = len(curve) - 1
     return alone | {
-        "natural_call_rate": float(np.mean([table["natural_called"] for table in model.seeds])),
-        "natural_accuracy": float(np.mean(right)),
+        "natural_call_rate": estimate(curves.mean(called, resamples)),
+        "natural_accuracy": estimate(curves.mean(right, resamples)),
     }
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from collab_jax import records
 from collab_jax.cloud import Ledger, Spent
 from collab_jax.records import Records
-from collab_jax.reports import figures, page, summary
+from collab_jax.reports import by_task, figures, page, summary
 from collab_jax.routing.measures import Rate
 from collab_jax.routing.routers import ROUTERS
 from collab_jax.runtime import files, markdown
@@ -142,7 +142,7 @@ def closing(report: Mapping[str, Any]) -> str:
         f"{cloud['spent']['calls']} requests were sent in all.",
     ]
     if report["config"]["task"]["unsafe_code"]:
-        lines.append("Code was judged without a sandbox (config.task.unsafe_code).")
+        lines.append(summary.UNSAFE_CODE)
     if no_answer > summary.BUDGETS[0]:
         lines.append(
             f"With the marker disallowed {no_answer:.0%} of the responses have no answer. Margin "
@@ -163,15 +163,28 @@ def render(report: Mapping[str, Any], table: str, after: Records) -> str:
     config = report["config"]
     algorithm = ", ".join(f"{key} `{value}`" for key, value in config["algorithm"].items())
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    return (
+    title = (
         f"# {config['task']['name']}, {config['model']['path']}, budget {report['budget']:g}, "
-        f"seed {config['seed']}\n\n"
-        f"{algorithm}; {report['after']['n']} {records.split_of(after)} prompts; "
-        f"every rate is a share of all prompts, with its 95 % interval. {machine}.\n\n"
-        f"{table}\n\n{closing(report)}\n\n{shown_budgets(report)}{strata(report)}"
-        "![accuracy against call rate](frontier.png)\n\n![training](training.png)\n\n"
-        f"## Examples after training (natural decoding)\n\n{examples_list(after)}\n"
+        f"seed {config['seed']}"
     )
+    about = (
+        f"{algorithm}; {report['after']['n']} {records.split_of(after)} prompts; "
+        f"every rate is a share of all prompts, with its 95 % interval. {machine}."
+    )
+    paragraphs = [
+        title,
+        about,
+        table,
+        closing(report),
+        shown_budgets(report),
+        strata(report),
+        by_task.section(report["after"]),
+        "![accuracy against call rate](frontier.png)",
+        "![training](training.png)",
+        "## Examples after training (natural decoding)",
+        examples_list(after),
+    ]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def shown_budgets(report: Mapping[str, Any]) -> str:
@@ -185,7 +198,7 @@ def shown_budgets(report: Mapping[str, Any]) -> str:
         [f"{float(budget):.0%}", *(percent(figures[name]) for name in names)]
         for budget, figures in found.items()
     ]
-    return f"{markdown.table(head, rows)}\n\n"
+    return markdown.table(head, rows)
 
 
 def strata(report: Mapping[str, Any]) -> str:
@@ -194,7 +207,7 @@ def strata(report: Mapping[str, Any]) -> str:
     if len(after) < 2:
         return ""
     rows = [[name, percent(before[name]), percent(after[name])] for name in after]
-    return f"{markdown.table(['accuracy on the device, of', 'before', 'after'], rows)}\n\n"
+    return markdown.table(["accuracy on the device, of", "before", "after"], rows)
 
 
 def examples_list(table: Records) -> str:

@@ -37,7 +37,7 @@ from collab_jax import records
 from collab_jax.models.decoder import Params
 from collab_jax.models.sampler import Sampler
 from collab_jax.records import Records
-from collab_jax.reports.summary import natural_outcomes
+from collab_jax.reports.summary import UNSAFE_CODE, natural_outcomes
 from collab_jax.rl import evaluation, experiment, rollout
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import curves, routers
@@ -222,6 +222,7 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
         "budget": config.budget,
         "temperature": config.eval.temperature,
         "trained_on": sorted(task_shares(config)),
+        "unsafe_code": config.task.unsafe_code,
         "machine": process.machine(),
         **summarize(tables, counts, config.budget),
     }
@@ -237,8 +238,10 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
 
 
 def notes(suite: str, result: Mapping[str, Any]) -> list[str]:
-    """Returns the footnotes of a table: contamination, what was left out, what is not known."""
+    """Returns the footnotes: contamination, what was left out, what is not known or not safe."""
     lines = [NOTES[key] for key in (*result["benchmarks"], suite) if key in NOTES]
+    if result["unsafe_code"]:
+        lines.append(UNSAFE_CODE)
     trained_on = ", ".join(result["trained_on"])
     for name, figure in result["benchmarks"].items():
         responses = figure["prompts"] * figure["samples"]

@@ -12,13 +12,14 @@ import numpy as np
 
 from collab_jax import records
 from collab_jax.records import Records, outcomes
-from collab_jax.routing import curves, measures, routers
+from collab_jax.routing import by_task, curves, measures, routers
 from collab_jax.routing.curves import estimate
 from collab_jax.routing.measures import Rate, rate
 from collab_jax.routing.response import no_answer
 
 BUDGETS = (0.1, 0.2, 0.3)
 SUMMARY_ROUTERS = ("margin", "logprob", "random", "reachable", "perfect")
+UNSAFE_CODE = "Code was judged without a sandbox (config.task.unsafe_code)."
 
 
 def summary(table: Records) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def summary(table: Records) -> dict[str, Any]:
             str(s): rate(outcomes(table, "local")[table["stratum"] == s])
             for s in np.unique(table["stratum"])
         },
+        "by_task": tasks(table),
     }
 
 
@@ -118,6 +120,36 @@ def shown_budgets(table: Records) -> dict[str, dict[str, Rate]] | None:
             "margin": estimate(f.at("margin", budget)),
         }
     return found
+
+
+def tasks(table: Records) -> dict[str, Any] | None:
+    """Returns the figures of each task of a mix, and by budget what is done with its calls.
+
+    `at_budget` is `routing.by_task.at_budget`, over all tasks. None where there is one task.
+    """
+    names = np.unique(table["task"])
+    if len(names) == 1:
+        return None
+    known = records.known(table)
+    return {
+        "tasks": {str(name): _of_task(table, table["task"] == name) for name in names},
+        "at_budget": {str(b): by_task.at_budget(known, b) for b in BUDGETS},
+    }
+
+
+def _of_task(table: Records, here: np.ndarray) -> dict[str, Any]:
+    """Returns the figures of the prompts `here`, bool[n].
+
+    `overall_accuracy` is None where no verdict of the cloud on them is known.
+    """
+    part = {name: column[here] for name, column in table.items()}
+    outcomes = natural_outcomes(part)[part["cloud_known"]]
+    return {
+        "n": len(part["id"]),
+        "local_accuracy": rate(part["local_correct"]),
+        "call_rate": rate(part["natural_called"]),
+        "overall_accuracy": rate(outcomes) if outcomes.size else None,
+    }
 
 
 def shared(table: Records) -> dict[str, Any] | None:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from collab_jax import records
 from collab_jax.records import Records
-from collab_jax.reports import comparison, figures, page
+from collab_jax.reports import comparison, figures, findings, page
 from collab_jax.reports import run as run_report
 from collab_jax.reports.comparison import Model
+from collab_jax.reports.findings import BUDGET
 from collab_jax.rl import evaluation, experiment, search, sweeps
 from collab_jax.rl.search import Search
 from collab_jax.rl.sweeps import Job, Sweep
@@ -24,8 +26,6 @@ from collab_jax.runtime import markdown, metrics
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent, points
 from collab_jax.tasks import make_task
-
-BUDGET = 0.3  # at which routers are compared in one figure each
 
 
 class Finished(NamedTuple):
@@ -145,9 +145,30 @@ def write_report(sweep: Sweep, out: pathlib.Path, config_file: pathlib.Path) -> 
     runs = {name: [read(job.folder) for job in jobs] for name, jobs in done.items()}
     command = f"python -m collab_jax.sweep --config {config_file} --out {out}"
     searched = search_section(sweep.search, search.read(out)) if sweep.search else ""
-    write(out, sweep.about, command, result, runs, searched)
+    learnt = findings.findings(result, task_tuned(sweep, done), budgets(sweep, done))
+    write(out, sweep.about, command, result, runs, learnt, searched)
     print(f"report: {out / 'report.html'}")
     return True
+
+
+def task_tuned(sweep: Sweep, done: Mapping[str, Sequence[Job]]) -> str | None:
+    """The first finished cell that was never rewarded for a call; None where there is none."""
+    return next(
+        (name for name, jobs in done.items() if _config(sweep, jobs).algorithm.reward == "task"),
+        None,
+    )
+
+
+def budgets(sweep: Sweep, done: Mapping[str, Sequence[Job]]) -> dict[str, float]:
+    """The budget of each finished cell that was rewarded for calls."""
+    configs = {name: _config(sweep, jobs) for name, jobs in done.items()}
+    return {
+        name: config.budget for name, config in configs.items() if config.algorithm.reward != "task"
+    }
+
+
+def _config(sweep: Sweep, jobs: Sequence[Job]) -> ConfigDict:
+    return sweeps.config_of(sweep, jobs[0].changes)
 
 
 def write(
@@ -156,17 +177,19 @@ def write(
     command: str,
     result: dict[str, Any],
     cells: Mapping[str, Sequence[Finished]],
+    learnt: str = "",
     searched: str = "",
 ) -> None:
     """Writes the report of `cells` to `out`, where frontier.png must be already.
 
     about: what the sweep is, in Markdown. result: from `comparison.compare`. The first cell is the
-    one that the others are compared with. searched: the section about the search, if there was one.
+    one that the others are compared with. learnt: from `findings`. searched: the section about the
+    search, if there was one.
     """
     figures.sweep_training(
         out / "training.png", {name: [run.rows for run in runs] for name, runs in cells.items()}
     )
-    page.save(out, "report", render(about, command, result, cells, searched))
+    page.save(out, "report", render(about, command, result, cells, learnt, searched))
 
 
 def render(
@@ -174,6 +197,7 @@ def render(
     command: str,
     result: dict[str, Any],
     cells: Mapping[str, Sequence[Finished]],
+    learnt: str = "",
     searched: str = "",
 ) -> str:
     """report.md, from the same arguments as `write`."""
@@ -186,6 +210,10 @@ def render(
     reference = result["reference"]
     sections = [
         about.strip(),
+        *(["## What was learnt", learnt] if learnt else []),
+        "## At a glance",
+        findings.headline_table(result),
+        "## How it was measured",
         f"Command: {markdown.code(command)}. {result['prompts']} {result['split']} prompts, "
         f"the same for all. Seeds: {seeds}. Figures in percent of all prompts, with 95 % "
         f"intervals: t over seeds and, at once, {result['resamples']} resamples of the prompts; "
@@ -240,37 +268,6 @@ def search_section(searched: Search, found: Mapping[str, search.Found]) -> str:
     )
 
 
-def headline_table(result: dict[str, Any]) -> str:
-    """A row a model, short enough for a front page: everything at BUDGET."""
-    budget = f"{100 * BUDGET:g} % calls"
-    head = [
-        "",
-        "seeds",
-        "device alone",
-        f"{budget}: margin",
-        f"{budget}: log-probability gate",
-        f"{result['reference'].partition(': ')[0]} ahead by",
-    ]
-    rows = []
-    for name in _models_with_margin(result):
-        margin, gate = (
-            result["methods"][f"{name}: {router}"]["at_budget"][str(BUDGET)]
-            for router in ("margin", "logprob")
-        )
-        is_reference = f"{name}: margin" == result["reference"]
-        rows.append(
-            [
-                name,
-                str(result["seeds"][name]),
-                percent(result["models"][name]["local_accuracy"]),
-                percent(margin["accuracy"]),
-                percent(gate["accuracy"]),
-                "" if is_reference else points(margin["reference_minus_this"]),
-            ]
-        )
-    return markdown.table(head, rows)
-
-
 def cell_table(result: dict[str, Any]) -> str:
     """A row a cell: the device alone, natural decoding, the margin at each budget, its ranking."""
     head = [
@@ -283,9 +280,9 @@ def cell_table(result: dict[str, Any]) -> str:
         "AUC of log-probability",
     ]
     rows = []
-    for name in _models_with_margin(result):
+    for name in findings.models_with_margin(result):
         alone, method = result["models"][name], result["methods"][f"{name}: margin"]
-        natural = f"{100 * alone['natural_call_rate']:.1f} / {100 * alone['natural_accuracy']:.1f}"
+        natural = f"{percent(alone['natural_call_rate'])} / {percent(alone['natural_accuracy'])}"
         share = method["at_budget"][str(BUDGET)]["reachable_share"]["value"]
         rows.append(
             [
@@ -304,7 +301,7 @@ def cell_table(result: dict[str, Any]) -> str:
 def ahead_table(result: dict[str, Any]) -> str:
     """A row a cell: the lead of the reference at each budget, and on the device alone."""
     rows = []
-    for name in _models_with_margin(result):
+    for name in findings.models_with_margin(result):
         method = f"{name}: margin"
         if method != result["reference"]:
             at_budget = result["methods"][method]["at_budget"].values()
@@ -360,10 +357,6 @@ def _mean_total(runs: Sequence[Finished], key: str) -> float:
 
 def _budget_titles(result: dict[str, Any]) -> list[str]:
     return [f"{100 * budget:g} % calls" for budget in result["budgets"]]
-
-
-def _models_with_margin(result: dict[str, Any]) -> list[str]:
-    return [name for name in result["models"] if f"{name}: margin" in result["methods"]]
 
 
 def _three_digits(x: float | None) -> str:

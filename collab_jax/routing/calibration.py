@@ -94,7 +94,7 @@ def bias_for_rate(
             "too, with --margin_only (answered = all True)"
         )
     called = int((scores > scores[k - 1]).sum())
-    threshold = _between(scores[k - 1], scores[called - 1] if called else np.inf)
+    threshold = between(scores[k - 1], scores[called - 1] if called else np.inf)
     expected, low, high = _rate(called, n)
     return Calibration(
         bias=-threshold,
@@ -266,7 +266,7 @@ def _lowest_rate(unanswered: int, n: int, delta: float | None) -> float:
     return math.ceil(1000 * rate) / 1000
 
 
-def _between(below: float, above: float) -> float:
+def between(below: float, above: float) -> float:
     """A float32 number in [below, above), half way where both are finite."""
     if np.isinf(below):
         return math.copysign(LIMIT, below)
@@ -307,7 +307,7 @@ def _measured_threshold(
             f"is {correct[best] / n:.1%}, at {best / n:.1%} calls"
         )
     fewest = reached[0]
-    threshold = _between(float(below[fewest]), float(above[fewest]))
+    threshold = between(float(below[fewest]), float(above[fewest]))
     return threshold, float(correct[fewest] / n)
 
 
@@ -351,7 +351,7 @@ def _thresholds(scores: np.ndarray) -> np.ndarray:
     above = np.array(
         [np.min(falling, where=falling > below, initial=np.inf) for below in not_called]
     )
-    inner = [_between(float(b), float(a)) for b, a in zip(not_called, above, strict=True)]
+    inner = [between(float(b), float(a)) for b, a in zip(not_called, above, strict=True)]
     return np.array([-LIMIT, *inner[1:-1], LIMIT], np.float32)
 
 

@@ -94,6 +94,21 @@ def frontiers(
     return Frontiers(points, counts / n, accuracy)
 
 
+def mean(values: Sequence[np.ndarray], resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """The mean f64[1 + R] of a figure of each prompt, one f64[n] for each seed.
+
+    Resampled over prompts and seeds as `frontiers` is, from the same draws.
+    """
+    table = np.array(values, float)
+    rng, draw = np.random.default_rng([seed, 0]), np.random.default_rng([seed, len(table)])
+    n, means = table.shape[1], np.empty(1 + resamples)
+    means[0] = table.mean()
+    for r in range(1, 1 + resamples):
+        times = np.bincount(rng.integers(n, size=n), minlength=n)
+        means[r] = seed_weights(draw, len(table)) @ (table @ times / n)
+    return means
+
+
 def seed_weights(draw: np.random.Generator, size: int) -> np.ndarray:
     """Weights f64[S] of S = `size` seeds that add up to 1; those of one are just that.
 

@@ -264,9 +264,13 @@ def solve_prompt(messages: Messages) -> str:
     return f"<answer>{expression}</answer>"
 
 
+def _filled(template: str, numbers: str, target: int) -> str:
+    return template.format(numbers=numbers, target=target, problem=f"{numbers}={target}")
+
+
 def _messages(template: str, example: Example) -> Messages:
     numbers, target = example.problem
-    content = template.format(numbers=" ".join(map(str, numbers)), target=target)
+    content = _filled(template, " ".join(map(str, numbers)), target)
     return [{"role": "user", "content": content}]
 
 
@@ -295,17 +299,18 @@ def _last_expression(_: Example, response: str) -> str | None:
 def make_task(config: ConfigDict) -> Task:
     """Countdown by `config.task` and `config.text.marker`.
 
-    `config.task.prompt` is a format string of numbers and target. Raises TaskError where it is not,
-    and for ranges that cannot be met.
+    `config.task.prompt` is a format string of numbers and target, or of problem, which is
+    `{numbers}={target}`, so that a mix can have one prompt. Raises TaskError where it is not, and
+    for ranges that cannot be met.
     """
     task, marker = config.task, config.text.marker
     data_settings(task)  # refuses bad settings now rather than at the first load
     try:
-        task.prompt.format(numbers="1 2 3", target=6)
+        _filled(task.prompt, "1 2 3", 6)
     except (KeyError, IndexError, ValueError, AttributeError):
         raise TaskError(
-            f"config.task.prompt={task.prompt!r} may hold {{numbers}} and {{target}} only: "
-            "write other braces twice"
+            f"config.task.prompt={task.prompt!r} may hold {{numbers}}, {{target}} and "
+            "{{problem}} only: write other braces twice"
         ) from None
     return Task(
         name="countdown",

@@ -5,12 +5,14 @@ training prompts, whatever the size of its data: `pattern` deals the places of t
 out to the parts, and each part goes through its own prompts in its own epochs (`indices`). The test
 split has the prompts of every part, dealt out by weight too, so that its beginning is a small mix.
 Every part has the same `config.task.prompt`. An example says which part it belongs to, and its id
-and stratum begin with that.
+and stratum begin with that. Demonstrations are dealt out by weight as well.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -144,6 +146,17 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
         task = parts[example.task]
         return task.gold(example) if task.gold else None
 
+    def demonstrations(seed: int) -> Iterator[tuple[Example, str]]:
+        streams, names = {name: make(seed) for name, make in makers.items() if make}, list(weights)
+        for part in itertools.cycle(pattern(list(weights.values()))):
+            example, response = next(streams[names[part]])
+            yield dataclasses.replace(example, task=names[part]), response
+
+    def template(prompt: str) -> str:
+        """What is alike under the template of any part, since a prompt does not say which it is."""
+        return functools.reduce(lambda text, task: task.template(text), parts.values(), prompt)
+
+    makers = {name: task.demonstrations for name, task in parts.items()}
     return Task(
         name="mix",
         load=load,
@@ -156,4 +169,6 @@ def make_task(parts: Mapping[str, Task], weights: Mapping[str, float]) -> Task:
         gold=gold,
         weights=weights,
         read_answer=read_answer,
+        demonstrations=demonstrations if all(makers.values()) else None,
+        template=template,
     )
