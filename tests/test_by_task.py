@@ -67,6 +67,23 @@ def test_one_bias_divides_the_calls_by_hand():
     assert value(none["a"]["call_rate"]) == 0 and value(none["a"]["accuracy"]) == 0.75
 
 
+def test_where_answers_have_grades_accuracies_are_their_means():
+    grades = dict(
+        local_grade=[0.4, 0.6, 0.8, 1.0, 0.0, 0.2, 0.4, 0.6],
+        cloud_grade=[1.0, 0.9, 0.8, 0.3, 1.0, 0.7, 0.1, 1.0],
+    )
+    table = two_tasks(**grades)
+    quarter = by_task.division(table, routers.score("margin", table), 0.25)
+    assert [value(quarter[t]["call_rate"]) for t in "ab"] == [0.5, 0.0]
+    assert value(quarter["a"]["accuracy"]) == pytest.approx((1.0 + 0.9 + 0.8 + 1.0) / 4)
+    assert value(quarter["b"]["accuracy"]) == pytest.approx(0.3)
+    low, high = by_task.thresholds(
+        table["margin"], table["cloud_grade"] - table["local_grade"], np.repeat([0, 1], 4), 2, 2
+    )
+    # 0.6 and 0.3 are gained by the first of each task's calls, as 1.0 is by b's first, at 4.
+    assert (table["margin"][:4] > low).sum() == 1 and (table["margin"][4:] > high).sum() == 1
+
+
 def test_the_parts_add_up_and_grow_with_the_budget():
     table = drawn(300, 1, shift=1.0)
     sizes = {t: (table["task"] == t).sum() for t in "ab"}

@@ -143,12 +143,12 @@ def _of_task(table: Records, here: np.ndarray) -> dict[str, Any]:
     `overall_accuracy` is None where no verdict of the cloud on them is known.
     """
     part = {name: column[here] for name, column in table.items()}
-    outcomes = natural_outcomes(part)[part["cloud_known"]]
+    overall = natural_outcomes(part)[part["cloud_known"]]
     return {
         "n": len(part["id"]),
-        "local_accuracy": rate(part["local_correct"]),
+        "local_accuracy": rate(outcomes(part, "local")),
         "call_rate": rate(part["natural_called"]),
-        "overall_accuracy": rate(outcomes) if outcomes.size else None,
+        "overall_accuracy": rate(overall) if overall.size else None,
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from collab_jax.records import Records
+from collab_jax.records import Records, outcomes
 from collab_jax.routing import calibration, curves, measures, routers
 from collab_jax.routing.curves import estimate
 from collab_jax.routing.measures import Rate
@@ -69,12 +69,14 @@ def _part(records: Records, here: np.ndarray, score: np.ndarray, budget: float) 
     A frontier counts, over all prompts, local_correct of those kept and cloud_correct of those
     sent, whatever stands there: with True for what is here and sent, it counts the calls.
     """
+    right = {f"{side}_correct": here * outcomes(records, side) for side in ("local", "cloud")}
     counted = {
         "calls": {"local_correct": np.zeros(len(here), bool), "cloud_correct": here},
-        "right": {name: here & records[name] for name in ("local_correct", "cloud_correct")},
+        "right": right,
     }
+    ids = {"id": records["id"]}
     f = curves.frontiers(
-        {name: [(records | columns, score)] for name, columns in counted.items()}, [budget]
+        {name: [(ids | columns, score)] for name, columns in counted.items()}, [budget]
     )
     calls, right, size = f.at("calls", budget), f.at("right", budget), f.at("calls", 1)
     with np.errstate(invalid="ignore", divide="ignore"):  # no call, or a resample without the task
@@ -95,7 +97,7 @@ def own_bias_score(records: Records, budget: float) -> np.ndarray:
     is what they send; the score is for this budget alone.
     """
     score, first = routers.score("margin", records), no_answer(records)
-    gain = records["cloud_correct"].astype(int) - records["local_correct"]
+    gain = outcomes(records, "cloud").astype(float) - outcomes(records, "local")
     names, task = np.unique(records["task"].astype(str), return_inverse=True)
     half = halves(records["id"], task)
     own = score.copy()
@@ -126,7 +128,7 @@ def thresholds(
 ) -> np.ndarray:
     """Returns the threshold of each task, f64[tasks], that sends `count` prompts to most gain.
 
-    score: f64[n]. gain: i64[n], cloud - local. task: i64[n], below `tasks`. The gain that a score
+    score: f64[n]. gain: f64[n], cloud - local. task: i64[n], below `tasks`. The gain that a score
     leads to is the isotonic regression of `gain` on it within its task: its steps are the slopes of
     the concave hull of the gain over calls, so sending the highest of all tasks first is the best
     on the hulls, and less taken in by noise than the best on the curves themselves. Equal gains are
