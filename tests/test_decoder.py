@@ -284,6 +284,35 @@ def test_chunk_size_changes_neither_value_nor_gradient():
         )
 
 
+@pytest.mark.parametrize("T, chunk", [(7, 2), (3, 2)])
+def test_a_chunk_bars_its_own_tokens(T, chunk):
+    cfg = LLAMA
+    params = {"embed_tokens": random_params(cfg)["embed_tokens"]}
+    hidden = np.random.default_rng(4).standard_normal((2, T, cfg.hidden_size)).astype(np.float32)
+    targets = random_tokens(2, T)
+    barred = np.where(np.arange(2 * T).reshape(2, T) % 3 == 0, (targets + 1) % cfg.vocab_size, -1)
+    got = logprobs.token_logprobs(params, cfg, hidden, targets, 1.3, chunk, jnp.asarray(barred))
+    scaled = np.array(decoder.logits(params, cfg, hidden)) / 1.3
+    rows, columns = np.nonzero(barred >= 0)
+    scaled[rows, columns, barred[rows, columns]] = -np.inf
+    want = jax.nn.log_softmax(scaled)
+    want = np.take_along_axis(np.asarray(want), np.asarray(targets)[..., None], 2)[..., 0]
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_the_program_does_not_grow_with_the_number_of_chunks():
+    cfg = LLAMA
+    params = {"embed_tokens": random_params(cfg)["embed_tokens"]}
+
+    def lines(T):
+        loss = lambda p, h, t: logprobs.token_logprobs(p, cfg, h, t, 1.0, 4).sum()  # noqa: E731
+        hidden = jax.ShapeDtypeStruct((2, T, cfg.hidden_size), jnp.float32)
+        targets = jax.ShapeDtypeStruct((2, T), jnp.int32)
+        return jit(jax.grad(loss)).lower(params, hidden, targets).as_text().count("\n")
+
+    assert lines(8) == lines(64)
+
+
 # ---------------------------------------------------------------------------------------- gradients
 
 

@@ -261,7 +261,11 @@ def test_the_plan_of_a_warm_start_by_hand():
     assert plan.held == memory_plan.plan(cfg, config, 1).held
     assert plan.update["logits"] == 4 * 768 * (16 + 16)
     on_cpu = memory_plan.plan_warm_start(cfg, config, 1, cpu=True)
-    assert on_cpu.update["logits"] == 4 * 768 * (2 * 57 + 16)
+    assert on_cpu.update["logits"] == plan.update["logits"]  # the chunks are a loop
+    wider = make({"sft.micro_rows": 1, "train.logprob_chunk": 64})  # no two of them
+    assert memory_plan.plan_warm_start(*wider, 1).update["logits"] == 4 * 768 * (64 + 64)
+    on_a_cpu = memory_plan.plan_warm_start(*wider, 1, cpu=True)
+    assert on_a_cpu.update["logits"] == 4 * 768 * (2 * 57 + 64)
     assert on_cpu.host["copies"] == plan.held["parameters"]  # what each tuning starts from
     twice = make({"sft.micro_rows": 2, "train.logprob_chunk": 16})
     more = memory_plan.plan_warm_start(*twice, 1).update

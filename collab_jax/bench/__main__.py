@@ -10,6 +10,11 @@
                                         [--layers N] [--config.KEY=VALUE ...]
                                            some steps of a real run at its full shape, with random
                                            weights
+    python -m collab_jax.bench compile --config configs/countdown_qwen2p5_3b.py
+                                       [--topology v5e:2x4] [--layers N] [--config.KEY=VALUE ...]
+                                           a run's programs at their full shape: seconds to compile,
+                                           size and memory, for TPU chips that need not be there or
+                                           for the devices that are
     python -m collab_jax.bench cloud       the cloud's store and client against faults and kills
                                            (cloud.py)
     python -m collab_jax.bench serve       the server against odd requests and clients that leave
@@ -33,26 +38,32 @@ from collab_jax.runtime import cli, markdown
 from collab_jax.runtime.errors import UserError
 
 SERVE = "serve-steps"  # what `settings` starts, in timed.py
-REHEARSE = "rehearse"
+REHEARSE, COMPILE = "rehearse", "compile"  # those with a config
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Returns the arguments; `settings` has those that are for a rehearsal's config."""
+    """Returns the arguments; `settings` has those that are for a config."""
     parser = argparse.ArgumentParser(
         prog="python -m collab_jax.bench", description="Speed on this machine."
     )
     timed = ("decode", "update", "step", "peers", "settings")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar=f"{{{','.join(timed)},{REHEARSE},cloud,serve,code}}"
-    )
-    p = commands.add_parser(REHEARSE)
-    p.add_argument(
-        "--config",
+        dest="command",
         required=True,
-        help="the experiment's file; --config.KEY=VALUE changes a setting",
+        metavar=f"{{{','.join(timed)},{REHEARSE},{COMPILE},cloud,serve,code}}",
     )
-    p.add_argument("--layers", type=int, help="blocks, instead of all that the model has")
-    p.add_argument("--steps", type=int, default=3)
+    for name in (REHEARSE, COMPILE):
+        p = commands.add_parser(name)
+        p.add_argument(
+            "--config",
+            required=True,
+            help="the experiment's file; --config.KEY=VALUE changes a setting",
+        )
+        p.add_argument("--layers", type=int, help="blocks, instead of all that the model has")
+        if name == REHEARSE:
+            p.add_argument("--steps", type=int, default=3)
+        else:
+            p.add_argument("--topology", help="TPU chips to compile for, as v5e:2x4 or v5e:1x1")
     for name in (*timed, SERVE):
         p = commands.add_parser(name)
         p.add_argument("--repeats", type=int, default=7, help="timed rounds")
@@ -82,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 choices=["decode", "update", "step"],
             )
     args, settings = parser.parse_known_args(argv)
-    if settings and args.command != REHEARSE:
+    if settings and args.command not in (REHEARSE, COMPILE):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     args.settings = settings
     return args
@@ -111,6 +122,12 @@ def main(argv: list[str]) -> int:
         config = rehearse.read_config(args.config, args.settings)
         process.set_up(config.cpu_devices)
         print(rehearse.rehearse(config, args.layers, args.steps))
+        return 0
+    if args.command == COMPILE:
+        from collab_jax.bench import compile, rehearse
+
+        config = rehearse.read_config(args.config, args.settings)
+        print(compile.compile_programs(config, args.topology, args.layers))
         return 0
     process.set_up(args.cpu_devices)
     import jax

@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 
 from collab_jax import gapg
 from collab_jax.bench import measure
-from collab_jax.models import decoder, hf, sampler
+from collab_jax.models import decoder, hf
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, SamplerSettings
-from collab_jax.rl import algorithms, experiment, optim, rollout, step, training
+from collab_jax.rl import algorithms, experiment, optim, rollout, sampling, step, training
 from collab_jax.runtime import parallel
 
 TINY = "countdown-tiny"
@@ -203,14 +203,7 @@ class Decode:
             slot_counts=slot_counts,
             cache_dtype=load.dtype,
         )
-
-        def begin(params, prompts, prompt_mask, seed, step, bias):
-            P = len(prompts)
-            index = jax.lax.axis_index(parallel.AXIS) * P + jax.numpy.arange(P)
-            keys = sampler.prompt_keys(seed, step, index)
-            return sampler.start(params, cfg, prompts, prompt_mask, keys, bias, settings)
-
-        self._sampler = Sampler(cfg, settings, begin, parallel.pmap)
+        self._sampler = Sampler(cfg, settings, sampling.begin_body(cfg, settings), parallel.pmap)
         self._prompts, self._mask = make_prompts(load)
 
     def __call__(self) -> float:

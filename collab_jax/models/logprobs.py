@@ -21,8 +21,9 @@ def token_logprobs(
     """log p(target) f32[B, T] of targets i32[B, T], from hidden [B, T, E].
 
     It is computed `chunk` columns at a time. Several chunks are computed again in the backward
-    pass, so that at most [B, chunk, V] logits exist. barred i32[B, T]: the token that was
-    disallowed at each place, or -1; None where nothing was.
+    pass, so that at most [B, chunk, V] logits exist, and whole ones in a loop, so that the program
+    does not grow with T. barred i32[B, T]: the token that was disallowed at each place, or -1; None
+    where nothing was.
     """
 
     def one(hidden: jax.Array, targets: jax.Array, barred: jax.Array | None) -> jax.Array:
@@ -36,14 +37,23 @@ def token_logprobs(
         chosen = jnp.take_along_axis(scaled, targets.reshape(-1, 1), axis=-1)[:, 0]
         return (chosen - jax.nn.logsumexp(scaled, axis=-1)).reshape(targets.shape)
 
+    def looped(x: jax.Array) -> jax.Array:  # [B, n * chunk, ...] -> [n, B, chunk, ...]
+        return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
+
+    def cut(start: int, stop: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        return jax.tree.map(lambda x: x[:, start:stop], (hidden, targets, barred))
+
     T = targets.shape[1]
+    done = T // chunk * chunk if T >= 2 * chunk else 0  # columns that the loop computes
+    parts = []
+    if done:
+        # Nothing outside a loop's body can take the place of what is computed in it again.
+        again = jax.checkpoint(one, prevent_cse=False)
+        logp = jax.lax.map(lambda part: again(*part), jax.tree.map(looped, cut(0, done)))
+        parts.append(jnp.moveaxis(logp, 0, 1).reshape(-1, done))
     if T > chunk:
         one = jax.checkpoint(one)
-    parts = []
-    for i in range(0, T, chunk):
-        columns = slice(i, i + chunk)
-        cut = None if barred is None else barred[:, columns]
-        parts.append(one(hidden[:, columns], targets[:, columns], cut))
+    parts += [one(*cut(i, i + chunk)) for i in range(done, T, chunk)]
     return jnp.concatenate(parts, axis=1)
 
 

@@ -63,6 +63,11 @@ class SamplerSettings(NamedTuple):
         """Columns of a segment, a multiple of 8. The last of T tokens is never computed."""
         return -(-max(self.max_new - 1, 1) // (8 * self.segments)) * 8
 
+    @property
+    def filled_segments(self) -> int:
+        """How many segments T tokens fill, the last perhaps in part."""
+        return -(-(self.max_new - 1) // self.columns)
+
     def ladder(self, rows: int) -> list[int]:
         """The numbers of slots for so many rows, falling."""
         counts = [rows]
@@ -225,6 +230,13 @@ def advance(
     return jax.lax.fori_loop(state.t, stop, column, state)
 
 
+def advance_body(cfg: DecoderConfig, s: SamplerSettings) -> Callable[..., SampleState]:
+    """The body (params, context, state, stop, bias) -> state of `advance`; state may be donated."""
+    return lambda params, context, state, stop, bias: advance(
+        params, cfg, context, state, stop, bias, s
+    )
+
+
 def compact(context: Context, state: SampleState, slots: int) -> tuple[Context, SampleState]:
     """The same with `slots` slots, at least as many as there are rows that go on; these first."""
     rows = len(context.row)
@@ -271,12 +283,7 @@ class Sampler:
         self.settings = settings
         self._wrap = wrap
         self._begin = wrap(begin)
-        self._advance = wrap(
-            lambda params, context, state, stop, bias: advance(
-                params, cfg, context, state, stop, bias, settings
-            ),
-            donate=(2,),
-        )
+        self._advance = wrap(advance_body(cfg, settings), donate=(2,))
         self._programs: dict[tuple[int, ...], _Programs] = {}  # by shape of the prompts
 
     def __call__(
@@ -328,7 +335,7 @@ class Sampler:
         """Compiles the programs for these shapes, as many at a time as there are cores."""
         ladder = self.settings.ladder(_slots(state))
         advancing, compacting = {}, {}
-        for j in range(-(-(self.settings.max_new - 1) // self.settings.columns)):
+        for j in range(self.settings.filled_segments):
             here, there = context.replace(past=(state.open,) * j), state
             for slots in ladder:
                 if slots != ladder[0]:

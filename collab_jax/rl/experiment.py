@@ -17,6 +17,7 @@ from collab_jax.cloud import CachedCloud, make_cloud
 from collab_jax.gapg import TrainState
 from collab_jax.models import decoder, hf, lora
 from collab_jax.models import text as text_lib
+from collab_jax.models.decoder import Params
 from collab_jax.models.text import Text
 from collab_jax.rl import claims, optim
 from collab_jax.rl.settings import check_config
@@ -96,11 +97,6 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     claims.claim(config, workdir)
     claims.check_base(workdir, folder)
     claims.check_reward(config, workdir)
-    schedule = optim.make_schedule(
-        config.optim.learning_rate,
-        config.optim.warmup_steps,
-        decay_steps=config.train.steps if config.optim.decay else None,
-    )
     return Run(
         config=config,
         workdir=workdir,
@@ -109,14 +105,24 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         text=base.text,
         task=task,
         cloud=cloud,
-        optimizer=optim.make_optimizer(
-            schedule,
-            config.optim.weight_decay,
-            optim.unit_norm(),
-            config.model.param_dtype,
-            config.optim.momentum,
-        ),
+        optimizer=make_optimizer(config),
         checkpoints=Checkpoints(workdir / "checkpoints"),
+    )
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer of a run."""
+    schedule = optim.make_schedule(
+        config.optim.learning_rate,
+        config.optim.warmup_steps,
+        decay_steps=config.train.steps if config.optim.decay else None,
+    )
+    return optim.make_optimizer(
+        schedule,
+        config.optim.weight_decay,
+        optim.unit_norm(),
+        config.model.param_dtype,
+        config.optim.momentum,
     )
 
 
@@ -186,6 +192,21 @@ def drop_too_long(
 # ---- the state
 
 
+def first_state(
+    config: ConfigDict, optimizer: optax.GradientTransformation, params: Params
+) -> TrainState:
+    """Returns the state before the first step, with nothing frozen."""
+    return gapg.init_state(
+        params,
+        optimizer,
+        gapg.init_reward(
+            config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f, config.task.budgets
+        ),
+        gapg.init_filter(config.budget, config.task.budgets),
+        averaged=config.optim.average > 0,
+    )
+
+
 def load_state(run: Run) -> TrainState:
     """Returns the state of the last checkpoint, or the one before the first step; on the host.
 
@@ -199,15 +220,7 @@ def load_state(run: Run) -> TrainState:
         params = lora.start(run.cfg, frozen, config.lora, config.seed, config.model.param_dtype)
     else:
         params, frozen = hf.load(run.folder, run.cfg, config.model.param_dtype), None
-    state = gapg.init_state(
-        params,
-        run.optimizer,
-        gapg.init_reward(
-            config.reward.alpha_a, config.reward.alpha_c, config.reward.alpha_f, config.task.budgets
-        ),
-        gapg.init_filter(config.budget, config.task.budgets),
-        averaged=config.optim.average > 0,
-    )
+    state = first_state(config, run.optimizer, params)
     if run.checkpoints.latest() is None:
         return jax.device_get(state).replace(frozen=frozen)
     return run.checkpoints.restore(like=state).replace(frozen=frozen)

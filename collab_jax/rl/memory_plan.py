@@ -6,8 +6,8 @@ logits) and of sampling (KV cache, logits), which do not overlap. What a backwar
 written down here: jax traces one block and says so, whatever the block is.
 
 Against the compiler's own count, on a CPU, the estimate is right within 15 % (tests). A CPU's
-compiler makes nothing of narrow activations, remat and chunks of logits, so these could not be
-checked in this way. An allocator needs some room beside.
+compiler makes nothing of narrow activations and remat, so these could not be checked in this way.
+An allocator needs some room beside.
 
 On the host are the process itself, its compiled programs, and copies of what the devices hold. The
 constants of these were measured on a CPU, with the embedded model and three blocks of SmolLM2; a
@@ -212,8 +212,8 @@ def _weights(
 def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
     """The model as XLA compiles it.
 
-    For a CPU bfloat16 is widened to float32, and what was to be computed again (a block under
-    remat, a chunk of logits) is kept after all.
+    For a CPU bfloat16 is widened to float32, and a block that was to be computed again (remat) is
+    kept after all.
     """
     return dataclasses.replace(cfg, dtype="float32", remat=False) if cpu else cfg
 
@@ -228,12 +228,10 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     adapter, trained, param, cast = weights.adapter, weights.trained, weights.param, weights.cast
     prompts = -(-config.prompts_per_step // devices)
     m, T = config.train.micro_rows, config.max_new_tokens
-    chunk = min(config.train.logprob_chunk, T)
     update: Bytes = {
         "gradients": trained * (4 + param),  # their sum, and a micro-batch's own
         "activations": _update_activations(cfg, config, adapter, prompts) + cast,
-        # One chunk's gradients are counted too.
-        "logits": 4 * m * cfg.vocab_size * ((T if cpu else chunk) + chunk),
+        "logits": _logits(cfg, config, m, T, cpu),
     }
     sampled = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
     batch = -(-config.eval.batch_size // devices) if config.eval.prompts else 0
@@ -259,11 +257,10 @@ def plan_warm_start(
     weights = _weights(stored, cfg, config, average=False)
     S, taught = packing.columns(config), packing.taught_tokens(config)
     m = config.sft.micro_rows
-    chunk = min(config.train.logprob_chunk, taught)
     update: Bytes = {
         "gradients": weights.trained * (4 + weights.param),
         "activations": m * _row_activations(cfg, weights.adapter, S, 0) + weights.cast,
-        "logits": 4 * m * cfg.vocab_size * ((taught if cpu else chunk) + chunk),
+        "logits": _logits(cfg, config, m, taught, cpu),
     }
     prompts = -(-config.prompts_per_step // devices)
     sampling = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
@@ -281,6 +278,16 @@ WARM_START = Work(plan_warm_start, "sft.micro_rows")
 
 def _host(programs: float, copies: float) -> Bytes:
     return {"process": PROCESS, "programs": programs, "copies": copies}
+
+
+def _logits(cfg: DecoderConfig, config: ConfigDict, m: int, T: int, cpu: bool) -> int:
+    """Bytes of the logits of m rows of T tokens in an update: those of a chunk, and its gradients.
+
+    Chunks outside a loop (`logprobs.token_logprobs`) are all kept by the compiler for a CPU.
+    """
+    chunk = min(config.train.logprob_chunk, T)
+    kept = T if cpu and T < 2 * chunk else chunk
+    return 4 * m * cfg.vocab_size * (kept + chunk)
 
 
 def _compiled(cfg: DecoderConfig, programs: int, passes: int) -> float:

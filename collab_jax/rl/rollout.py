@@ -23,12 +23,11 @@ from ml_collections import ConfigDict
 
 from collab_jax.cloud import Answers, CachedCloud, Pending
 from collab_jax.gapg import Rollout
-from collab_jax.models import sampler
 from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Messages, Text
-from collab_jax.rl import algorithms
+from collab_jax.rl import algorithms, sampling
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import NOTHING_MISSING, MissingVerdicts
 from collab_jax.runtime import parallel
@@ -95,33 +94,18 @@ def make_sampler(
 ) -> Sampler:
     """Returns sampler(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples.
 
-    Every argument and result has the axis D. seed, step: i32[D]; a row's key depends on them and on
-    its global index alone. `draw` calls the sampler.
+    Every argument and result has the axis D, as i32[D] for seed and step. `draw` calls the sampler.
     """
-    # One greedy pass holds the decision at every bias, bit for bit, only where all passes run the
-    # same programs; if slots were given up at different columns, the programs would differ.
-    slot_counts = config.decode.slot_counts if temperature > 0 else 1
-    settings = sampler.SamplerSettings(
-        group=group,
-        max_new=config.max_new_tokens,
-        temperature=temperature,
-        top_p=1.0,
+    settings = sampling.sampler_settings(
+        config,
         eos_ids=text.eos_ids,
         pad_id=text.pad_id,
         marker=Marker(text.decision_id, text.answer_open, text.plain),
-        segments=config.decode.segments,
-        slot_counts=slot_counts,
-        cache_dtype=config.decode.cache_dtype,
+        group=group,
+        temperature=temperature,
         solo=solo,
     )
-
-    def begin(params, prompts, prompt_mask, seed, step, marker_bias):
-        P = prompts.shape[0]
-        index = jax.lax.axis_index(parallel.AXIS) * P + jnp.arange(P)
-        keys = sampler.prompt_keys(seed, step, index)
-        return sampler.start(params, cfg, prompts, prompt_mask, keys, marker_bias, settings)
-
-    return Sampler(cfg, settings, begin, parallel.pmap)
+    return Sampler(cfg, settings, sampling.begin_body(cfg, settings), parallel.pmap)
 
 
 def draw(

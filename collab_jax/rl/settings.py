@@ -13,8 +13,11 @@ from collab_jax.runtime.errors import UserError
 SOURCES = ("task", "file", "self")  # of demonstrations
 
 
-def check_config(config: ConfigDict) -> None:
-    """Raises UserError for settings that no run could use, with what to change."""
+def check_config(config: ConfigDict, devices: int | None = None) -> None:
+    """Raises UserError for settings that no run could use, with what to change.
+
+    devices: how many it would run on; None: the local ones.
+    """
     _check_rollout(config)
     _check_reward(config)
     _check_algorithm(config)
@@ -23,7 +26,7 @@ def check_config(config: ConfigDict) -> None:
     _check_eval(config)
     _check_routers(config)
     _check_number_types(config)
-    _check_batches(config)
+    _check_batches(config, jax.local_device_count() if devices is None else devices)
 
 
 def _need(holds: bool, message: str) -> None:
@@ -182,8 +185,7 @@ def _check_number_types(config: ConfigDict) -> None:
         )
 
 
-def _check_batches(config: ConfigDict) -> None:
-    devices = jax.local_device_count()
+def _check_batches(config: ConfigDict, devices: int) -> None:
     for name in ("prompts_per_step", "eval.batch_size", "routers.batch_size"):
         size = _setting(config, name)
         _need(

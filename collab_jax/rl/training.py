@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from collab_jax.gapg import Rollout, TrainState
-from collab_jax.models.decoder import Params
+from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.rl import algorithms, experiment, rollout, step
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import (
@@ -95,15 +97,13 @@ def fit_examples(run: Run) -> list[Example]:
 Update = Callable[[TrainState, Rollout], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def compile_update(run: Run) -> Update:
-    """Returns update(state, rollout) -> state, metrics, compiled at its first call.
-
-    Arguments and results have the axis D; the state is donated.
-    """
-    config = run.config
+def update_body(
+    cfg: DecoderConfig, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> Update:
+    """Returns the body (state, rollout) -> state, metrics of one device; state may be donated."""
     body = step.make_step(
-        run.cfg,
-        run.optimizer,
+        cfg,
+        optimizer,
         algorithms.make_algorithm(config),
         axis=parallel.AXIS,
         micro_rows=config.train.micro_rows,
@@ -121,7 +121,15 @@ def compile_update(run: Run) -> Update:
         )
         return body(state, rollout, key)
 
-    return parallel.Program(keyed, donate=(0,))
+    return keyed
+
+
+def compile_update(run: Run) -> Update:
+    """Returns update(state, rollout) -> state, metrics, compiled at its first call.
+
+    Arguments and results have the axis D; the state is donated.
+    """
+    return parallel.Program(update_body(run.cfg, run.optimizer, run.config), donate=(0,))
 
 
 class TrainingSteps:

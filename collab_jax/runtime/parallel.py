@@ -5,11 +5,14 @@ leading axis D outside the body; the state is replicated while a run lasts and i
 without that axis.
 """
 
-from collections.abc import Callable
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from collab_jax.runtime import process
@@ -31,13 +34,34 @@ def replicate(tree: Any) -> Any:
     )
 
 
-def pmap(body: Callable, donate: tuple[int, ...] = ()) -> Callable:
-    """Returns `body` compiled to run on every local device at once.
+def pmap(body: Callable, donate: tuple[int, ...] = (), devices: Sequence[Any] | None = None) -> Any:
+    """Returns `body` compiled to run on every one of `devices` at once; None: every local device.
 
     Every argument and result has a leading axis D. donate: arguments whose memory the results may
-    take.
+    take. For devices of `tpu_topology` it can be lowered, from shapes, and compiled, but not run.
     """
-    return jax.pmap(body, axis_name=AXIS, donate_argnums=donate)
+    return jax.pmap(body, axis_name=AXIS, donate_argnums=donate, devices=devices)
+
+
+def tpu_topology(name: str) -> Sequence[Any]:
+    """Returns the chips of a TPU slice by name, as `v5e:2x4`, for programs to be compiled for.
+
+    libtpu has the compiler; no chip need be there. `process.without_accelerator` comes first.
+    Raises UserError without libtpu, and for a name that is no slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            'libtpu, which compiles for TPUs, is not installed: pip install "jax[tpu]", or this '
+            "package with its extra `tpu`"
+        )
+    # A host has four chips or eight unless it is said to have one.
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"[^:]*:1(x1)+", name) else {}
+    try:
+        return topologies.get_topology_desc(name, "tpu", **bounds).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"{name!r} is no TPU slice ({error}): write it as v5e:2x4, v5e:1x1 or v5p:2x2x2"
+        ) from None
 
 
 class Program:

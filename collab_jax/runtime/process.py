@@ -35,6 +35,13 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "1000000000",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+# libtpu would ask the network where it runs, and complain without an answer. What it compiles for
+# is said at each call.
+TPU_COMPILER = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
@@ -74,6 +81,17 @@ def set_up(cpu_devices: int) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(compiled_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def without_accelerator() -> None:
+    """Keeps jax to host devices, and libtpu from looking for chips, before jax is used.
+
+    For work that only compiles for chips that are not there.
+    """
+    import jax
+
+    os.environ |= TPU_COMPILER
+    jax.config.update("jax_platforms", "cpu")
 
 
 def compiled_folder() -> pathlib.Path:
