@@ -99,12 +99,8 @@ def agreement(
         "right_by_people": float(right.mean()),
         "mean_absolute_difference": float(np.abs(machine - people).mean()),
         "bias": rate(machine - people),
-        "rank_correlation": _rank_correlation(people, machine) if ranked else None,
+        "rank_correlation": float(stats.spearmanr(people, machine)[0]) if ranked else None,
     }
-
-
-def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
 def in_words(figures: dict[str, Any]) -> str:

@@ -60,9 +60,10 @@ def test_rewards_are_the_methods(parts):
     rows[-1] = rows[-1][:-1]  # cut off
     got = peers.rewards(task, text, weights, EXAMPLES[:1] * len(rows), rows)
 
-    verdicts = np.array(task.verify(EXAMPLES[:1] * 5, (RIGHT, BROKEN, CALL, WRONG, "ok ok")))
+    found = task.verify(EXAMPLES[:1] * 5, (RIGHT, BROKEN, CALL, WRONG, "ok ok"))
+    verdicts = [[[getattr(v, name) for v in found]] for name in ("correct", "called", "formatted")]
     state = gapg.init_reward(weights.alpha_a, weights.alpha_c, weights.alpha_f)
-    wanted, _ = gapg.reward(state, *jnp.array(verdicts.T[:3, None]), jnp.array([True]))
+    wanted, _ = gapg.reward(state, *jnp.array(verdicts), jnp.array([True]))
     np.testing.assert_array_equal(got, [*wanted[0], 0.0])
     assert len(set(got)) == 5
 

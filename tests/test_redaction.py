@@ -20,7 +20,7 @@ from collab_jax.reports import summary
 from collab_jax.rl import evaluation
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
-from collab_jax.tasks.base import Example
+from collab_jax.tasks.base import Example, Verdict
 
 DATA = ROOT.parent / "shared" / "data"
 NAMES = ("Anna Schmidt", "O'Brien", "José", "Jean-Luc", "张伟", "김철수")
@@ -273,8 +273,7 @@ def test_evaluation_says_what_redaction_costs_and_sends_nothing_for_it(tmp_path)
     task = types.SimpleNamespace(
         cloud_prompt=lambda example: prompt(example.problem),
         verify=lambda examples, texts: [
-            types.SimpleNamespace(correct=t == "right", timed_out=False, unjudged=False)
-            for t in texts
+            Verdict(correct=t == "right", called=False, formatted=True) for t in texts
         ],
     )
     store = Store(tmp_path / "s.db")
