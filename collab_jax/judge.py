@@ -15,7 +15,7 @@ process.restart_with_allocator(__name__)
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from absl import flags
@@ -99,7 +99,9 @@ def agreement(
         "right_by_people": float(right.mean()),
         "mean_absolute_difference": float(np.abs(machine - people).mean()),
         "bias": rate(machine - people),
-        "rank_correlation": float(stats.spearmanr(people, machine)[0]) if ranked else None,
+        "rank_correlation": float(cast(Any, stats.spearmanr(people, machine)).statistic)
+        if ranked
+        else None,
     }
 
 

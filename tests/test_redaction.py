@@ -271,6 +271,7 @@ def test_evaluation_says_what_redaction_costs_and_sends_nothing_for_it(tmp_path)
     questions = ["2+2", "of Anna Schmidt", "of José", "call 5551234"]
     examples = [Example(f"q{i}", "", question) for i, question in enumerate(questions)]
     task = types.SimpleNamespace(
+        graded=False,
         cloud_prompt=lambda example: prompt(example.problem),
         verify=lambda examples, texts: [
             Verdict(correct=t == "right", called=False, formatted=True) for t in texts
@@ -297,7 +298,8 @@ def test_evaluation_says_what_redaction_costs_and_sends_nothing_for_it(tmp_path)
     assert (told["changed"]["value"], told["n"]) == (0.75, 2)
     assert (told["accuracy"]["value"], told["accuracy_plain"]["value"]) == (0.0, 1.0)
     assert figures(before)["n"] == 0 and summary.redaction({"id": np.array(["x"])}) is None
-    rest = {"step": 1, "n": 4, "split": "test", "lenient_accuracy": None, "share_attempt": None}
+    rest = {"step": 1, "n": 4, "split": "test", "right": None, "unjudged": None}
+    rest |= {"lenient_accuracy": None, "share_attempt": None}
     rest |= {name: {"value": 0.0} for name in ("local_accuracy", "cloud_unknown")}
     rest["natural"] = {name: {"value": 0.0} for name in ("call_rate", "overall_accuracy")}
     assert in_words(rest | {"redaction": told}).endswith(
