@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from scipy import stats
+from sklearn.metrics import cohen_kappa_score
 
 from collab_jax.rl import claims, experiment
 from collab_jax.routing.measures import rate
@@ -87,14 +88,13 @@ def agreement(
     people = np.array([labels[i] for i in judged])
     machine = np.array([verdicts[i].value for i in judged])
     says, right = np.array([verdicts[i].correct for i in judged]), people >= right_from
-    same = float(np.mean(says == right))
-    chance = float(says.mean() * right.mean() + (1 - says.mean()) * (1 - right.mean()))
+    both = len({*says.tolist(), *right.tolist()}) > 1  # right and wrong
     ranked = len(set(people.tolist())) > 1 and len(set(machine.tolist())) > 1
     return {
         "n": len(labels),
         "unjudged": len(labels) - len(judged),
         "agreement": rate(says == right),
-        "kappa": (same - chance) / (1 - chance) if chance < 1 else None,
+        "kappa": float(cohen_kappa_score(right, says)) if both else None,
         "right_by_judge": float(says.mean()),
         "right_by_people": float(right.mean()),
         "mean_absolute_difference": float(np.abs(machine - people).mean()),

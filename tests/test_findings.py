@@ -61,11 +61,11 @@ def test_five_sentences_by_hand():
     best, controls, reached, natural, cells = said
     # The perfect router is nobody's; of two others the better one is the rival.
     assert "ahead of the best router on `task`, log-probability gate with 72.0 %" in best
-    assert "by +5.0 (+2.0 to +8.0) points" in best and "out of 2 " in best
-    assert "not told apart from *last result leads nowhere* by +1.0 (-1.0 to +3.0)" in controls
-    assert "ahead of *log-probability gate* by +5.0" in controls
+    assert "(+5.0 (+2.0 to +8.0) points)" in best and "out of 2 " in best
+    assert "not told apart from *last result leads nowhere* (+1.0 (-1.0 to +3.0))" in controls
+    assert "ahead of *log-probability gate* (+5.0" in controls
     assert "takes 90.0 % (80.0 to 100.0) of the gain" in reached
-    assert "behind `task` by -4.0 (-6.0 to -2.0) points" in reached
+    assert "behind `task` (-4.0 (-6.0 to -2.0) points)" in reached
     assert "at a budget of 30 %, `ours` on 40.0 % (38.0 to 42.0)" in natural
     assert "at a budget of 20 %, `other` on 20.0 %" in natural and "`task`" not in natural
     assert "ahead of `task` (+5.0" in cells and "behind `other` (-4.0" in cells

@@ -51,7 +51,7 @@ def _against_best_router(result: dict[str, Any], task_tuned: str | None) -> str:
     return (
         f"At {_budget()} calls `{result['reference']}` has {_share(own['accuracy'])} of the "
         f"prompts right. It is {verdict(lead)} the best router on `{task_tuned}`, {_title(best)} "
-        f"with {_share(rival['accuracy'])}, by {points(lead)} points; that one was chosen out of "
+        f"with {_share(rival['accuracy'])} ({points(lead)} points); that one was chosen out of "
         f"{len(rivals)} on these very prompts, which favours it."
     )
 
@@ -63,8 +63,8 @@ def _against_controls(result: dict[str, Any]) -> str:
     if not known:
         return ""
     leads = {name: _at(result, model, name)["reference_minus_this"] for name in known}
-    parts = [f"{verdict(lead)} *{_title(name)}* by {points(lead)}" for name, lead in leads.items()]
-    return f"On its own model, `{model}`, it is {' and '.join(parts)} points."
+    parts = [f"{verdict(lead)} *{_title(name)}* ({points(lead)})" for name, lead in leads.items()]
+    return f"On its own model, `{model}`, it is {' and '.join(parts)}, in points."
 
 
 def _reached(result: dict[str, Any], task_tuned: str | None) -> str:
@@ -77,7 +77,7 @@ def _reached(result: dict[str, Any], task_tuned: str | None) -> str:
     if not task_tuned:
         return text + "."
     lead = result["models"][task_tuned]["reference_minus_this"]
-    return f"{text}, {verdict(lead)} `{task_tuned}` by {points(lead)} points."
+    return f"{text}, {verdict(lead)} `{task_tuned}` ({points(lead)} points)."
 
 
 def _natural(result: dict[str, Any], budgets: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ with an adapter of rank 8, 60 steps of 32 prompts x 4 responses; budget 30 %; ev
 makes first, and have the same batches, temperature, learning rate and averaged weights.
 
 - `ours`: the config's own settings: the paper's gradient, and in the place of its filter a control
-  of what a right call earns, which brings calls to the budget.
+  of what a right call earns, which keeps calls about the budget.
 - `task-tuning`: the same, never rewarded for a call; the routers that the paper compares with route
   this model.
 - `gapg`: the paper's filter in the place of the control. `grpo`: GRPO's advantage, as in the
