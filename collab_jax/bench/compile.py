@@ -109,6 +109,8 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
     per_response: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.bool_)  # [D, P, G]
     per_prompt: Any = jax.ShapeDtypeStruct(samples.ended.shape[:2], jnp.bool_)
     level: Any = jax.ShapeDtypeStruct(per_prompt.shape, jnp.int32)
+    odds: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.float32)
+    scored = config.algorithm.decision == "scored"
     return gapg.Rollout(
         prompts=prompts,
         prompt_mask=mask,
@@ -120,7 +122,8 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
         formatted=per_response,
         cloud_correct=per_prompt,
         cloud_known=per_prompt,
-        barred=samples.tokens if config.algorithm.solo else None,
+        barred=samples.tokens if scored else None,
+        odds=odds if scored else None,
         level=level if len(config.task.budgets) else None,
     )
 
@@ -134,7 +137,6 @@ def sampler_settings(cfg: DecoderConfig, config: ConfigDict) -> SamplerSettings:
         marker=Marker(CALL, opening(["."] * cfg.vocab_size)),
         group=config.group,
         temperature=config.temperature,
-        solo=config.algorithm.solo,
     )
 
 

@@ -150,7 +150,6 @@ class TrainingSteps:
             run.text,
             config,
             group=config.group,
-            solo=config.algorithm.solo,
             temperature=config.temperature,
         )
         self.update: Update = compile_update(run)
