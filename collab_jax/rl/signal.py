@@ -23,6 +23,7 @@ class Signal(NamedTuple):
     scored: Scored | None  # of the decisions; None where calls are sampled
     learnable: jax.Array  # bool[Q], kept, and with an advantage or a decision that counts
     price: jax.Array  # f32[], a call's, the mean over prompts
+    calls: jax.Array  # bool[Q, G]; where decisions are scored, what greedy decoding would call
     call_rate: jax.Array  # f32[], share of calls among the responses
     call_rates: jax.Array  # the same, of each budget that is shown; else call_rate
     reward: RewardState
@@ -50,12 +51,12 @@ def learning_signal(
     cost, price = batch.called.astype(jnp.float32), of_prompts(state.filter.price)
     A = algorithm.advantage(r, batch.mask)
     A = A - price[..., None] * algorithm.advantage(cost, batch.mask)
-    scored, calls = None, cost
+    scored, calls = None, batch.called
     if batch.odds is not None:
         scored, price = scoring.scored(
             batch.odds, batch.correct, batch.cloud_correct, keep, filter.budget, batch.level
         )
-        calls = (batch.odds > 0).astype(jnp.float32)  # what greedy decoding would do
+        calls = batch.odds > 0
     learnable = keep & has_gradient(A, scored).any(axis=1)
     call_rate = call_rates = calls.mean()
     if batch.level is not None:
@@ -71,6 +72,7 @@ def learning_signal(
         scored=scored,
         learnable=learnable,
         price=price.mean(),
+        calls=calls,
         call_rate=call_rate,
         call_rates=call_rates,
         reward=reward,

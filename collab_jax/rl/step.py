@@ -287,7 +287,7 @@ def step_metrics(
     teaches = signal.learnable[:, None] & has_gradient(signal.A, signal.scored)
     tokens = jnp.sum(batch.mask * teaches[..., None])
     d1, d2 = gapg.classes(batch.correct, batch.cloud_correct, batch.cloud_known)
-    all_called = batch.called.all(axis=1)
+    all_called = signal.calls.all(axis=1)
     log_p = jnp.sum(batch.logp * batch.mask)
     return {
         "reward": signal.r.mean(),
@@ -300,7 +300,7 @@ def step_metrics(
         "formatted": batch.formatted.mean(),
         "d1": d1.sum(),
         "d2": d2.sum(),
-        "d2_called": (d2 & batch.called.any(axis=1)).sum(),  # from these the call can be learnt
+        "d2_called": (d2 & signal.calls.any(axis=1)).sum(),  # from these the call can be learnt
         "kept": kept,
         "dropped": signal.keep.shape[0] - kept,
         "no_signal": (signal.keep & ~signal.learnable).sum(),  # kept groups of equal rewards
