@@ -440,8 +440,6 @@ def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
     assert_close(other.params, stepped[0].params, rtol=1e-5, atol=1e-7)
 
 
-
-
 def test_no_kept_prompt_is_no_update():
     nothing = rollout().replace(correct=np.zeros((Q, G), bool), cloud_correct=np.zeros(Q, bool))
     new, metrics = one_step(nothing)

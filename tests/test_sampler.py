@@ -450,9 +450,9 @@ def test_log_probs_of_responses_that_could_not_call_are_the_sampled_ones():
         last, prompt = decoder.prefill(PARAMS, CFG, *prompts())
         rows = samples.tokens.reshape(-1, T)
         hidden = logprobs.continued_hidden(PARAMS, CFG, last, prompt, prompts()[1], rows)
-        return logprobs.barred_scores(
-            PARAMS, CFG, hidden, rows, barred, SAMPLED["temperature"], 5
-        )[0]
+        return logprobs.barred_scores(PARAMS, CFG, hidden, rows, barred, SAMPLED["temperature"], 5)[
+            0
+        ]
 
     mask = samples.mask.reshape(-1, T)
     np.testing.assert_allclose(samples.logp.reshape(-1, T)[mask], forced(barred)[mask], atol=5e-5)
