@@ -14,8 +14,8 @@ bubblewrap (docs/tasks.md).
 Lengths follow from SmolLM2's tokens: 128 hold 95 % of the prompts, which show one test, and 85 % of
 the reference solutions in the format (mean 89); longer ones are left out. What the model wrote
 before the warm start has no tags: compare the accuracies "tags or not". The warm start is two
-tunings of 60 updates, each on half of the problems, the labelling of the other half, and 160
-updates: 280 updates of 8 demonstrations. This model solves few of the problems, and each right
+tunings of 50 updates, each on half of the problems, the labelling of the other half, and 130
+updates: 230 updates of 8 demonstrations. This model solves few of the problems, and each right
 response makes room for four that end with the call. Not measured yet.
 """
 
@@ -36,9 +36,9 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 200
     config.eval.batch_size = 100
 
-    config.sft.relabel_steps = 60
+    config.sft.relabel_steps = 50
     config.sft.marker_share = 0.8
-    config.sft.steps = 160
+    config.sft.steps = 130
     config.sft.batch_size = 8
     config.sft.check_prompts = 64
     return config
