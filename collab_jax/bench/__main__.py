@@ -17,8 +17,8 @@
                                            for the devices that are
     python -m collab_jax.bench cloud       the cloud's store and client against faults and kills
                                            (cloud.py)
-    python -m collab_jax.bench serve       the server against odd requests and clients that leave
-                                           (serve.py)
+    python -m collab_jax.bench serve       the server under load, beside transformers' and
+                                           llama.cpp's, and against odd clients (serve.py)
     python -m collab_jax.bench code        verdicts on code a second, in the sandbox (code.py)
 
 prints a table; with --json FILE it also writes every figure. Whatever is compared runs in turn,
