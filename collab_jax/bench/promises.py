@@ -207,11 +207,13 @@ def rate(args: argparse.Namespace, questions: Sequence[Question], scratch: pathl
 
 def changing(questions: Sequence[Question], count: int) -> list[Question]:
     """Questions of which half are one mix, and the others another, by SHARES_OF_THREE."""
-    draw = random.Random(0)
-    pools = [[q for q in questions if q.stratum == f"{n} numbers"] for n in (3, 4)]
-    mix = []
+    draw, mix = random.Random(0), []
+    three, four = ([q for q in questions if q.stratum == f"{n} numbers"] for n in (3, 4))
     for share in SHARES_OF_THREE:
-        mix += [pools[draw.random() >= share].pop() for _ in range(count // 2)]
+        easy = round(share * count / 2)
+        half = [three.pop() for _ in range(easy)] + [four.pop() for _ in range(count // 2 - easy)]
+        draw.shuffle(half)
+        mix += half
     return mix
 
 

@@ -131,6 +131,13 @@ class Engine:
                 self._waiting.append(job)
             self._changed.notify()
 
+    def check_room(self) -> None:
+        """Raises Busy where no prompt may wait, before anything is done for one, and Broken."""
+        with self._changed:
+            if self.broken:
+                raise Broken(self.broken)
+            self._check_room(0)
+
     def _check_room(self, tokens: int) -> None:
         """Raises Busy where a prompt of so many tokens may not wait; alone, each may."""
         waiting = len(self._waiting)

@@ -318,7 +318,9 @@ class Upstream:
                 return Bought(outcome, purchase.usd, attempt + 1)
             self._note(outcome, admission == "probe")
             pause = attempts.pause(attempt, outcome.retry_after)
-            last = attempt == self.cloud.policy.retries or time.monotonic() + pause > purchase.deadline
+            last = (
+                attempt == self.cloud.policy.retries or time.monotonic() + pause > purchase.deadline
+            )
             if purchase.deltas or last or not outcome.retry:
                 raise CloudFailed(outcome.reason, outcome.retry_after, purchase.usd)
             await asyncio.sleep(pause)
