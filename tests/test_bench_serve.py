@@ -89,10 +89,12 @@ def test_events_are_put_together_however_they_are_cut():
     assert read(b"HTTP/1.1 503 No\r\n\r\n", b'{"error": 1}') == (503, [b'{"error": 1}'])
 
 
-def test_text_is_content_or_thinking_and_a_role_is_none():
+def test_text_is_content_or_thinking_and_neither_a_role_nor_the_prompt():
     event = lambda **delta: {"choices": [{"index": 0, "delta": delta}]}  # noqa: E731
-    assert load.has_text(event(content="4")) and load.has_text(event(reasoning_content="4"))
-    assert not load.has_text(event(role="assistant", content="")) and not load.has_text({})
+    for true in ({"content": "4"}, {"reasoning_content": "4"}):
+        assert load.has_text(event(**true), "1 2=3")
+    for no in (event(role="assistant", content=""), event(content="1 2=3"), {}):
+        assert not load.has_text(no, "1 2=3")
 
 
 # ------------------------------------------------------------------------------------- figures

@@ -33,6 +33,8 @@ import argparse
 import json
 import os
 import pathlib
+import signal
+import sys
 
 from collab_jax.runtime import cli, markdown
 from collab_jax.runtime.errors import UserError
@@ -108,6 +110,8 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:
         from collab_jax.bench import serve
 
+        # Its servers must not outlive it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
         return serve.run_serve_bench(argv[1:])
     if argv[:1] == ["code"]:
         from collab_jax.bench import code

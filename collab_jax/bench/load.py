@@ -95,10 +95,11 @@ class Response:
             yield (await self._reader.readexactly(size + 2))[:-2]
 
 
-def has_text(event: dict[str, Any]) -> bool:
-    """Whether an event brings content or thinking."""
+def has_text(event: dict[str, Any], prompt: str) -> bool:
+    """Whether an event brings content or thinking; some servers begin with the prompt itself."""
     deltas = (choice["delta"] for choice in event.get("choices") or ())
-    return any(delta.get("content") or delta.get("reasoning_content") for delta in deltas)
+    texts = (delta.get("content") or delta.get("reasoning_content") for delta in deltas)
+    return any(text and text != prompt for text in texts)
 
 
 async def ask(plan: Plan, number: int, zero: float) -> Seen:
@@ -114,7 +115,8 @@ async def ask(plan: Plan, number: int, zero: float) -> Seen:
 
 async def _ask(plan: Plan, number: int, zero: float, begin: float) -> Seen:
     """Makes a request. Raises what a broken connection, or a server that talks nonsense, causes."""
-    body = json.dumps(plan.bodies[number % len(plan.bodies)]).encode()
+    fields = plan.bodies[number % len(plan.bodies)]
+    body, prompt = json.dumps(fields).encode(), fields["messages"][-1]["content"]
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {plan.address[0]}\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -129,7 +131,7 @@ async def _ask(plan: Plan, number: int, zero: float, begin: float) -> Seen:
             if ended := data == b"[DONE]":
                 continue
             event = json.loads(data)
-            if has_text(event):
+            if has_text(event, prompt):
                 arrivals.append(time.perf_counter() - begin)
             tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
             about, problem = event.get("collab", about), str(event.get("error", problem))

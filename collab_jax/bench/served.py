@@ -36,6 +36,7 @@ EMBEDDED = "embedded"
 SHAPES = (EMBEDDED, "25m", "smollm2-135m")
 OPERATOR_KEY = "bench"  # of servers on the loopback interface that live for minutes
 RECITED = "7"  # what a model without training writes, token by token
+BLOCK, BATCH_TOKENS = 32, 256  # tokens, of a page of transformers' cache and of one pass
 GGUF = "model.gguf"  # in a model's folder
 # Tells whether an interpreter can run the peer.
 PROBE = "import torch, fastapi, uvicorn, transformers; print(transformers.__version__)"
@@ -138,11 +139,17 @@ def ours(
 
 
 def transformers(
-    python: str, model: pathlib.Path, scratch: pathlib.Path
+    python: str, model: pathlib.Path, scratch: pathlib.Path, slots: int, columns: int
 ) -> contextlib.AbstractContextManager[Server]:
-    """`transformers serve` of a model's folder, by an interpreter that has it."""
+    """`transformers serve` of a model's folder, by an interpreter that has it.
+
+    Its cache is that of so many slots and columns: left alone it takes most of the memory.
+    """
     port, name = free_port(), "transformers"
+    blocks = -(-slots * columns // BLOCK)
     command = [python, "-c", TRANSFORMERS, "serve", str(model), "--continuous-batching"]
+    command += ["--cb-block-size", str(BLOCK), "--cb-num-blocks", str(blocks)]
+    command += ["--cb-max-batch-tokens", str(BATCH_TOKENS)]
     command += ["--device", "cpu", "--dtype", "float32", "--host", HOST, "--port", str(port)]
     fields = {"model": str(model)}
     return started(name, command, port, "/health", fields, scratch / f"{name}-{port}.log")

@@ -119,7 +119,8 @@ def servers(args: argparse.Namespace, shape: str, scratch: pathlib.Path) -> Iter
         if why := served.why_no_transformers(args.python):
             print(f"{shape}: without transformers: {why}", file=sys.stderr)
         else:
-            there.append(stack.enter_context(served.transformers(args.python, folder, scratch)))
+            peer = served.transformers(args.python, folder, scratch, slots, COLUMNS)
+            there.append(stack.enter_context(peer))
             there[-1].pause()
         if why := served.why_no_llama(args.llama_server):
             print(f"{shape}: without llama.cpp: {why}", file=sys.stderr)
