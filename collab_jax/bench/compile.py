@@ -24,7 +24,7 @@ from collab_jax.models import hf, lora, sampler
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings, Samples
-from collab_jax.rl import experiment, memory_plan, sampling, training
+from collab_jax.rl import algorithms, experiment, memory_plan, sampling, training
 from collab_jax.rl.memory_plan import GIB
 from collab_jax.rl.settings import check_config
 from collab_jax.runtime import markdown, parallel, process
@@ -110,7 +110,7 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
     per_prompt: Any = jax.ShapeDtypeStruct(samples.ended.shape[:2], jnp.bool_)
     level: Any = jax.ShapeDtypeStruct(per_prompt.shape, jnp.int32)
     odds: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.float32)
-    scored = config.algorithm.decision == "scored"
+    scored = algorithms.scores_decisions(config)
     return gapg.Rollout(
         prompts=prompts,
         prompt_mask=mask,

@@ -112,21 +112,25 @@ def servers(args: argparse.Namespace, shape: str, scratch: pathlib.Path) -> Iter
     folder = scratch / shape
     served.write_model(shape, folder)
     there, slots = [], max(args.clients)
+    candidates = (
+        ("ours", "", served.ours(scratch, f"--config.serve.slots={slots}", model=folder)),
+        (
+            "transformers",
+            served.why_no_transformers(args.python),
+            served.transformers(args.python, folder, scratch, slots, COLUMNS),
+        ),
+        (
+            "llama.cpp",
+            served.why_no_llama(args.llama_server),
+            served.llama(args.llama_server, folder, scratch, slots, COLUMNS),
+        ),
+    )
     with contextlib.ExitStack() as stack:
-        own = served.ours(scratch, f"--config.serve.slots={slots}", model=folder)
-        there.append(stack.enter_context(own))
-        there[-1].pause()
-        if why := served.why_no_transformers(args.python):
-            print(f"{shape}: without transformers: {why}", file=sys.stderr)
-        else:
-            peer = served.transformers(args.python, folder, scratch, slots, COLUMNS)
-            there.append(stack.enter_context(peer))
-            there[-1].pause()
-        if why := served.why_no_llama(args.llama_server):
-            print(f"{shape}: without llama.cpp: {why}", file=sys.stderr)
-        else:
-            peer = served.llama(args.llama_server, folder, scratch, slots, COLUMNS)
-            there.append(stack.enter_context(peer))
+        for name, why, server in candidates:  # entered, it starts
+            if why:
+                print(f"{shape}: without {name}: {why}", file=sys.stderr)
+                continue
+            there.append(stack.enter_context(server))
             there[-1].pause()
         yield there
 

@@ -209,6 +209,11 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
     )
 
 
+def scores_decisions(config: ConfigDict) -> bool:
+    """Whether no response of training calls, and each attempt's verdict teaches the decision."""
+    return config.algorithm.decision == "scored"
+
+
 def needs_cloud(config: ConfigDict) -> bool:
     """Whether training depends on the cloud's verdicts. Task tuning does not, and buys none."""
     return config.algorithm.reward != "task" or config.algorithm.filter in ("d1d2", "mixed")

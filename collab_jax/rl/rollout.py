@@ -215,7 +215,7 @@ class LiveJudging:
         Q, G = len(examples), group
         self._while_sampling = while_sampling
         self._task, self._text, self._examples, self._skip = run.task, run.text, examples, skip
-        self._scored = run.config.algorithm.decision == "scored"
+        self._scored = algorithms.scores_decisions(run.config)
         self._cloud = run.cloud if algorithms.needs_cloud(run.config) else None
         self.correct, self.called, self.formatted = (np.zeros((Q, G), bool) for _ in range(3))
         self.texts = np.empty((Q, G), object)
@@ -334,7 +334,7 @@ def collect(
     skip: verdicts that are not asked for and count as missing.
     while_sampling: called once, when the devices have just begun.
     """
-    scored = run.config.algorithm.decision == "scored"
+    scored = algorithms.scores_decisions(run.config)
     judging = LiveJudging(run, batch.examples, sampler.settings.group, skip, while_sampling)
     samples = draw(
         sampler,

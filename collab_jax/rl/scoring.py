@@ -53,40 +53,29 @@ def scored(
     right = (correct & keep[:, None]).astype(jnp.float32)
     wrong = (~correct & (cloud_correct & keep)[:, None]).astype(jnp.float32)
     if level is None:
-        of_prompt = jnp.broadcast_to(price(odds, wrong, right, budget), keep.shape)
-    else:
-        shown = (level[:, None] == jnp.arange(budget.shape[0])).astype(jnp.float32)  # [Q, budgets]
-        shares = jax.vmap(
-            lambda of_level, budget: price(odds, wrong, right, budget, of_level),
-            in_axes=(1, 0),
-        )(shown, budget)
-        of_prompt = shares[level]
+        level = jnp.zeros(len(odds), jnp.int32)
+    of_prompt = price(odds, wrong, right, jnp.atleast_1d(budget), level)[level]
     charged = of_prompt[:, None]
     return Scored(call=(1 - charged) * wrong, answer=charged * right), of_prompt
 
 
 def price(
-    odds: jax.Array,
-    wrong: jax.Array,
-    right: jax.Array,
-    budget: jax.Array,
-    prompts: jax.Array | None = None,
+    odds: jax.Array, wrong: jax.Array, right: jax.Array, budget: jax.Array, level: jax.Array
 ) -> jax.Array:
-    """The price lambda f32[], in [0, 1], that brings calls to the budget.
+    """The price lambda f32[budgets], in [0, 1], that brings calls to each budget f32[budgets].
 
-    odds, wrong, right: f32[Q, G]; prompts f32[Q]: 1 for those that count, or None for all. With
-    q = sigmoid(odds) the loss moves the odds of all responses together by
+    odds, wrong, right: f32[Q, G]; level i32[Q]: the budget of each prompt. With q = sigmoid(odds)
+    the loss moves the odds of all responses of a budget together by
 
         sum of (1 - lambda) wrong (1 - q) - lambda right q
 
     and lambda is such that this is the number of responses times (budget - share of calls), where
     a response is a call if its odds are above 0, as greedy decoding has it.
     """
-    counts = jnp.ones(odds.shape[0]) if prompts is None else prompts
-    total = lambda x: jnp.sum(x * counts[:, None])  # noqa: E731
+    total = lambda x: jnp.zeros_like(budget).at[level].add(x.sum(axis=1))  # noqa: E731
     q = jax.nn.sigmoid(odds)
     up, down = total(wrong * (1 - q)), total(right * q)
-    wanted = total(budget - (odds > 0))
+    wanted = total(budget[level][:, None] - (odds > 0))
     return jnp.clip((up - wanted) / jnp.maximum(up + down, 1e-6), 0, 1)
 
 

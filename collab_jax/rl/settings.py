@@ -95,7 +95,7 @@ def _check_algorithm(config: ConfigDict) -> None:
         algorithm.decision in algorithms.DECISIONS,
         f"config.algorithm.decision={algorithm.decision!r}: use one of {algorithms.DECISIONS}",
     )
-    if algorithm.decision == "sampled":
+    if not algorithms.scores_decisions(config):
         return
     scored = "config.algorithm.decision=scored"
     _need(

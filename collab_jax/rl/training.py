@@ -282,7 +282,7 @@ class RunLog:
         self._written = result.step + 1
         self._bar.set_postfix_str(progress(row, config.budget), refresh=False)
         self._bar.update()
-        sampled = self._run.config.algorithm.decision == "sampled"
+        sampled = not algorithms.scores_decisions(config)
         message = metrics.collapse_warning(self._writer.rows, sampled)
         if message and message not in self._warned:
             self._warned.add(message)
