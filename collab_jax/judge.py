@@ -44,7 +44,7 @@ class Label(NamedTuple):
 def read_labels(path: pathlib.Path) -> list[Label]:
     """The labels of a file of JSON lines. Raises UserError, naming the line, for a bad one."""
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = path.expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --labels {path}: {error}") from None
     labels = []
@@ -62,7 +62,7 @@ def read_labels(path: pathlib.Path) -> list[Label]:
 def _label(line: str) -> Label | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         return None

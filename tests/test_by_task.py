@@ -216,7 +216,9 @@ def test_a_task_whose_cloud_verdicts_are_all_unknown_has_its_own_figures():
     s = summary.summary(table)["by_task"]
     assert s["tasks"]["b"]["overall_accuracy"] is None and s["tasks"]["b"]["n"] == 4
     assert list(s["at_budget"]["0.3"]["one_bias"]["tasks"]) == ["a"]
-    assert "| b " in pages.section({"by_task": s})
+    text = pages.section({"by_task": s})
+    assert "| b " in text and "No verdict of the cloud is known on b: " in text
+    assert "No verdict" not in pages.section(summary.summary(two_tasks()))
 
 
 def test_the_section_shows_each_task_at_each_budget():

@@ -44,13 +44,13 @@ def test_agreement_by_hand():
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", '{"id": "a", "text": "x"}', '{"id": "a", "text": "x", "label": 2}',
+    ["{", "[]", "[" * 100_000, '{"id": "a", "text": "x"}', '{"id": "a", "text": "x", "label": 2}',
      '{"id": "a", "text": 3, "label": 1}', '{"text": "x", "label": 1}',
      '{"id": "a", "text": "x", "label": "yes"}', '{"id": "a", "text": "x", "label": NaN}'],
 )  # fmt: skip
 def test_a_bad_label_is_named_by_its_line(tmp_path, line):
-    good = json.dumps({"id": "a", "text": "x", "label": True})
-    (tmp_path / "l.jsonl").write_text(f"{good}\n{line}\n")
+    good = json.dumps({"id": "a", "text": "x\u2028y", "label": True}, ensure_ascii=False)
+    (tmp_path / "l.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"l.jsonl, line 2: it must be an object with id, text"):
         command.read_labels(tmp_path / "l.jsonl")
 

@@ -347,9 +347,12 @@ def test_a_maths_task_from_files(tmp_path):
     [
         ([row(1), row(1)], "line 2: the id 'r1' is there twice"),
         ([row(1), row(2, answer="")], "line 2 has no answer"),
+        ([row(1), row(2, answer=" \n")], "line 2 has no answer"),
         ([row(1), row(2, problem=["x"])], "line 2: problem must be a text or a number"),
         ([row(1), row(2, id=["x"])], "line 2: id must be a text or a number"),
         ([row(1), '{"id": '], "line 2 is not JSON"),
+        (["[" * 100_000], "line 1 is not JSON"),
+        ([r'{"id": "a", "problem": "\ud800", "answer": "1"}'], "line 1 is not JSON"),
         (["[1]"], "line 1 is not an object"),
         ([], "has no rows"),
     ],
@@ -369,6 +372,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no y.jsonl or y.jsonl.gz .* config.task.data_dir"):
         rows.read(tmp_path, "y")
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(json.dumps(row(1)).encode() * 50)[:-9])
+    with pytest.raises(UserError, match="fetch it again"):
+        rows.read(tmp_path, "y")
+    whole = bytearray(gzip.compress(json.dumps(row(1)).encode() * 50))
+    whole[20:24] = b"\xff\xff\xff\xff"
+    (tmp_path / "y.jsonl.gz").write_bytes(whole)
     with pytest.raises(UserError, match="fetch it again"):
         rows.read(tmp_path, "y")
     with pytest.raises(UserError, match="'amc23' has no train split: it is for evaluation"):

@@ -12,10 +12,15 @@ def section(figures: Mapping[str, Any]) -> str:
     found = figures["by_task"]
     if not found:
         return ""
+    unknown = [name for name, of in found["tasks"].items() if of["overall_accuracy"] is None]
+    missing = [
+        f"No verdict of the cloud is known on {', '.join(unknown)}: what follows leaves it out."
+    ]
     return "\n\n".join(
         [
             "## By task",
             results_table(found["tasks"]),
+            *(missing if unknown else []),
             "One bias spends the budget over all prompts, and figures without a task's name are "
             "of the whole mix. How it divides the calls, and how a bias for each task would, in "
             "percent:",

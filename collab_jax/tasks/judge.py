@@ -59,14 +59,20 @@ def _about_one(prompt: str, gold: str | None, answer: str, ending: str) -> Messa
     reference = "" if gold is None else f"\n<reference>{gold}</reference>"
     content = (
         f"Judge an answer. {_TEXTS_ONLY}\n\n"
-        f"<question>{prompt}</question>{reference}\n<answer>{answer}</answer>\n\n{ending}"
+        f"<question>{prompt}</question>{reference}\n"
+        f"<answer>{_quoted(answer)}</answer>\n\n{ending}"
     )
     return [{"role": "user", "content": content}]
 
 
+def _quoted(answer: str) -> str:
+    """The answer of a response, which cannot end the tags that it is shown in."""
+    return re.sub(r"</(?=\s*(question|reference|answer|first|second)\b)", "< /", answer, flags=re.I)
+
+
 def read_reply(reply: str) -> bool | None:
     """True for a judge's yes, False for no, None for anything else."""
-    return {"yes": True, "no": False}.get(reply.strip().rstrip(".").lower())
+    return {"yes": True, "no": False}.get(reply.strip(" \t\n*_\"'`.!").lower())
 
 
 _SIMULATED = re.compile(r".*<reference>(.*)</reference>\n<answer>(.*)</answer>\n\n.*", re.DOTALL)
@@ -114,6 +120,7 @@ def compared(criteria: Rubric) -> Way:
     def ask(prompt: str, gold: str | None, answer: str) -> list[Messages]:
         if gold is None:
             return []
+        answer = _quoted(answer)
         return [
             [
                 {
@@ -158,7 +165,8 @@ def verify_by(
         return way.ask(prompt, task.gold(example) if task.gold else None, answer)
 
     def read(replies: Sequence[str | None]) -> bool | float | None:
-        texts = [reply for reply in replies if reply is not None]
+        # A model may think aloud before it says what it is asked.
+        texts = [reply.rpartition("</think>")[2] for reply in replies if reply is not None]
         if not texts or len(texts) < len(replies):
             return None
         value = way.read(texts)

@@ -9,6 +9,7 @@ import functools
 import gzip
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def read(folder: str | pathlib.Path, name: str, fields: Sequence[str] = ("answer
                     raise TaskError(f"{path}, line {number}: the id {row['id']!r} is there twice")
                 ids.add(row["id"])
                 rows.append(row)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise TaskError(
             f"cannot read {path} ({error}): is it complete? Else fetch it again"
         ) from None
@@ -67,14 +68,16 @@ def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> d
     """The row of one line, with id, problem and answer as text. Raises TaskError."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{path}, line {number} is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise TaskError(
             f"{path}, line {number} is not an object with the fields {', '.join(fields)}"
         )
     for field in fields:
-        if row.get(field) in (None, "", []):
+        value = row.get(field)
+        if value in (None, []) or (isinstance(value, str) and not value.strip()):
             raise TaskError(f"{path}, line {number} has no {field}: mend the row, or leave it out")
     for field in ("id", "problem", "answer"):
         value = row.get(field)
@@ -82,6 +85,8 @@ def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> d
             row[field] = str(value)
         elif value is not None and not isinstance(value, str):
             raise TaskError(f"{path}, line {number}: {field} must be a text or a number")
+        elif value is not None and not value.strip():
+            row[field] = None  # an answer that is blank is none
     return row
 
 

@@ -16,6 +16,7 @@ prefers the first place says nothing.
 """
 
 import logging
+import math
 import pathlib
 import re
 import tomllib
@@ -42,7 +43,7 @@ def load(path: str) -> Rubric:
     """
     try:
         table = tomllib.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TaskError(f"config.task.rubric={path!r} cannot be read as TOML: {error}") from None
     criteria, compare = table.pop("criteria", None), table.pop("compare", False)
     scale = table.pop("scale", None)
@@ -50,8 +51,12 @@ def load(path: str) -> Rubric:
         not isinstance(criteria, dict)
         or not criteria
         or not all(map(_is_criterion, criteria.items()))
+        or len({name.casefold() for name in criteria}) < len(criteria)
     ):
-        raise TaskError(f'{path} needs [criteria], each a line as: correct = "What it demands."')
+        raise TaskError(
+            f'{path} needs [criteria], each a line as: correct = "What it demands.", and no name '
+            "twice, whatever its case"
+        )
     if table or not isinstance(compare, bool) or (compare and scale is not None):
         raise TaskError(f"{path} must have criteria, and scale or compare = true; nothing else")
     if compare:
@@ -66,12 +71,13 @@ def load(path: str) -> Rubric:
 
 def _is_criterion(item: tuple[str, Any]) -> bool:
     name, demand = item
-    return bool(re.fullmatch(r"[\w -]+", name)) and isinstance(demand, str) and bool(demand.strip())
+    named = re.fullmatch(r"[\w -]+", name) and any(map(str.isalnum, name))
+    return bool(named) and isinstance(demand, str) and bool(demand.strip())
 
 
 def _is_scale(scale: Any) -> bool:
     numbers = isinstance(scale, list) and all(type(x) in (int, float) for x in scale)
-    return numbers and len(scale) == 2 and scale[0] < scale[1]
+    return numbers and len(scale) == 2 and all(map(math.isfinite, scale)) and scale[0] < scale[1]
 
 
 def demands(rubric: Rubric) -> str:
@@ -86,11 +92,20 @@ def instruction(rubric: Rubric) -> str:
             "Which of the two answers is better by these criteria? "
             f"Reply with one word: {', '.join(PREFERENCES)}."
         )
-    low, high = rubric.scale
+    low, high = map(_shown, rubric.scale)
     return (
-        f"Give the answer a score from {low:g} (lowest) to {high:g} (highest) by each criterion. "
+        f"Give the answer a score from {low} (lowest) to {high} (highest) by each criterion. "
         "Reply with one line for each, its name, a colon and the score, and nothing else."
     )
+
+
+def _shown(score: float) -> str:
+    """A score as a person writes it."""
+    return str(int(score)) if score.is_integer() else str(score)
+
+
+_DASHES = r"\-" "\N{MINUS SIGN}\N{EN DASH}\N{NON-BREAKING HYPHEN}"
+_NUMBER = rf"([{_DASHES}]?[ \t]*(?:\d+(?:\.\d+)?|\.\d+))"
 
 
 def read_scores(rubric: Rubric, reply: str) -> float | None:
@@ -99,8 +114,13 @@ def read_scores(rubric: Rubric, reply: str) -> float | None:
     low, high = rubric.scale
     scores = []
     for name in rubric.criteria:
-        line = rf"^\W*{re.escape(name)}\W*[:=]\W*?(-?\d+(?:\.\d+)?)(?:\s*/\s*{high:g})?\W*$"
-        found = [float(x) for x in re.findall(line, reply, re.IGNORECASE | re.MULTILINE)]
+        # Between the colon and the score there may be marks, but no sign or point of its own.
+        line = (
+            rf"^\W*{re.escape(name)}\W*[:=][^\w.{_DASHES}]*{_NUMBER}"
+            rf"(?:\s*/\s*{re.escape(_shown(high))})?\W*$"
+        )
+        scored = re.findall(line, reply, re.IGNORECASE | re.MULTILINE)
+        found = [float(re.sub(rf"[{_DASHES}]\s*", "-", x)) for x in scored]
         if len(found) != 1 or not low <= found[0] <= high:
             return None
         scores.append((found[0] - low) / (high - low))
