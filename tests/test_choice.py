@@ -25,7 +25,8 @@ C is correct | choice C is correct | C is the answer. | Among the choices, C is 
 I choose C | I would choose C. | I'd go with C | It's C. | Therefore, C | Hence (C) | so C
 C, because A is too small | C, not B | Not B, but C | The answer is C because A and B are wrong.
 \boxed{\textbf{(C)}\ 42} | \textbf{(C) }42 | \textit{C} | \underline{C} | \mathsf{C} | {\bf C}
-C。 | c: | -> C | => C | → C | Select C | Pick C | Choose option C. | The answer is option c | option (c)
+C。 | c: | -> C | => C | → C | C. 4, because A. and B. are too small
+Select C | Pick C | Choose option C. | The answer is option c | option (c)
 C (the larger one) | A) 3 B) 4 C) 5. The answer is C. | C. Both A and B
 C. bacteria such as E. coli
 C: A cat | C. A and B | (C) all of the above | C. Not enough is known | C. I and II | C) A train
@@ -40,7 +41,8 @@ C (wrong) | It cannot be C | I would exclude C
 I would not choose C | neither C nor D | Anything but C | 4
 A is correct. C is correct.
 C: wrong. D: right | C. wrong; D. right | C. Actually, the answer is D. | C... wait, D
-C, no wait, D | C. No, A. | C, D are correct | C is correct, but so is D | C; D | A; C; D | C; or D | C. Or D.
+C, no wait, D | C. No, A. | C, D are correct | C is correct, but so is D | C; D
+A; C; D | C; or D | C. Or D.
 C (maybe D) | C, then D | A: 3, B: 4 | A. true B. false | C. true D. false
 The answer is A. No, B: 4 | The answer is C. D
 c) 3, d) 4 | c) or d) | C, no A is right | C; A | So C; D | pick C, then D | ~C | C. That is wrong
@@ -107,6 +109,10 @@ VITAMINS = ("Not B", "Vitamin C", "C", "4 A")
         (("I only", "II only", "I and III"), ["I, II, and III", "I"], None),
         (("four", "four", "five"), ["B. four", "B"], "B"),
         (("AB", "BC", "CD"), ["BC"], "B"),
+        (("41", "42", "43"), ["B. Wait, the answer is 43.", "B. The answer is C. 43"], None),
+        (("41", "42", "43"), ["First 42, but the answer is 43.", "C. The answer is 43."], "C"),
+        (("A", "~A", "B", "~B"), ["~A"], "B"),
+        (("A", "~A", "B", "~B"), ["B", "(B)", "The answer is B.", r"\text{B}"], "B"),
     ],
 )
 def test_the_choices_own_text_decides_first(choices, answers, letter):

@@ -27,8 +27,9 @@ _PLACES = re.compile(  # "A and C", "both (a) and (b)", "B, C only", "all of the
     r"|\b(?:above|below|preceding|previous|former|latter|following|other (?:choices|options))\b",
     re.IGNORECASE,
 )
+_LETTER_ALONE = re.compile(r"\s*\(?[A-Ja-j][).]?\s*")
 _LETTER_AND_TEXT = re.compile(
-    r"(?:(?i:(?:the )?(?:(?:correct|right|best) )?(?:option|choice|answer|letter)(?: is)?)\b[-–:\s]*)?"
+    r"(?i:(?:the )?(?:(?:correct|right|best) )?(?:option|choice|answer|letter)(?: is)?\b[-–:\s]*)?"
     r"\(?([A-Ja-j])[).:,;]*\s+(?:[-–—=]\s+)?(.*)",
     re.DOTALL,
 )
@@ -60,12 +61,15 @@ def _reader(example: Example) -> Callable[[str], str | None]:
     plain = tuple(map(prose.unwrapped, choices))
 
     def read(text: str) -> str | None:
-        for part in (text, prose.after_cue(text) or ""):
-            found = _by_text(choices, part) or _by_text(plain, prose.unwrapped(part))
-            if found:
-                return found
+        by_text, stated = (
+            _by_text(choices, part) or _by_text(plain, prose.unwrapped(part))
+            for part in (text, prose.after_cue(text) or "")
+        )
         letter = prose.letter(text)
-        return letter if letter in tuple(LETTERS[: len(choices)]) else None
+        if letter not in tuple(LETTERS[: len(choices)]):  # "I, II, and III"
+            letter = None
+        # "B. Wait, the answer is 43" states two.
+        return by_text or (None if stated and letter not in (None, stated) else stated or letter)
 
     return read
 
@@ -74,7 +78,7 @@ def _by_text(choices: tuple[str, ...], text: str) -> str | None:
     """The letter of the one choice that a text is, or is with its letter before it: "B. false"."""
     texts = dict(zip(LETTERS, choices, strict=False))
     same = [letter for letter, choice in texts.items() if jsonl.same(choice, text)]
-    if len(same) == 1 and not re.fullmatch("[A-Ja-j]", text):  # "B" is a letter first
+    if len(same) == 1 and not _LETTER_ALONE.fullmatch(text):  # "B" is a letter first
         return same[0]
     match = _LETTER_AND_TEXT.fullmatch(text)
     letter = match[1].upper() if match else ""

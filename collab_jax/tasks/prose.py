@@ -255,8 +255,9 @@ def letter(text: str) -> str | None:
     None where it names another one too, or takes it back ("A and B", "A: wrong"), and for a letter
     that is part of what a sentence says ("A cat", "vitamin C").
     """
-    choices_listed = "AB" in "".join(_MARK.findall(text))
-    for part in ("" if choices_listed else text, after_cue(text) or "", answer_in(text)):
+    whole = denials.without_asides(unwrapped(text))
+    listed = "AB" in "".join(_MARK.findall(whole))  # a list of the choices comes first
+    for part in ("" if listed else whole, after_cue(text) or "", answer_in(text)):
         plain = denials.without_asides(unwrapped(part)).strip(" .\n")
         if match := _LETTER.fullmatch(plain) or _SMALL_LETTER.fullmatch(plain):
             name, rest = match[1].upper(), match[2]
@@ -301,17 +302,17 @@ def last_answer(response: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def last_letter(response: str, letter: Callable[[str], str | None] = letter) -> str | None:
+def last_letter(response: str, read: Callable[[str], str | None] = letter) -> str | None:
     """The letter of the choice that a response without tags states, or begins or ends with.
 
-    letter: reads the letter of a statement or a line. Lines with different letters are a list of
+    read: reads the letter of a statement or a line. Lines with different letters are a list of
     choices, and choose none.
     """
     text = _end(response)
-    if found := letter(_last_statement(text) or ""):
+    if found := read(_last_statement(text) or ""):
         return found
     lines = text.splitlines() or [""]
-    letters = [letter(line) for line in lines]
+    letters = [read(line) for line in lines]
     if letters[-1] == lines[-1].strip(" .*()"):
         return letters[-1]
     ends = letters[-1:] if len(response) > LENGTH else [letters[0], letters[-1]]
