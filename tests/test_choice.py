@@ -25,7 +25,7 @@ C is correct | choice C is correct | C is the answer. | Among the choices, C is 
 I choose C | I would choose C. | I'd go with C | It's C. | Therefore, C | Hence (C) | so C
 C, because A is too small | C, not B | Not B, but C | The answer is C because A and B are wrong.
 \boxed{\textbf{(C)}\ 42} | \textbf{(C) }42 | \textit{C} | \underline{C} | \mathsf{C} | {\bf C}
-C。 | c: | -> C | => C | → C | C. 4, because A. and B. are too small
+C。 | c: | -> C | => C | → C | C. 4, because (A) and (B) are too small
 Select C | Pick C | Choose option C. | The answer is option c | option (c)
 C (the larger one) | A) 3 B) 4 C) 5. The answer is C. | C. Both A and B
 C. bacteria such as E. coli
@@ -123,8 +123,9 @@ def test_the_choices_own_text_decides_first(choices, answers, letter):
 
 def test_the_choices_are_known_without_tags_too(tmp_path):
     read = make_task(task_config(tmp_path, "choices")).read_answer
+    assert read is not None
     example = Example("x", "", ("?", VITAMINS, "B"))
-    assert read and read(example, "It prevents scurvy.\nB. Vitamin C") == "B"
+    assert read(example, "It prevents scurvy.\nB. Vitamin C") == "B"
     assert read(example, "So B; C") is None and read(example, "B: wrong. C: right") is None
 
 

@@ -60,16 +60,18 @@ def _reader(example: Example) -> Callable[[str], str | None]:
     _, choices, _ = example.problem
     plain = tuple(map(prose.unwrapped, choices))
 
+    def own_text(text: str) -> str | None:
+        return _by_text(choices, text) or _by_text(plain, prose.unwrapped(text))
+
     def read(text: str) -> str | None:
-        by_text, stated = (
-            _by_text(choices, part) or _by_text(plain, prose.unwrapped(part))
-            for part in (text, prose.after_cue(text) or "")
-        )
+        if found := own_text(text):
+            return found
+        stated = prose.after_cue(text) or ""
+        if found := own_text(stated):
+            before = text.rpartition(stated)[0]  # "B. Wait, the answer is 43" names two
+            return None if prose.letters(before) - {found} else found
         letter = prose.letter(text)
-        if letter not in tuple(LETTERS[: len(choices)]):  # "I, II, and III"
-            letter = None
-        # "B. Wait, the answer is 43" states two.
-        return by_text or (None if stated and letter not in (None, stated) else stated or letter)
+        return letter if letter in tuple(LETTERS[: len(choices)]) else None
 
     return read
 

@@ -244,7 +244,7 @@ def unwrapped(text: str) -> str:
     return _WRAPPED.sub(r"\1\2\3", plain).strip(" .。\n")
 
 
-def _letters(text: str) -> set[str]:
+def letters(text: str) -> set[str]:
     """The letters, in capitals, that stand in a text as those of choices do."""
     return {name.upper() for names in _ALONE.findall(text) for name in names if name}
 
@@ -262,10 +262,10 @@ def letter(text: str) -> str | None:
         if match := _LETTER.fullmatch(plain) or _SMALL_LETTER.fullmatch(plain):
             name, rest = match[1].upper(), match[2]
             denied = _ABOUT_LETTER.fullmatch(rest) is not None and denials.denied(rest)
-            others = set() if _COMBINED.fullmatch(rest) else _letters(rest) - {name}
+            others = set() if _COMBINED.fullmatch(rest) else letters(rest) - {name}
             return None if denied or others else name
         if named := {name for names in _NAMED.findall(plain) for name in names if name}:
-            alone = len(named | _letters(plain)) == 1
+            alone = len(named | letters(plain)) == 1
             return named.pop() if alone and not denials.denied(plain) else None
     return None
 
