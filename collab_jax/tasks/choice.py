@@ -78,7 +78,7 @@ def _reader(example: Example) -> Callable[[str], str | None]:
 
 def _by_text(choices: tuple[str, ...], text: str) -> str | None:
     """The letter of the one choice that a text is, or is with its letter before it: "B. false"."""
-    texts = dict(zip(LETTERS, choices, strict=False))
+    texts = {x: choice for x, choice in zip(LETTERS, choices, strict=False) if choice}
     same = [letter for letter, choice in texts.items() if jsonl.same(choice, text)]
     if len(same) == 1 and not _LETTER_ALONE.fullmatch(text):  # "B" is a letter first
         return same[0]
