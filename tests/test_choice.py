@@ -92,7 +92,7 @@ VITAMINS = ("Not B", "Vitamin C", "C", "4 A")
         (("3", "4", "5", "6"), ["4", " 4 ", "4.", r"\boxed{4}", "The answer is 4", "B. 4"], "B"),
         (("+", "-", "x", "/"), ["x", "X", "C: x"], "C"),
         (("+", "-", "x", "/"), ["-"], "B"),
-        (("+", "*", "..."), ["*", "B. *", "The answer is *"], "B"),
+        (("+", "*", "..."), ["*", "B. *"], "B"),
         (("+", "*", "..."), ["`", "**", "The answer is 4", "."], None),
         (BOOLEANS, ["B: false", "B. false", "(B) false", "b) False", "false.", "B False"], "B"),
         (BOOLEANS, ["The answer is B. False", "**B.** False", "Option B: False", "B\nFalse"], "B"),
