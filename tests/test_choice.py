@@ -24,6 +24,11 @@ Option C | option (C) | Choice C | The correct answer is letter C | The answer m
 C is correct | choice C is correct | C is the answer. | Among the choices, C is correct.
 I choose C | I would choose C. | I'd go with C | It's C. | Therefore, C | Hence (C) | so C
 C, because A is too small | C, not B | Not B, but C | The answer is C because A and B are wrong.
+\boxed{\textbf{(C)}\ 42} | \textbf{(C) }42 | \textit{C} | \underline{C} | \mathsf{C} | {\bf C}
+C。 | c: | -> C | => C | → C | C. 4, because (A) and (B) are too small
+Select C | Pick C | Choose option C. | The answer is option c | option (c)
+C (the larger one) | A) 3 B) 4 C) 5. The answer is C. | C. Both A and B
+C. bacteria such as E. coli
 C: A cat | C. A and B | (C) all of the above | C. Not enough is known | C. I and II | C) A train
 """
 NOTHING_IS_CHOSEN = r"""
@@ -35,6 +40,12 @@ Not C | The answer is not C | C is wrong | C is not correct | C isn't right | C:
 C (wrong) | It cannot be C | I would exclude C
 I would not choose C | neither C nor D | Anything but C | 4
 A is correct. C is correct.
+C: wrong. D: right | C. wrong; D. right | C. Actually, the answer is D. | C... wait, D
+C, no wait, D | C. No, A. | C, D are correct | C is correct, but so is D | C; D
+A; C; D | C; or D | C. Or D.
+C (maybe D) | C, then D | A: 3, B: 4 | A. true B. false | C. true D. false
+The answer is A. No, B: 4 | The answer is C. D
+c) 3, d) 4 | c) or d) | C, no A is right | C; A | So C; D | pick C, then D | ~C | C. That is wrong
 """
 
 
@@ -61,6 +72,63 @@ def test_a_letter_is_read_however_it_is_wrapped(answer):
 @pytest.mark.parametrize("answer", listed(NOTHING_IS_CHOSEN))
 def test_no_letter_is_read_out_of_prose(answer):
     assert prose.letter(answer) is None
+
+
+def test_a_letter_on_its_own_line_may_be_explained():
+    for more in ("\n42", "\n\nExplanation: it is the largest.", "\r\nA cat", "\nI am sure"):
+        assert prose.letter(f"C{more}") == "C"
+    for more in ("\nD", "\n\nWait, it is D.", "\nA is right", "\nNo, that is wrong.", "\nor (d)"):
+        assert prose.letter(f"C{more}") is None
+
+
+BOOLEANS = ("True", "False")
+POSSIBLE = ("possible", "impossible", "cannot be determined")
+VITAMINS = ("Not B", "Vitamin C", "C", "4 A")
+
+
+@pytest.mark.parametrize(
+    ("choices", "answers", "letter"),
+    [
+        (("3", "4", "5", "6"), ["4", " 4 ", "4.", r"\boxed{4}", "The answer is 4", "B. 4"], "B"),
+        (("+", "-", "x", "/"), ["x", "X", "C: x"], "C"),
+        (("+", "-", "x", "/"), ["-"], "B"),
+        (("+", "*", "..."), ["*", "B. *"], "B"),
+        (("+", "*", "..."), ["`", "**", "The answer is 4", "."], None),
+        (BOOLEANS, ["B: false", "B. false", "(B) false", "b) False", "false.", "B False"], "B"),
+        (BOOLEANS, ["The answer is B. False", "**B.** False", "Option B: False", "B\nFalse"], "B"),
+        (BOOLEANS, [r"\boxed{\textbf{(B)}\ \text{False}}", r"\boxed{\text{False}}"], "B"),
+        (BOOLEANS, ["A: true", "A. True", "true"], "A"),
+        (BOOLEANS, ["A: false", "A. true B. false", "C", "C. False", "B: wrong"], None),
+        (POSSIBLE, ["B. impossible", "(B) impossible", "impossible"], "B"),
+        (("all", "No answers are right."), ["The answer is B. No answers are right."], "B"),
+        (POSSIBLE, ["C. cannot be determined", "cannot be determined", "C - 4"], "C"),
+        (VITAMINS, ["B. Vitamin C", "vitamin C", "B\nVitamin C"], "B"),
+        (VITAMINS, ["A. Not B", "A) not B"], "A"),
+        (VITAMINS, ["D. 4 A", "D"], "D"),
+        (VITAMINS, ["C", "C. C"], "C"),
+        (VITAMINS, ["A. Vitamin C", "B. Not B, C"], None),
+        (("I only", "II only", "I, II, and III"), ["The answer is I, II, and III"], "C"),
+        (("I only", "II only", "I and III"), ["I, II, and III", "I"], None),
+        (("four", "four", "five"), ["B. four", "B"], "B"),
+        (("AB", "BC", "CD"), ["BC"], "B"),
+        (("41", "42", "43"), ["B. Wait, the answer is 43.", "B. The answer is C. 43"], None),
+        (("41", "42", "43"), ["First 42, but the answer is 43.", "C. The answer is 43."], "C"),
+        (("A", "~A", "B", "~B"), ["~A"], "B"),
+        (("A", "~A", "B", "~B"), ["B", "(B)", "The answer is B.", r"\text{B}"], "B"),
+    ],
+)
+def test_the_choices_own_text_decides_first(choices, answers, letter):
+    example = Example("x", "", ("?", choices, "A"))
+    read = {answer: choice.chosen(example, answered(answer)) for answer in answers}
+    assert read == dict.fromkeys(answers, letter)
+
+
+def test_the_choices_are_known_without_tags_too(tmp_path):
+    read = make_task(task_config(tmp_path, "choices")).read_answer
+    assert read is not None
+    example = Example("x", "", ("?", VITAMINS, "B"))
+    assert read(example, "It prevents scurvy.\nB. Vitamin C") == "B"
+    assert read(example, "So B; C") is None and read(example, "B: wrong. C: right") is None
 
 
 def test_the_text_of_a_choice_is_its_letter():
@@ -122,6 +190,9 @@ def test_questions_of_ones_own_are_trained_on(tmp_path):
         ({"choices": ["one"]}, "row 0: choices must be a list of 2 to 10"),
         ({"choices": list("abcdefghijk")}, "row 0: choices must be a list of 2 to 10"),
         ({"choices": "red"}, "row 0: choices must be a list of 2 to 10"),
+        ({"choices": ["red", None]}, "row 0: the choice None is no text or number: write what"),
+        ({"choices": ["red", " "]}, "row 0: the choice ' ' is no text or number"),
+        ({"choices": ["red", ["blue"]]}, r"row 0: the choice \['blue'\] is no text or number"),
         ({"choices": []}, r"choices_test.jsonl, line 1 has no choices"),
     ],
 )

@@ -10,6 +10,7 @@ of each other's places ("A and B", "all of the above"). A test is shown as its a
 """
 
 import re
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -25,6 +26,12 @@ _PLACES = re.compile(  # "A and C", "both (a) and (b)", "B, C only", "all of the
     r"\b[a-j]\)?(?:\s*[,&/]\s*|\s+)(?:(?:and|or|nor)\s+)?\(?[a-j]\b|\b(?:only [a-j]|[a-j] only)\b"
     r"|\b(?:above|below|preceding|previous|former|latter|following|other (?:choices|options))\b",
     re.IGNORECASE,
+)
+_LETTER_ALONE = re.compile(r"\s*\(?[A-Ja-j][).]?\s*")
+_LETTER_AND_TEXT = re.compile(
+    r"(?i:(?:the )?(?:(?:correct|right|best) )?(?:option|choice|answer|letter)(?: is)?\b[-–:\s]*)?"
+    r"\(?([A-Ja-j])[).:,;]*\s+(?:[-–—=]\s+)?(.*)",
+    re.DOTALL,
 )
 
 
@@ -44,12 +51,40 @@ def chosen(example: Example, response: str) -> str | None:
 
     The text of one choice, word for word, is its letter too; None where nothing is chosen.
     """
-    _, choices, _ = example.problem
     answer = math.extract(response)
-    if answer is None:
-        return None
-    same = [x for x, c in zip(LETTERS, choices, strict=False) if jsonl.same(c, answer)]
-    return same[0] if len(same) == 1 and len(answer) > 1 else prose.letter(answer)
+    return None if answer is None else _reader(example)(answer)
+
+
+def _reader(example: Example) -> Callable[[str], str | None]:
+    """Reads the letter of the example's choice that a text states, by its text or as a letter."""
+    _, choices, _ = example.problem
+    plain = tuple(map(prose.unwrapped, choices))
+
+    def own_text(text: str) -> str | None:
+        return _by_text(choices, text) or _by_text(plain, prose.unwrapped(text))
+
+    def read(text: str) -> str | None:
+        if found := own_text(text):
+            return found
+        stated = prose.after_cue(text) or ""
+        if found := own_text(stated):
+            before = text.rpartition(stated)[0]  # "B. Wait, the answer is 43" names two
+            return None if prose.letters(before) - {found} else found
+        letter = prose.letter(text)
+        return letter if letter in tuple(LETTERS[: len(choices)]) else None
+
+    return read
+
+
+def _by_text(choices: tuple[str, ...], text: str) -> str | None:
+    """The letter of the one choice that a text is, or is with its letter before it: "B. false"."""
+    texts = {x: choice for x, choice in zip(LETTERS, choices, strict=False) if choice}
+    same = [letter for letter, choice in texts.items() if jsonl.same(choice, text)]
+    if len(same) == 1 and not _LETTER_ALONE.fullmatch(text):  # "B" is a letter first
+        return same[0]
+    match = _LETTER_AND_TEXT.fullmatch(text)
+    letter = match[1].upper() if match else ""
+    return letter if match and letter in texts and jsonl.same(texts[letter], match[2]) else None
 
 
 def load(task: ConfigDict, split: str) -> list[Example]:
@@ -76,10 +111,19 @@ def load(task: ConfigDict, split: str) -> list[Example]:
 
 
 def _choices(row: dict) -> tuple[str, ...]:
-    """The choices of a row, as text. Raises TaskError where they are not 2 to 10 texts."""
+    """The choices of a row, as text. Raises TaskError where they are not 2 to 10 texts.
+
+    Two may be equal, as in some of MMLU's: only their letters are read, their text is neither's.
+    """
     choices = row["choices"]
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise TaskError(f"row {row['id']}: choices must be a list of 2 to {len(LETTERS)}")
+    for choice in choices:
+        if not isinstance(choice, str | int | float) or not str(choice).strip():
+            raise TaskError(
+                f"row {row['id']}: the choice {choice!r} is no text or number: "
+                "write what it says, or take it out"
+            )
     return tuple(map(str, choices))
 
 
@@ -101,5 +145,5 @@ def make_task(config: ConfigDict) -> Task:
         ],
         cloud_prompt=_CLOUD_PROMPT,
         splits=("test",) if config.task.name == "mmlu" else SPLITS,
-        read_answer=lambda _, response: prose.last_letter(response),
+        read_answer=lambda example, response: prose.last_letter(response, _reader(example)),
     )

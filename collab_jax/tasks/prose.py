@@ -6,6 +6,7 @@ answer out of a sentence, and `last_answer` out of a whole response without tags
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 from collab_jax.tasks import denials
 
@@ -201,34 +202,51 @@ def _numbers(sentence: str) -> list[str]:
 # ---- letters of choices
 
 _WRAPPED = re.compile(  # the letter or the words in a text: "\text{B}", "**B**", "'B'", "[B]"
-    r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[*$`]|\\[()\[\]]|^\s*#+"
+    r"\\(?:(?:text|math)[a-z]*|mbox|emph|underline)\s*\{([^{}]*)\}"
+    r"|\{\\(?:bf|it|rm|sf|tt|em)\b([^{}]*)\}|[*$`]|\\[()\[\]]|^\s*#+"
     r"|[\"'“‘<{\[]\s*([A-Ja-j])\s*[\"'”’>}\]]"
 )
+_SPACE = re.compile(r"\\(?:q?quad\b|[,;:! ])")
+_TITLE = r"(?:(?i:option|choice|letter|answer)\b[-–:\s]*)?[(\s]*"
 _LETTER = re.compile(
-    r"(?i:(?:so|then|thus|hence|therefore|but)\b[,:]?)?[(\s]*"
-    r"(?i:(?:option|choice|letter|answer)\b[-–:\s]*)?[(\s]*"
-    r"([A-J])(?:([).:,;!]+(?:\s.*)?)|(\s+[-–—=]\s.*|\s+\([^()]*\)))?",
+    r"(?:(?:[-=]?>|[→⇒∴])\s*)?(?i:(?:so|then|thus|hence|therefore|but)\b[,:]?)?[(\s]*"
+    rf"{_TITLE}([A-J])((?:[).:,;!。]+(?:\s.*)?)?|\s*\n.*|\s+[-–—=]\s.*|\s+\([^()]*\))",
     re.DOTALL,
 )
-_SMALL_LETTER = re.compile(r"\(?([a-j])(?:\)(?:\s.*)?)?", re.DOTALL)  # "b", "(b)", "b) four"
+_SMALL_LETTER = re.compile(  # "b", "(b)", "b) four", "option b", "b:"
+    rf"{_TITLE}([a-j])(\)(?:\s.*)?|:|)", re.DOTALL
+)
 _NAMED = re.compile(  # "B is correct", "option B is the answer", "I choose B"
     r"(?:(?:^|[,.:;]\s+|\b(?i:option|choice|answer|letter|statement)\s+)\(?([A-J])\)?\s+is\s+"
     r"(?:the\s+)?(?:(?:most\s+)?(?:correct|right|best|true)|answer|choice)\b"
-    r"|\b(?:choose|pick|select|go\s+with)\s+(?:(?i:option|choice|answer|letter)\s+)?"
+    r"|\b(?i:choose|pick|select|go\s+with)\s+(?:(?i:option|choice|answer|letter)\s+)?"
     r"\(?([A-J])(?=\)|[.:,;!]|\s*$|\s+(?:because|since|as)\b))"
 )
-_OTHER = r"\(?([A-HJ])"  # no I, which is a number or a word more often
-_MARKED = rf"{_OTHER}[).:](?!\s[a-z])"  # "(B)" or "B.", no "E. coli"
-_OTHER_LETTER = re.compile(  # "A, B", "A, B and C", "(A) and (B)", "A) B)", "A. 3 or B. 4"
-    rf"^[).:]*\s*(?:,|&|/|(?:and|or)\b)\s*{_OTHER}(?=[).:,]|\s*$|\s+(?:and|or)\b)"
-    rf"|(?:^[).:]+\s*|\b(?:and|or)\s+|\n\s*){_MARKED}|^[^(]*\s{_OTHER}\)"
+_ALONE = re.compile(  # letters that may be choices: no I, which is a number or a word more often
+    r"\b(?:as|by|from|in|like|of|the|with)\s+[A-J]\.\s[a-z]"  # "such as E. coli", no choice
+    r"|(?<![\w-])(?:([B-HJ])(?![\w-])"
+    r"|(A)(?=[^\w\s'’-]|\s*$|\s+(?:is|are|was|and|or|but)\b)"  # no article
+    r"|\(?([a-j])\))"
 )
+_COMBINED = re.compile(r"[).:]+\s+(?:(?i:both|neither)\s+)?[A-J]\s+(?:and|or|nor)\s+[A-J]")
 _MARK = re.compile(r"(?<!\w)([A-J])[).:]")
 # "A is", "A: wrong", but not the text of a choice, as "A. without a name" or "A. Wrong, wrong".
 _ABOUT_LETTER = re.compile(
-    r"[-().:,\s]*(?:(?:(?:is|was|can|seems|looks)\b|isn't|(?:cannot|can't) be\b).*|[a-z]+\W*)",
+    r"\s*\n.*|[-().:,;!\s]*(?:(?:(?:(?i:that|this)\s+)?"
+    r"(?:(?:is|was|can|seems|looks)\b|isn't|(?:cannot|can't) be\b)|(?i:that's)\b).*|[a-z]+\W*)",
     re.DOTALL,
 )
+
+
+def unwrapped(text: str) -> str:
+    r"""A text without what sets it: "B. 42" for "**B.** 42" and "\textbf{B.}\ 42." alike."""
+    plain = _SPACE.sub(" ", unicodedata.normalize("NFKC", text))
+    return _WRAPPED.sub(r"\1\2\3", plain).strip(" .。\n")
+
+
+def letters(text: str) -> set[str]:
+    """The letters, in capitals, that stand in a text as those of choices do."""
+    return {name.upper() for names in _ALONE.findall(text) for name in names if name}
 
 
 def letter(text: str) -> str | None:
@@ -237,20 +255,18 @@ def letter(text: str) -> str | None:
     None where it names another one too, or takes it back ("A and B", "A: wrong"), and for a letter
     that is part of what a sentence says ("A cat", "vitamin C").
     """
-    for part in (text, after_cue(text) or "", answer_in(text)):
-        plain = _WRAPPED.sub(r"\1\2", unicodedata.normalize("NFKC", part))
-        plain = denials.without_asides(plain).strip(" .\n")
-        if "ABC" in "".join(_MARK.findall(plain)):  # the list of all choices
-            continue
-        if match := _LETTER.fullmatch(plain):
-            rest = match[2] or match[3] or ""
-            others = {name for names in _OTHER_LETTER.findall(rest) for name in names if name}
+    whole = denials.without_asides(unwrapped(text))
+    listed = "AB" in "".join(_MARK.findall(whole))  # a list of the choices comes first
+    for part in ("" if listed else whole, after_cue(text) or "", answer_in(text)):
+        plain = denials.without_asides(unwrapped(part)).strip(" .\n")
+        if match := _LETTER.fullmatch(plain) or _SMALL_LETTER.fullmatch(plain):
+            name, rest = match[1].upper(), match[2]
             denied = _ABOUT_LETTER.fullmatch(rest) is not None and denials.denied(rest)
-            return None if denied or others - {match[1]} else match[1]
-        if match := _SMALL_LETTER.fullmatch(plain):
-            return match[1].upper()
+            others = set() if _COMBINED.fullmatch(rest) else letters(rest) - {name}
+            return None if denied or others else name
         if named := {name for names in _NAMED.findall(plain) for name in names if name}:
-            return named.pop() if len(named) == 1 and not denials.denied(plain) else None
+            alone = len(named | letters(plain)) == 1
+            return named.pop() if alone and not denials.denied(plain) else None
     return None
 
 
@@ -286,16 +302,17 @@ def last_answer(response: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def last_letter(response: str) -> str | None:
+def last_letter(response: str, read: Callable[[str], str | None] = letter) -> str | None:
     """The letter of the choice that a response without tags states, or begins or ends with.
 
-    Lines that begin with different letters are a list of choices, and choose none.
+    read: reads the letter of a statement or a line. Lines with different letters are a list of
+    choices, and choose none.
     """
     text = _end(response)
-    if found := letter(_last_statement(text) or ""):
+    if found := read(_last_statement(text) or ""):
         return found
     lines = text.splitlines() or [""]
-    letters = [letter(line) for line in lines]
+    letters = [read(line) for line in lines]
     if letters[-1] == lines[-1].strip(" .*()"):
         return letters[-1]
     ends = letters[-1:] if len(response) > LENGTH else [letters[0], letters[-1]]
