@@ -16,7 +16,8 @@ the reference solutions in the format (mean 89); longer ones are left out. What 
 before the warm start has no tags: compare the accuracies "tags or not". The warm start is two
 tunings of 50 updates, each on half of the problems, the labelling of the other half, and 130
 updates: 230 updates of 8 demonstrations. This model solves few of the problems, and each right
-response makes room for four that end with the call. Not measured yet.
+response makes room for four that end with the call. It took 2.0 % of the test to 10.0 %, and did
+not teach when to call (docs/results.md).
 """
 
 import pathlib
