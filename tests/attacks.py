@@ -164,6 +164,7 @@ ATTACKS = {
         f"os.setxattr(file.fileno(), 'user.x', b'x' * 60_000)\n{RIGHT}"
     ),
     "a node": f"import os\nos.mknod('/tmp/x')\n{RIGHT}",
+    "a folder": f"import os\nos.mkdir('/tmp/x')\n{RIGHT}",
     "a link": f"import os\nopen('/tmp/x', 'w').close()\nos.link('/tmp/x', '/tmp/y')\n{RIGHT}",
     "a symbolic link": f"import os\nos.symlink('x' * 100, '/tmp/y')\n{RIGHT}",
     "open files": "files = [open('/dev/null') for _ in range(100)]\ndef f(x): return x + 1",

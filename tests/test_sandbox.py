@@ -45,7 +45,7 @@ def judge():
     "source",
     [
         RIGHT,
-        "import socket\nf = lambda x: x + socket.socketpair()[0].send(b'1')",  # with itself alone
+        "import socket\na, b = socket.socketpair()\ndef f(x): return x + a.send(b'1')",
         "f = lambda x: x + 1",
         "import math, re, collections, heapq, itertools\ndef f(x): return math.floor(x + 1.5)",
         "print('hello')\ndef f(x):\n    print(x)\n    return x + 1",
@@ -173,6 +173,7 @@ def test_an_object_is_neither_true_nor_different(judge, test):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_endless_object_ends_with_its_cpu(judge):
     assert judge(job("def f(x):\n    while True: yield x", "assert 3 in f(3)")) is False
     assert judge(job(RIGHT)) is True

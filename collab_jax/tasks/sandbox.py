@@ -70,8 +70,8 @@ class Job(NamedTuple):
 
 # System calls by machine, as {name: number}: what starts a process or a thread, opens a namespace
 # or a socket (no network namespace confines those to the host of a virtual machine), takes memory
-# beyond RLIMIT_AS and the size of /tmp (System V's, files in memory, extended attributes, nodes and
-# links), reaches into another process, or is a part of the kernel that no solution needs.
+# beyond RLIMIT_AS and the size of /tmp (System V's, files in memory, extended attributes, nodes,
+# links, folders), reaches into another process, or is a part of the kernel that no solution needs.
 _X86_64 = {
     "fork": 57, "vfork": 58, "clone": 56, "clone3": 435, "unshare": 272, "setns": 308, "socket": 41,
     "shmget": 29, "msgget": 68, "semget": 64, "memfd_create": 319, "memfd_secret": 447,
@@ -80,6 +80,7 @@ _X86_64 = {
     "userfaultfd": 323, "perf_event_open": 298, "io_uring_setup": 425,
     "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "setxattrat": 463,
     "mknod": 133, "mknodat": 259, "link": 86, "linkat": 265, "symlink": 88, "symlinkat": 266,
+    "mkdir": 83, "mkdirat": 258,
 }  # fmt: skip
 _AARCH64 = {
     "clone": 220, "clone3": 435, "unshare": 97, "setns": 268, "socket": 198,
@@ -88,7 +89,7 @@ _AARCH64 = {
     "pidfd_getfd": 438, "add_key": 217, "request_key": 218, "keyctl": 219, "bpf": 280,
     "userfaultfd": 282, "perf_event_open": 241, "io_uring_setup": 425,
     "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "setxattrat": 463,
-    "mknodat": 33, "linkat": 37, "symlinkat": 36,
+    "mknodat": 33, "linkat": 37, "symlinkat": 36, "mkdirat": 34,
 }  # fmt: skip
 _MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 
