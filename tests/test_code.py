@@ -102,6 +102,7 @@ def test_what_a_test_takes_from_the_solution():
     assert (setup.names, setup.tests) == (("N", "f"), ("n = N()", "assert f(n)"))
     every = problem("from math import *\ndef f(): return 1", "assert f() == floor(1.5)")
     assert (every.names, every.prelude) == (("f",), "from math import *")
+    assert problem("def f(): return 1", " ", "assert f()").text.endswith("\nassert f()")
     unused = problem("from math import *\ndef f(): return 1", "assert f() == max(1, 1)")
     assert unused.prelude == ""
     tried = "try:\n    from math import tau\nexcept ImportError: pass\ndef f(): return tau"

@@ -144,7 +144,8 @@ def _require_tests(tree: ast.AST) -> None:
 
 def _mbpp(row: dict[str, Any]) -> Problem:
     """The problem of a row of MBPP."""
-    own, set_up = _texts(row, "test_list"), row.get("test_setup_code") or ""
+    own = [test for test in _texts(row, "test_list") if test.strip()]
+    set_up = row.get("test_setup_code") or ""
     if not isinstance(set_up, str):
         raise _Flaw("its test_setup_code is no text")
     _require_tests(_parse("\n".join(own)))
@@ -196,6 +197,11 @@ FILES: dict[str, tuple[str, Callable[[dict[str, Any]], Problem]]] = {  # task ->
 def _require_judgeable(problem: Problem) -> None:
     """Raises _Flaw, or what compiling it does, for a problem that no solution can pass or fail."""
     source = _source(problem, problem.reference)
+    if len(source) > sandbox.MAX_SOURCE:
+        raise _Flaw("its reference solution is too long")
+    message = len(json.dumps(sandbox.Job("", *problem[3:])._asdict()))
+    if message + 12 * sandbox.MAX_SOURCE > code_worker.MAX_MESSAGE:  # a character takes up to 12
+        raise _Flaw("its tests are too long")
     with warnings.catch_warnings(action="ignore"):
         for part in (source, problem.prelude, *problem.tests):
             compile(part, "row", "exec")
@@ -217,11 +223,6 @@ def _require_judgeable(problem: Problem) -> None:
             raise _Flaw(f"its tests cannot await {name}")
     if not read & set(problem.names):
         raise _Flaw("its tests use nothing of its reference solution")
-    if len(source) > sandbox.MAX_SOURCE:
-        raise _Flaw("its reference solution is too long")
-    message = len(json.dumps(sandbox.Job("", *problem[3:])._asdict()))
-    if message + 12 * sandbox.MAX_SOURCE > code_worker.MAX_MESSAGE:  # a character takes up to 12
-        raise _Flaw("its tests are too long")
 
 
 def _in_standard_library(module: str) -> bool:
