@@ -140,6 +140,7 @@ ATTACKS = {
         "import os\ndef f(x): return x + 1 if set(os.environ) - {'PWD', 'LC_CTYPE'} else 0"
     ),
     "processes": "import os\ndef f(x): return x + 1 if os.path.exists('/proc') else 0",
+    "the machine's name": (f"import os\n{RIGHT} if os.uname().nodename != 'sandbox' else 0"),
     "the file system": (
         "import os\nfound = set(os.listdir('/'))\n"
         "def f(x): return x + 1 if found & {'var', 'proc', 'sys', 'run', 'mnt'} else 0"
@@ -154,6 +155,18 @@ ATTACKS = {
         "for i in range(32):\n    open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))\n"
         "def f(x): return x + 1"
     ),
+    "extended attributes": (
+        "import os\nopen('/tmp/x', 'w').close()\n"
+        f"os.setxattr('/tmp/x', 'user.x', b'x' * 60_000)\n{RIGHT}"
+    ),
+    "extended attributes of an open file": (
+        "import os\nfile = open('/tmp/x', 'w')\n"
+        f"os.setxattr(file.fileno(), 'user.x', b'x' * 60_000)\n{RIGHT}"
+    ),
+    "a node": f"import os\nos.mknod('/tmp/x')\n{RIGHT}",
+    "a folder": f"import os\nos.mkdir('/tmp/x')\n{RIGHT}",
+    "a link": f"import os\nopen('/tmp/x', 'w').close()\nos.link('/tmp/x', '/tmp/y')\n{RIGHT}",
+    "a symbolic link": f"import os\nos.symlink('x' * 100, '/tmp/y')\n{RIGHT}",
     "open files": "files = [open('/dev/null') for _ in range(100)]\ndef f(x): return x + 1",
 }
 SLOW_ATTACKS = {  # they end at a second of CPU

@@ -20,7 +20,7 @@ from collab_jax.cloud import make_cloud
 from collab_jax.models.text import TAGS
 from collab_jax.rl import rollout
 from collab_jax.runtime.errors import UserError
-from collab_jax.tasks import code, make_task, sandbox
+from collab_jax.tasks import base, code, make_task, sandbox
 
 DATA = ROOT.parent / "shared" / "data"
 MARKER = "<unknown> I need external assistance </unknown>"
@@ -72,7 +72,10 @@ def test_the_number_is_the_split(folder):
 
 
 def test_a_training_problem_of_the_test_is_left_out(folder):
-    rows = [*map(mbpp_row, (11, 512, 601, 602)), mbpp_row(603, problem="Add 11.")]
+    """Equal are those whose whole text is."""
+    rows = [*map(mbpp_row, (512, 601)), mbpp_row(11, problem="Write this.\nAdd 11.")]
+    rows += [mbpp_row(602, problem="Write this.\nAdd 602.")]
+    rows += [mbpp_row(603, problem="Write this.\nAdd 11.")]
     write_rows(folder / "mbpp.jsonl", rows)
     assert ids(make_task(config(folder)), "train") == [601, 602]
 
@@ -97,6 +100,84 @@ def test_what_a_test_takes_from_the_solution():
     assert (extra.names, extra.prelude) == (("f",), "import math")
     setup = problem("class N: pass\ndef f(n): pass", "assert f(n)", test_setup_code="n = N()")
     assert (setup.names, setup.tests) == (("N", "f"), ("n = N()", "assert f(n)"))
+    every = problem("from math import *\ndef f(): return 1", "assert f() == floor(1.5)")
+    assert (every.names, every.prelude) == (("f",), "from math import *")
+    assert problem("def f(): return 1", " ", "assert f()").text.endswith("\nassert f()")
+    unused = problem("from math import *\ndef f(): return 1", "assert f() == max(1, 1)")
+    assert unused.prelude == ""
+    tried = "try:\n    from math import tau\nexcept ImportError: pass\ndef f(): return tau"
+    assert problem(tried, "assert f() == tau").prelude == "from math import tau"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "add: object = lambda x: x + 11",
+        "add, y = (lambda x: x + 11), 1",
+        "if True:\n    def add(x): return x + 11",
+        "try:\n    nothing\nexcept NameError:\n    def add(x): return x + 11",
+        "    def add(x): return x + 11",
+        "from __future__ import annotations\ndef add(x: y): return x + 11",
+    ],
+)
+def test_a_reference_solution_binds_its_names_in_many_ways(folder, answer):
+    row = mbpp_row(11, answer=answer.strip())
+    write_rows(folder / "mbpp.jsonl", [row])
+    task = make_task(config(folder))
+    wrong = "<answer>def add(x): return 12</answer>"
+    got = verdicts(task, f"<answer>{answer}</answer>", wrong)
+    assert [v.correct for v in got] == [True, False]
+
+
+NOT_PYTHON = "its tests, or its reference solution, are not Python"
+TOO_DEEP = "its tests, or its reference solution, are nested too deeply"
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("it has no tests", {"test_list": [""]}),
+        ("it has no tests", {"test_list": ["  "]}),
+        ("it has no tests", {"test_list": ["# todo"]}),
+        ("it has no tests", {"test_list": ["pass"], "test_setup_code": "print(1)"}),
+        ("its tests use nothing of its reference solution", {"test_list": ["assert len([1])"]}),
+        ("its test_list is no list of texts", {"test_list": "assert add(1) == 12"}),
+        ("its test_list is no list of texts", {"test_list": [1]}),
+        ("its test_imports is no list of texts", {"test_imports": "import math"}),
+        ("its test_setup_code is no text", {"test_setup_code": 5}),
+        (
+            "its tests use plus, which its reference solution does not define",
+            {"test_list": ["assert plus(add(1)) == 12"]},
+        ),
+        ("its tests cannot await add", {"answer": "async def add(x): return x + 11"}),
+        ("its tests need the module os.nothing", {"test_imports": ["import os.nothing"]}),
+        ("its tests need the module .", {"test_imports": ["from . import x"]}),
+        (NOT_PYTHON, {"test_list": ["for x in [1]:", "    assert add(x) == 12"]}),
+        (NOT_PYTHON, {"answer": "def add(x): return x\nreturn"}),
+        (TOO_DEEP, {"test_list": ["assert add(1) == " + "-" * 5000 + "12"]}),
+        (TOO_DEEP, {"answer": "add = lambda x: " + "-" * 5000 + "x"}),
+        ("its tests are too long", {"test_list": ["assert add(1) == 12 #" + "x" * (4 << 20)]}),
+        (
+            "its reference solution is too long",
+            {"answer": "def add(x): return x + 11" + "\n" * (64 << 10) + "0"},
+        ),
+        ("it has no tests", {"test": ""}),
+        ("it has no tests", {"test": None}),
+        ("it has no tests", {"test": ["x"]}),
+        ("it has no tests", {"test": "print(1)\ndef check(c): pass"}),
+        ("its tests do not define check", {"test": "METADATA = {}"}),
+        ("its reference solution does not define its entry_point, None", {"entry_point": None}),
+        ("its reference solution does not define its entry_point, 5", {"entry_point": 5}),
+        ("its reference solution does not define its entry_point, 'x'", {"entry_point": "x"}),
+    ],
+)
+def test_what_nobody_can_pass_or_fail_is_left_out_with_the_reason(folder, caplog, reason, changes):
+    human_eval = {"test", "entry_point"} & changes.keys()
+    name, row = ("humaneval", HUMAN_EVAL) if human_eval else ("mbpp", mbpp_row(11))
+    write_rows(folder / f"{name}.jsonl", [row | changes])
+    assert code._read(str(folder), name) == ()
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f": {row['id']} ({reason})")
 
 
 def test_what_cannot_be_judged_is_left_out_and_told_once(folder, caplog):
@@ -141,6 +222,7 @@ def test_without_a_sandbox_the_task_is_refused(folder, monkeypatch):
 # ---- responses
 
 CODE = "def f():\n    return 1\n"
+DOCUMENTED = 'def f():\n    """One.\n    ```\n    f()\n    ```\n    """\n    return 1'
 
 
 @pytest.mark.parametrize(
@@ -156,6 +238,15 @@ CODE = "def f():\n    return 1\n"
         (f"```python\n{CODE}", None),  # cut off
         ("", None),
         ("```" * 10_000, None),
+        ("<answer>    return 1\n</answer>", "    return 1"),  # a body alone
+        (f"<answer>{DOCUMENTED}</answer>", DOCUMENTED),
+        (f"<answer>\n```python\n{DOCUMENTED}\n```\n</answer>", f"{DOCUMENTED}\n"),
+        (f"<answer>\n```python\n{CODE}</answer>", CODE),  # never closed
+        (f"<answer>\n```python\n{CODE}```\n```\n</answer>", CODE),
+        (f"<answer>\n~~~python\n{CODE}~~~\n</answer>", CODE),
+        (f"<answer>\n````python\n{CODE}````\n</answer>", CODE),
+        ("<answer>\n  ```python\n  def f():\n      return 1\n  ```\n</answer>", CODE),
+        ("<answer>```\nf = 1```</answer>", "f = 1"),
     ],
 )
 def test_the_code_of_a_response(response, found):
@@ -213,11 +304,21 @@ def test_human_eval(tmp_path):
     responses = [
         f"<answer>{task.gold(task.load('test')[0])}</answer>",
         f"<answer>{whole}</answer>",
+        f"<answer> {whole}</answer>",
+        f"<answer>from __future__ import annotations\n{whole}</answer>",
+        f"<answer>{HUMAN_EVAL['problem']}    return x + x</answer>",
         "```python\n    return x + x\n```",  # the body alone, as the problem asks
+        "<answer>    return x + x</answer>",
+        "<answer>\n    y = x\n    return x + y\n</answer>",
         f"<answer>{helper}def double(x): return 4 if x == 2 else 6</answer>",  # no helper counts
         "<answer>pass</answer>",
+        "<answer>    pass</answer>",
     ]
-    assert [v.correct for v in verdicts(task, *responses)] == [True, True, True, False, False]
+    got = [v.correct for v in verdicts(task, *responses)]
+    assert got == [True] * 8 + [False] * 3
+    (example,) = task.load("test")  # its answer is closed, but the response is cut off
+    (lenient,) = base.lenient_verdicts(task, [example], [f"{responses[6]}x"], [False], [False])
+    assert lenient and lenient.correct
 
 
 # ---- what training and a cloud need
@@ -341,6 +442,15 @@ def test_some_reference_solutions_pass(patient, name, count):
 
 
 @real
+def test_some_bodies_alone_pass(patient):
+    some = problems("humaneval", share=0.05)
+    bodies = [problem.reference.removeprefix(problem.context) for _, problem in some]
+    codes = [code.extract(f"<answer>\n{body}</answer>") for body in bodies]
+    jobs = [code._job(problem, body) for (_, problem), body in zip(some, codes, strict=True)]
+    assert patient.judge(jobs) == [True] * 8
+
+
+@real
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
@@ -357,7 +467,9 @@ def test_every_reference_solution_passes(patient, name, count):
 def test_the_splits_of_the_real_data(patient):
     task = make_task(config(DATA, unsafe_code=False))
     assert [len(task.load(split)) for split in task.splits] == [371, 90, 500]
-    assert not {"mbpp/602", "mbpp/704", "mbpp/872"} & {e.id for e in task.load("train")}
+    used = {e.id for split in task.splits for e in task.load(split)}
+    left_out = {f"mbpp/{n}" for n in range(11, 975)} - used
+    assert left_out == {"mbpp/602", "mbpp/704", "mbpp/872"}
 
 
 # ---- mutations

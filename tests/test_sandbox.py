@@ -45,6 +45,7 @@ def judge():
     "source",
     [
         RIGHT,
+        "import socket\na, b = socket.socketpair()\ndef f(x): return x + a.send(b'1')",
         "f = lambda x: x + 1",
         "import math, re, collections, heapq, itertools\ndef f(x): return math.floor(x + 1.5)",
         "print('hello')\ndef f(x):\n    print(x)\n    return x + 1",
@@ -117,6 +118,8 @@ def test_plain_data_keeps_value_and_type_both_ways(judge, value):
         ("f = lambda x: x * 1.0001", "assert math.isclose(f(2), 2, rel_tol=0.001)"),
         ("f = lambda x: [3, 1, 2]", "assert sorted(f(0)) == [1, 2, 3] and set(f(0)) == {1, 2, 3}"),
         ("f = lambda *, key=1: key + 1", "assert f(key=3) == 4"),
+        ("def f(x): yield from (x, 1)", "assert set(f(4)) == {4, 1} and tuple(f(4)) == (4, 1)"),
+        ("f = lambda x: {x: 1}.keys()", "assert set(f(4)) == {4} and sorted(f(4)) == [4]"),
     ],
 )
 def test_a_test_has_all_of_python(judge, source, test):
@@ -167,6 +170,13 @@ def test_past_the_deadline_nobody_knows(attack):
 @pytest.mark.parametrize("test", ["assert f(3)", "assert not f(3)", "assert f(3) != 5"])
 def test_an_object_is_neither_true_nor_different(judge, test):
     assert judge(job("def f(x): return object()", test)) is False
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_endless_object_ends_with_its_cpu(judge):
+    assert judge(job("def f(x):\n    while True: yield x", "assert 3 in f(3)")) is False
+    assert judge(job(RIGHT)) is True
 
 
 def test_network_of_this_machine(judge):

@@ -120,7 +120,13 @@ def formatted(response: str) -> bool:
 
 
 def answer_of(response: str) -> str | None:
-    """The text of the last closed `<answer>` block, without white space around it, or None.
+    """The text of `block_of`, without white space around it, or None."""
+    block = block_of(response)
+    return None if block is None else block.strip()
+
+
+def block_of(response: str) -> str | None:
+    """All of the last closed `<answer>` block, white space included, or None.
 
     None too where it contains an id that is no token (`Text.decode`).
     """
@@ -129,8 +135,8 @@ def answer_of(response: str) -> str | None:
         return None
     start += len("<answer>")
     end = response.find("</answer>", start)  # a later, stray closing tag closes nothing
-    answer = response[start:end].strip()
-    return None if UNKNOWN_TOKEN.search(answer) else answer
+    block = response[start:end]
+    return None if UNKNOWN_TOKEN.search(block) else block
 
 
 def lenient_verdicts(
@@ -148,12 +154,12 @@ def lenient_verdicts(
     """
     read: dict[int, str] = {}
     for i, response in enumerate(responses):
-        answer = answer_of(response)
+        answer = block_of(response)
         if correct[i] or (ended[i] and answer is not None):
             continue
         if answer is None and task.read_answer:
             answer = task.read_answer(examples[i], response)
-        if answer:
+        if answer and not answer.isspace():
             read[i] = f"<answer>{answer}</answer>"
     judged = task.verify([examples[i] for i in read], list(read.values())) if read else []
     verdicts = dict(zip(read, judged, strict=True))

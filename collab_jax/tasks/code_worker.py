@@ -4,7 +4,8 @@ Run as a script; imports the standard library alone. `solution` executes what a 
 and then does what it is asked: it gives names of it, calls them, and reads and sets attributes.
 `checker` executes the tests, and says whether they hold. All that passes between the two is plain
 data, in JSON: what is no plain data stays with the solution, as an object that the tests can only
-call, or give back to it. So a test compares data alone, in a process in which no solution runs.
+call, iterate, or give back to it. So a test compares data alone, in a process in which no solution
+runs.
 
 A message is its length, four bytes, and JSON.
 """
@@ -17,7 +18,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MAX_MESSAGE = 4 << 20  # bytes
@@ -126,7 +127,7 @@ def serve_solution(channel: socket.socket, seconds: int) -> None:
     """Answers each request by [whether it worked, value]; it has so many seconds of CPU in all.
 
     A request is [name, arguments ...]: run SOURCE, which comes first; then get NAME, call OBJECT
-    ARGS KWARGS, getattr OBJECT NAME, setattr OBJECT NAME VALUE.
+    ARGS KWARGS, list OBJECT, getattr OBJECT NAME, setattr OBJECT NAME VALUE.
     """
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # hard: no handler helps
     objects: list[Any] = []
@@ -140,6 +141,7 @@ def serve_solution(channel: socket.socket, seconds: int) -> None:
         "run": lambda source: exec(compile(source, "solution", "exec"), scope),
         "get": lambda name: scope[name],
         "call": lambda function, args, kwargs: function(*args, **kwargs),
+        "list": list,
         "getattr": getattr,
         "setattr": setattr,
     }
@@ -157,7 +159,7 @@ def serve_solution(channel: socket.socket, seconds: int) -> None:
 
 
 class Remote:
-    """An object of the solution that is no plain data: to be called, or given back.
+    """An object of the solution that is no plain data: to be called, iterated or given back.
 
     It compares to nothing, and is neither true nor false: a test learns nothing from it but through
     plain data.
@@ -168,6 +170,10 @@ class Remote:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._ask("call", self, args, kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        """What a generator or a view yields, all at once: an endless one ends with its CPU."""
+        return iter(self._ask("list", self))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -5,9 +5,10 @@ in the other, and only plain data passes between them (`code_worker.py`). A solu
 give wrong data, or none, but neither see what a test expects nor say that it holds. Its process is
 made for one verdict, and killed after it; that of the tests stays, unless something stops it.
 
-In a sandbox there is no network, no other process and no file but the standard library and an empty
-/tmp in memory, and nobody has a capability. No process, thread or socket can be made (seccomp), and
-CPU seconds, memory, sizes and open files are limited. The wall clock is this process's: after
+In a sandbox there is no network, no other process and no file but the system's libraries, Python's
+and an empty /tmp in memory, and nobody has a capability. No process, thread or socket can be made
+but a pair of connected ones (seccomp), and CPU seconds, memory, sizes and open files are limited.
+CPU seconds alone limit how many empty files are made. The wall clock is this process's: after
 DEADLINE both processes are killed.
 """
 
@@ -34,6 +35,7 @@ from collab_jax.tasks.base import TaskError
 
 WORKER = pathlib.Path(code_worker.__file__)
 WORKER_INSIDE = "/code_worker.py"  # in a sandbox, which is not to tell where the project is
+HOST = "sandbox"  # the name of the machine, as a sandbox is told
 DEADLINE = 30.0  # seconds of a verdict, by the wall clock
 START = 60.0  # seconds a process may take to start, on a busy machine
 MAX_SOURCE = 64 << 10  # characters; a longer solution is wrong, unread
@@ -68,14 +70,17 @@ class Job(NamedTuple):
 
 # System calls by machine, as {name: number}: what starts a process or a thread, opens a namespace
 # or a socket (no network namespace confines those to the host of a virtual machine), takes memory
-# beyond RLIMIT_AS (System V's, files in memory), reaches into another process, or is a part of the
-# kernel that no solution needs.
+# beyond RLIMIT_AS and the size of /tmp (System V's, files in memory, extended attributes, nodes,
+# links, folders), reaches into another process, or is a part of the kernel that no solution needs.
 _X86_64 = {
     "fork": 57, "vfork": 58, "clone": 56, "clone3": 435, "unshare": 272, "setns": 308, "socket": 41,
     "shmget": 29, "msgget": 68, "semget": 64, "memfd_create": 319, "memfd_secret": 447,
     "mount": 165, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311,
     "pidfd_getfd": 438, "add_key": 248, "request_key": 249, "keyctl": 250, "bpf": 321,
     "userfaultfd": 323, "perf_event_open": 298, "io_uring_setup": 425,
+    "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "setxattrat": 463,
+    "mknod": 133, "mknodat": 259, "link": 86, "linkat": 265, "symlink": 88, "symlinkat": 266,
+    "mkdir": 83, "mkdirat": 258,
 }  # fmt: skip
 _AARCH64 = {
     "clone": 220, "clone3": 435, "unshare": 97, "setns": 268, "socket": 198,
@@ -83,6 +88,8 @@ _AARCH64 = {
     "mount": 40, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271,
     "pidfd_getfd": 438, "add_key": 217, "request_key": 218, "keyctl": 219, "bpf": 280,
     "userfaultfd": 282, "perf_event_open": 241, "io_uring_setup": 425,
+    "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "setxattrat": 463,
+    "mknodat": 33, "linkat": 37, "symlinkat": 36, "mkdirat": 34,
 }  # fmt: skip
 _MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 
@@ -133,6 +140,7 @@ def _confined(bwrap: str) -> list[str]:
     hidden = [path for path in (libraries, "/usr/lib/python3/dist-packages") if os.path.isdir(path)]
     return [
         *(bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"),
+        *("--hostname", HOST),
         *("--cap-drop", "ALL"),  # root would keep its capabilities, in a namespace of its own
         *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"),  # a Python may lie below
         *(word for path in readable for word in ("--ro-bind", path, path)),
