@@ -312,12 +312,12 @@ def last_letter(response: str, read: Callable[[str], str | None] = letter) -> st
     if found := read(_last_statement(text) or ""):
         return found
     lines = text.splitlines() or [""]
-    letters = [read(line) for line in lines]
-    if letters[-1] == lines[-1].strip(" .*()"):
-        return letters[-1]
-    ends = letters[-1:] if len(response) > LENGTH else [letters[0], letters[-1]]
+    of_lines = [read(line) for line in lines]
+    if of_lines[-1] == lines[-1].strip(" .*()"):
+        return of_lines[-1]
+    ends = of_lines[-1:] if len(response) > LENGTH else [of_lines[0], of_lines[-1]]
     chosen = set(ends) - {None}
-    return chosen.pop() if len(chosen) == 1 and len(set(letters) - {None}) == 1 else None
+    return chosen.pop() if len(chosen) == 1 and len(set(of_lines) - {None}) == 1 else None
 
 
 def last_line(response: str) -> str | None:
