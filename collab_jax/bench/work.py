@@ -129,12 +129,9 @@ def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
     size = FIRST + ticks - 1
     if size > min(cfg.hidden_size, cfg.vocab_size):
         raise ValueError(f"a clock of {ticks} ticks does not fit {cfg.hidden_size} wide")
-    for name, layer in params.items():
-        if name.startswith("layers_"):
-            layer["self_attn"]["o_proj"]["kernel"] = np.zeros_like(
-                layer["self_attn"]["o_proj"]["kernel"]
-            )
-            layer["mlp"]["down_proj"]["kernel"] = np.zeros_like(layer["mlp"]["down_proj"]["kernel"])
+    layers = params["layers"]
+    layers["self_attn"]["o_proj"]["kernel"][:] = 0
+    layers["mlp"]["down_proj"]["kernel"][:] = 0
     embedding = np.zeros_like(params["embed_tokens"]["embedding"])
     embedding[range(size), range(size)] = 1
     logits = np.zeros((size, cfg.vocab_size), np.float32)

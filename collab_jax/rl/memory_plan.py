@@ -110,8 +110,8 @@ def _adapted_width(cfg: DecoderConfig, adapter: Adapter) -> int:
     They are kept beside those of the projections: XLA adds the two where it uses the sum.
     """
     trained = _plain_shapes(cfg, adapter)[0] if adapter.rank else {}
-    modules = trained.get("layers_0", {}).values()
-    return sum(leaf["lora_b"].shape[1] for module in modules for leaf in module.values())
+    modules = trained.get("layers", {}).values()
+    return sum(leaf["lora_b"].shape[-1] for module in modules for leaf in module.values())
 
 
 # ----------------------------------------------------------------------- what a backward pass keeps
@@ -133,6 +133,8 @@ def _result_buffers(jaxpr, inputs: list) -> list:
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
         if inner is not None:
             made = _result_buffers(getattr(inner, "jaxpr", inner), operands)
+            if eqn.primitive.name == "scan":
+                made = _stacked(made, eqn)
         elif eqn.primitive.name in _VIEWS:
             made = operands[:1]
         else:
@@ -140,6 +142,16 @@ def _result_buffers(jaxpr, inputs: list) -> list:
         buffers.update(zip(eqn.outvars, made, strict=True))
     return [
         buffers.get(v, nothing) if not isinstance(v, Literal) else nothing for v in jaxpr.outvars
+    ]
+
+
+def _stacked(made: list, scan) -> list:
+    """The buffers of a scan's results, from those of one pass: what passes leave lies stacked."""
+    carried = scan.params["num_carry"]
+    stacks = {buffer: object() for buffer, _ in made}
+    return made[:carried] + [
+        (stacks[buffer], v.aval.size * v.aval.dtype.itemsize)
+        for (buffer, _), v in zip(made[carried:], scan.outvars[carried:], strict=True)
     ]
 
 
