@@ -45,7 +45,10 @@ def _unfolded(cfg: DecoderConfig, layers: Layers) -> Layers:
     leaves, tree = jax.tree.flatten(layers)
     # Unlike that of indexing, the gradient of a split is one concatenation.
     apart = [jax.lax.split(leaf, (1,) * cfg.num_layers) for leaf in leaves]
-    return tuple(tree.unflatten([x[0] for x in layer]) for layer in zip(*apart, strict=True))
+    return tuple(
+        tree.unflatten([jax.lax.squeeze(leaf, (0,)) for leaf in layer])
+        for layer in zip(*apart, strict=True)
+    )
 
 
 def over_layers(cfg: DecoderConfig, body: Callable, carry: Any, layers: Layers) -> tuple[Any, Any]:

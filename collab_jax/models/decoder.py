@@ -1,8 +1,8 @@
 """The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward`, with an explicit KV cache.
 
-The cache comes in segments. Linen declares the names and shapes of a block; callers
-see functions of (params, cfg, ...). Parameters of all blocks are stacked, and the blocks are one
-loop (`blocks.py`). Names mirror Hugging Face's (`layers/self_attn/q_proj/kernel`), so that import
+The cache comes in segments. Linen declares names and shapes of a block only; callers see functions
+of (params, cfg, ...). Parameters of all blocks are stacked, and a program has one loop over them
+(`blocks.py`). Names mirror Hugging Face's (`layers/self_attn/q_proj/kernel`), so that import
 and export are one rename rule (`hf.py`). The three families differ in three switches of
 `DecoderConfig`: `qkv_bias` (Qwen2.5), `qk_norm` (Qwen3) and `rope_scaling` (Llama 3.x).
 
@@ -188,7 +188,10 @@ class Attention(nn.Module):
             pieces.append((keys, values, mask[:, :, start : start + keys.shape[3]]))
             start += keys.shape[3]
         y = _attend(q.reshape(B, t, K, N // K, H), pieces).reshape(B, t, N * H)
-        return Dense(cfg, cfg.hidden_size, cfg.output_bias, name="o_proj")(y), open or (k, v)
+        return Dense(cfg, cfg.hidden_size, cfg.output_bias, name="o_proj")(y), (
+            k,
+            v,
+        ) if open is None else open
 
 
 class MLP(nn.Module):

@@ -116,7 +116,15 @@ def _adapted_width(cfg: DecoderConfig, adapter: Adapter) -> int:
 
 # ----------------------------------------------------------------------- what a backward pass keeps
 
-_VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "stop_gradient")
+_VIEWS = (
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "transpose",
+    "broadcast_in_dim",
+    "stop_gradient",
+    "split",
+)
 
 
 def _result_buffers(jaxpr, inputs: list) -> list:
@@ -136,7 +144,7 @@ def _result_buffers(jaxpr, inputs: list) -> list:
             if eqn.primitive.name == "scan":
                 made = _stacked(made, eqn)
         elif eqn.primitive.name in _VIEWS:
-            made = operands[:1]
+            made = operands[:1] * len(eqn.outvars)
         else:
             made = [(object(), v.aval.size * v.aval.dtype.itemsize) for v in eqn.outvars]
         buffers.update(zip(eqn.outvars, made, strict=True))
