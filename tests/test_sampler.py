@@ -55,7 +55,7 @@ def random_params(cfg, seed):
         return {
             "scale": 1 + 0.3 * noise,
             "embedding": noise,
-            "kernel": 1.5 * noise / leaf.shape[-2] ** 0.5,
+            "kernel": 1.5 * noise / leaf.shape[-2:][0] ** 0.5,
         }[path[-1]]
 
     flat = traverse_util.flatten_dict(shapes)
