@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from collab_jax.models import decoder, layers, logprobs
+from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.decoder_config import RopeScaling
 
@@ -39,11 +39,13 @@ def random_params(cfg):
             "scale": lambda: 1 + 0.3 * noise,
             "bias": lambda: 0.3 * noise,
             "embedding": lambda: noise,
-            "kernel": lambda: 1.5 * noise / leaf.shape[-2] ** 0.5,
+            "kernel": lambda: 1.5 * noise / leaf.shape[0] ** 0.5,
         }[path[-1]]()
 
-    flat = traverse_util.flatten_dict(shapes)
-    return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in flat.items()})
+    params = empty(shapes, "float32")
+    for path, leaf in sorted(unstacked(params).items()):
+        leaf[...] = one(path, leaf)
+    return params
 
 
 def random_tokens(*shape, seed=1):
