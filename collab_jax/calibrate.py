@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
         marker=args.marker,
     )
     print(describe(calibration, collab_config.write(args.out, config)))
+    if "local_grade" in table:
+        print("answers have grades: an accuracy here is the share of them that count as right")
     if held_out:
         outcome = check(calibration.bias, held_out, args.margin_only)
         print(f"on the {len(held_out['id'])} prompts held out: {outcome}")

@@ -16,6 +16,7 @@
     ended              bool              the response was not cut off; default True
     formatted          bool              it is well formed; default True
     lenient_correct    bool              the answer is right, tags or not
+    lenient_grade      float             how right it is, 0 to 1, tags or not
     unjudged           bool              the verifier could not judge it: it counts as wrong
     cloud_known        bool              the call succeeded, its answer was judged; default True
     tokens             int       tokens  of the device's response, EOS in
@@ -90,6 +91,7 @@ TYPES = {
     "ended": "bool",
     "formatted": "bool",
     "lenient_correct": "bool",
+    "lenient_grade": "float",
     "unjudged": "bool",
     "cloud_known": "bool",
     "tokens": "int",
@@ -124,7 +126,10 @@ def type_of(column: str) -> str | None:
 
 
 def outcomes(records: Records, side: str) -> np.ndarray:
-    """The grades f64[n] of the answers of a side (local, cloud, natural), else bool[n]: right."""
+    """The grades f64[n] of the answers of a side, else bool[n]: whether they are right.
+
+    side: local, lenient, cloud or natural.
+    """
     grade = f"{side}_grade"
     return records[grade if grade in records else f"{side}_correct"]
 

@@ -161,8 +161,9 @@ def get_config() -> ConfigDict:
     config.algorithm.reward = "hierarchical"  # hierarchical | task: the cloud counts as wrong
     # gapg (leave-one-out) | grpo | dr_grpo | standard (grpo, tokens summed)
     config.algorithm.advantage = "gapg"
-    # responses of a group that may not call: they learn to solve, the others when to call; 0: none
-    config.algorithm.solo = 0
+    # sampled: by comparing responses, of which some call | scored: by the verdict on each attempt,
+    # at a price that holds the budget (rl/scoring.py)
+    config.algorithm.decision = "sampled"
     # d1d2 | mixed (D1 without what is always solved) | zero_variance | none
     config.algorithm.filter = "d1d2"
     # of the share of calls: lagrangian (DA-GRPO) | dual_alpha_c | none

@@ -20,13 +20,14 @@ cores with bf16 instructions compute about twice as fast. The cloud is simulated
 the prompts, with odds that are 20 times as high on the hardest problem as on the easiest.
 
 Training has no filter and averages weights, as configs/countdown_tiny_ours.py does and explains,
-but samples at temperature 1, and moves what a right call earns to bring calls to the budget. At the
-usual 0.5 the call died out within a few steps: it pays only where the model is right less than one
-time in seven, and this one is right nearly half the time on problems like those that it was tuned
-on. Lengths follow from the data, batches from the time that they take. The momentum is lower than
-usual and the control's gain high: with 0.9 calls follow alpha_c some ten steps late, and swung
-between almost none and most responses in four runs; with 0.5 they follow within three, and went
-round between 6 and 52 %, about a mean of 27 %, in the one run of 60 steps that there is.
+but samples at temperature 1. The decision is scored: no response of training calls, and the verdict
+on each attempt says whether it should have, at the price of a call that holds the budget
+(collab_jax/rl/scoring.py). Where calls were sampled they died out within a few steps, or, with
+alpha_c moved to hold them, swung between almost none and half of the responses: this model is right
+nearly half the time on problems like those that it was tuned on, and a call pays only where it is
+right less than one time in seven. Lengths follow from the data, batches from the time that they
+take. Adam's momentum is lower than usual, since what a step does to calls has to be seen by the
+next ones.
 """
 
 import pathlib
@@ -59,11 +60,8 @@ def get_config() -> ConfigDict:
     config.cloud.error_rate = 0.06
     config.cloud.error_skew = 3.0
 
-    config.reward.alpha_c = 1.15  # to begin with; the control moves it
     config.algorithm.filter = "none"
-    config.algorithm.control = "dual_alpha_c"
-    config.algorithm.control_rate = 0.05
-    config.algorithm.control_gain = 2.0
+    config.algorithm.decision = "scored"
     config.optim.learning_rate = 1e-4
     config.optim.momentum = 0.5
     config.optim.average = 0.95

@@ -66,6 +66,26 @@ def cloud_config(**changes) -> ConfigDict:
     return config
 
 
+# ---------------------------------------------------------------- tasks
+
+
+def task_config(folder: pathlib.Path, name: str, **changes) -> ConfigDict:
+    """The common config with the task `name` of files in a folder; changes: of its `task`.
+
+    The simulated cloud is never wrong.
+    """
+    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
+    settings = {"name": name, "data_dir": str(folder), "prompt": "{problem}"}
+    config.task.update(settings | changes)
+    config.cloud.error_rate = 0.0
+    return config
+
+
+def answered(text: str) -> str:
+    """A response in the format."""
+    return f"<think> so </think><answer> {text} </answer>"
+
+
 # ---------------------------------------------------------------- records
 
 

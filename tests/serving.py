@@ -127,9 +127,12 @@ class Reciter:
         self.ready.set()
         self.jobs, self.cancelled = [], []
 
-    def submit(self, job):
+    def check_room(self):
         if self.full:
             raise Busy(0.25)
+
+    def submit(self, job):
+        self.check_room()
         self.jobs.append(job)
         threading.Thread(target=self._recite, args=(job,), daemon=True).start()
 

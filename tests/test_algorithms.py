@@ -100,13 +100,6 @@ def test_only_grpo_weighs_a_response_by_its_length():
     )
 
 
-def test_kinds_of_responses_are_not_measured_against_each_other():
-    both = algorithms.by_kind(algorithms.standard_advantage, 2)(R, MASK)
-    np.testing.assert_allclose(both[:, :2], gapg.advantage(R[:, :2], MASK[:, :2]))
-    np.testing.assert_allclose(both[:, 2:], algorithms.standard_advantage(R[:, 2:], MASK[:, 2:]))
-    assert algorithms.by_kind(gapg.advantage, 0) is gapg.advantage
-
-
 def test_standard_advantage_of_equal_rewards_is_zero_whatever_rounding_makes_of_their_mean():
     assert not np.asarray(algorithms.standard_advantage(jnp.full((1, 7), 0.2), None)).any()
     np.testing.assert_allclose(

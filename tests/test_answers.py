@@ -359,15 +359,15 @@ def lenient_task(read_answer, asked):
     return Task("t", lambda split: [], ask, ask, verify, read_answer=read_answer)
 
 
-def test_lenient_correct_compares_only_what_the_verifier_has_not_seen():
+def test_lenient_verdicts_compare_only_what_the_verifier_has_not_seen():
     asked = []
     task = lenient_task(lambda example, response: prose.last_answer(response), asked)
     responses = ["<answer>9</answer>", "it is 9", "<answer>8</answer> 9", "it is 8", "none", ""]
     cut_off = ["<answer>9</answer> and so on and", "so 9 and"]
     examples = [Example(str(i), "", None) for i in range(8)]
     correct, ended = [True] + [False] * 7, [True] * 6 + [False] * 2
-    right = base.lenient_correct(task, examples, responses + cut_off, correct, ended)
-    assert right == [True, True, False, False, False, False, True, True]
+    found = base.lenient_verdicts(task, examples, responses + cut_off, correct, ended)
+    assert [v and v.correct for v in found] == [None, True, None, False, None, None, True, True]
     assert asked == [f"<answer>{n}</answer>" for n in (9, 8, 9, 9)]
 
 
@@ -375,11 +375,8 @@ def test_a_task_that_reads_nothing_without_tags_is_as_strict_as_its_verifier():
     asked = []
     examples = [Example("a", "", None), Example("b", "", None)]
     task = lenient_task(None, asked)
-    assert base.lenient_correct(task, examples, ["it is 9", "9"], [True, False], [True] * 2) == [
-        True,
-        False,
-    ]
-    assert not asked
+    found = base.lenient_verdicts(task, examples, ["it is 9", "9"], [True, False], [True] * 2)
+    assert found == [None, None] and not asked
 
 
 def test_each_part_of_a_mix_reads_in_its_own_way():

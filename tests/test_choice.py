@@ -2,11 +2,11 @@
 
 import gzip
 import json
-import runpy
 from collections import Counter
 
 import pytest
 from conftest import ROOT
+from fakes import answered, task_config, write_rows
 
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, choice, make_task, prose
@@ -42,16 +42,6 @@ def listed(text):
     return [answer.strip() for line in text.strip().split("\n") for answer in line.split(" | ")]
 
 
-def answered(text):
-    return f"<think> so </think><answer> {text} </answer>"
-
-
-def config(folder, name="choices", **changes):
-    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
-    config.task.update(name=name, data_dir=str(folder), prompt="{problem}", **changes)
-    return config
-
-
 def row(number, choices=("red", "green", "blue"), answer="A", **more):
     problem = f"Which colour has room {'ixvlcdm'[number % 7] * (1 + number // 7)}?"
     return {
@@ -61,10 +51,6 @@ def row(number, choices=("red", "green", "blue"), answer="A", **more):
         "answer": answer,
         **more,
     }
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("answer", listed(C_IS_CHOSEN))
@@ -110,9 +96,9 @@ def test_choices_that_speak_of_places_stay_in_theirs(last):
 
 
 def test_questions_of_ones_own_are_trained_on(tmp_path):
-    write(tmp_path / "choices_train.jsonl", [row(i, type="rooms") for i in range(100)])
-    write(tmp_path / "choices_test.jsonl", [row(i) for i in range(4)])
-    task = make_task(config(tmp_path))
+    write_rows(tmp_path / "choices_train.jsonl", [row(i, type="rooms") for i in range(100)])
+    write_rows(tmp_path / "choices_test.jsonl", [row(i) for i in range(4)])
+    task = make_task(task_config(tmp_path, "choices"))
     train, validation, test = (task.load(split) for split in ("train", "validation", "test"))
     assert len(train) + len(validation) == 100 and len(validation) in range(4, 20)
     assert {e.stratum for e in train} == {"rooms"} and {e.task for e in train} == {"choices"}
@@ -140,16 +126,16 @@ def test_questions_of_ones_own_are_trained_on(tmp_path):
     ],
 )
 def test_rows_that_are_no_questions_are_named(tmp_path, bad, says):
-    write(tmp_path / "choices_test.jsonl", [row(0) | bad])
+    write_rows(tmp_path / "choices_test.jsonl", [row(0) | bad])
     with pytest.raises(UserError, match=says):
-        make_task(config(tmp_path)).load("test")
+        make_task(task_config(tmp_path, "choices")).load("test")
 
 
 def test_files_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no choices_train.jsonl or choices_train.jsonl.gz"):
-        make_task(config(tmp_path)).load("validation")
+        make_task(task_config(tmp_path, "choices")).load("validation")
     with pytest.raises(UserError, match="'mmlu' has no train split"):
-        make_task(config(tmp_path, "mmlu")).load("train")
+        make_task(task_config(tmp_path, "mmlu")).load("train")
 
 
 @pytest.mark.slow
@@ -160,8 +146,8 @@ def test_mmlu_is_shuffled_fairly_as_training_questions(tmp_path):
         pytest.skip("benchmark data is not part of the repository")
     with gzip.open(file, "rt") as lines:
         rows = [json.loads(line) for line in lines]
-    write(tmp_path / "choices_train.jsonl", rows)
-    task = make_task(config(tmp_path))
+    write_rows(tmp_path / "choices_train.jsonl", rows)
+    task = make_task(task_config(tmp_path, "choices"))
     examples = task.load("train") + task.load("validation")
     assert len(examples) == 14042 and len({e.stratum for e in examples}) == 57
     by_id = {r["id"]: r for r in rows}

@@ -76,6 +76,9 @@ def test_cost_frontier_by_hand():
     assert costs.cost_frontier(r, TRACE_SCORE, prices, "prompt").accuracy == pytest.approx(
         curves.frontiers({"x": [(r, TRACE_SCORE)]}, resamples=1).accuracy["x"][0]
     )
+    grades = {"local_grade": np.array([0.5, 0, 1, 0]), "cloud_grade": np.array([1, 0.25, 1, 1])}
+    got = costs.cost_frontier(r | grades, TRACE_SCORE, prices, "prompt", budgets=[0, 1])
+    assert got.accuracy == pytest.approx([1.5 / 4, 3.25 / 4])
 
 
 def test_absent_columns_are_named():

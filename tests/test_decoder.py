@@ -325,9 +325,14 @@ def test_a_chunk_bars_its_own_tokens(T, chunk):
     hidden = np.random.default_rng(4).standard_normal((2, T, cfg.hidden_size)).astype(np.float32)
     targets = random_tokens(2, T)
     barred = np.where(np.arange(2 * T).reshape(2, T) % 3 == 0, (targets + 1) % cfg.vocab_size, -1)
-    got = logprobs.token_logprobs(params, cfg, hidden, targets, 1.3, chunk, jnp.asarray(barred))
+    got, odds = logprobs.barred_scores(
+        params, cfg, hidden, targets, jnp.asarray(barred), 1.3, chunk
+    )
     scaled = np.array(decoder.logits(params, cfg, hidden)) / 1.3
     rows, columns = np.nonzero(barred >= 0)
+    p = jax.nn.softmax(scaled)[rows, columns, barred[rows, columns]]
+    np.testing.assert_allclose(odds[rows, columns], np.log(p / (1 - p)), atol=2e-5)
+    assert (np.asarray(odds)[barred < 0] == -np.inf).all()
     scaled[rows, columns, barred[rows, columns]] = -np.inf
     want = jax.nn.log_softmax(scaled)
     want = np.take_along_axis(np.asarray(want), np.asarray(targets)[..., None], 2)[..., 0]

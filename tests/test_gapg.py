@@ -405,11 +405,11 @@ def test_cut_lengths_by_hand():
 def test_work_is_that_of_the_responses_that_have_a_gradient():
     """Counted in micro-batches by what a spy on the decoder is given, at run time."""
     seen = []
-    real = logprobs.continued_logprobs
+    real = logprobs.continued_hidden
 
-    def spy(params, cfg, last, prompt, prompt_mask, responses, *rest):
+    def spy(params, cfg, last, prompt, prompt_mask, responses):
         jax.debug.callback(lambda _: seen.append(responses.shape), responses[0, 0])
-        return real(params, cfg, last, prompt, prompt_mask, responses, *rest)
+        return real(params, cfg, last, prompt, prompt_mask, responses)
 
     batch = rollout()
     length = np.full((Q, G), 1)
@@ -417,7 +417,7 @@ def test_work_is_that_of_the_responses_that_have_a_gradient():
     batch = batch.replace(mask=np.arange(NEW) < length[..., None])
     batch.correct[:], batch.called[:], batch.formatted[:] = F, F, T
     batch.correct[4, 0] = batch.correct[5] = T  # only prompt 4 has both kinds; all of 5 are right
-    with mock.patch.object(logprobs, "continued_logprobs", spy):
+    with mock.patch.object(logprobs, "continued_hidden", spy):
         _, metrics = one_step(batch, devices=1, micro_rows=2, lengths=(2, NEW))
     jax.effects_barrier()
     assert metrics["kept"] - metrics["no_signal"] == 1
@@ -438,16 +438,6 @@ def test_dropped_prompts_and_pad_columns_change_nothing(stepped):
     assert (tokens != batch.tokens).any()
     other, _ = one_step(batch.replace(tokens=tokens))
     assert_close(other.params, stepped[0].params, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.slow
-def test_share_of_calls_is_among_the_responses_that_might_call():
-    batch = rollout()
-    free = batch.called.sum() / batch.called.size
-    assert one_step(batch)[1]["call_rate"] == pytest.approx(free)
-    barred = np.full(batch.tokens.shape, -1, np.int32)
-    barred[:, 0, 0] = 3  # one of G = 3 responses could not call at its first token
-    assert one_step(batch.replace(barred=barred))[1]["call_rate"] == pytest.approx(free * 3 / 2)
 
 
 def test_no_kept_prompt_is_no_update():

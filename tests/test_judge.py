@@ -1,19 +1,15 @@
-"""Open questions: rubrics, grades through the whole chain, a judge's agreement with people."""
+"""Open questions: rubrics, and grades through the whole chain."""
 
 import json
 import logging
-import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
-from fakes import F, T, make_table, write_rows
+from fakes import F, T, answered, make_table, task_config, write_rows
 
 from collab_jax import gapg, records, train
-from collab_jax import judge as command
-from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import CachedCloud, Failure, Reply, Store
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
@@ -32,17 +28,6 @@ brief = "It is one sentence."
 """
 MARKER = "<unknown> I need external assistance </unknown>"
 CALLED = Verdict(False, True, False)
-
-
-def answered(text):
-    return f"<think> so </think><answer> {text} </answer>"
-
-
-def config(folder, **changes):
-    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
-    config.task.update(name="jsonl", data_dir=str(folder), prompt="{problem}", **changes)
-    config.cloud.error_rate = 0.0
-    return config
 
 
 @pytest.fixture
@@ -74,7 +59,7 @@ class Fake:
 
 def verifier(folder, way, say, right_from=0.5):
     """(examples, verify, the fake cloud) of a judge that says `say(content)`."""
-    task = make_task(config(folder, judge="fake"))
+    task = make_task(task_config(folder, "jsonl", judge="fake"))
     fake = Fake(say)
     cloud = CachedCloud(fake, Store(folder / "c.sqlite"))
     return task.load("test"), judge.verify_by(task, cloud, MARKER, way, right_from), fake
@@ -145,12 +130,12 @@ def test_a_rubric_without_a_scale_is_told_and_grades_by_met_or_not(tmp_path, cap
 
 def test_settings_that_do_not_go_together_are_refused(folder):
     with pytest.raises(UserError, match="name config.task.judge too"):
-        make_task(config(folder, rubric=str(folder / "rubric.toml")))
+        make_task(task_config(folder, "jsonl", rubric=str(folder / "rubric.toml")))
     for bad in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match="right_from=.* must lie in"):
-            make_task(config(folder, right_from=bad))
+            make_task(task_config(folder, "jsonl", right_from=bad))
     (folder / "c.toml").write_text("compare = true\n[criteria]\nbetter = 'It says more.'")
-    settings = config(folder, judge="m", rubric=str(folder / "c.toml"))
+    settings = task_config(folder, "jsonl", judge="m", rubric=str(folder / "c.toml"))
     with pytest.raises(UserError, match="compares answers, which .*simulated.* cannot"):
         judge.judged(settings, make_task(settings), folder / "c.sqlite")
 
@@ -207,7 +192,7 @@ def test_a_comparison_is_made_in_both_orders(folder):
 
 
 def test_the_simulated_cloud_grades_by_the_reference(folder):
-    settings = config(folder, judge="sim", rubric=str(folder / "rubric.toml"))
+    settings = task_config(folder, "jsonl", judge="sim", rubric=str(folder / "rubric.toml"))
     task = judge.judged(settings, make_task(settings), folder / "c.sqlite")
     town, poem = task.load("test")
     verdicts = task.verify([town, town, poem], [answered(x) for x in ("delhi", "Rome", "roses")])
@@ -272,6 +257,8 @@ def test_a_graded_run_ends_in_a_report_of_means(small, tmp_path):
     after = report["after"]
     assert after["local_accuracy"]["value"] == pytest.approx(table["local_grade"].mean())
     assert after["right"]["local"]["value"] == table["local_correct"].mean()
+    assert (table["lenient_grade"] >= table["local_grade"]).all()
+    assert after["lenient_accuracy"]["value"] == pytest.approx(table["lenient_grade"].mean())
     steps = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 <= step["local_grade"] <= 1 for step in steps)
     assert any(step["local_grade"] != step["local_accuracy"] for step in steps)
@@ -326,86 +313,11 @@ def test_replay_and_frontier_agree_on_grades():
     assert f.at("x", 0.4)[0] == pytest.approx(3.8 / 5)
 
 
-# ---- agreement with people
-
-
-def verdicts_of(*grades):
-    return [
-        Verdict(False, False, True, unjudged=True)
-        if grade is None
-        else Verdict(grade >= 0.5, False, True, grade=grade)
-        for grade in grades
-    ]
-
-
-def test_agreement_by_hand():
-    people = [1.0, 1.0, 0.0, 0.0, 0.5]
-    got = command.agreement(people, verdicts_of(1.0, 0.25, 0.0, 0.5, None), 0.5)
-    assert (got["n"], got["unjudged"]) == (5, 1)
-    assert got["agreement"]["value"] == 0.5  # the first and the third of four
-    assert got["kappa"] == 0.0  # each says right of two of four: by chance 1/2
-    assert got["mean_absolute_difference"] == pytest.approx((0 + 0.75 + 0 + 0.5) / 4)
-    assert got["bias"]["value"] == pytest.approx((0 - 0.75 + 0 + 0.5) / 4)
-    # Ranks 3.5, 3.5, 1.5, 1.5 and 4, 2, 1, 3.
-    assert got["rank_correlation"] == pytest.approx(2 / 20**0.5)
-    perfect = command.agreement([1.0, 0.0], verdicts_of(1.0, 0.0), 0.5)
-    assert perfect["kappa"] == 1.0 and perfect["rank_correlation"] == pytest.approx(1)
-    alike = command.agreement([1.0, 1.0], verdicts_of(1.0, 1.0), 0.5)
-    assert alike["kappa"] is None and alike["rank_correlation"] is None
-    with pytest.raises(UserError, match="none of the 1 answers could be judged"):
-        command.agreement([1.0], verdicts_of(None), 0.5)
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["{", "[]", '{"id": "a", "text": "x"}', '{"id": "a", "text": "x", "label": 2}',
-     '{"id": "a", "text": 3, "label": 1}', '{"text": "x", "label": 1}',
-     '{"id": "a", "text": "x", "label": "yes"}', '{"id": "a", "text": "x", "label": NaN}'],
-)  # fmt: skip
-def test_a_bad_label_is_named_by_its_line(tmp_path, line):
-    good = json.dumps({"id": "a", "text": "x", "label": True})
-    (tmp_path / "l.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(UserError, match=r"l.jsonl, line 2: it must be an object with id, text"):
-        command.read_labels(tmp_path / "l.jsonl")
-
-
-def test_a_judge_behind_an_api_is_compared_with_people(folder, tmp_path, monkeypatch, capsys):
-    """60 labelled answers, a judge that is wrong on 6 of them and chats about 3."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    settings = config(folder, judge="grader", rubric=str(folder / "rubric.toml"))
-    settings.cloud.update(kind="openai", key_env="", prices=(("grader", 1.0, 2.0),))
-    texts = [answered(f"answer {i:02}") for i in range(60)]
-    labels = [{"id": "ab"[i % 2], "text": t, "label": i % 3 == 0} for i, t in enumerate(texts)]
-    write_rows(tmp_path / "labels.jsonl", labels)
-
-    def say(content):
-        i = int(content.split("<answer>answer ")[1][:2])
-        if i in (10, 20, 40):
-            return "A fine answer, on the whole."
-        score = 5 if (i % 3 == 0) != (i < 6) else 1
-        return f"correct: {score}\nbrief: {score}"
-
-    with FaultServer(say) as server:
-        settings.cloud.base_url = server.url
-        path = tmp_path / "labels.jsonl"
-        assert command.main(settings, tmp_path / "run", path, "test") == 0
-        assert server.requests == 60
-        assert command.main(settings, tmp_path / "run", path, "test") == 0
-        assert server.requests == 60  # verdicts are in the store
-    got = json.loads((tmp_path / "run" / "judge.json").read_text())
-    assert (got["n"], got["unjudged"]) == (60, 3)
-    assert got["agreement"]["value"] == pytest.approx(51 / 57)
-    assert "60 answers, of which 3 could not be judged: the judge agrees on" in (
-        capsys.readouterr().out
-    )
-    write_rows(tmp_path / "labels.jsonl", [{"id": "z", "text": "x", "label": 1}])
-    with pytest.raises(UserError, match="1 ids are of no prompt of the test split"):
-        command.main(settings, tmp_path / "run", path, "test")
-
-
 def test_a_reward_that_grades(folder, tmp_path):
     (tmp_path / "mine.py").write_text(GRADES)
-    task = make_task(config(folder, reward=f"{tmp_path}/mine.py:grade", right_from=0.9))
+    task = make_task(
+        task_config(folder, "jsonl", reward=f"{tmp_path}/mine.py:grade", right_from=0.9)
+    )
     example = Example("x", "", {})
     verdicts = task.verify([example] * 4, ["x" * 10, "x" * 8, "unjudged", MARKER])
     assert [v.grade for v in verdicts] == [1.0, 0.8, None, None]

@@ -2,15 +2,13 @@
 
 import dataclasses
 import itertools
-import json
 import operator
-import runpy
 from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from fakes import svamp_row
+from fakes import answered, svamp_row, task_config, write_rows
 
 from collab_jax.cloud import CachedCloud, Failure, Reply, SimulatedCloud, Store, make_cloud
 from collab_jax.rl import training
@@ -21,20 +19,6 @@ from collab_jax.tasks import Example, Verdict, judge, make_task, mix, with_task
 MARKER = "<unknown> I need external assistance </unknown>"
 RIGHT, WRONG = Verdict(True, False, True), Verdict(False, False, True)
 CALLED, UNJUDGED = Verdict(False, True, False), Verdict(False, False, True, unjudged=True)
-
-
-def answered(text):
-    return f"<think> so </think><answer> {text} </answer>"
-
-
-def config(folder, name="mix", **changes):
-    config = runpy.run_path(str(ROOT / "configs" / "common.py"))["get_config"]()
-    config.task.update(name=name, data_dir=str(folder), prompt="Solve: {problem}", **changes)
-    return config
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -54,9 +38,9 @@ def folder(tmp_path):
                 }
                 for i in range(count)
             ]
-            write(tmp_path / f"{name}_{split}.jsonl", rows)
+            write_rows(tmp_path / f"{name}_{split}.jsonl", rows)
     town = {"id": "a", "problem": "A capital?", "answer": "New  Delhi", "type": "towns"}
-    write(tmp_path / "test.jsonl", [town, {"id": "b", "problem": "A poem!"}])
+    write_rows(tmp_path / "test.jsonl", [town, {"id": "b", "problem": "A poem!"}])
     return tmp_path
 
 
@@ -96,7 +80,7 @@ def test_training_prompts_follow_the_weights_and_go_through_each_task_in_its_own
 
 
 def test_a_mix_is_a_task_whose_examples_know_theirs(folder):
-    settings = config(folder, mix=(("math", 2), ("gsm8k", 1)))
+    settings = task_config(folder, "mix", mix=(("math", 2), ("gsm8k", 1)))
     task = make_task(settings)
     examples, held = task.load("train"), task.load("test")
     assert task.name == "mix" and task.weights == {
@@ -119,7 +103,7 @@ def test_a_mix_is_a_task_whose_examples_know_theirs(folder):
         mix.pools(task, [e for e in examples if e.task == "math"])
     sum3 = next(e for e in held if e.id == "math/test3")
     product3 = next(e for e in held if e.id == "gsm8k/test2")
-    assert task.prompt(sum3)[0]["content"] == "Solve: 3+3, test" and task.gold(product3) == "4"
+    assert task.prompt(sum3)[0]["content"] == "3+3, test" and task.gold(product3) == "4"
     settings.task.system = "Be brief."
     told = make_task(settings).prompt(product3)
     assert [message["role"] for message in told] == ["system", "user"]  # once, for all parts
@@ -137,7 +121,7 @@ def test_a_mix_verifies_one_batch_for_each_task(folder):
             calls.append((name, list(responses)))
             return [RIGHT] * len(examples)
 
-        task = make_task(config(folder, name))
+        task = make_task(task_config(folder, name))
         return dataclasses.replace(task, verify=verify, solve_prompt=None)
 
     task = mix.make_task({n: part(n) for n in ("math", "gsm8k")}, {"math": 0.5, "gsm8k": 0.5})
@@ -148,9 +132,9 @@ def test_a_mix_verifies_one_batch_for_each_task(folder):
 
 
 def test_demonstrations_of_a_mix_are_dealt_out_by_weight_each_from_its_own_stream(tmp_path):
-    write(tmp_path / "svamp_train.jsonl", [svamp_row(i) for i in range(60)])
+    write_rows(tmp_path / "svamp_train.jsonl", [svamp_row(i) for i in range(60)])
     parts = {"countdown": 2, "svamp": 1}
-    settings = config(tmp_path, mix=tuple(parts.items()))
+    settings = task_config(tmp_path, "mix", mix=tuple(parts.items()), prompt="Solve: {problem}")
     task = make_task(settings)
     shown = list(itertools.islice(task.demonstrations(3), 30))
     assert [e.task for e, _ in shown[:6]] == ["countdown", "svamp", "countdown"] * 2
@@ -166,18 +150,18 @@ def test_demonstrations_of_a_mix_are_dealt_out_by_weight_each_from_its_own_strea
     assert asked[0] == f"Solve: {' '.join(map(str, numbers))}={target}"
     # Problems that are alike but for numbers stay alike in a mix, in any order of its parts.
     for turned in (parts, dict(reversed(parts.items()))):
-        same = make_task(config(tmp_path, mix=tuple(turned.items()))).template
+        same = make_task(task_config(tmp_path, "mix", mix=tuple(turned.items()))).template
         assert same("Ann has 3 pens.") == same("Ann has 40 pens.") != same("Ann has 3 caps.")
         assert same("1 2 3=6") != same("1 2 4=7")
 
 
 def test_a_mix_with_a_task_without_demonstrations_has_none(folder):
-    assert make_task(config(folder, mix=(("math", 1), ("countdown", 1)))).demonstrations is None
+    settings = task_config(folder, "mix", mix=(("math", 1), ("countdown", 1)))
+    assert make_task(settings).demonstrations is None
 
 
 def test_the_simulated_cloud_answers_a_mix_from_its_gold_answers(folder, tmp_path):
-    settings = config(folder, mix=(("math", 1), ("gsm8k", 1)))
-    settings.cloud.error_rate = 0.0
+    settings = task_config(folder, "mix", mix=(("math", 1), ("gsm8k", 1)))
     task = make_task(settings)
     examples = task.load("train") + task.load("test")
     cloud = make_cloud(settings, task, tmp_path / "c.sqlite")
@@ -207,7 +191,7 @@ def test_the_simulated_cloud_answers_a_mix_from_its_gold_answers(folder, tmp_pat
 )
 def test_bad_mixes_are_refused(folder, changes, says):
     with pytest.raises(UserError, match=says):
-        make_task(config(folder, **changes))
+        make_task(task_config(folder, **{"name": "mix"} | changes))
 
 
 # ---- rows of one's own
@@ -215,13 +199,13 @@ def test_bad_mixes_are_refused(folder, changes, says):
 
 def test_the_template_task(folder):
     with pytest.raises(UserError, match=r"test.jsonl, line 2 has no answer"):
-        make_task(config(folder, "jsonl")).load("test")
+        make_task(task_config(folder, "jsonl")).load("test")
     with pytest.raises(UserError, match=r"no train.jsonl or train.jsonl.gz"):
-        make_task(config(folder, "jsonl")).load("train")
-    task = make_task(config(folder, "jsonl", judge="a-model"))
+        make_task(task_config(folder, "jsonl")).load("train")
+    task = make_task(task_config(folder, "jsonl", judge="a-model"))
     town, poem = task.load("test")
     assert (town.task, town.stratum, task.gold(poem)) == ("jsonl", "towns", None)
-    assert task.prompt(town)[0]["content"] == "Solve: A capital?"
+    assert task.prompt(town)[0]["content"] == "A capital?"
     responses = [
         answered("new delhi"),
         answered("\nNew\u00a0\r\n DELHI\n"),
@@ -254,7 +238,7 @@ def odd(example, response):
 
 def test_a_reward_of_ones_own(folder, tmp_path):
     (tmp_path / "mine.py").write_text(REWARD)
-    of = lambda name: make_task(config(folder, "jsonl", reward=f"{tmp_path}/mine.py:{name}"))  # noqa: E731
+    of = lambda name: make_task(task_config(folder, "jsonl", reward=f"{tmp_path}/mine.py:{name}"))  # noqa: E731
     town, poem = of("picky").load("test")  # without answers too
     responses = [answered("New!"), answered("x"), answered("New"), MARKER]
     verdicts = of("picky").verify([town, town, poem, poem], responses)
@@ -270,12 +254,12 @@ def test_a_reward_of_ones_own(folder, tmp_path):
     with pytest.raises(UserError, match=r"mine.py:odd: example 'a' got 'yes': return a bool"):
         of("odd").verify([town], [answered("x")])
     with pytest.raises(UserError, match=r"must be path/to/file.py:function"):
-        make_task(config(folder, "jsonl", reward="nowhere.py:f"))
+        make_task(task_config(folder, "jsonl", reward="nowhere.py:f"))
     with pytest.raises(UserError, match=r"mine.py has no function 'none'"):
         of("none")
     (tmp_path / "worse.py").write_text("x = 1\ndef f(:\n")
     with pytest.raises(UserError, match=r"worse.py does not load, line 2: invalid syntax"):
-        make_task(config(folder, "jsonl", reward=f"{tmp_path}/worse.py:f"))
+        make_task(task_config(folder, "jsonl", reward=f"{tmp_path}/worse.py:f"))
 
 
 # ---- a judge
@@ -304,7 +288,7 @@ class Fake:
 
 
 def test_a_model_as_judge(folder, tmp_path):
-    task, fake = make_task(config(folder, "jsonl", judge="fake")), Fake()
+    task, fake = make_task(task_config(folder, "jsonl", judge="fake")), Fake()
     verify = judge.verify_by(task, CachedCloud(fake, Store(tmp_path / "c.sqlite")), MARKER)
     town, poem = task.load("test")
     responses = [answered(a) for a in ("good", "bad", "down", "so so", "good")]
@@ -323,7 +307,7 @@ def test_a_model_as_judge(folder, tmp_path):
 
 
 def test_a_judge_by_config_and_a_cloud_answer_that_it_cannot_judge(folder, tmp_path):
-    settings = config(folder, "jsonl", judge="simulated-judge")
+    settings = task_config(folder, "jsonl", judge="simulated-judge")
     settings.cloud.error_rate = 0.0
     task, store = make_task(settings), Store(tmp_path / "c.sqlite")
     judged = judge.judged(settings, task, store.path)

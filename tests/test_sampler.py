@@ -443,14 +443,6 @@ def test_disallowed_marker_is_never_written_at_a_decision_state():
     assert not at_decision(jax.tree.map(lambda x: x[:, None], greedy())).any()
 
 
-@pytest.mark.slow
-def test_solo_responses_are_those_of_a_disallowed_marker_and_the_others_natural():
-    mixed = jax.tree.map(np.asarray, run(PARAMS, CFG, *prompts(), keys(), 0.0, **SAMPLED, solo=2))
-    for part, same in ((slice(0, 2), sampled(float(DISALLOWED))), (slice(2, G), sampled())):
-        np.testing.assert_array_equal(mixed.tokens[:, part], same.tokens[:, part])
-        np.testing.assert_allclose(mixed.logp[:, part], same.logp[:, part], atol=1e-5)
-
-
 def test_log_probs_of_responses_that_could_not_call_are_the_sampled_ones():
     samples = sampled(float(DISALLOWED))
     barred = np.where(samples.margins > -np.inf, DECISION, -1).reshape(-1, T)
@@ -459,9 +451,10 @@ def test_log_probs_of_responses_that_could_not_call_are_the_sampled_ones():
     def forced(barred):
         last, prompt = decoder.prefill(PARAMS, CFG, *prompts())
         rows = samples.tokens.reshape(-1, T)
-        return logprobs.continued_logprobs(
-            PARAMS, CFG, last, prompt, prompts()[1], rows, SAMPLED["temperature"], 5, barred
-        )
+        hidden = logprobs.continued_hidden(PARAMS, CFG, last, prompt, prompts()[1], rows)
+        return logprobs.barred_scores(PARAMS, CFG, hidden, rows, barred, SAMPLED["temperature"], 5)[
+            0
+        ]
 
     mask = samples.mask.reshape(-1, T)
     np.testing.assert_allclose(samples.logp.reshape(-1, T)[mask], forced(barred)[mask], atol=5e-5)

@@ -265,6 +265,21 @@ def test_figures_by_hand():
     assert both["margin"] == pytest.approx((0.8 + 0.4) / 2)
 
 
+def test_figures_of_graded_answers_are_mean_grades():
+    table = make(
+        lenient_correct=[True, False, True, True, False],
+        local_grade=[1.0, 0.2, 0.4, 0.8, 0.0],
+        lenient_grade=[1.0, 0.2, 0.9, 0.8, 0.1],
+        cloud_grade=[1.0, 0.9, 0.1, 0.3, 0.7],
+        natural_grade=[1.0, 0.2, 0.4, 0.8, 0.0],
+    )
+    at = {name: values[0] for name, values in suite.figures([table], 0.2, seed=0).items()}
+    assert at["device"] == pytest.approx(2.4 / 5) and at["lenient"] == pytest.approx(3.0 / 5)
+    assert at["calls"] == 0.4 and at["cloud"] == pytest.approx(3.0 / 5)
+    # The first two call: 1.0 + 0.9 of the cloud. By margin the last one goes: 0.7 for 0.0.
+    assert at["overall"] == pytest.approx(3.1 / 5) and at["margin"] == pytest.approx(3.1 / 5)
+
+
 def test_intervals_are_of_prompts_not_of_samples():
     one = make(50, seed=1)
     alone, twice = (suite.figures([one] * k, 0.3, seed=0) for k in (1, 2))

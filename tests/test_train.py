@@ -278,10 +278,14 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"algorithm__advantage": "ppo"}, r"\['dr_grpo', 'gapg', 'grpo', 'standard'\]"),
         ({"algorithm__filter": "d3"}, r"\['d1d2', 'mixed', 'none', 'zero_variance'\]"),
         ({"algorithm__control_rate": -1.0}, "control_rate"),
-        ({"algorithm__solo": 3}, "algorithm.solo=3 must be 0, or leave"),
+        ({"algorithm__decision": "asked"}, "algorithm.decision='asked'"),
         (
-            {"algorithm__solo": 2, "text__decision_token": ""},
-            "algorithm.solo=2 needs a config.text.decision_token",
+            {"algorithm__decision": "scored", "algorithm__control": "dual_alpha_c"},
+            "decision=scored teaches calls, at a price",
+        ),
+        (
+            {"algorithm__decision": "scored", "text__decision_token": ""},
+            "decision=scored needs a config.text.decision_token",
         ),
         ({"temperature": 0.0}, "temperature"),
         ({"optim__learning_rate": float("nan")}, "learning_rate=nan must be finite"),
@@ -439,3 +443,5 @@ def test_alarm_names_the_collapse():
         and metrics.collapse_warning([uncalled | {"d2": 0}] * 10) is None
     )
     assert metrics.collapse_warning([row | {"call_rate": 0.0}] * 9) is None
+    for odd in (row | {"call_rate": 0.0}, uncalled):  # a call is learnt from any attempt
+        assert metrics.collapse_warning([odd] * 10, sampled=False) is None

@@ -17,8 +17,8 @@
                                            for the devices that are
     python -m collab_jax.bench cloud       the cloud's store and client against faults and kills
                                            (cloud.py)
-    python -m collab_jax.bench serve       the server against odd requests and clients that leave
-                                           (serve.py)
+    python -m collab_jax.bench serve       the server under load, beside transformers' and
+                                           llama.cpp's, and against odd clients (serve.py)
     python -m collab_jax.bench code        verdicts on code a second, in the sandbox (code.py)
 
 prints a table; with --json FILE it also writes every figure. Whatever is compared runs in turn,
@@ -33,6 +33,8 @@ import argparse
 import json
 import os
 import pathlib
+import signal
+import sys
 
 from collab_jax.runtime import cli, markdown
 from collab_jax.runtime.errors import UserError
@@ -108,6 +110,8 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:
         from collab_jax.bench import serve
 
+        # Its servers must not outlive it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
         return serve.run_serve_bench(argv[1:])
     if argv[:1] == ["code"]:
         from collab_jax.bench import code

@@ -25,7 +25,7 @@ from collab_jax.models import hf, lora, sampler
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings, Samples
-from collab_jax.rl import experiment, memory_plan, sampling, training
+from collab_jax.rl import algorithms, experiment, memory_plan, sampling, training
 from collab_jax.rl.memory_plan import GIB
 from collab_jax.rl.settings import check_config
 from collab_jax.runtime import markdown, parallel, process
@@ -110,6 +110,8 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
     per_response: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.bool_)  # [D, P, G]
     per_prompt: Any = jax.ShapeDtypeStruct(samples.ended.shape[:2], jnp.bool_)
     level: Any = jax.ShapeDtypeStruct(per_prompt.shape, jnp.int32)
+    odds: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.float32)
+    scored = algorithms.scores_decisions(config)
     return gapg.Rollout(
         prompts=prompts,
         prompt_mask=mask,
@@ -121,7 +123,8 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
         formatted=per_response,
         cloud_correct=per_prompt,
         cloud_known=per_prompt,
-        barred=samples.tokens if config.algorithm.solo else None,
+        barred=samples.tokens if scored else None,
+        odds=odds if scored else None,
         level=level if len(config.task.budgets) else None,
     )
 
@@ -135,7 +138,6 @@ def sampler_settings(cfg: DecoderConfig, config: ConfigDict) -> SamplerSettings:
         marker=Marker(CALL, opening(["."] * cfg.vocab_size)),
         group=config.group,
         temperature=config.temperature,
-        solo=config.algorithm.solo,
     )
 
 

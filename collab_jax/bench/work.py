@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.bench import measure
 from collab_jax.models import decoder, hf
+from collab_jax.models.blocks import LAYERS
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, SamplerSettings
@@ -46,6 +47,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=64,
         vocab_size=32000,
         model_type="qwen3",
+    ),
+    "smollm2-135m": dict(
+        num_hidden_layers=30,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        model_type="llama",
     ),
     "qwen2.5-0.5b": dict(
         num_hidden_layers=24,
@@ -129,9 +140,7 @@ def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
     size = FIRST + ticks - 1
     if size > min(cfg.hidden_size, cfg.vocab_size):
         raise ValueError(f"a clock of {ticks} ticks does not fit {cfg.hidden_size} wide")
-    layers = params["layers"]
-    layers["self_attn"]["o_proj"]["kernel"][:] = 0
-    layers["mlp"]["down_proj"]["kernel"][:] = 0
+    params = without_blocks(params)
     embedding = np.zeros_like(params["embed_tokens"]["embedding"])
     embedding[range(size), range(size)] = 1
     logits = np.zeros((size, cfg.vocab_size), np.float32)
@@ -144,6 +153,19 @@ def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
         logits / cfg.hidden_size**0.5
     )  # the norm of a one-hot row is the root of its width
     return {**params, "embed_tokens": {"embedding": embedding}, "lm_head": {"kernel": head}}
+
+
+def without_blocks(params: Params) -> Params:
+    """Returns `params` with zeros for the last layers of all blocks, which then add nothing."""
+    layers = params[LAYERS]
+    attention, mlp = layers["self_attn"], layers["mlp"]
+    o_proj = {"kernel": np.zeros_like(attention["o_proj"]["kernel"])}
+    down_proj = {"kernel": np.zeros_like(mlp["down_proj"]["kernel"])}
+    silent = {
+        "self_attn": attention | {"o_proj": o_proj},
+        "mlp": mlp | {"down_proj": down_proj},
+    }
+    return params | {LAYERS: layers | silent}
 
 
 def save(load: Load, params: Params, folder: pathlib.Path) -> None:

@@ -1,6 +1,8 @@
 """Log-probabilities of given responses, without ever holding logits [B, T, V]."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,45 +18,90 @@ def token_logprobs(
     targets: jax.Array,
     temperature: float,
     chunk: int,
-    barred: jax.Array | None = None,
 ) -> jax.Array:
     """log p(target) f32[B, T] of targets i32[B, T], from hidden [B, T, E].
 
-    It is computed `chunk` columns at a time. Several chunks are computed again in the backward
-    pass, so that at most [B, chunk, V] logits exist, and whole ones in a loop, so that the program
-    does not grow with T. barred i32[B, T]: the token that was disallowed at each place, or -1; None
-    where nothing was.
+    It is computed `chunk` columns at a time, see `_by_chunk`.
     """
 
-    def one(hidden: jax.Array, targets: jax.Array, barred: jax.Array | None) -> jax.Array:
-        # In rows, since XLA's CPU compiler takes half as long again for [B, chunk, V].
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        scaled = decoder.logits(params, cfg, rows) / temperature
-        if barred is not None:
-            scaled = jnp.where(
-                jnp.arange(scaled.shape[1]) == barred.reshape(-1, 1), -jnp.inf, scaled
-            )
-        chosen = jnp.take_along_axis(scaled, targets.reshape(-1, 1), axis=-1)[:, 0]
-        return (chosen - jax.nn.logsumexp(scaled, axis=-1)).reshape(targets.shape)
+    def one(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        scaled = _scaled_logits(params, cfg, hidden, temperature)
+        chosen = _at(scaled, targets) - jax.nn.logsumexp(scaled, axis=-1)
+        return chosen.reshape(targets.shape)
+
+    return _by_chunk(one, chunk, hidden, targets)
+
+
+def barred_scores(
+    params: Params,
+    cfg: DecoderConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    barred: jax.Array,
+    temperature: float,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(target), log-odds of the barred token), f32[B, T] each, of targets i32[B, T].
+
+    barred i32[B, T]: the token that was disallowed at each place, or -1. The log-probability is of
+    the distribution without it; the odds are those of the token against all others, -inf where no
+    token was disallowed. hidden [B, T, E]; `chunk` columns at a time, see `_by_chunk`.
+    """
+
+    def one(
+        hidden: jax.Array, targets: jax.Array, barred: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        scaled = _scaled_logits(params, cfg, hidden, temperature)
+        token = barred.reshape(-1)
+        others = jnp.where(jnp.arange(scaled.shape[1]) == token[:, None], -jnp.inf, scaled)
+        total = jax.nn.logsumexp(others, axis=-1)
+        odds = jnp.where(token >= 0, _at(scaled, jnp.maximum(token, 0)) - total, -jnp.inf)
+        logp = _at(others, targets) - total
+        return logp.reshape(targets.shape), odds.reshape(targets.shape)
+
+    return _by_chunk(one, chunk, hidden, targets, barred)
+
+
+def _scaled_logits(
+    params: Params, cfg: DecoderConfig, hidden: jax.Array, temperature: float
+) -> jax.Array:
+    """Logits f32[n, V] of hidden [..., E], by the temperature.
+
+    In rows, since XLA's CPU compiler takes half as long again for [B, chunk, V].
+    """
+    return decoder.logits(params, cfg, hidden.reshape(-1, hidden.shape[-1])) / temperature
+
+
+def _at(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The logits f32[n] of n tokens, one of each row of f32[n, V]."""
+    return jnp.take_along_axis(logits, tokens.reshape(-1, 1), axis=-1)[:, 0]
+
+
+def _by_chunk(one: Callable[..., Any], chunk: int, *arrays: jax.Array) -> Any:
+    """one(*arrays), arrays [B, T] or [B, T, ...], computed `chunk` columns at a time.
+
+    Several chunks are computed again in the backward pass, so that at most [B, chunk, V] logits
+    exist, and whole ones in a loop, so that the program does not grow with T.
+    """
+    T = arrays[0].shape[1]
 
     def looped(x: jax.Array) -> jax.Array:  # [B, n * chunk, ...] -> [n, B, chunk, ...]
         return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
 
-    def cut(start: int, stop: int) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        return jax.tree.map(lambda x: x[:, start:stop], (hidden, targets, barred))
+    def cut(start: int, stop: int) -> list[jax.Array]:
+        return [x[:, start:stop] for x in arrays]
 
-    T = targets.shape[1]
     done = T // chunk * chunk if T >= 2 * chunk else 0  # columns that the loop computes
     parts = []
     if done:
         # Nothing outside a loop's body can take the place of what is computed in it again.
         again = jax.checkpoint(one, prevent_cse=False)
-        logp = jax.lax.map(lambda part: again(*part), jax.tree.map(looped, cut(0, done)))
-        parts.append(jnp.moveaxis(logp, 0, 1).reshape(-1, done))
+        found = jax.lax.map(lambda part: again(*part), [looped(x) for x in cut(0, done)])
+        parts.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, done), found))
     if T > chunk:
         one = jax.checkpoint(one)
     parts += [one(*cut(i, i + chunk)) for i in range(done, T, chunk)]
-    return jnp.concatenate(parts, axis=1)
+    return jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts)
 
 
 def continued_hidden(
@@ -85,25 +132,6 @@ def continued_hidden(
     return jnp.concatenate([hidden, body], axis=1)
 
 
-def continued_logprobs(
-    params: Params,
-    cfg: DecoderConfig,
-    last: jax.Array,
-    prompt: Segment,
-    prompt_mask: jax.Array,
-    responses: jax.Array,
-    temperature: float,
-    chunk: int,
-    barred: jax.Array | None = None,
-) -> jax.Array:
-    """log pi(token | what came before) f32[B, T] of responses i32[B, T] to prefilled prompts.
-
-    The arguments are those of `continued_hidden` and of `token_logprobs`.
-    """
-    hidden = continued_hidden(params, cfg, last, prompt, prompt_mask, responses)
-    return token_logprobs(params, cfg, hidden, responses, temperature, chunk, barred)
-
-
 def response_logprobs(
     params: Params,
     cfg: DecoderConfig,
@@ -119,4 +147,5 @@ def response_logprobs(
     responses that lie together.
     """
     last, prompt = decoder.prefill(params, cfg, prompts, prompt_mask)
-    return continued_logprobs(params, cfg, last, prompt, prompt_mask, responses, temperature, chunk)
+    hidden = continued_hidden(params, cfg, last, prompt, prompt_mask, responses)
+    return token_logprobs(params, cfg, hidden, responses, temperature, chunk)

@@ -42,8 +42,7 @@ class SamplerSettings(NamedTuple):
 
     segments: about how many pieces the keys and values of a response lie in; with more, less is
     read and more is compiled. slot_counts: how many numbers of slots there are: B, half of it, a
-    quarter, down to MIN_SLOTS; each is one more program for each segment. solo: that many first
-    responses of each group may not call: the marker is disallowed there.
+    quarter, down to MIN_SLOTS; each is one more program for each segment.
     """
 
     group: int  # G
@@ -56,7 +55,6 @@ class SamplerSettings(NamedTuple):
     segments: int
     slot_counts: int
     cache_dtype: str  # of keys and values
-    solo: int = 0
 
     @property
     def columns(self) -> int:
@@ -135,8 +133,7 @@ def _append(
     """The state after one more token, from logits f32[R, V]."""
     opened = state.opening == decision.Opening.OPEN
     decided = decision.decide(s.marker, state.token, logits)
-    bias = jnp.where(context.row % s.group < s.solo, -jnp.inf, marker_bias)
-    bias = jnp.where(opened, 0.0, bias)
+    bias = jnp.where(opened, 0.0, marker_bias)
     token, logp = decision.choose(
         decided, logits, bias, context.keys, state.t, s.temperature, s.top_p
     )

@@ -104,29 +104,22 @@ def figures(samples: Sequence[Records], budget: float, seed: int) -> dict[str, n
         return np.mean([at_budget.at(f"{method} {i}", at) for i in range(len(known))], axis=0)
 
     return {
-        "device": mean_share(samples, [t["local_correct"] for t in samples], seed),
-        "lenient": mean_share(samples, [t["lenient_correct"] for t in samples], seed),
-        "calls": mean_share(samples, [t["natural_called"] for t in samples], seed),
-        "overall": mean_share(known, [natural_outcomes(t) for t in known], seed),
+        "device": mean_outcome([records.outcomes(t, "local") for t in samples], seed),
+        "lenient": mean_outcome([records.outcomes(t, "lenient") for t in samples], seed),
+        "calls": mean_outcome([t["natural_called"] for t in samples], seed),
+        "overall": mean_outcome([natural_outcomes(t) for t in known], seed),
         "margin": mean("margin", budget),
         "random": mean("random", budget),
         "cloud": mean("margin", 1),
     }
 
 
-def mean_share(tables: Sequence[Records], outcomes: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Returns the share of True of `outcomes`, bool[n] for each table, and of R resamples of it.
+def mean_outcome(outcomes: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """Returns the mean of outcomes, bool[n] or grades f64[n] for each sample, and of R resamples.
 
-    f64[1 + R], the mean over the tables. The resamples are those of `curves.frontiers`: with a
-    budget of 0 a frontier is the mean of `local_correct`, whatever stands there.
+    f64[1 + R], the mean over the samples, whose prompts are resampled as by `curves.frontiers`.
     """
-    same_score = np.zeros(len(tables[0]["id"]))
-    methods = {
-        str(i): [(table | {"local_correct": outcome}, same_score)]
-        for i, (table, outcome) in enumerate(zip(tables, outcomes, strict=True))
-    }
-    f = curves.frontiers(methods, [0], seed=seed)
-    return np.mean([f.at(name, 0) for name in methods], axis=0)
+    return np.mean([curves.mean([outcome], seed=seed) for outcome in outcomes], axis=0)
 
 
 def by_sample(table: Records, samples: int) -> list[Records]:

@@ -67,7 +67,7 @@ def summary(table: Records) -> dict[str, Any]:
 
 def lenient_accuracy(table: Records) -> Rate | None:
     """Returns the local accuracy without regard to tags; None of records without that column."""
-    return rate(table["lenient_correct"]) if "lenient_correct" in table else None
+    return rate(outcomes(table, "lenient")) if "lenient_correct" in table else None
 
 
 def right(table: Records, known: Records) -> dict[str, Rate] | None:

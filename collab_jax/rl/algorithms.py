@@ -8,8 +8,8 @@
     GAPG (paper)               reward=hierarchical  advantage=gapg  filter=d1d2
     DA-GRPO (2602.00166)       reward=hierarchical  advantage=grpo  filter=none  control=lagrangian
 
-Our own are `standard`, GRPO's advantage without its mean over tokens, and `solo`: responses of a
-group that may not call, and that are compared with each other alone (`by_kind`).
+Our own are `standard`, GRPO's advantage without its mean over tokens, and decisions that are scored
+(`scoring.py`).
 
 With one update for each fresh batch the probability ratio of GRPO and Dr. GRPO is 1, and its clip
 never acts; a KL term is left out.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from collab_jax import gapg
-from collab_jax.gapg import Advantage, Algorithm, Control, FilterState, RewardState
+from collab_jax.gapg import Algorithm, Control, FilterState, RewardState
 
 # ------------------------------------------------------------------------------------------- reward
 
@@ -62,20 +62,6 @@ def standard_advantage(r: jax.Array, mask: jax.Array | None) -> jax.Array:
     del mask
     A = (r - r.mean(axis=1, keepdims=True)) / (r.std(axis=1, keepdims=True) + 1e-6)
     return jnp.where((r == r[:, :1]).all(axis=1, keepdims=True), 0.0, A)
-
-
-def by_kind(advantage: Advantage, solo: int) -> Advantage:
-    """`advantage` among the responses that may call; GAPG's among the first `solo`, which may not.
-
-    So the ones learn when to call and the others learn to solve, as in task tuning; neither kind is
-    compared with the other. With solo = 0 it is `advantage` itself.
-    """
-
-    def both(r: jax.Array, mask: jax.Array) -> jax.Array:
-        alone = gapg.advantage(r[:, :solo], mask[:, :solo])
-        return jnp.concatenate([alone, advantage(r[:, solo:], mask[:, solo:])], axis=1)
-
-    return both if solo else advantage
 
 
 def dr_grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
@@ -188,6 +174,8 @@ def dual_alpha_c(rate: float, gain: float) -> Control:
 
 # -------------------------------------------------------------------------------------------- names
 
+DECISIONS = ("sampled", "scored")
+
 PARTS: dict[str, dict[str, Callable]] = {
     "reward": {"hierarchical": gapg.reward, "task": task_reward},
     "advantage": {
@@ -215,10 +203,15 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
     part = {name: functions[config.algorithm[name]] for name, functions in PARTS.items()}
     return Algorithm(
         reward=part["reward"],
-        advantage=by_kind(part["advantage"], config.algorithm.solo),
+        advantage=part["advantage"],
         prompt_filter=part["filter"],
         control=part["control"](config.algorithm.control_rate, config.algorithm.control_gain),
     )
+
+
+def scores_decisions(config: ConfigDict) -> bool:
+    """Whether no response of training calls, and each attempt's verdict teaches the decision."""
+    return config.algorithm.decision == "scored"
 
 
 def needs_cloud(config: ConfigDict) -> bool:

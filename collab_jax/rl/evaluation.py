@@ -27,7 +27,7 @@ from collab_jax.rl.rollout import Verdicts
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task
-from collab_jax.tasks.base import lenient_correct
+from collab_jax.tasks.base import lenient_verdicts
 
 Row = dict[str, Any]  # of the records: a value by column
 
@@ -97,8 +97,9 @@ def evaluate(
             passes = _passes(run, sampler, params, batch, start // size, natural, seed)
             drawn = seed is not None
             columns = [_row(run.task, e, i, passes, drawn) for i, e in enumerate(batch)]
-            for row, right in zip(columns, _lenient(run.task, batch, passes["local"]), strict=True):
-                row["lenient_correct"] = right
+            lenient = _lenient(run.task, batch, passes["local"])
+            for row, found in zip(columns, lenient, strict=True):
+                row.update(found)
             answers = [unknown_answer(run.task)] * len(batch)
             if ask_cloud:
                 answers = cloud_answers(run.task, run.cloud, batch)
@@ -189,16 +190,19 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
     }
 
 
-def _lenient(task: Task, batch: Sequence[Example], local: Pass) -> list[bool]:
-    """Returns whether each response of the first pass is right, tags or not."""
+def _lenient(task: Task, batch: Sequence[Example], local: Pass) -> list[Row]:
+    """Returns the columns that say how right each response of the first pass is, tags or not."""
     rows = slice(len(batch))  # without the padding
-    return lenient_correct(
-        task,
-        batch,
-        local.verdicts.texts[rows],
-        local.verdicts.correct[rows].tolist(),
-        local.samples.ended[rows].tolist(),
+    correct, grade = local.verdicts.correct[rows].tolist(), local.verdicts.grade[rows].tolist()
+    verdicts = lenient_verdicts(
+        task, batch, local.verdicts.texts[rows], correct, local.samples.ended[rows].tolist()
     )
+    columns: list[Row] = []
+    for right, own, verdict in zip(correct, grade, verdicts, strict=True):
+        columns.append({"lenient_correct": right or (verdict is not None and verdict.correct)})
+        if task.graded:
+            columns[-1]["lenient_grade"] = max(own, verdict.value) if verdict else own
+    return columns
 
 
 # ---- the cloud's verdicts

@@ -8,7 +8,8 @@ Layout of a Rollout (Q = D * P prompts in order; device d holds prompts d * P ..
     cloud [Q]           cloud_correct, cloud_known: the cloud's verdict, where needed and known
 
 The cloud's verdict on a prompt is constant. It is needed where a response called, or where no
-response was right (the filter must know D2); on other prompts the cloud is not asked.
+response was right (the filter must know D2), and where decisions are scored, where one is wrong; on
+other prompts the cloud is not asked.
 """
 
 import time
@@ -90,7 +91,6 @@ def make_sampler(
     *,
     group: int,
     temperature: float,
-    solo: int = 0,
 ) -> Sampler:
     """Returns sampler(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples.
 
@@ -103,7 +103,6 @@ def make_sampler(
         marker=Marker(text.decision_id, text.answer_open, text.plain),
         group=group,
         temperature=temperature,
-        solo=solo,
     )
     return Sampler(cfg, settings, sampling.begin_body(cfg, settings), parallel.pmap)
 
@@ -216,6 +215,7 @@ class LiveJudging:
         Q, G = len(examples), group
         self._while_sampling = while_sampling
         self._task, self._text, self._examples, self._skip = run.task, run.text, examples, skip
+        self._scored = algorithms.scores_decisions(run.config)
         self._cloud = run.cloud if algorithms.needs_cloud(run.config) else None
         self.correct, self.called, self.formatted = (np.zeros((Q, G), bool) for _ in range(3))
         self.texts = np.empty((Q, G), object)
@@ -270,8 +270,11 @@ class LiveJudging:
 
     def _ask_cloud(self, complete: np.ndarray) -> None:
         """Asks the cloud on those prompts, i[n], where its verdict is needed and not skipped."""
-        called, solved = self.called[complete].any(1), self.correct[complete].any(1)
-        needed = complete[called | ~solved]
+        if self._scored:
+            needed = complete[~self.correct[complete].all(1)]
+        else:
+            called, solved = self.called[complete].any(1), self.correct[complete].any(1)
+            needed = complete[called | ~solved]
         if not needed.size or self._cloud is None:
             return
         self.asked.extend(needed)
@@ -331,6 +334,7 @@ def collect(
     skip: verdicts that are not asked for and count as missing.
     while_sampling: called once, when the devices have just begun.
     """
+    scored = algorithms.scores_decisions(run.config)
     judging = LiveJudging(run, batch.examples, sampler.settings.group, skip, while_sampling)
     samples = draw(
         sampler,
@@ -339,6 +343,7 @@ def collect(
         batch.mask,
         seed=run.config.seed,
         step=step,
+        bias=-np.inf if scored else 0.0,
         finished=judging.judge_responses,
     )
     judging.wait_for_replies(wait)
@@ -351,7 +356,8 @@ def collect(
         tokens=samples.tokens,
         logp=samples.logp,
         mask=samples.mask,
-        barred=barred_tokens(sampler, samples),
+        barred=barred_tokens(run.text, samples) if scored else None,
+        odds=samples.margins.max(-1) / run.config.temperature if scored else None,
         correct=parallel.shard(judging.correct, D),
         called=parallel.shard(judging.called, D),
         formatted=parallel.shard(judging.formatted, D),
@@ -370,15 +376,10 @@ def collect(
     )
 
 
-def barred_tokens(sampler: Sampler, samples: Samples) -> jax.Array | None:
-    """Returns the token that was disallowed at each place, or -1, i32[D, P, G, T]; None: none was.
+def barred_tokens(text: Text, samples: Samples) -> jax.Array:
+    """Returns the decision token at decision states, where it was disallowed, or -1.
 
-    The first `solo` responses of a group may not write the decision token at decision states.
+    i32[D, P, G, T].
     """
-    settings = sampler.settings
-    if not settings.solo:
-        return None
-    assert settings.marker.decision_id is not None  # experiment.check_config requires it
-    may_not_call = jnp.arange(settings.group)[:, None] < settings.solo
-    disallowed = may_not_call & (samples.margins > -jnp.inf)
-    return jnp.where(disallowed, settings.marker.decision_id, -1)
+    assert text.decision_id is not None  # experiment.check_config requires it
+    return jnp.where(samples.margins > -jnp.inf, text.decision_id, -1)

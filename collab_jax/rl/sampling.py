@@ -21,7 +21,6 @@ def sampler_settings(
     marker: Marker,
     group: int,
     temperature: float,
-    solo: int = 0,
 ) -> SamplerSettings:
     """Returns how a run samples `group` responses to each prompt, with these tokens."""
     return SamplerSettings(
@@ -37,7 +36,6 @@ def sampler_settings(
         # the same programs; if slots were given up at different columns, the programs would differ.
         slot_counts=config.decode.slot_counts if temperature > 0 else 1,
         cache_dtype=config.decode.cache_dtype,
-        solo=solo,
     )
 
 

@@ -91,20 +91,22 @@ def _check_algorithm(config: ConfigDict) -> None:
         f"config.task.budgets: filter={algorithm.filter} has the quota of one budget: use "
         "filter=none, and a control",
     )
-    if algorithm.solo == 0:
+    _need(
+        algorithm.decision in algorithms.DECISIONS,
+        f"config.algorithm.decision={algorithm.decision!r}: use one of {algorithms.DECISIONS}",
+    )
+    if not algorithms.scores_decisions(config):
         return
-    solo = f"config.algorithm.solo={algorithm.solo}"
+    scored = "config.algorithm.decision=scored"
     _need(
-        2 <= algorithm.solo <= config.group - 2,
-        f"{solo} must be 0, or leave at least two responses of each kind",
+        algorithm.reward == "hierarchical" and algorithm.control == "none",
+        f"{scored} teaches calls, at a price that holds the budget: use reward=hierarchical and "
+        "control=none with it",
     )
-    _need(
-        algorithm.advantage in ("gapg", "standard"),
-        f"{solo} goes with advantage gapg or standard, whose sizes are alike",
-    )
+    _need(config.temperature > 0, f"{scored} needs samples: set config.temperature above 0")
     _need(
         bool(config.text.decision_token),
-        f"{solo} needs a config.text.decision_token: it bars one token",
+        f"{scored} needs a config.text.decision_token: it bars one token",
     )
 
 

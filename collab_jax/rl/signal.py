@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax.gapg import Algorithm, FilterState, RewardState, Rollout, TrainState
+from collab_jax.rl import scoring
+from collab_jax.rl.scoring import Scored
 
 
 class Signal(NamedTuple):
@@ -18,9 +20,11 @@ class Signal(NamedTuple):
     r: jax.Array  # f32[Q, G], rewards
     A: jax.Array  # f32[Q, G], advantages, a call's price taken off
     keep: jax.Array  # bool[Q]
-    learnable: jax.Array  # bool[Q], kept, and with an advantage
-    free: jax.Array  # bool[Q, G], the response was free to call
-    call_rate: jax.Array  # f32[], share of calls among the free responses
+    scored: Scored | None  # of the decisions; None where calls are sampled
+    learnable: jax.Array  # bool[Q], kept, and with an advantage or a decision that counts
+    price: jax.Array  # f32[], a call's, the mean over prompts
+    calls: jax.Array  # bool[Q, G]; where decisions are scored, what greedy decoding would call
+    call_rate: jax.Array  # f32[], share of calls among the responses
     call_rates: jax.Array  # the same, of each budget that is shown; else call_rate
     reward: RewardState
     filter: FilterState
@@ -47,18 +51,38 @@ def learning_signal(
     cost, price = batch.called.astype(jnp.float32), of_prompts(state.filter.price)
     A = algorithm.advantage(r, batch.mask)
     A = A - price[..., None] * algorithm.advantage(cost, batch.mask)
-    learnable = keep & (A != 0).any(axis=1)
-    if batch.barred is None:
-        free = jnp.ones_like(batch.called)
-    else:
-        free = (batch.barred < 0).all(axis=2)
-    call_rate = call_rates = cost.sum() / free.sum()
+    scored, calls = None, batch.called
+    if batch.odds is not None:
+        scored, price = scoring.scored(
+            batch.odds, batch.correct, batch.cloud_correct, keep, filter.budget, batch.level
+        )
+        calls = batch.odds > 0
+    learnable = keep & has_gradient(A, scored).any(axis=1)
+    call_rate = call_rates = calls.mean()
     if batch.level is not None:
         count = lambda x: jnp.zeros_like(filter.calls).at[batch.level].add(x.sum(axis=1))  # noqa: E731
+        shown = count(jnp.ones_like(calls))
         # A budget that no prompt of the batch shows has no news.
-        call_rates = jnp.where(count(free) > 0, count(cost) / count(free), filter.calls)
+        call_rates = jnp.where(shown > 0, count(calls) / shown, filter.calls)
     reward, filter = algorithm.control(reward, filter, call_rates)
-    return Signal(r, A, keep, learnable, free, call_rate, call_rates, reward, filter)
+    return Signal(
+        r=r,
+        A=A,
+        keep=keep,
+        scored=scored,
+        learnable=learnable,
+        price=price.mean(),
+        calls=calls,
+        call_rate=call_rate,
+        call_rates=call_rates,
+        reward=reward,
+        filter=filter,
+    )
+
+
+def has_gradient(A: jax.Array, scored: Scored | None) -> jax.Array:
+    """bool[Q, G]: the responses that teach something, by their advantages or their decisions."""
+    return A != 0 if scored is None else (A != 0) | (scored.call > 0) | (scored.answer > 0)
 
 
 def _of_prompts(state: jax.Array, level: jax.Array | None) -> jax.Array:

@@ -17,7 +17,9 @@ from collab_jax import gapg
 from collab_jax.gapg import Algorithm, Rollout, TrainState
 from collab_jax.models import decoder, logprobs, lora
 from collab_jax.models.decoder import ROWS, DecoderConfig, Params, Segment
-from collab_jax.rl.signal import Signal, learning_signal
+from collab_jax.rl import scoring
+from collab_jax.rl.scoring import Scored
+from collab_jax.rl.signal import Signal, has_gradient, learning_signal
 
 # A body of one device: (state, rollout, key) -> state, metrics.
 StepBody = Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -41,6 +43,7 @@ class Share(NamedTuple):
     frozen: Params | None  # the model that the trained adapter belongs to
     batch: Rollout  # of all devices, Q prompts
     A: jax.Array  # f32[Q, G], advantages
+    scored: Scored | None  # the weights of its decisions, where they are scored
     prompts: jax.Array  # i32[P], which prompts of the batch; the first `n_prompts` count
     n_prompts: jax.Array  # i32[]
     micro_rows: int  # responses in one backward pass
@@ -73,7 +76,7 @@ class Sums(NamedTuple):
 
 
 def policy_gradient(params: Params, share: Share) -> tuple[Params, jax.Array, jax.Array]:
-    """The gradient of `gapg.loss` by params over the share; and the drift: its sum, its maximum.
+    """The gradient of the loss by params over the share; and the drift: its sum, its maximum.
 
     Drift is |log p recomputed - log p sampled| of the tokens of the responses that are computed.
 
@@ -132,8 +135,8 @@ def longest_first(share: Share, P: int) -> Rows:
     G = share.batch.tokens.shape[1]
     place, member = jnp.divmod(jnp.arange(P * G), G)
     tokens = share.batch.mask[share.prompts[place], member].sum(1)
-    has_gradient = share.A[share.prompts[place], member] != 0
-    length = tokens * (place < share.n_prompts) * has_gradient
+    teaches = has_gradient(share.A, share.scored)[share.prompts[place], member]
+    length = tokens * (place < share.n_prompts) * teaches
     order = jnp.pad(jnp.argsort(-length, stable=True), (0, -(P * G) % share.micro_rows))
     return Rows(place, member, length, order)
 
@@ -173,7 +176,9 @@ def responses_gradient(
     weight: jax.Array,
     width: int,
 ) -> tuple[tuple[Params, KeysValues], tuple[jax.Array, jax.Array]]:
-    """The gradients of `gapg.loss` by params and kv over m responses; and the drift's sum and max.
+    """The gradients of the loss by params and kv over m responses; and the drift's sum and max.
+
+    The loss is `gapg.loss`, and `scoring.loss` where decisions are scored.
 
     chosen i32[m]: the rows of the responses, cut to `width` tokens; place i32[B]: the places of
     their prompts in kv. prompt, member i32[m]: where they lie in the batch. weight f32[m]: 0 for
@@ -185,21 +190,24 @@ def responses_gradient(
 
     def objective(params: Params, kv: KeysValues):
         last, segment = kv
-        logp = logprobs.continued_logprobs(
-            lora.join(share.frozen, params),
-            share.cfg,
-            last[:, 0, 0],
-            segment,
-            batch.prompt_mask[prompt],
-            tokens,
-            share.temperature,
-            share.chunk,
-            barred,
+        whole, cfg, group = lora.join(share.frozen, params), share.cfg, batch.tokens.shape[1]
+        hidden = logprobs.continued_hidden(
+            whole, cfg, last[:, 0, 0], segment, batch.prompt_mask[prompt], tokens
         )
+        decided = jnp.float32(0)
+        if share.scored is None:
+            logp = logprobs.token_logprobs(
+                whole, cfg, hidden, tokens, share.temperature, share.chunk
+            )
+        else:
+            logp, odds = logprobs.barred_scores(
+                whole, cfg, hidden, tokens, barred, share.temperature, share.chunk
+            )
+            call, answer = (x[prompt, member] * weight for x in share.scored)
+            decided = scoring.loss(odds, barred >= 0, call, answer) / group
         drift = jnp.abs(logp - sampled) * mask * weight[:, None]
         advantage = share.A[prompt, member] * weight
-        group = batch.tokens.shape[1]
-        return gapg.loss(logp, mask, advantage, group), (drift.sum(), drift.max())
+        return gapg.loss(logp, mask, advantage, group) + decided, (drift.sum(), drift.max())
 
     own_kv = jax.tree.map(lambda x: x[..., place[chosen], :, :, :], kv)
     return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, own_kv)
@@ -281,9 +289,10 @@ def step_metrics(
 ) -> dict[str, jax.Array]:
     """The metrics of a step from `state` to `new`; all are scalars, over all devices."""
     # Tokens that were computed: drift is their mean.
-    tokens = jnp.sum(batch.mask * (signal.learnable[:, None] & (signal.A != 0))[..., None])
+    teaches = signal.learnable[:, None] & has_gradient(signal.A, signal.scored)
+    tokens = jnp.sum(batch.mask * teaches[..., None])
     d1, d2 = gapg.classes(batch.correct, batch.cloud_correct, batch.cloud_known)
-    all_called = (batch.called == signal.free).all(axis=1)  # all that were free to
+    all_called = signal.calls.all(axis=1)
     log_p = jnp.sum(batch.logp * batch.mask)
     return {
         "reward": signal.r.mean(),
@@ -292,11 +301,11 @@ def step_metrics(
         "call_rate": signal.call_rate,
         **_by_budget(state, signal, batch.level),
         "alpha_c": state.reward.alphas[..., 1].mean(),  # what a right call earned
-        "price": state.filter.price.mean(),  # what a call was charged
+        "price": signal.price,  # what a call was charged
         "formatted": batch.formatted.mean(),
         "d1": d1.sum(),
         "d2": d2.sum(),
-        "d2_called": (d2 & batch.called.any(axis=1)).sum(),  # from these the call can be learnt
+        "d2_called": (d2 & signal.calls.any(axis=1)).sum(),  # from these the call can be learnt
         "kept": kept,
         "dropped": signal.keep.shape[0] - kept,
         "no_signal": (signal.keep & ~signal.learnable).sum(),  # kept groups of equal rewards
@@ -356,6 +365,7 @@ def make_step(
             frozen=state.frozen,
             batch=batch,
             A=signal.A,
+            scored=signal.scored,
             prompts=prompts,
             n_prompts=n_prompts,
             micro_rows=micro_rows,

@@ -150,7 +150,6 @@ class TrainingSteps:
             run.text,
             config,
             group=config.group,
-            solo=config.algorithm.solo,
             temperature=config.temperature,
         )
         self.update: Update = compile_update(run)
@@ -283,7 +282,9 @@ class RunLog:
         self._written = result.step + 1
         self._bar.set_postfix_str(progress(row, config.budget), refresh=False)
         self._bar.update()
-        if (message := metrics.collapse_warning(self._writer.rows)) and message not in self._warned:
+        sampled = not algorithms.scores_decisions(config)
+        message = metrics.collapse_warning(self._writer.rows, sampled)
+        if message and message not in self._warned:
             self._warned.add(message)
             self._bar.write(f"warning, step {result.step + 1}: {message}", file=sys.stderr)
         problem = health_problem(row, self._run)

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from collab_jax.records import Records, require
+from collab_jax.records import Records, outcomes, require
 from collab_jax.routing.curves import GRID
 from collab_jax.routing.measures import calls, rank, sent, sent_of
 
@@ -113,7 +113,7 @@ def cost_frontier(
     for i, budget in enumerate(budgets):
         p = sent_of(ranking, int(calls(budget, len(score))))
         tokens = spent(p) + own_tokens
-        right = p * records["cloud_correct"] + (1 - p) * records["local_correct"]
+        right = p * outcomes(records, "cloud") + (1 - p) * outcomes(records, "local")
         seconds = tokens * seconds_a_token + p * prices.cloud_seconds
         means[:, i] = right.mean(), (p * usd).mean(), seconds.mean(), tokens.mean()
     accuracy, mean_usd, mean_seconds, mean_tokens = means

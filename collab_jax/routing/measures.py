@@ -132,7 +132,8 @@ def sent_counts(records: Records, score: np.ndarray, budget: float) -> dict[str,
     """Expected numbers of prompts at a budget: sent, rescued, harmed, missed.
 
     rescued: sent, and only the cloud is right; harmed: sent, and only the device is right; missed:
-    kept, and only the cloud is right. accuracy * n = local correct + rescued - harmed.
+    kept, and only the cloud is right. accuracy * n = local correct + rescued - harmed. A graded
+    answer is right as `local_correct` and `cloud_correct` say.
     """
     p, local, cloud = sent(score, budget), records["local_correct"], records["cloud_correct"]
     return {

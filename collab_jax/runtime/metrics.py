@@ -69,16 +69,21 @@ class MetricsWriter:
         self._events.close()
 
 
-def collapse_warning(rows: list[dict[str, Any]], window: int = 10) -> str | None:
-    """What looks collapsed over the last `window` steps, in one sentence; None for nothing."""
+def collapse_warning(
+    rows: list[dict[str, Any]], sampled: bool = True, window: int = 10
+) -> str | None:
+    """What looks collapsed over the last `window` steps, in one sentence; None for nothing.
+
+    sampled: calls are learnt from responses that make them.
+    """
     last = rows[-window:]
     if len(last) < window:
         return None
     names = ("call_rate", "entropy", "cut_off", "d2", "d2_called")
     mean = {name: float(np.mean([row[name] for row in last])) for name in names}
-    if mean["call_rate"] == 0:
+    if sampled and mean["call_rate"] == 0:
         return "no response calls the cloud any more: nothing is left to learn calling from"
-    if mean["d2"] > 0 and mean["d2_called"] == 0:
+    if sampled and mean["d2"] > 0 and mean["d2_called"] == 0:
         return (
             "no prompt that only the cloud solves had a response that calls, so when to call "
             "cannot be learned: show more calls in the warm start (config.sft.marker_share), or "

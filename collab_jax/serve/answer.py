@@ -120,6 +120,7 @@ class Service:
                 if ask.mode == "only_cloud" or not _may_stand_in(outcome):
                     raise
                 reason = "device_fallback"
+        self.engine.check_room()
         response = self._response(ask)
         outcome.bias = bias if math.isfinite(bias) else None
         await self._device(outcome, response, bias, say)

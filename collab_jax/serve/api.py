@@ -217,16 +217,15 @@ class Stream(Response):
         status = 200
         try:
             await together(self._choice(index, send) for index in range(len(self._choices)))
-            await self._write(self._format.usage(), send)
+            last = self._format.usage()
         except Exception as error:
             refused = as_refusal(error, self._choices)
             status = refused.status
             if not self._begun:
                 await refusal(refused)(scope, receive, send)
                 return status
-            await self._write(wire.event(refused.body()), send)
-        await self._write(wire.DONE, send)
-        await send({"type": "http.response.body", "body": b""})
+            last = wire.event(refused.body())
+        await self._write(last + wire.DONE, send, more=False)
         return status
 
     async def _choice(self, index: int, send: Send) -> None:
@@ -239,15 +238,15 @@ class Stream(Response):
         budget = self._api.service.controller.report()
         await self._write(self._format.end(index, budget), send)
 
-    async def _write(self, text: str, send: Send) -> None:
-        """Sends events, and before the first of them the headers."""
+    async def _write(self, text: str, send: Send, more: bool = True) -> None:
+        """Sends events, and before the first of them the headers. more: others follow."""
         async with self._writing:
             if not self._begun:
                 self.init_headers({"cache-control": "no-store", **wire.headers(self._choices)})
                 start = {"status": self.status_code, "headers": self.raw_headers}
                 await send({"type": "http.response.start", **start})
                 self._begun = True
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 
 async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -7,6 +7,7 @@ then reads what the steps before have written, while the devices work. Callers h
 
 import collections
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from collab_jax.serve.slots import LOGIT_BIASES, STEPS, Request, Round, SlotSett
 log = logging.getLogger(__name__)
 
 BURST_SECONDS = 0.05  # at most, of the longer round: its tokens reach a client together
+TIMED = 5  # longer rounds before the first request; the quickest counts, whatever else runs
 
 
 class Busy(Exception):
@@ -129,6 +131,13 @@ class Engine:
                 self._waiting.append(job)
             self._changed.notify()
 
+    def check_room(self) -> None:
+        """Raises Busy where no prompt may wait, before anything is done for one, and Broken."""
+        with self._changed:
+            if self.broken:
+                raise Broken(self.broken)
+            self._check_room(0)
+
     def _check_room(self, tokens: int) -> None:
         """Raises Busy where a prompt of so many tokens may not wait; alone, each may."""
         waiting = len(self._waiting)
@@ -158,7 +167,7 @@ class Engine:
     # ------------------------------------------------------------------------- in the thread
 
     def _warm_up(self) -> None:
-        """Runs every program once, with all slots in use, and times the longest round."""
+        """Runs every program once, with all slots in use, and times the longer round."""
         s, everybody = self.settings, np.ones(self.settings.slots, bool)
         self._state = slots.empty(self.cfg, s)
         self._staging = empty_segment(self.cfg, 1, s.staging_columns, s.cache_dtype)
@@ -172,11 +181,14 @@ class Engine:
         for step in self._programs.step.values():
             self._state, _ = step(self._params, self._state, everybody)
         jax.block_until_ready(self._state)
-        begin = time.monotonic()
         longest = self._programs.step[s.slots, STEPS[-1]]
-        self._state, written = longest(self._params, self._state, everybody)
-        jax.block_until_ready(written)
-        if time.monotonic() - begin > BURST_SECONDS:
+        quickest = math.inf
+        for _ in range(TIMED):
+            begin = time.monotonic()
+            self._state, written = longest(self._params, self._state, everybody)
+            jax.block_until_ready(written)
+            quickest = min(quickest, time.monotonic() - begin)
+        if quickest > BURST_SECONDS:
             self._steps = STEPS[0]
         self._state, _ = longest(self._params, self._state, ~everybody)
         self.ready.set()

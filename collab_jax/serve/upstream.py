@@ -55,9 +55,10 @@ class Bought(NamedTuple):
 
 
 class _Purchase:
-    """One answer on its way to those who wait for it."""
+    """One answer on its way to those who wait for it. seconds: until its deadline."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
         self.deltas: list[Delta] = []
         self.end: Bought | CloudFailed | None = None
         self.listeners = 0
@@ -99,6 +100,9 @@ class Upstream:
     """
 
     def __init__(self, cloud: CachedCloud, seconds: float):
+        if isinstance(cloud.cloud, OpenAICloud):
+            # Half a second, which the first call would else take from everybody's.
+            import openai  # noqa: F401
         self.cloud, self.seconds = cloud, seconds
         self.abandoned_usd = 0.0  # of calls that nobody waited for any longer, at most
         self._client = None
@@ -142,7 +146,7 @@ class Upstream:
         key, restoring = self.cloud.key(query.messages), _Restoring(query)
         purchase = self._purchases.get(key)
         if purchase is None:
-            purchase = self._purchases[key] = _Purchase()
+            purchase = self._purchases[key] = _Purchase(self.seconds)
             purchase.task = asyncio.create_task(self._buy(purchase, key, query.messages))
         purchase.listeners += 1
         seen = 0
@@ -222,7 +226,8 @@ class Upstream:
     async def _in_one_piece(self, purchase: _Purchase, messages: Messages) -> Bought:
         """Buys from a cloud that does not stream."""
         pending = await self._in_thread(lambda: self.cloud.order([as_it_is(messages)]))
-        answers = await self._in_thread(lambda: pending.answers(self.seconds))
+        left = purchase.deadline - time.monotonic()
+        answers = await self._in_thread(lambda: pending.answers(left))
         [reply] = answers.replies
         if reply is None:
             reasons = self.cloud.reasons.most_common(1)
@@ -242,10 +247,9 @@ class Upstream:
         self, purchase: _Purchase, key: str, cloud: OpenAICloud, messages: Messages
     ) -> Bought:
         """Buys a stream once no other process buys the same, or has the answer of that one."""
-        deadline = time.monotonic() + self.seconds
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew())
-        while time.monotonic() < deadline:
+        while time.monotonic() < purchase.deadline:
             lease = self._threads.submit(self._leases.take, [key])
             try:
                 if await asyncio.wrap_future(lease):
@@ -253,7 +257,7 @@ class Upstream:
                     if stored := await self._stored(key):
                         purchase.deltas.append(self._whole(stored))
                         return Bought(stored, purchase.usd, 0)
-                    return await self._streamed(purchase, key, cloud, messages, deadline)
+                    return await self._streamed(purchase, key, cloud, messages)
             except _LeaseLost:
                 continue
             finally:
@@ -280,12 +284,7 @@ class Upstream:
         return (await self._in_thread(lambda: self.cloud.store.get_many([key]))).get(key)
 
     async def _streamed(
-        self,
-        purchase: _Purchase,
-        key: str,
-        cloud: OpenAICloud,
-        messages: Messages,
-        deadline: float,
+        self, purchase: _Purchase, key: str, cloud: OpenAICloud, messages: Messages
     ) -> Bought:
         """Buys a stream, with retries as long as nothing of it was seen."""
         if self._client is None:
@@ -299,7 +298,7 @@ class Upstream:
                 raise CloudFailed("the cloud's budget is spent", usd=purchase.usd)
             outcome = Failure("cut off", usd=None)
             try:
-                left = deadline - time.monotonic()
+                left = purchase.deadline - time.monotonic()
                 calls = stream(cloud, self._client, messages, left)
                 async with contextlib.aclosing(calls):
                     async for item in calls:
@@ -319,7 +318,9 @@ class Upstream:
                 return Bought(outcome, purchase.usd, attempt + 1)
             self._note(outcome, admission == "probe")
             pause = attempts.pause(attempt, outcome.retry_after)
-            last = attempt == self.cloud.policy.retries or time.monotonic() + pause > deadline
+            last = (
+                attempt == self.cloud.policy.retries or time.monotonic() + pause > purchase.deadline
+            )
             if purchase.deltas or last or not outcome.retry:
                 raise CloudFailed(outcome.reason, outcome.retry_after, purchase.usd)
             await asyncio.sleep(pause)

@@ -74,7 +74,7 @@ class Task:
     graded: whether verdicts have grades.
     weights: of a mix, each part's share of the training prompts.
     read_answer(example, response) -> the answer of a response without tags, None where there is
-    none; None: the task reads nothing without tags. Evaluation alone uses it (`lenient_correct`).
+    none; None: the task reads nothing without tags. Evaluation alone uses it (`lenient_verdicts`).
     demonstrations(seed) -> endless (example, response) pairs for the warm start; None: there are
     none. template(prompt) -> what problems have in common that are alike but for details, such as
     their numbers.
@@ -133,30 +133,28 @@ def answer_of(response: str) -> str | None:
     return None if UNKNOWN_TOKEN.search(answer) else answer
 
 
-def lenient_correct(
+def lenient_verdicts(
     task: Task,
     examples: Sequence[Example],
     responses: Sequence[str],
     correct: Sequence[bool],
     ended: Sequence[bool],
-) -> list[bool]:
-    """Whether each response is right, be it without tags or cut off.
+) -> list[Verdict | None]:
+    """The verdict on the answer of each response that is without tags or cut off.
 
-    correct: what `task.verify` says of them, False where a response was cut off. A response with a
-    closed `<answer>` block has its answer there; where it ended, `verify` has compared it already.
+    None where nothing else than what `task.verify` has seen is read. correct: what that says of the
+    responses, False where one was cut off. A response with a closed `<answer>` block has its answer
+    there; where it ended, `verify` has compared it already.
     """
-    right = list(map(bool, correct))
     read: dict[int, str] = {}
     for i, response in enumerate(responses):
         answer = answer_of(response)
-        if right[i] or (ended[i] and answer is not None):
+        if correct[i] or (ended[i] and answer is not None):
             continue
         if answer is None and task.read_answer:
             answer = task.read_answer(examples[i], response)
         if answer:
             read[i] = f"<answer>{answer}</answer>"
-    if read:
-        verdicts = task.verify([examples[i] for i in read], list(read.values()))
-        for i, verdict in zip(read, verdicts, strict=True):
-            right[i] = verdict.correct
-    return right
+    judged = task.verify([examples[i] for i in read], list(read.values())) if read else []
+    verdicts = dict(zip(read, judged, strict=True))
+    return [verdicts.get(i) for i in range(len(responses))]

@@ -11,6 +11,7 @@ the tests' own imports and Python. Problems that cannot be judged are left out, 
 
 import ast
 import functools
+import importlib.util
 import itertools
 import logging
 import random
@@ -121,7 +122,8 @@ def _flaw(problem: Problem) -> str:
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in modules:
-            if module.partition(".")[0] not in sys.stdlib_module_names:
+            top = module.partition(".")[0]  # the standard library names those of other systems too
+            if top not in sys.stdlib_module_names or importlib.util.find_spec(top) is None:
                 return f"its tests need the module {module}"
     return ""
 
@@ -145,6 +147,7 @@ def _read(folder: str, name: str) -> tuple[tuple[str, Problem], ...]:
             found.append((row["id"], problem))
     if flaws:
         told = ", ".join(f"{key} ({flaw})" for key, flaw in itertools.islice(flaws.items(), 5))
+        told += ", ..." * (len(flaws) > 5)
         log.warning("%s: left out %d problems that cannot be judged: %s", file, len(flaws), told)
     return tuple(found)
 

@@ -11,10 +11,12 @@ A message is its length, four bytes, and JSON.
 
 import array
 import json
+import math
 import os
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,12 +122,13 @@ def decode(value: Any, referred: Callable[[int], Any]) -> Any:
 # ---- the solution's process
 
 
-def serve_solution(channel: socket.socket) -> None:
-    """Answers each request by [whether it worked, value].
+def serve_solution(channel: socket.socket, seconds: int) -> None:
+    """Answers each request by [whether it worked, value]; it has so many seconds of CPU in all.
 
     A request is [name, arguments ...]: run SOURCE, which comes first; then get NAME, call OBJECT
     ARGS KWARGS, getattr OBJECT NAME, setattr OBJECT NAME VALUE.
     """
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # hard: no handler helps
     objects: list[Any] = []
     scope: dict[str, Any] = {"__name__": "solution"}
 
@@ -217,11 +220,17 @@ def holds(job: dict[str, Any], channel: socket.socket) -> bool:
     return True
 
 
-def serve_checker(host: socket.socket) -> None:
-    """Judges one job after the other; each comes with the channel to its solution's process."""
+def serve_checker(host: socket.socket, seconds: int) -> None:
+    """Judges one job after the other; each comes with the channel to its solution's process.
+
+    seconds: of CPU for each job. Where what a solution answers takes more, the process ends.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     while True:
         _, descriptors, _, _ = socket.recv_fds(host, 1, 1)
         with socket.socket(fileno=descriptors[0]) as channel:
+            last = math.ceil(time.process_time()) + seconds
+            resource.setrlimit(resource.RLIMIT_CPU, (last, hard))
             host.sendall(RIGHT if holds(receive(host), channel) else WRONG)
 
 
@@ -230,12 +239,13 @@ def main(role: str, limits: Sequence[str]) -> None:
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(1, 0)  # /dev/null: there is nothing to read
     sys.set_int_max_str_digits(MAX_DIGITS)
-    for limit in limits:
-        name, _, value = limit.partition("=")
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(value), int(value)))
+    bounds = {name: int(value) for name, value in (limit.split("=") for limit in limits)}
+    seconds = bounds.pop("CPU")  # of one verdict
+    for name, value in bounds.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     channel.sendall(READY)
     try:
-        {"solution": serve_solution, "checker": serve_checker}[role](channel)
+        {"solution": serve_solution, "checker": serve_checker}[role](channel, seconds)
     except (EOFError, OSError, IndexError):  # the other end is gone
         pass
 

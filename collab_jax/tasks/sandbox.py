@@ -6,8 +6,9 @@ give wrong data, or none, but neither see what a test expects nor say that it ho
 made for one verdict, and killed after it; that of the tests stays, unless something stops it.
 
 In a sandbox there is no network, no other process and no file but the standard library and an empty
-/tmp in memory. No process or thread can be started (seccomp), and CPU seconds, memory, sizes and
-open files are limited. The wall clock is this process's: after DEADLINE both processes are killed.
+/tmp in memory, and nobody has a capability. No process, thread or socket can be made (seccomp), and
+CPU seconds, memory, sizes and open files are limited. The wall clock is this process's: after
+DEADLINE both processes are killed.
 """
 
 import atexit
@@ -37,7 +38,7 @@ DEADLINE = 30.0  # seconds of a verdict, by the wall clock
 START = 60.0  # seconds a process may take to start, on a busy machine
 MAX_SOURCE = 64 << 10  # characters; a longer solution is wrong, unread
 TMP_BYTES = 16 << 20  # of /tmp
-LIMITS = {  # of each role, by the names of setrlimit
+LIMITS = {  # of each role, by the names of setrlimit; CPU is of one verdict
     "solution": {
         "CPU": 6,  # seconds
         "AS": 512 << 20,  # bytes of memory
@@ -46,7 +47,7 @@ LIMITS = {  # of each role, by the names of setrlimit
         "NPROC": 1,  # processes and threads
         "CORE": 0,
     },
-    "checker": {"AS": 1 << 30, "FSIZE": 0, "NOFILE": 64, "NPROC": 1, "CORE": 0},
+    "checker": {"CPU": 6, "AS": 1 << 30, "FSIZE": 0, "NOFILE": 64, "NPROC": 1, "CORE": 0},
 }
 
 
@@ -65,18 +66,23 @@ class Job(NamedTuple):
 
 # ---- how a process is confined
 
-# System calls by machine, as {name: number}: what starts a process or a thread, takes memory beyond
-# RLIMIT_AS (System V's), opens namespaces, or is a part of the kernel that no solution needs.
+# System calls by machine, as {name: number}: what starts a process or a thread, opens a namespace
+# or a socket (no network namespace confines those to the host of a virtual machine), takes memory
+# beyond RLIMIT_AS (System V's, files in memory), reaches into another process, or is a part of the
+# kernel that no solution needs.
 _X86_64 = {
-    "fork": 57, "vfork": 58, "clone": 56, "clone3": 435, "unshare": 272, "setns": 308,
-    "shmget": 29, "msgget": 68, "mount": 165, "ptrace": 101, "process_vm_writev": 311,
-    "add_key": 248, "keyctl": 250, "bpf": 321, "userfaultfd": 323, "perf_event_open": 298,
-    "io_uring_setup": 425,
+    "fork": 57, "vfork": 58, "clone": 56, "clone3": 435, "unshare": 272, "setns": 308, "socket": 41,
+    "shmget": 29, "msgget": 68, "semget": 64, "memfd_create": 319, "memfd_secret": 447,
+    "mount": 165, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311,
+    "pidfd_getfd": 438, "add_key": 248, "request_key": 249, "keyctl": 250, "bpf": 321,
+    "userfaultfd": 323, "perf_event_open": 298, "io_uring_setup": 425,
 }  # fmt: skip
 _AARCH64 = {
-    "clone": 220, "clone3": 435, "unshare": 97, "setns": 268, "shmget": 194, "msgget": 186,
-    "mount": 40, "ptrace": 117, "process_vm_writev": 271, "add_key": 217, "keyctl": 219,
-    "bpf": 280, "userfaultfd": 282, "perf_event_open": 241, "io_uring_setup": 425,
+    "clone": 220, "clone3": 435, "unshare": 97, "setns": 268, "socket": 198,
+    "shmget": 194, "msgget": 186, "semget": 190, "memfd_create": 279, "memfd_secret": 447,
+    "mount": 40, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271,
+    "pidfd_getfd": 438, "add_key": 217, "request_key": 218, "keyctl": 219, "bpf": 280,
+    "userfaultfd": 282, "perf_event_open": 241, "io_uring_setup": 425,
 }  # fmt: skip
 _MACHINES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 
@@ -127,6 +133,7 @@ def _confined(bwrap: str) -> list[str]:
     hidden = [path for path in (libraries, "/usr/lib/python3/dist-packages") if os.path.isdir(path)]
     return [
         *(bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"),
+        *("--cap-drop", "ALL"),  # root would keep its capabilities, in a namespace of its own
         *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"),  # a Python may lie below
         *(word for path in readable for word in ("--ro-bind", path, path)),
         *("--ro-bind", str(WORKER), WORKER_INSIDE),

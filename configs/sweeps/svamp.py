@@ -5,17 +5,24 @@ with an adapter of rank 8, 60 steps of 32 prompts x 4 responses; budget 30 %; ev
 1,000 test problems. All start from one warm start, the adapter that `./launch/real.sh runs/svamp`
 makes first, and have the same batches, temperature, learning rate and averaged weights.
 
-- `ours`: the config's own settings: the paper's gradient, and in the place of its filter a control
-  of what a right call earns, which keeps calls about the budget.
-- `task-tuning`: the same, never rewarded for a call; the routers that the paper compares with route
-  this model.
-- `gapg`: the paper's filter in the place of the control. `grpo`: GRPO's advantage, as in the
-  paper's Collaboration-Aware Tuning, with the control.
+- `ours`: the config's own settings. Decisions are scored; in all other rows calls are sampled.
+- `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
+  model.
+- `gapg`: the paper's method, with its filter. `grpo`: GRPO's advantage without a filter, the
+  paper's Collaboration-Aware Tuning. `moved`: the paper's gradient without a filter, with a control
+  of what a right call earns that keeps calls about the budget.
 """
 
 from collab_jax.rl.sweeps import Cell, Sweep
 
 THREE, ONE = range(3), range(1)
+SAMPLED = {"algorithm.decision": "sampled"}
+MOVED = {
+    "algorithm.control": "dual_alpha_c",
+    "algorithm.control_rate": 0.05,
+    "algorithm.control_gain": 2.0,
+    "reward.alpha_c": 1.15,  # to begin with
+}
 
 
 def get_sweep() -> Sweep:
@@ -29,9 +36,10 @@ def get_sweep() -> Sweep:
         },
         {
             "ours": Cell({}, THREE),
-            "task-tuning": Cell({"algorithm.reward": "task"}, THREE),
-            "grpo": Cell({"algorithm.advantage": "grpo"}, ONE),
-            "gapg": Cell({"algorithm.filter": "d1d2", "algorithm.control": "none"}, ONE),
+            "task-tuning": Cell(SAMPLED | {"algorithm.reward": "task"}, THREE),
+            "gapg": Cell(SAMPLED | {"algorithm.filter": "d1d2"}, ONE),
+            "grpo": Cell(SAMPLED | {"algorithm.advantage": "grpo"}, ONE),
+            "moved": Cell(SAMPLED | MOVED, ONE),
         },
         prompts=False,
     )

@@ -1,0 +1,203 @@
+"""Clients of a server that streams as OpenAI's API does, in a process of their own.
+
+    python -m collab_jax.bench.load < PLAN
+
+PLAN is a JSON object of the fields of `Plan`; what the clients saw is one, of the fields of
+`Report`, on the standard output. Every server meets the same clients. They import nothing heavy, so
+that the cores are the server's; `Report.busy` says what share of one core they took all the same.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+SECONDS = 120.0  # of a request, at most
+
+
+class Plan(NamedTuple):
+    """Whom to ask, what, and how much of it. Times are in seconds.
+
+    bodies: of the requests, which are streams; they are sent in turn, from the start again after
+    the last. clients: each sends a request once its last one has ended; 0: requests come at `rate`
+    a second, whether others have ended or not. seconds: no request begins after them. count: of
+    requests, at most; 0: as many as there is time for.
+    """
+
+    address: tuple[str, int]
+    bodies: Sequence[dict[str, Any]]
+    clients: int
+    seconds: float
+    rate: float = 0.0
+    count: int = 0
+
+
+class Seen(NamedTuple):
+    """What a client saw of one request; times are in seconds.
+
+    body: its number. status: 0 where there was no response. began: since the first request.
+    arrivals: of each event with text, since this one. took: until its end. tokens: by the
+    response's usage. about: its object `collab`, if any. problem: what was wrong, "": nothing.
+    """
+
+    body: int
+    status: int
+    began: float
+    arrivals: list[float]
+    took: float
+    tokens: int = 0
+    about: dict[str, Any] | None = None
+    problem: str = ""
+
+
+class Report(NamedTuple):
+    """What all clients saw, in how many seconds, and the share of a core that they took."""
+
+    seen: list[Seen]
+    seconds: float
+    busy: float
+
+
+class Response:
+    """A response that is read off a connection."""
+
+    def __init__(self, reader: asyncio.StreamReader):
+        self._reader = reader
+        self.status, self._chunked = 0, False
+
+    async def read_head(self) -> None:
+        """Reads the status and the headers."""
+        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        self.status = int(head.split(b" ")[1])
+        self._chunked = b"transfer-encoding: chunked" in head
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yields the data of each server-sent event; of another body, its lines."""
+        rest = b""
+        async for part in self._parts():
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                if line := line.strip():
+                    yield line.removeprefix(b"data: ")
+        if rest:
+            yield rest
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        """Yields the body as it comes."""
+        if not self._chunked:
+            while part := await self._reader.read(1 << 16):
+                yield part
+            return
+        while size := int(await self._reader.readuntil(b"\r\n"), 16):
+            yield (await self._reader.readexactly(size + 2))[:-2]
+
+
+def has_text(event: dict[str, Any], prompt: str) -> bool:
+    """Whether an event brings content or thinking; some servers begin with the prompt itself."""
+    deltas = (choice["delta"] for choice in event.get("choices") or ())
+    texts = (delta.get("content") or delta.get("reasoning_content") for delta in deltas)
+    return any(text and text != prompt for text in texts)
+
+
+async def ask(plan: Plan, number: int, zero: float) -> Seen:
+    """Makes request `number`; the plan's first one began at the time `zero`."""
+    begin = time.perf_counter()
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await _ask(plan, number, zero, begin)
+    except (OSError, EOFError, ValueError, TimeoutError) as error:
+        took, problem = time.perf_counter() - begin, str(error) or type(error).__name__
+        return Seen(number, 0, begin - zero, [], took, problem=problem)
+
+
+async def _ask(plan: Plan, number: int, zero: float, begin: float) -> Seen:
+    """Makes a request. Raises what a broken connection, or a server that talks nonsense, causes."""
+    fields = plan.bodies[number % len(plan.bodies)]
+    body, prompt = json.dumps(fields).encode(), fields["messages"][-1]["content"]
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {plan.address[0]}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    # A port stays taken for a minute, and a loopback address has some 28,000: Linux has many.
+    source = (f"127.0.0.{2 + number % 8}", 0) if sys.platform == "linux" else None
+    reader, writer = await asyncio.open_connection(*plan.address, local_addr=source)
+    arrivals, tokens, about, problem, ended = [], 0, None, "", False
+    try:
+        writer.write(head.encode() + body)
+        response = Response(reader)
+        await response.read_head()
+        async for data in response.events():
+            if ended := data == b"[DONE]":
+                continue
+            event = json.loads(data)
+            if has_text(event, prompt):
+                arrivals.append(time.perf_counter() - begin)
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+            about, problem = event.get("collab", about), str(event.get("error", problem))
+    finally:
+        writer.close()
+    if response.status == 200 and not (problem or ended or tokens):
+        problem = "a stream without an end"
+    took = time.perf_counter() - begin
+    return Seen(
+        number, response.status, begin - zero, arrivals, took, tokens, about=about, problem=problem
+    )
+
+
+async def load(plan: Plan) -> Report:
+    """Carries out a plan."""
+    seen: list[Seen] = []
+    zero, cpu, sent = time.perf_counter(), time.process_time(), 0
+
+    def may_send() -> bool:
+        return time.perf_counter() - zero < plan.seconds and not 0 < plan.count <= sent
+
+    async def one() -> None:
+        nonlocal sent
+        sent += 1
+        seen.append(await ask(plan, sent - 1, zero))
+
+    async def client() -> None:
+        while may_send():
+            await one()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(plan.clients):
+            group.create_task(client())
+        while not plan.clients and may_send():
+            group.create_task(one())
+            await asyncio.sleep(max(0.0, zero + sent / plan.rate - time.perf_counter()))
+    seconds = time.perf_counter() - zero
+    return Report(seen, seconds, (time.process_time() - cpu) / seconds)
+
+
+def start(plan: Plan) -> subprocess.Popen[str]:
+    """Starts to carry out a plan, in a process of its own."""
+    command = [sys.executable, "-m", "collab_jax.bench.load"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin  # it is a pipe
+    process.stdin.write(json.dumps(plan._asdict()))
+    process.stdin.close()
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> Report:
+    """Returns the report of a plan that was started, once it is carried out."""
+    assert process.stdout  # it is a pipe
+    with process:
+        report = json.load(process.stdout)
+    return Report([Seen(*row) for row in report["seen"]], report["seconds"], report["busy"])
+
+
+def run(plan: Plan) -> Report:
+    """Carries out a plan in a process of its own."""
+    return finish(start(plan))
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    plan = Plan(**given | {"address": tuple(given["address"])})
+    json.dump(asyncio.run(load(plan))._asdict(), sys.stdout)
