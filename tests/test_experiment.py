@@ -160,3 +160,9 @@ def test_the_settings_that_may_differ_exist(config):
 
 def test_common_names_the_limit_of_unknown_verdicts():
     assert "config.eval.max_unknown = " in (ROOT / "configs" / "common.py").read_text()
+
+
+def test_one_of_several_processes_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    with pytest.raises(UserError, match="one of 4 processes"):
+        experiment.prepare(config(), tmp_path)

@@ -43,6 +43,9 @@ class Batch(NamedTuple):
     mask: np.ndarray  # bool[Q, L]
 
 
+FLAGS = "correct", "called", "formatted", "timed_out", "unjudged"  # of a Verdict
+
+
 class Verdicts(NamedTuple):
     """The texts of R responses, and what each response is, bool[R] each; grade f32[R]."""
 
@@ -56,7 +59,7 @@ class Verdicts(NamedTuple):
 
     def of(self, row: int) -> Verdict:
         """Returns the verdict of a response that was not judged, which has no grade."""
-        return Verdict(*(bool(column[row]) for column in self[1:6]))
+        return Verdict(**{name: bool(getattr(self, name)[row]) for name in FLAGS})
 
 
 class CloudVerdicts(NamedTuple):
@@ -158,12 +161,11 @@ def judge(
         judged = task.verify([examples[i] for i in rows], [texts[i] for i in rows])
         verdicts.update(zip(rows, judged, strict=True))
     found = [verdicts.get(row, Verdict(False, False, False)) for row in range(len(texts))]
-    flags = np.array([verdict[:5] for verdict in found], bool).reshape(-1, 5)
-    correct, called, formatted, timed_out, unjudged = flags.T
+    flags = {name: np.array([getattr(verdict, name) for verdict in found], bool) for name in FLAGS}
     if text.plain is None:
-        called = called & ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
+        flags["called"] &= ((np.asarray(tokens) == text.decision_id) & mask).any(axis=1)
     grade = np.array([verdict.value for verdict in found], np.float32)
-    return Verdicts(texts, correct, called, formatted, timed_out, unjudged, grade)
+    return Verdicts(texts=texts, grade=grade, **flags)
 
 
 def ask_cloud(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -> CloudAnswers:

@@ -16,8 +16,14 @@ SOURCES = ("task", "file", "self")  # of demonstrations
 def check_config(config: ConfigDict, devices: int | None = None) -> None:
     """Raises UserError for settings that no run could use, with what to change.
 
-    devices: how many it would run on; None: the local ones.
+    devices: how many it would run on; None: the local ones, which must be all there are.
     """
+    hosts = 1 if devices is not None else jax.process_count()
+    _need(
+        hosts == 1,
+        f"this is one of {hosts} processes of a job, and all of them would do the same work: a run "
+        "is one process, on one host; start it on a machine or a slice with one host",
+    )
     _check_rollout(config)
     _check_reward(config)
     _check_algorithm(config)
