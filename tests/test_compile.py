@@ -1,5 +1,6 @@
 """The programs that are compiled from shapes are those of a run, for devices there or not."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_what_cannot_be_compiled_is_refused(small, monkeypatch):
     ):
         with pytest.raises(UserError, match=says):
             bench.main([*command, *wrong])
+
+
+def test_no_program_grows_with_the_number_of_blocks(small):
+    def lines(layers):
+        cfg = dataclasses.replace(decoder_of(config, layers), looped=True)
+        programs = compile.lower_run(cfg, config, jax.local_devices())
+        return {program.name: program.lines for program in programs}
+
+    config = small(**FEW)
+    assert lines(2) == lines(4)
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from collab_jax.models import decoder, layers, logprobs
+from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.decoder_config import RopeScaling
 
@@ -42,8 +42,10 @@ def random_params(cfg):
             "kernel": lambda: 1.5 * noise / leaf.shape[0] ** 0.5,
         }[path[-1]]()
 
-    flat = traverse_util.flatten_dict(shapes)
-    return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in flat.items()})
+    params = empty(shapes, "float32")
+    for path, leaf in sorted(unstacked(params).items()):
+        leaf[...] = one(path, leaf)
+    return params
 
 
 def random_tokens(*shape, seed=1):
@@ -122,6 +124,38 @@ def test_rows_that_share_a_segment_equal_rows_with_their_own():
     np.testing.assert_allclose(logits_at(params, cfg, *at, (own,))[0], shared, atol=2e-5)
     some = decoder.take_rows(own, index[[4, 1]], 6)
     np.testing.assert_array_equal(some.v[1], np.asarray(prompt.v[1])[[1, 0]])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_in_a_loop_equal_straight_code(remat):
+    """The gradient, that through a prompt's keys and values too, and tokens that are cached."""
+    tokens, real = random_tokens(2, 7), padded(7, [0, 3])
+    first, rest = decoder.causal_mask(real[:, :4]), decoder.causal_mask(real)[:, 4:]
+    at = decoder.positions_of(real)
+
+    def outcome(params, cfg):
+        def loss(params):
+            _, prompt = decoder.forward(params, cfg, tokens[:, :4], at[:, :4], first)
+            inputs = params, cfg, tokens[:, 4:], at[:, 4:], rest, (prompt,)
+            hidden, _ = decoder.forward(*inputs)
+            open = decoder.empty_segment(cfg, 2, 5, "float32")
+            mask = np.concatenate([rest, np.zeros((2, 3, 2), bool)], axis=2)
+            cached, open = decoder.forward(*inputs[:4], mask, (prompt,), open)
+            return jnp.sum(hidden**2), (hidden, cached, jax.tree.map(jnp.stack, open.k))
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def of(looped):
+        cfg = dataclasses.replace(QWEN2, num_layers=3, remat=remat, looped=looped)
+        (_, (hidden, cached, keys)), grads = jit(functools.partial(outcome, cfg=cfg))(
+            random_params(dataclasses.replace(cfg, looped=None, remat=False))
+        )
+        np.testing.assert_allclose(cached, hidden, atol=2e-5)
+        return np.stack(keys), hidden, grads
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), of(True), of(False)
+    )
 
 
 def test_padding_never_matters():

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from collab_jax import export
 from collab_jax.models import bpe, decoder, hf, shards
 from collab_jax.models import gguf as gguf_lib
+from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decoder_config import RopeScaling
 from collab_jax.rl import experiment
 from collab_jax.runtime.errors import UserError
@@ -115,10 +116,9 @@ def hf_weights(config):
     draw = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: decoder.init(hf.config_from_hf(config), jax.random.key(0)))
     weights = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        names = [part.key for part in path]
+    for names, leaf in unstacked(empty(shapes, "float32")).items():
         shape = leaf.shape[::-1] if names[-1] == "kernel" else leaf.shape
-        stem = ".".join(names[:-1]).replace("layers_", "layers.")
+        stem = ".".join(names[:-1])
         prefix = "" if stem == "lm_head" else "model."
         leaf_name = "bias" if names[-1] == "bias" else "weight"
         value = draw.standard_normal(shape) / 8
@@ -289,12 +289,10 @@ def test_quantized_weights_are_their_values_bit_for_bit(quant, tmp_path):
     _, params = read(hf.locate(str(write(tmp_path / "a.gguf", config, weights, quant))))
     for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "lm_head"):
         want = dequantized(quantized(weights[f"{name}.weight"], quant), quant)
-        at = params
-        for part in name.removeprefix("model.").replace("layers.", "layers_").split("."):
-            at = at[part]
-        np.testing.assert_array_equal(at["kernel"], want.T)
+        path = (*name.removeprefix("model.").split("."), "kernel")
+        np.testing.assert_array_equal(unstacked(params)[path], want.T)
         assert np.isfinite(want).all() and want.std() > 1e-3
-    norm = params["layers_0"]["input_layernorm"]["scale"]
+    norm = params["layers"]["input_layernorm"]["scale"][0]
     np.testing.assert_array_equal(norm, weights["model.layers.0.input_layernorm.weight"])
 
 
@@ -707,7 +705,7 @@ def test_smollm2s_weights_are_the_files_bit_for_bit(smollm2):
     for tensor in gguf.GGUFReader(file).tensors:
         want = dequantized(np.asarray(tensor.data), tensor.tensor_type)
         if block := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name):
-            at = params[f"layers_{block[1]}"]
+            at = jax.tree.map(lambda x, i=int(block[1]): x[i], params["layers"])
             for part in places[block[2]].split("."):
                 at = at[part]
             (got,) = at.values()

@@ -95,6 +95,10 @@ def model(name, **changes):
     return config, cfg, jax.tree.unflatten(tree, values)
 
 
+def of_layer(params, i):
+    return jax.tree.map(lambda x: x[i], params["layers"])
+
+
 def text_of(tokenizer, folder, **settings):
     tokenizer.save_pretrained(folder)
     return text_lib.load(folder, ConfigDict(SETTINGS | settings))
@@ -162,14 +166,14 @@ def test_matrices_are_rounded_to_the_type_and_nothing_else_is(kind, tmp_path):
     """down_proj has rows of 40, which are no whole blocks of 32."""
     _, cfg, params, _, file = written(tmp_path, "qwen2", kind, intermediate_size=40)
     _, again, _ = read(file)
-    block = again["layers_1"]
+    block = of_layer(again, 1)
 
     def rounded(weight, kind):
         return gguf.dequantize(gguf.quantize(np.ascontiguousarray(weight.T), kind), kind).T
 
     of = Q[kind.upper()]
     for module, name in (("self_attn", "k_proj"), ("mlp", "up_proj")):
-        weight = params["layers_1"][module][name]["kernel"]
+        weight = of_layer(params, 1)[module][name]["kernel"]
         np.testing.assert_array_equal(block[module][name]["kernel"], rounded(weight, of))
     embedding = params["embed_tokens"]["embedding"]
     want = rounded(embedding.T, of).T
@@ -177,12 +181,12 @@ def test_matrices_are_rounded_to_the_type_and_nothing_else_is(kind, tmp_path):
     head = Q.Q8_0 if of == Q.Q4_0 else of
     want = rounded(params["lm_head"]["kernel"], head)
     np.testing.assert_array_equal(again["lm_head"]["kernel"], want)
-    down = params["layers_1"]["mlp"]["down_proj"]["kernel"]
+    down = of_layer(params, 1)["mlp"]["down_proj"]["kernel"]
     want = rounded(down, Q.F16 if of in (Q.Q8_0, Q.Q4_0) else of)
     np.testing.assert_array_equal(block["mlp"]["down_proj"]["kernel"], want)
     for module, leaf in (("input_layernorm", "scale"), ("post_attention_layernorm", "scale")):
-        np.testing.assert_array_equal(block[module][leaf], params["layers_1"][module][leaf])
-    bias = params["layers_1"]["self_attn"]["q_proj"]["bias"]
+        np.testing.assert_array_equal(block[module][leaf], of_layer(params, 1)[module][leaf])
+    bias = of_layer(params, 1)["self_attn"]["q_proj"]["bias"]
     np.testing.assert_array_equal(block["self_attn"]["q_proj"]["bias"], bias)
     assert fields(file)["general.file_type"] == {"f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}[kind]
 
@@ -190,8 +194,8 @@ def test_matrices_are_rounded_to_the_type_and_nothing_else_is(kind, tmp_path):
 def test_roundings_have_the_size_that_their_type_says(tmp_path):
     _, _, params, _, file = written(tmp_path, "qwen3", "q8_0")
     _, again, _ = read(file)
-    weight = params["layers_0"]["mlp"]["up_proj"]["kernel"].T.reshape(-1, 32)
-    error = again["layers_0"]["mlp"]["up_proj"]["kernel"].T.reshape(-1, 32) - weight
+    weight = of_layer(params, 0)["mlp"]["up_proj"]["kernel"].T.reshape(-1, 32)
+    error = of_layer(again, 0)["mlp"]["up_proj"]["kernel"].T.reshape(-1, 32) - weight
     steps = np.abs(weight).max(1, keepdims=True) / 127
     assert (np.abs(error) <= 0.51 * steps + 127 * steps * 2**-11).all() and np.abs(error).max() > 0
 
@@ -211,13 +215,13 @@ def test_llamas_queries_and_keys_are_interleaved_and_no_others(tmp_path):
         _, _, params, _, file = written(tmp_path, name, "f32")
         tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
         for theirs, ours in (("attn_q", "q_proj"), ("attn_k", "k_proj")):
-            leaves = params["layers_0"]["self_attn"][ours]
+            leaves = of_layer(params, 0)["self_attn"][ours]
             stored = tensors[f"blk.0.{theirs}.weight"]
             np.testing.assert_array_equal(stored[:4], leaves["kernel"].T[first])
             np.testing.assert_array_equal(
                 tensors[f"blk.0.{theirs}.bias"][:4], leaves["bias"][first]
             )
-        value = params["layers_0"]["self_attn"]["v_proj"]["kernel"].T
+        value = of_layer(params, 0)["self_attn"]["v_proj"]["kernel"].T
         np.testing.assert_array_equal(tensors["blk.0.attn_v.weight"], value)
 
 
@@ -385,7 +389,7 @@ def test_a_model_that_llama_cpp_does_not_compute_is_refused(name, changes, says,
 
 def test_a_value_that_f16_cannot_hold_is_refused(tmp_path):
     config, cfg, params = model("llama")
-    params["layers_1"]["mlp"]["up_proj"]["kernel"][0, 0] = 7e4
+    params["layers"]["mlp"]["up_proj"]["kernel"][1, 0, 0] = 7e4
     text = text_of(tokenizer_for("llama"), tmp_path / "tokenizer")
     with pytest.raises(UserError, match="'blk.1.ffn_up.weight' has values that f16 cannot hold"):
         gguf_export.write(tmp_path / "a.gguf", params, cfg, config, text, kind="f16", name="a")
@@ -469,8 +473,8 @@ def test_a_run_is_exported_merged_and_its_card_has_the_calibrated_bias(small, tm
     again = hf.load(folder, hf.config_from_hf(hf.read_config(folder)), "float32")
     want = lora.merge(state.frozen, experiment.load_state(run).final_params, run.cfg)
     jax.tree.map(np.testing.assert_array_equal, again, want)
-    difference = want["layers_0"]["self_attn"]["q_proj"]["kernel"]
-    assert (difference != state.frozen["layers_0"]["self_attn"]["q_proj"]["kernel"]).all()
+    difference = want["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert (difference != state.frozen["layers"]["self_attn"]["q_proj"]["kernel"]).all()
     card = (out / "tiny.md").read_text()
     assert f'"logit_bias": {{"29": {bias}}}' in card and f"The bias {bias} is that of" in card
     assert "llama-server -m tiny.gguf --jinja\n" in card and "FROM ./tiny.gguf\n" in card

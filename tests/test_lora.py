@@ -84,35 +84,29 @@ def test_an_adapter_holds_its_targets_in_every_block_and_nothing_else():
     adapter = flat(lora.init(cfg, chosen, jax.random.key(0), "float32"))
     shapes = {name: x.shape for name, x in adapter.items()}
     assert shapes == {
-        f"layers_{i}/self_attn/o_proj/lora_{side}": shape
-        for i in (0, 1)
-        for side, shape in (("a", (32, 2)), ("b", (2, 16)))
-    } | {"embed_tokens/lora_row": (16,)}
-    a, again = (
-        adapter["layers_0/self_attn/o_proj/lora_a"],
-        adapter["layers_1/self_attn/o_proj/lora_a"],
-    )
+        "layers/self_attn/o_proj/lora_a": (2, 32, 2),
+        "layers/self_attn/o_proj/lora_b": (2, 2, 16),
+        "embed_tokens/lora_row": (16,),
+    }
+    a, again = adapter["layers/self_attn/o_proj/lora_a"]
     assert np.abs(a).max() <= 32**-0.5 and not np.array_equal(a, again)
     assert lora.join(None, base) is base
 
 
 def test_merging_by_hand():
     base = {
-        "layers_0": {
-            "q_proj": {"kernel": np.ones((2, 2), np.float32), "bias": np.zeros(2, np.float32)}
+        "layers": {
+            "q_proj": {"kernel": np.ones((2, 2, 2), np.float32), "bias": np.zeros((2, 2))},
         }
     }
-    adapter = {
-        "layers_0": {
-            "q_proj": {"lora_a": np.array([[1.0], [2.0]]), "lora_b": np.array([[3.0, 4.0]])}
-        }
-    }
+    a, b = np.array([[[1.0], [2.0]], [[0.0], [2.0]]]), np.array([[[3.0, 4.0]], [[6.0, 0.0]]])
+    adapter = {"layers": {"q_proj": {"lora_a": a, "lora_b": b}}}
     base["embed_tokens"] = {"embedding": np.arange(6, dtype=np.float32).reshape(3, 2)}
     adapter["embed_tokens"] = {"lora_row": np.array([10.0, 20.0])}
     cfg = dataclasses.replace(read("llama", settings())[0], lora_scale=0.5, lora_token=1)
     merged = lora.merge(base, adapter, cfg)
-    kernel = merged["layers_0"]["q_proj"]["kernel"]
-    np.testing.assert_array_equal(kernel, [[2.5, 3.0], [4.0, 5.0]])
+    kernel = merged["layers"]["q_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, [[[2.5, 3.0], [4.0, 5.0]], [[1.0, 1.0], [7.0, 1.0]]])
     np.testing.assert_array_equal(merged["embed_tokens"]["embedding"], [[0, 1], [12, 23], [4, 5]])
     assert base["embed_tokens"]["embedding"][1, 0] == 2  # the base stays what it was
 
@@ -200,7 +194,7 @@ def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(traine
     leaves = set(flat(state.params))
     rows = {name for name in leaves if name.endswith("lora_row")}
     assert rows == {"embed_tokens/lora_row"}
-    assert len(leaves) == 4 * 2 * 2 + 1
+    assert len(leaves) == 2 * 2 + 1  # the layers are stacked
     assert all(name.endswith(("lora_a", "lora_b")) for name in leaves - rows)
     sizes = sum(x.size for x in jax.tree.leaves(state.params))
     assert (
@@ -213,7 +207,7 @@ def test_gradient_optimizer_average_and_checkpoint_hold_the_adapter_alone(traine
         p.stat().st_size for p in (workdir / "checkpoints" / "4").rglob("*") if p.is_file()
     )
     assert stored < 0.5 * sum(x.nbytes for x in jax.tree.leaves(base))
-    assert experiment.load_state(run).final_model["layers_0"]["self_attn"]["q_proj"].keys() == {
+    assert experiment.load_state(run).final_model["layers"]["self_attn"]["q_proj"].keys() == {
         "kernel",
         "lora_a",
         "lora_b",
@@ -365,7 +359,7 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(weights) == 17 and said["trainable_token_indices"] == {"embed_tokens": [29]}
     b = weights["base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"]
-    np.testing.assert_array_equal(b, state.final_params["layers_3"]["mlp"]["up_proj"]["lora_b"].T)
+    np.testing.assert_array_equal(b, state.final_params["layers"]["mlp"]["up_proj"]["lora_b"][3].T)
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
     assert {
         "tokenizer.json",

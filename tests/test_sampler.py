@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from collab_jax.models import decision, decoder, logprobs, sampler
+from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decision import Marker, PlainMarker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings
@@ -58,8 +58,10 @@ def random_params(cfg, seed):
             "kernel": 1.5 * noise / leaf.shape[0] ** 0.5,
         }[path[-1]]
 
-    flat = traverse_util.flatten_dict(shapes)
-    return traverse_util.unflatten_dict({path: one(path, leaf) for path, leaf in flat.items()})
+    params = empty(shapes, "float32")
+    for path, leaf in sorted(unstacked(params).items()):
+        leaf[...] = one(path, leaf)
+    return params
 
 
 PARAMS = random_params(CFG, seed=0)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.bench import measure
 from collab_jax.models import decoder, hf
+from collab_jax.models.blocks import LAYERS
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, SamplerSettings
@@ -156,17 +157,15 @@ def make_clock(cfg: DecoderConfig, params: Params, ticks: int) -> Params:
 
 def without_blocks(params: Params) -> Params:
     """Returns `params` with zeros for the last layers of all blocks, which then add nothing."""
-    silent = dict(params)
-    for name, layer in params.items():
-        if name.startswith("layers_"):
-            attention, mlp = layer["self_attn"], layer["mlp"]
-            o_proj = {"kernel": np.zeros_like(attention["o_proj"]["kernel"])}
-            down_proj = {"kernel": np.zeros_like(mlp["down_proj"]["kernel"])}
-            silent[name] = layer | {
-                "self_attn": attention | {"o_proj": o_proj},
-                "mlp": mlp | {"down_proj": down_proj},
-            }
-    return silent
+    layers = params[LAYERS]
+    attention, mlp = layers["self_attn"], layers["mlp"]
+    o_proj = {"kernel": np.zeros_like(attention["o_proj"]["kernel"])}
+    down_proj = {"kernel": np.zeros_like(mlp["down_proj"]["kernel"])}
+    silent = {
+        "self_attn": attention | {"o_proj": o_proj},
+        "mlp": mlp | {"down_proj": down_proj},
+    }
+    return params | {LAYERS: layers | silent}
 
 
 def save(load: Load, params: Params, folder: pathlib.Path) -> None:

@@ -1,8 +1,9 @@
 """The decoder: Llama, Qwen2.5 and Qwen3 behind one pure `forward`, with an explicit KV cache.
 
-The cache comes in segments. Linen declares names and shapes only; callers see functions of (params,
-cfg, ...). Submodule names mirror Hugging Face's (`layers_3/self_attn/q_proj/kernel`), so that
-import and export are one rename rule (`hf.py`). The three families differ in three switches of
+The cache comes in segments. Linen declares names and shapes of a block only; callers see functions
+of (params, cfg, ...). Parameters of all blocks are stacked, and a program has one loop over them
+(`blocks.py`). Names mirror Hugging Face's (`layers/self_attn/q_proj/kernel`), so that import
+and export are one rename rule (`hf.py`). The three families differ in three switches of
 `DecoderConfig`: `qkv_bias` (Qwen2.5), `qk_norm` (Qwen3) and `rope_scaling` (Llama 3.x).
 
 Axis letters are those of `gapg.py`: B rows, S columns of the cache, t new columns of one call, N
@@ -18,35 +19,47 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from collab_jax.models import blocks
 from collab_jax.models.decoder_config import DecoderConfig, Params
 from collab_jax.models.layers import Dense, RMSNorm
 
 
 class Segment(flax.struct.PyTreeNode):
-    """Keys and values of some columns, one pair for each layer.
+    """Keys and values of some columns in all layers: stacked, [layers, R, K, H, S], or a tuple.
 
     R divides the rows B of whatever attends to the segment: row r serves the B / R rows from
     r * B / R on, so that a group holds its prompt once. Keys lie with their columns last: then both
     products of one query with a cache run along memory (three times as fast on a CPU).
     """
 
-    k: tuple[jax.Array, ...]  # [R, K, H, S]
-    v: tuple[jax.Array, ...]  # [R, K, S, H]
+    k: blocks.Layers  # [R, K, H, S] of a layer
+    v: blocks.Layers  # [R, K, S, H]
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return jax.tree.leaves(self.k)[0].shape[ROWS]
+
+    @property
+    def columns(self) -> int:
+        """S."""
+        return jax.tree.leaves(self.k)[0].shape[-1]
+
+
+ROWS = -4  # the axis R of every leaf of a Segment
 
 
 def empty_segment(cfg: DecoderConfig, rows: int, columns: int, dtype: str) -> Segment:
     """A segment of zeros for `rows` = R and `columns` = S."""
-    R, K, H = rows, cfg.num_kv_heads, cfg.head_dim
-    return Segment(
-        k=tuple(jnp.zeros((R, K, H, columns), dtype) for _ in range(cfg.num_layers)),
-        v=tuple(jnp.zeros((R, K, columns, H), dtype) for _ in range(cfg.num_layers)),
-    )
+    K, H = cfg.num_kv_heads, cfg.head_dim
+    zeros = lambda *shape: blocks.zeros(cfg, shape, dtype)  # noqa: E731
+    return Segment(k=zeros(rows, K, H, columns), v=zeros(rows, K, columns, H))
 
 
 def take_rows(segment: Segment, index: jax.Array, rows: int) -> Segment:
-    """The segment's rows that serve rows `index` i32[n] of B = `rows`: [R, ...] -> [n, ...]."""
-    shared = rows // segment.k[0].shape[0]
-    return jax.tree.map(lambda x: x[index // shared], segment)
+    """The segment's rows that serve rows `index` i32[n] of B = `rows`: R becomes n."""
+    shared = rows // segment.rows
+    return jax.tree.map(lambda x: jnp.take(x, index // shared, axis=ROWS), segment)
 
 
 def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
@@ -64,6 +77,12 @@ def rope_frequencies(cfg: DecoderConfig) -> jax.Array:
     # 0: long waves, which are scaled; 1: short ones, which are kept.
     smooth = jnp.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
     return freq * (smooth + (1 - smooth) / scaling.factor)
+
+
+def _rope_angles(cfg: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sin, cos) f32[B, t, 1, 1, H/2] of the rotations at positions i32[B, t]."""
+    angle = positions[:, :, None, None, None].astype(jnp.float32) * rope_frequencies(cfg)
+    return jnp.sin(angle), jnp.cos(angle)
 
 
 def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
@@ -139,13 +158,15 @@ class Attention(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array,
         past: Sequence[KV],
-        open: KV | None,
+        open: Segment | None,
+        layer: int | jax.Array,
         index: int | jax.Array,
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[jax.Array, KV | Segment]:
         """What x [B, t, E] attends to, [B, t, E], and the keys and values of its t columns.
 
-        rope is (sin, cos), mask bool[B, t, S]; past has the keys and values of each segment. With
-        `open`, one more segment, the t columns are written to it at `index`, and it is returned.
+        rope is (sin, cos), mask bool[B, t, S]; past has this layer's keys and values of each
+        segment. With `open`, one more segment of all layers, the t columns are written to it at
+        `layer` and `index`, and it is returned.
         """
         cfg = self.cfg
         B, t, _ = x.shape
@@ -159,14 +180,18 @@ class Attention(nn.Module):
         q, k = _rope(q, *rope), _rope(k, *rope)
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, t], [B, K, t, H]
         if open is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(open[0], k.astype(open[0].dtype), index, axis=3)
-            v = jax.lax.dynamic_update_slice_in_dim(open[1], v.astype(open[1].dtype), index, axis=2)
+            k, all_k = blocks.written(open.k, layer, k, index, axis=-1)
+            v, all_v = blocks.written(open.v, layer, v, index, axis=-2)
+            open = Segment(k=all_k, v=all_v)
         pieces, start = [], 0
         for keys, values in (*past, (k, v)):
             pieces.append((keys, values, mask[:, :, start : start + keys.shape[3]]))
             start += keys.shape[3]
         y = _attend(q.reshape(B, t, K, N // K, H), pieces).reshape(B, t, N * H)
-        return Dense(cfg, cfg.hidden_size, cfg.output_bias, name="o_proj")(y), (k, v)
+        return Dense(cfg, cfg.hidden_size, cfg.output_bias, name="o_proj")(y), (
+            k,
+            v,
+        ) if open is None else open
 
 
 class MLP(nn.Module):
@@ -194,64 +219,49 @@ class Block(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array,
         past: Sequence[KV],
-        open: KV | None,
+        open: Segment | None,
+        layer: int | jax.Array,
         index: int | jax.Array,
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[jax.Array, KV | Segment]:
         norm = functools.partial(RMSNorm, self.cfg.norm_eps, self.cfg.dtype)
         attention = Attention(self.cfg, name="self_attn")
-        y, kv = attention(norm(name="input_layernorm")(x), rope, mask, past, open, index)
+        y, kept = attention(norm(name="input_layernorm")(x), rope, mask, past, open, layer, index)
         x = x + y
         x = x + MLP(self.cfg, name="mlp")(norm(name="post_attention_layernorm")(x))
-        return x, kv
-
-
-class Decoder(nn.Module):
-    """The whole decoder without its head; see `forward`."""
-
-    cfg: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
-        past: tuple[Segment, ...],
-        open: Segment | None,
-        index: int | jax.Array,
-    ) -> tuple[jax.Array, Segment]:
-        cfg = self.cfg
-        init = nn.initializers.normal(cfg.initializer_range)
-        size = cfg.vocab_size, cfg.hidden_size
-        embed = nn.Embed(*size, dtype=cfg.dtype, embedding_init=init, name="embed_tokens")
-        x = embed(tokens)
-        if embed.has_variable("params", "lora_row"):
-            row = embed.get_variable("params", "lora_row").astype(cfg.dtype)
-            x += jnp.where(tokens[..., None] == cfg.lora_token, row, 0)
-        angle = positions[:, :, None, None, None].astype(jnp.float32)
-        angle = angle * rope_frequencies(cfg)  # [B, t, 1, 1, H/2]
-        rope = jnp.sin(angle), jnp.cos(angle)
-        block = nn.remat(Block) if cfg.remat else Block
-        kv = []
-        for i in range(cfg.num_layers):
-            layer_past = [(segment.k[i], segment.v[i]) for segment in past]
-            layer_open = None if open is None else (open.k[i], open.v[i])
-            layer = block(cfg, name=f"layers_{i}")
-            x, layer_kv = layer(x, rope, mask, layer_past, layer_open, index)
-            kv.append(layer_kv)
-        x = RMSNorm(cfg.norm_eps, cfg.dtype, name="norm")(x)
-        if self.is_initializing() and not cfg.tied:
-            shape = cfg.hidden_size, cfg.vocab_size
-            self.param("lm_head", lambda key: {"kernel": init(key, shape)})
-        k, v = zip(*kv, strict=True)
-        return x, Segment(k=k, v=v)
+        return x, kept
 
 
 def init(cfg: DecoderConfig, key: jax.Array) -> Params:
-    """Random f32 parameters, normal with standard deviation `cfg.initializer_range`."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    variables = Decoder(cfg).init(key, one, one, jnp.ones((1, 1, 1), bool), (), None, 0)
-    return cast(Params, variables["params"])
+    """Random f32 parameters, normal with standard deviation `cfg.initializer_range`.
+
+    Those of all blocks are stacked: the leaves of `layers` have an axis of layers in front.
+    """
+    embed_key, head_key, blocks_key = jax.random.split(key, 3)
+    normal = nn.initializers.normal(cfg.initializer_range)
+    x, position = jnp.zeros((1, 1, cfg.hidden_size)), jnp.zeros((1, 1), jnp.int32)
+    inputs = x, _rope_angles(cfg, position), jnp.ones((1, 1, 1), bool), (), None, 0, 0
+
+    def block(key: jax.Array) -> Params:
+        return cast(Params, Block(cfg).init(key, *inputs)["params"])
+
+    params = {
+        "embed_tokens": {"embedding": normal(embed_key, (cfg.vocab_size, cfg.hidden_size))},
+        blocks.LAYERS: jax.vmap(block)(jax.random.split(blocks_key, cfg.num_layers)),
+        "norm": {"scale": jnp.ones(cfg.hidden_size)},
+    }
+    if not cfg.tied:
+        params["lm_head"] = {"kernel": normal(head_key, (cfg.hidden_size, cfg.vocab_size))}
+    return params
+
+
+def _embed(params: Params, cfg: DecoderConfig, tokens: jax.Array) -> jax.Array:
+    """The embeddings [B, t, E] of tokens i32[B, t]."""
+    module = params["embed_tokens"]
+    x = jnp.take(module["embedding"].astype(cfg.dtype), tokens, axis=0)
+    if "lora_row" in module:
+        row = module["lora_row"].astype(cfg.dtype)
+        x += jnp.where(tokens[..., None] == cfg.lora_token, row, 0)
+    return x
 
 
 def forward(
@@ -269,10 +279,24 @@ def forward(
     tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]), which columns each token sees:
     those of `past`, in order, then those of `open`, to whose columns index .. index + t - 1 this
     call writes; without `open`, these t themselves. The segment is `open` after that, or one of the
-    t columns.
+    t columns. A loop that calls this takes `blocks.unfolded` params.
     """
-    out = Decoder(cfg).apply({"params": params}, tokens, positions, mask, past, open, index)
-    return cast(tuple[jax.Array, Segment], out)
+    rope = _rope_angles(cfg, positions)
+    # Nothing is differentiated where a cache is written.
+    block = nn.remat(Block)(cfg) if cfg.remat and open is None else Block(cfg)
+
+    def layer(carry, i: int | jax.Array, of_layer):
+        x, open = carry
+        weights, layer_past = of_layer
+        inputs = x, rope, mask, layer_past, open, i, index
+        x, kept = block.apply({"params": weights}, *inputs)
+        return ((x, None), kept) if open is None else ((x, kept), None)
+
+    of_layers = params[blocks.LAYERS], [(segment.k, segment.v) for segment in past]
+    carry = _embed(params, cfg, tokens), open
+    (x, written), kept = blocks.over_layers(cfg, layer, carry, of_layers)
+    x = RMSNorm(cfg.norm_eps, cfg.dtype).apply({"params": params["norm"]}, x)
+    return cast(jax.Array, x), Segment(*kept) if written is None else written
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:

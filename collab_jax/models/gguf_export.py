@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-from flax import traverse_util
 from gguf import GGMLQuantizationType as Type
 
 from collab_jax.models import gguf_tokenizer, hf
+from collab_jax.models.blocks import unstacked
 from collab_jax.models.decoder_config import DecoderConfig, Params
 from collab_jax.models.gguf import GGUFError
 from collab_jax.models.gguf_layout import BLOCK, ROPE_FREQS, TOP, permute, rope_factors
@@ -37,11 +37,9 @@ BIASED = {
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file: where its values stand in the parameters, and how they are stored."""
+    """A tensor of the file: its values, and how they are stored."""
 
-    path: tuple[str, ...]
-    leaf: Any
-    shape: tuple[int, ...]  # [out, in]
+    weight: np.ndarray  # [out, in], a view of the parameters
     type: Type
 
 
@@ -95,8 +93,9 @@ def _write(
         writer.add_tensor_info(ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes, Type.F32)
     for name, tensor in tensors.items():
         block, size = gguf.GGML_QUANT_SIZES[tensor.type]
-        count = math.prod(tensor.shape) // block * size
-        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), count, tensor.type)
+        shape = tensor.weight.shape
+        count = math.prod(shape) // block * size
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), count, tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -131,20 +130,17 @@ def _tensors(
         raise GGUFError(f"llama.cpp has no Llama 3 rope scaling for {architecture!r}: {INSTEAD}")
     head = "token_embd.weight" if cfg.tied else "output.weight"
     tensors = {}
-    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
-    for path, leaf in flat.items():
-        name, shape = _tensor_name(path), tuple(leaf.shape)
+    for path, leaf in unstacked(params).items():
+        name, weight = _tensor_name(path), hf.out_in(path, leaf)
         stem, _, last = name.rpartition(".")
         if last == "bias" and stem.split(".")[-1] not in BIASED[architecture]:
             raise GGUFError(f"llama.cpp has no {name!r} in a {architecture!r}: {INSTEAD}")
-        if path[-1] == "kernel":
-            shape = shape[::-1]
-        tensors[name] = Tensor(path, leaf, shape, _type(shape, kind, name == head))
+        tensors[name] = Tensor(weight, _type(weight.shape, kind, name == head))
     return tensors
 
 
 def _tensor_name(path: tuple[str, ...]) -> str:
-    """('layers_3', 'self_attn', 'q_proj', 'kernel') -> 'blk.3.attn_q.weight'."""
+    """('layers', '3', 'self_attn', 'q_proj', 'kernel') -> 'blk.3.attn_q.weight'."""
     stem, _, leaf = hf.weight_name(path).rpartition(".")
     top = {theirs: ours for ours, theirs in TOP.items()}
     if stem in top:
@@ -169,7 +165,7 @@ def _type(shape: tuple[int, ...], kind: Type, is_head: bool) -> Type:
 
 def _data(name: str, tensor: Tensor, cfg: DecoderConfig, architecture: str) -> np.ndarray:
     """The values of a tensor as they are stored. Raises GGUFError where f16 cannot hold them."""
-    weight = hf.out_in(tensor.path, tensor.leaf).astype(np.float32)
+    weight = tensor.weight.astype(np.float32)
     if architecture == "llama" and ".attn_q." in name:
         weight = permute(weight, cfg.num_heads)
     if architecture == "llama" and ".attn_k." in name:

@@ -10,14 +10,14 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from collab_jax.models import decoder, gguf, published, shards
+from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.decoder_config import RopeScaling
 from collab_jax.runtime.errors import UserError
@@ -212,17 +212,16 @@ def _rope(hf: dict) -> tuple[float, RopeScaling | None]:
 
 
 def weight_name(path: tuple[str, ...]) -> str:
-    """('layers_3', 'self_attn', 'q_proj', 'kernel') -> 'model.layers.3.self_attn.q_proj.weight'."""
+    """('layers', '3', 'mlp', 'up_proj', 'kernel') -> 'model.layers.3.mlp.up_proj.weight'."""
     *modules, leaf = path
     leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}[leaf]
     name = ".".join([*modules, leaf])
-    name = re.sub(r"^layers_(\d+)", r"layers.\1", name)
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def out_in(path: tuple[str, ...], leaf: Any) -> np.ndarray:
-    """A leaf of the parameters on the host, as a folder has it: kernels are [out, in]."""
-    return np.asarray(leaf).T if path[-1] == "kernel" else np.asarray(leaf)
+def out_in(path: tuple[str, ...], leaf: np.ndarray) -> np.ndarray:
+    """A leaf of `unstacked` parameters as a folder has it: kernels are [out, in]. A view."""
+    return leaf.T if path[-1] == "kernel" else leaf
 
 
 def read_config(folder: pathlib.Path) -> dict:
@@ -236,11 +235,6 @@ def read_config(folder: pathlib.Path) -> dict:
             f"{folder / 'config.json'} is not an object with settings: fetch it again"
         )
     return contents
-
-
-def _flat(params: Params) -> dict[tuple[str, ...], Any]:
-    """Parameters by their path."""
-    return traverse_util.flatten_dict(params)
 
 
 class StoredWeight(NamedTuple):
@@ -273,26 +267,27 @@ def load(folder: pathlib.Path, cfg: DecoderConfig, param_dtype: str) -> Params:
     Raises FolderError where they are not exactly those of `cfg`.
     """
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    wanted = {weight_name(path): (path, leaf.shape) for path, leaf in _flat(shapes).items()}
-    weights: dict[str, np.ndarray] = {}
+    params = empty(shapes, param_dtype)
+    places = {weight_name(path): out_in(path, leaf) for path, leaf in unstacked(params).items()}
+    found: set[str] = set()
     for file, name, value in stored_weights(folder):
         if name == "lm_head.weight" and cfg.tied:
             continue  # some exporters write the tied head twice
-        if name not in wanted:
+        if name not in places:
             raise FolderError(f"{file}: unknown weight {name!r}")
-        if name in weights:
+        if name in found:
             raise FolderError(f"{file}: weight {name!r} stands in two files")
-        path, shape = wanted[name]
-        value = value.T if path[-1] == "kernel" else value
-        if value.shape != shape:
+        if value.shape != places[name].shape:
             raise FolderError(
-                f"{file}: weight {name!r} has shape {value.shape}, config.json says {shape}"
+                f"{file}: weight {name!r} has shape {value.shape}, "
+                f"config.json says {places[name].shape}"
             )
-        weights[name] = value.astype(param_dtype)
-    if missing := sorted(set(wanted) - set(weights)):
+        places[name][...] = value
+        found.add(name)
+    if missing := sorted(places.keys() - found):
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FolderError(f"{folder}: missing weight {missing[0]!r}{others}")
-    return traverse_util.unflatten_dict({wanted[name][0]: w for name, w in weights.items()})
+    return params
 
 
 def save(
@@ -305,14 +300,13 @@ def save(
     there, and weights of an earlier export that are not among these files are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {weight_name(path): (path, value) for path, value in _flat(params).items()}
+    weights = {weight_name(path): out_in(path, leaf) for path, leaf in unstacked(params).items()}
 
     def weight(name: str) -> jax.Array:
-        path, value = flat[name]
-        return jax.numpy.asarray(np.ascontiguousarray(out_in(path, value)), dtype)
+        return jax.numpy.asarray(np.ascontiguousarray(weights[name]), dtype)
 
     itemsize = jax.numpy.dtype(dtype).itemsize
-    shards.write(folder, {name: v.size * itemsize for name, (_, v) in flat.items()}, weight)
+    shards.write(folder, {name: value.size * itemsize for name, value in weights.items()}, weight)
     config = {**hf_config, "dtype": dtype}
     config.pop("torch_dtype", None)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

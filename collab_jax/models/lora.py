@@ -1,10 +1,10 @@
 """Low-rank adapters (Hu et al. 2021, "LoRA").
 
 The kernel W [in, out] of a projection acts as W + alpha / rank * A B. A [in, rank] and B [rank,
-out] are leaves `lora_a` and `lora_b` beside `kernel`, so an adapter is a tree of the model's shape
-that holds these leaves alone, and `join` of base and adapter is what the decoder computes with. A
-training step differentiates by the adapter and joins inside; gradient, optimizer state, average and
-checkpoint then have its leaves only.
+out] are leaves `lora_a` and `lora_b` beside `kernel`, with an axis of layers in front as it has. So
+an adapter is a tree of the model's shape that holds these leaves alone, and `join` of base and
+adapter is what the decoder computes with. A training step differentiates by the adapter and joins
+inside; gradient, optimizer state, average and checkpoint then have its leaves only.
 
 The decision token's embedding is trained too, as the leaf `lora_row` [E] that is added to it (and,
 where the head has weights of its own, another that is added to the token's there). It has to be:
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from collab_jax.models import decoder, hf
+from collab_jax.models.blocks import LAYERS, empty, unstacked
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.files import replacing, write_text
@@ -42,9 +43,9 @@ def _kernels(cfg: DecoderConfig) -> dict[tuple[str, ...], tuple[int, int]]:
     """Shape [in, out] of each projection in a block, by path."""
     shapes = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
     return {
-        path[:-1]: leaf.shape
+        path[:-1]: leaf.shape[1:]
         for path, leaf in _flat(shapes).items()
-        if path[-1] == "kernel" and len(path) > 2
+        if path[-1] == "kernel" and path[0] == LAYERS
     }
 
 
@@ -89,14 +90,13 @@ def init(cfg: DecoderConfig, settings: ConfigDict, key: jax.Array, dtype: str) -
     As PEFT begins.
     """
     flat = {}
+    n, rank = cfg.num_layers, settings.rank
     for path, (rows, columns) in _kernels(cfg).items():
         if path[-1] in settings.targets:
             key, own = jax.random.split(key)
             bound = rows**-0.5
-            flat[*path, "lora_a"] = jax.random.uniform(
-                own, (rows, settings.rank), dtype, -bound, bound
-            )
-            flat[*path, "lora_b"] = jax.numpy.zeros((settings.rank, columns), dtype)
+            flat[*path, "lora_a"] = jax.random.uniform(own, (n, rows, rank), dtype, -bound, bound)
+            flat[*path, "lora_b"] = jax.numpy.zeros((n, rank, columns), dtype)
     for module in _embeddings(cfg):
         flat[module, "lora_row"] = jax.numpy.zeros(cfg.hidden_size, dtype)
     return traverse_util.unflatten_dict(flat)
@@ -137,18 +137,19 @@ def join(frozen: Params | None, trained: Params) -> Params:
 
 def merge(base: Params, adapter: Params, cfg: DecoderConfig) -> Params:
     """`base` with what the adapter adds to its weights, in their type; on the host."""
+    wide = lambda x: np.asarray(x, np.float32)  # noqa: E731
     flat, added = _flat(base), _flat(adapter)
     for path, a in added.items():
         if path[-1] == "lora_a":
-            b = added[*path[:-1], "lora_b"]
-            product = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
-            kernel = flat[*path[:-1], "kernel"]
-            merged = np.asarray(kernel, np.float32) + cfg.lora_scale * product
-            flat[*path[:-1], "kernel"] = merged.astype(kernel.dtype)
+            b, kernel = added[*path[:-1], "lora_b"], flat[*path[:-1], "kernel"]
+            merged = np.array(kernel)
+            for i, (layer_a, layer_b) in enumerate(zip(wide(a), wide(b), strict=True)):
+                merged[i] = wide(merged[i]) + cfg.lora_scale * (layer_a @ layer_b)
+            flat[*path[:-1], "kernel"] = merged
         elif path[-1] == "lora_row":
             leaf = "kernel" if path[0] == "lm_head" else "embedding"
             weights = np.array(flat[path[0], leaf])
-            row = _token_row(base, path[0], cast(int, cfg.lora_token)) + np.asarray(a, np.float32)
+            row = _token_row(base, path[0], cast(int, cfg.lora_token)) + wide(a)
             weights[(slice(None), cfg.lora_token) if leaf == "kernel" else cfg.lora_token] = row
             flat[path[0], leaf] = weights
     return traverse_util.unflatten_dict(flat)
@@ -193,29 +194,28 @@ def load(path: str, cfg: DecoderConfig, base: Params, settings: ConfigDict, dtyp
                 f"set config.lora.{name} to it (now {settings[name]})"
             )
     like = jax.eval_shape(lambda: init(cfg, settings, jax.random.key(0), dtype))
-    wanted = {_peft_name(path): (path, leaf.shape) for path, leaf in _flat(like).items()}
+    adapter = empty(like, dtype)
+    places = {_peft_name(path): (path[0], leaf) for path, leaf in unstacked(adapter).items()}
     for module in tokens if not said.get(TOKENS) else ():  # it moves no token yet
         row = _token_row(base, module, tokens[module][0])
         weights[_peft_name((module, "lora_row"))] = row[None]
-    if differing := sorted(wanted.keys() ^ weights.keys()):
+    if differing := sorted(places.keys() ^ weights.keys()):
         raise UserError(
-            f"the adapter in {folder} {'lacks' if differing[0] in wanted else 'has'} "
+            f"the adapter in {folder} {'lacks' if differing[0] in places else 'has'} "
             f"{differing[0]!r}: set config.lora.targets to its target_modules, "
             f"{said.get('target_modules')}, and model.path to its model"
         )
-    flat = {}
-    for name, (at, shape) in wanted.items():
-        if at[-1] == "lora_row" and weights[name].shape == (1, *shape):
-            moved = weights[name][0] - _token_row(base, at[0], cast(int, cfg.lora_token))
-            flat[at] = moved.astype(dtype)
-            continue
-        if weights[name].T.shape != shape:
+    for name, (module, place) in places.items():
+        value, shape = weights[name], place.shape[::-1]
+        if module != LAYERS and value.shape == (1, *shape):
+            value = value[0] - _token_row(base, module, cast(int, cfg.lora_token))
+        if value.shape != shape:
             raise UserError(
-                f"the adapter in {folder}: {name!r} has shape {weights[name].shape}, where this "
-                f"model has {shape[::-1]}: is config.model.path its model?"
+                f"the adapter in {folder}: {name!r} has shape {value.shape}, where this "
+                f"model has {shape}: is config.model.path its model?"
             )
-        flat[at] = np.ascontiguousarray(weights[name].T).astype(dtype)
-    return traverse_util.unflatten_dict(flat)
+        place[...] = value.T
+    return adapter
 
 
 def _peft_name(path: tuple[str, ...]) -> str:
@@ -223,9 +223,8 @@ def _peft_name(path: tuple[str, ...]) -> str:
     if path[-1] == "lora_row":
         module = path[0] if path[0] == "lm_head" else f"model.{path[0]}"
         return f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
-    layer, *modules, leaf = path
-    matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
-    name = ".".join([layer.replace("_", "."), *modules, matrix])
+    *modules, leaf = path
+    name = ".".join([*modules, {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]])
     return f"base_model.model.model.{name}.weight"
 
 
@@ -247,12 +246,12 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
-    for path, value in _flat(adapter).items():
+    for path, value in unstacked(adapter).items():
         if path[-1] == "lora_row":  # PEFT has the whole row, not what is added
             row = _token_row(base, path[0], cast(int, cfg.lora_token))
-            weights[_peft_name(path)] = (row + np.asarray(value, np.float32))[None]
+            weights[_peft_name(path)] = (row + value.astype(np.float32))[None]
         else:
-            weights[_peft_name(path)] = np.ascontiguousarray(np.asarray(value).astype(cfg.dtype).T)
+            weights[_peft_name(path)] = np.ascontiguousarray(value.astype(cfg.dtype).T)
     with replacing(folder / WEIGHTS) as scratch:
         save_file(jax.tree.map(jax.numpy.asarray, weights), scratch, metadata={"format": "pt"})
         scratch.chmod(0o644)  # safetensors makes it for the owner alone

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from collab_jax.models import decision, decoder
+from collab_jax.models import blocks, decision, decoder
 from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params, Segment
 from collab_jax.runtime import process
@@ -205,6 +205,7 @@ def advance(
     s: SamplerSettings,
 ) -> SampleState:
     """The state at `stop` columns, i32[], for which the open segment must have room."""
+    params = blocks.unfolded(cfg, params)
     R, C, before = len(context.row), s.columns, len(context.past) * s.columns
     prompt_length = context.prompt_mask.sum(1)
 

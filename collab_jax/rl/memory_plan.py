@@ -27,6 +27,7 @@ from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
 from collab_jax.models import decoder, logprobs, lora
+from collab_jax.models.blocks import LAYERS
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.rl import packing
 
@@ -110,13 +111,21 @@ def _adapted_width(cfg: DecoderConfig, adapter: Adapter) -> int:
     They are kept beside those of the projections: XLA adds the two where it uses the sum.
     """
     trained = _plain_shapes(cfg, adapter)[0] if adapter.rank else {}
-    modules = trained.get("layers_0", {}).values()
-    return sum(leaf["lora_b"].shape[1] for module in modules for leaf in module.values())
+    modules = trained.get(LAYERS, {}).values()
+    return sum(leaf["lora_b"].shape[-1] for module in modules for leaf in module.values())
 
 
 # ----------------------------------------------------------------------- what a backward pass keeps
 
-_VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "stop_gradient")
+_VIEWS = (
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "transpose",
+    "broadcast_in_dim",
+    "stop_gradient",
+    "split",
+)
 
 
 def _result_buffers(jaxpr, inputs: list) -> list:
@@ -133,13 +142,25 @@ def _result_buffers(jaxpr, inputs: list) -> list:
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
         if inner is not None:
             made = _result_buffers(getattr(inner, "jaxpr", inner), operands)
+            if eqn.primitive.name == "scan":
+                made = _stacked(made, eqn)
         elif eqn.primitive.name in _VIEWS:
-            made = operands[:1]
+            made = operands[:1] * len(eqn.outvars)
         else:
             made = [(object(), v.aval.size * v.aval.dtype.itemsize) for v in eqn.outvars]
         buffers.update(zip(eqn.outvars, made, strict=True))
     return [
         buffers.get(v, nothing) if not isinstance(v, Literal) else nothing for v in jaxpr.outvars
+    ]
+
+
+def _stacked(made: list, scan) -> list:
+    """The buffers of a scan's results, from those of one pass: what passes leave lies stacked."""
+    carried = scan.params["num_carry"]
+    stacks = {buffer: object() for buffer, _ in made}
+    return made[:carried] + [
+        (stacks[buffer], v.aval.size * v.aval.dtype.itemsize)
+        for (buffer, _), v in zip(made[carried:], scan.outvars[carried:], strict=True)
     ]
 
 
@@ -190,10 +211,11 @@ class Weights(NamedTuple):
     param: int  # bytes of a trained one
     held: Bytes  # on one device
     cast: int  # bytes of all again, in the computation's type, where that is another
+    again: int  # bytes of what sampling holds twice: `cast`, or on a CPU the blocks, taken apart
 
 
 def _weights(
-    stored: DecoderConfig, cfg: DecoderConfig, config: ConfigDict, average: bool
+    stored: DecoderConfig, cfg: DecoderConfig, config: ConfigDict, average: bool, cpu: bool
 ) -> Weights:
     """The parameters of a run that has them as `stored` and computes with `cfg`."""
     adapter = Adapter(config.lora.rank, tuple(config.lora.targets))
@@ -206,7 +228,9 @@ def _weights(
         "average": 4 * trained if average else 0,
     }
     cast = compute * (trained * (compute != param) + frozen * (compute != kept))
-    return Weights(adapter, trained, param, held, cast)
+    layers = sum(_count(tree.get(LAYERS)) for tree in _plain_shapes(cfg, adapter) if tree)
+    again = cast or (compute * layers if cpu else 0)
+    return Weights(adapter, trained, param, held, cast, again)
 
 
 def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
@@ -224,7 +248,7 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     The prompts are split over the devices; all else is on each of them.
     """
     stored, cfg = cfg, _as_compiled(cfg, cpu)
-    weights = _weights(stored, cfg, config, average=config.optim.average > 0)
+    weights = _weights(stored, cfg, config, average=config.optim.average > 0, cpu=cpu)
     adapter, trained, param, cast = weights.adapter, weights.trained, weights.param, weights.cast
     prompts = -(-config.prompts_per_step // devices)
     m, T = config.train.micro_rows, config.max_new_tokens
@@ -239,12 +263,12 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     # The averaged parameters, in the others' type.
     evaluated["parameters"] = trained * param if config.optim.average else 0
     sampling = max(sampled, evaluated, key=lambda sizes: sum(sizes.values()))
-    sampling["activations"] += cast
+    sampling["activations"] += weights.again
     evaluating = 1 + config.decode.segments if config.eval.prompts else 0
     # The update passes through the prompts, then back through each length of responses and them.
     updating = 1 + BACKWARD * (config.train.lengths + 1)
     programs = _sampling_programs(config) + evaluating
-    compiled = _compiled(cfg, programs + 1, programs + updating)
+    compiled = _compiled(cfg, programs + 1, programs + updating, cpu)
     copies = 0 if cpu else sum(weights.held.values())  # while they are loaded or saved
     return Plan(weights.held, update, sampling, _host(compiled, copies))
 
@@ -254,7 +278,7 @@ def plan_warm_start(
 ) -> Plan:
     """As `plan`, of the warm start: tuning on packed rows, and trying what was tuned."""
     stored, cfg = cfg, _as_compiled(cfg, cpu)
-    weights = _weights(stored, cfg, config, average=False)
+    weights = _weights(stored, cfg, config, average=False, cpu=cpu)
     S, taught = packing.columns(config), packing.taught_tokens(config)
     m = config.sft.micro_rows
     update: Bytes = {
@@ -264,9 +288,9 @@ def plan_warm_start(
     }
     prompts = -(-config.prompts_per_step // devices)
     sampling = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
-    sampling["activations"] += weights.cast
+    sampling["activations"] += weights.again
     programs = _sampling_programs(config)
-    compiled = _compiled(cfg, programs + 1, programs + BACKWARD)
+    compiled = _compiled(cfg, programs + 1, programs + BACKWARD, cpu)
     # What each tuning starts from stays on the host.
     copies = weights.trained * weights.param if cpu else sum(weights.held.values())
     return Plan(weights.held, update, sampling, _host(compiled, copies))
@@ -290,9 +314,12 @@ def _logits(cfg: DecoderConfig, config: ConfigDict, m: int, T: int, cpu: bool) -
     return 4 * m * cfg.vocab_size * (kept + chunk)
 
 
-def _compiled(cfg: DecoderConfig, programs: int, passes: int) -> float:
-    """Bytes of so many programs, in which there are so many forward passes of the model."""
-    return PROGRAM * programs + BLOCK * cfg.num_layers * passes
+def _compiled(cfg: DecoderConfig, programs: int, passes: int, cpu: bool) -> float:
+    """Bytes of so many programs, in which there are so many forward passes of the model.
+
+    But for a CPU a program has its blocks once, in a loop.
+    """
+    return PROGRAM * programs + BLOCK * (cfg.num_layers if cpu else 1) * passes
 
 
 def _sampling_programs(config: ConfigDict) -> int:

@@ -16,14 +16,15 @@ import optax
 from collab_jax import gapg
 from collab_jax.gapg import Algorithm, Rollout, TrainState
 from collab_jax.models import decoder, logprobs, lora
-from collab_jax.models.decoder import DecoderConfig, Params, Segment
+from collab_jax.models.decoder import ROWS, DecoderConfig, Params, Segment
 from collab_jax.rl import scoring
 from collab_jax.rl.scoring import Scored
 from collab_jax.rl.signal import Signal, has_gradient, learning_signal
 
 # A body of one device: (state, rollout, key) -> state, metrics.
 StepBody = Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-KeysValues = tuple[jax.Array, Segment]  # of n prompts: last hidden states [n, E], and their segment
+# Of n prompts: last hidden states [n, 1, 1, E], and their segment; ROWS is axis n of every leaf.
+KeysValues = tuple[jax.Array, Segment]
 
 
 def cut_lengths(max_new: int, count: int) -> tuple[int, ...]:
@@ -110,19 +111,22 @@ def prefill(params: Params, share: Share, i: jax.Array | int, size: int) -> Keys
     """Computes the prompts of micro-batch number i, `size` of them."""
     at = jax.lax.dynamic_slice(share.prompts, (i * size,), (size,))
     whole = lora.join(share.frozen, params)
-    return decoder.prefill(whole, share.cfg, share.batch.prompts[at], share.batch.prompt_mask[at])
+    batch = share.batch
+    last, segment = decoder.prefill(whole, share.cfg, batch.prompts[at], batch.prompt_mask[at])
+    return last[:, None, None], segment
 
 
 def prefill_prompts(params: Params, share: Share, rounds: jax.Array, size: int) -> KeysValues:
     """What all prompts of the share leave, by place in the list; zeros after `rounds` rounds."""
 
     def store(i, whole: KeysValues) -> KeysValues:
-        put = lambda w, part: jax.lax.dynamic_update_slice_in_dim(w, part, i * size, axis=0)  # noqa: E731
+        put = lambda w, part: jax.lax.dynamic_update_slice_in_dim(w, part, i * size, ROWS)  # noqa: E731
         return jax.tree.map(put, whole, prefill(params, share, i, size))
 
     n = share.prompts.shape[0]
     shapes = jax.eval_shape(lambda p: prefill(p, share, 0, size), params)
-    empty = jax.tree.map(lambda x: jnp.zeros((n, *x.shape[1:]), x.dtype), shapes)
+    of_all = lambda x: (*x.shape[:ROWS], n, *x.shape[ROWS + 1 :])  # noqa: E731
+    empty = jax.tree.map(lambda x: jnp.zeros(of_all(x), x.dtype), shapes)
     return jax.lax.fori_loop(0, rounds, store, empty)
 
 
@@ -155,7 +159,7 @@ def add_micro_batch(
     (grads, dkv), (drift, worst) = jax.lax.switch(
         shortest, [functools.partial(cut_to, width) for width in share.lengths]
     )
-    spread = lambda whole, part: whole.at[rows.place[chosen]].add(part)  # noqa: E731
+    spread = lambda whole, part: whole.at[..., rows.place[chosen], :, :, :].add(part)  # noqa: E731
     dkv = jax.tree.map(spread, sums.dkv, dkv)
     grads = jax.tree.map(jnp.add, sums.grads, grads)
     return Sums(grads, dkv, sums.drift + drift, jnp.maximum(sums.worst, worst))
@@ -188,7 +192,7 @@ def responses_gradient(
         last, segment = kv
         whole, cfg, group = lora.join(share.frozen, params), share.cfg, batch.tokens.shape[1]
         hidden = logprobs.continued_hidden(
-            whole, cfg, last, segment, batch.prompt_mask[prompt], tokens
+            whole, cfg, last[:, 0, 0], segment, batch.prompt_mask[prompt], tokens
         )
         decided = jnp.float32(0)
         if share.scored is None:
@@ -205,7 +209,7 @@ def responses_gradient(
         advantage = share.A[prompt, member] * weight
         return gapg.loss(logp, mask, advantage, group) + decided, (drift.sum(), drift.max())
 
-    own_kv = jax.tree.map(lambda x: x[place[chosen]], kv)
+    own_kv = jax.tree.map(lambda x: x[..., place[chosen], :, :, :], kv)
     return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, own_kv)
 
 
@@ -216,7 +220,8 @@ def pull_back(
 
     def add(i, grads: Params) -> Params:
         _, pull = jax.vjp(lambda p: prefill(p, share, i, size), params)
-        cut = lambda x, y: jax.lax.dynamic_slice_in_dim(x, i * size, size).astype(y.dtype)  # noqa: E731
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=ROWS)
+        cut = lambda x, y: take(x, i * size).astype(y.dtype)  # noqa: E731
         return jax.tree.map(jnp.add, grads, pull(jax.tree.map(cut, sums.dkv, kv))[0])
 
     return jax.lax.fori_loop(0, rounds, add, sums.grads)

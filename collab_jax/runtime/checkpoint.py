@@ -56,8 +56,8 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise UserError(
                 f"cannot restore checkpoint {place} ({reason}): if it is damaged, delete that "
-                "folder and the run goes on from the one before; if the model's shape changed, use "
-                "another --workdir"
+                "folder and the run goes on from the one before; if the model's shape changed, "
+                "or an older version wrote it, use another --workdir"
             ) from None
         wrong = [
             (np.shape(got), want.shape)

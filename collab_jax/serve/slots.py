@@ -23,9 +23,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from collab_jax.models import decision, decoder
+from collab_jax.models import blocks, decision, decoder
 from collab_jax.models.decision import Marker, Opening
-from collab_jax.models.decoder import DecoderConfig, Params, Segment
+from collab_jax.models.decoder import ROWS, DecoderConfig, Params, Segment
 
 LOGIT_BIASES = 32  # at most, of one request
 SMALLEST_BUCKET = 16  # columns
@@ -147,7 +147,7 @@ def prefill(
     Columns before `start` i32[] are there already. What pads the last chunk on the right is never
     looked at.
     """
-    b, S = tokens.shape[1], staging.k[0].shape[3]
+    b, S = tokens.shape[1], staging.columns
     position = start + jnp.arange(b)[None]  # [1, b]
     mask = jnp.arange(S) <= position[..., None]
     _, staging = decoder.forward(params, cfg, tokens, position, mask, (), staging, start)
@@ -159,21 +159,15 @@ def insert(state: Slots, slot: jax.Array, staging: Segment, request: Request) ->
 
     Its prompt, the first `request.position` columns of `staging`, ends before the ring's column.
     """
-    C = state.ring.k[0].shape[3]
+    C = state.ring.columns
     source = (jnp.arange(C) - state.column + request.position) % C
-    put = jax.lax.dynamic_update_slice_in_dim
-    ring = Segment(
-        k=tuple(
-            put(ring, row[..., source], slot, 0)
-            for ring, row in zip(state.ring.k, staging.k, strict=True)
-        ),
-        v=tuple(
-            put(ring, row[:, :, source], slot, 0)
-            for ring, row in zip(state.ring.v, staging.v, strict=True)
-        ),
+    row = Segment(
+        k=jax.tree.map(lambda x: x[..., source], staging.k),
+        v=jax.tree.map(lambda x: x[..., source, :], staging.v),
     )
+    put = lambda ring, row: jax.lax.dynamic_update_slice_in_dim(ring, row, slot, ROWS)  # noqa: E731
     return state.replace(
-        ring=ring,
+        ring=jax.tree.map(put, state.ring, row),
         live=state.live.at[slot].set(True),
         request=jax.tree.map(lambda rows, one: rows.at[slot].set(one), state.request, request),
     )
@@ -194,9 +188,11 @@ def step(
     keep bool[R]: the other slots are emptied first. No slot past `rows` may hold a live request.
     """
     state = state.replace(live=state.live & keep)
-    first = jax.tree.map(lambda x: x[:rows], (state.ring, state.live, state.request))
+    params = blocks.unfolded(cfg, params)
+    ring = jax.tree.map(lambda x: x[..., :rows, :, :, :], state.ring)
+    live, request = jax.tree.map(lambda x: x[:rows], (state.live, state.request))
     # Those of the first response of a group in the sampler.
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(first[2].seed)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(request.seed)
 
     def goes_on(carry):
         i, _, (_, live, _), _ = carry
@@ -220,12 +216,12 @@ def step(
         written = jax.tree.map(lambda rows, new: rows.at[i].set(new), written, wrote)
         return i + 1, (column + 1) % s.columns, (ring, live, request), written
 
-    carry = jnp.int32(0), state.column, first, _nothing(count, rows)
-    _, column, first, written = jax.lax.while_loop(goes_on, one, carry)
-    ring, live, request = jax.tree.map(
-        lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, 0, 0),
-        (state.ring, state.live, state.request),
-        first,
+    carry = jnp.int32(0), state.column, (ring, live, request), _nothing(count, rows)
+    _, column, (ring, live, request), written = jax.lax.while_loop(goes_on, one, carry)
+    put = jax.lax.dynamic_update_slice_in_dim
+    ring = jax.tree.map(lambda whole, part: put(whole, part, 0, ROWS), state.ring, ring)
+    live, request = jax.tree.map(
+        lambda whole, part: put(whole, part, 0, 0), (state.live, state.request), (live, request)
     )
     return Slots(column=column, ring=ring, live=live, request=request), written
 
