@@ -1,5 +1,5 @@
-"""Two host devices for every test, and compiled programs kept between the processes of one test
-session (pytest-xdist's workers and the commands that tests start).
+"""Two host devices for every test, and programs that are compiled fast and kept between the
+processes of one test session (pytest-xdist's workers and the commands that tests start).
 """
 
 import os
@@ -32,6 +32,7 @@ _WORKER = "PYTEST_XDIST_WORKER" in os.environ  # it has the environment of what 
 if not _WORKER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="collab_jax-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of what small tests take
 
 import jax  # noqa: E402
 
