@@ -76,6 +76,7 @@ def run_with_config(
         return command(config_flag.value, pathlib.Path(str(workdir_flag.value)).expanduser())
 
     logging.getLogger("jax").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of each request
     with _user_error_as_one_line():
         app.run(start, flags_parser=parse)
 
