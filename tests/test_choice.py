@@ -1,6 +1,7 @@
 """Multiple choice: letters however they are wrapped, choices shuffled, questions of one's own."""
 
 import gzip
+import itertools
 import json
 from collections import Counter
 
@@ -180,6 +181,19 @@ def test_questions_of_ones_own_are_trained_on(tmp_path):
     verdicts = task.verify([train[0]] * 4, responses)
     assert [v.correct for v in verdicts] == [True, True, True, False]
     assert task.solve_prompt(task.cloud_prompt(train[0])) == f"<answer>{letter}</answer>"
+
+
+def test_demonstrations_are_right_or_end_with_the_call(tmp_path):
+    write_rows(tmp_path / "choices_train.jsonl", [row(i) for i in range(40)])
+    task = make_task(task_config(tmp_path, "choices", demo_give_up=0.25))
+    assert task.demonstrations
+    shown = list(itertools.islice(task.demonstrations(0), 400))
+    verdicts = task.verify(*zip(*shown, strict=True))
+    assert all(v.called or (v.correct and v.formatted) for v in verdicts)
+    assert 60 < sum(v.called for v in verdicts) < 140
+    assert sorted(e.id for e, _ in shown[: len(task.load("train"))]) == sorted(
+        e.id for e in task.load("train")
+    )
 
 
 @pytest.mark.parametrize(
