@@ -9,9 +9,8 @@ of training and validation come in the order of their hashes, but for questions 
 of each other's places ("A and B", "all of the above"). A test is shown as its authors wrote it.
 """
 
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -134,21 +133,10 @@ def _question(example: Example) -> str:
     return "\n".join([question, *lines])
 
 
-def demonstrations(
-    seed: int, examples: Sequence[Example], give_up: float, marker: str
-) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response): in each epoch all examples once, in another order.
-
-    The thought is the text of the right choice, the answer its letter. A share `give_up` of the
-    responses, drawn without a look at the question, ends with the marker instead.
-    """
-    rng = random.Random(f"demonstrations {seed}")
-    while True:
-        for example in rng.sample(examples, len(examples)):
-            _, choices, answer = example.problem
-            thought = f"<think>{choices[LETTERS.index(answer)]}</think>\n"
-            ends_in_call = rng.random() < give_up
-            yield example, thought + (marker if ends_in_call else f"<answer>{answer}</answer>")
+def _solution(example: Example) -> tuple[str, str]:
+    """The text of the right choice, which is the thought of a demonstration, and its letter."""
+    _, choices, answer = example.problem
+    return choices[LETTERS.index(answer)], answer
 
 
 def make_task(config: ConfigDict) -> Task:
@@ -166,8 +154,12 @@ def make_task(config: ConfigDict) -> Task:
         splits=SPLITS if can_train else ("test",),
         read_answer=lambda example, response: prose.last_letter(response, _reader(example)),
         demonstrations=(
-            lambda seed: demonstrations(
-                seed, load(config.task, "train"), config.task.demo_give_up, config.text.marker
+            lambda seed: rows.demonstrations(
+                seed,
+                load(config.task, "train"),
+                _solution,
+                config.task.demo_give_up,
+                config.text.marker,
             )
         )
         if can_train

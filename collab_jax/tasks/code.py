@@ -16,7 +16,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import random
 import re
 import sys
 import textwrap
@@ -297,21 +296,9 @@ def _asked(example: Example) -> str:
 # ---- demonstrations
 
 
-def demonstrations(
-    seed: int, examples: Sequence[Example], give_up: float, marker: str
-) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response): in each epoch all examples once, in another order.
-
-    The thought names the functions that are to be written, and their arguments; the answer is the
-    reference solution. A share `give_up` of the responses, drawn without a look at the problem,
-    ends with the marker instead.
-    """
-    rng = random.Random(f"demonstrations {seed}")
-    while True:
-        for example in rng.sample(examples, len(examples)):
-            thought = f"<think>{_outline(example.problem)}</think>\n"
-            answer = f"<answer>\n{example.problem.reference.strip()}\n</answer>"
-            yield example, thought + (marker if rng.random() < give_up else answer)
+def _solution(example: Example) -> tuple[str, str]:
+    """The functions that are to be written, and their arguments; and the reference solution."""
+    return _outline(example.problem), f"\n{example.problem.reference.strip()}\n"
 
 
 def _outline(problem: Problem) -> str:
@@ -353,8 +340,12 @@ def make_task(config: ConfigDict) -> Task:
         splits=SPLITS if can_train else ("test",),
         ranked=True,
         demonstrations=(
-            lambda seed: demonstrations(
-                seed, load(config.task, "train"), config.task.demo_give_up, config.text.marker
+            lambda seed: rows.demonstrations(
+                seed,
+                load(config.task, "train"),
+                _solution,
+                config.task.demo_give_up,
+                config.text.marker,
             )
         )
         if can_train

@@ -9,6 +9,7 @@ import functools
 import gzip
 import json
 import pathlib
+import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -100,6 +101,26 @@ def ranks(keys: Sequence[Any]) -> list[float]:
     ordered = sorted(keys)
     places = [bisect.bisect_left(ordered, k) + bisect.bisect_right(ordered, k) for k in keys]
     return [place / 2 / len(keys) for place in places]
+
+
+def demonstrations(
+    seed: int,
+    examples: Sequence[Example],
+    solution: Callable[[Example], tuple[str, str]],
+    give_up: float,
+    marker: str,
+) -> Iterator[tuple[Example, str]]:
+    """Endless (example, response): in each epoch all examples once, in another order.
+
+    solution(example) -> a thought, and the right answer. A share `give_up` of the responses, drawn
+    without a look at the problem, ends with the marker instead of the answer.
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    while True:
+        for example in rng.sample(examples, len(examples)):
+            thought, answer = solution(example)
+            ending = marker if rng.random() < give_up else f"<answer>{answer}</answer>"
+            yield example, f"<think>{thought}</think>\n{ending}"
 
 
 def make_task(
