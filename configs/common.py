@@ -185,10 +185,9 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 160  # updates
-    # responses of one backward pass on one device; it bounds memory and leaves results as they are
+    # rows of one backward pass on one device, in each of which are up to four responses, T tokens
+    # together; it bounds memory and leaves results as they are
     config.train.micro_rows = 8
-    # lengths that responses are cut to, spread evenly up to T; more: less padding, more to compile
-    config.train.lengths = 4
     config.train.logprob_chunk = 64  # positions whose logits are in memory at once
     # recompute each block in the backward pass: less memory, a third more time
     config.train.remat = False

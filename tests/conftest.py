@@ -25,7 +25,6 @@ SMALL = {
     "sft.check_prompts": 0,
     "decode.slot_counts": 2,  # fewer programs to compile
     "decode.segments": 1,
-    "train.lengths": 2,
 }
 
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ  # it has the environment of what started it

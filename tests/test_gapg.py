@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from collab_jax import gapg
 from collab_jax.models import decoder, logprobs
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.rl import algorithms, optim, step
+from collab_jax.rl import algorithms, gradient, optim, step
 
 T, F = True, False
 KEY = jax.random.key(0)
@@ -297,10 +297,8 @@ def batch_logprobs(params, batch):
     return logprobs.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
 
 
-def body(micro_rows=4, lengths=(2, NEW), algorithm=gapg.GAPG, average=0.0, optimizer=SGD):
-    settings = dict(
-        micro_rows=micro_rows, lengths=lengths, temperature=1.0, chunk=2, average=average
-    )
+def body(micro_rows=4, algorithm=gapg.GAPG, average=0.0, optimizer=SGD):
+    settings = dict(micro_rows=micro_rows, temperature=1.0, chunk=2, average=average)
     return step.make_step(CFG, optimizer, algorithm, axis="d", **settings)
 
 
@@ -365,13 +363,10 @@ def test_one_device_equals_two(stepped):
     assert_close(metrics, stepped[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [dict(micro_rows=1), dict(micro_rows=5, lengths=(NEW,)), dict(lengths=(1, 2, 3, NEW))],
-)
+@pytest.mark.parametrize("micro_rows", [1, 5])
 @pytest.mark.slow
-def test_micro_batches_and_lengths_change_nothing(stepped, settings):
-    other, metrics = one_step(rollout(), **settings)
+def test_micro_batches_change_nothing(stepped, micro_rows):
+    other, metrics = one_step(rollout(), micro_rows=micro_rows)
     assert_close(other.params, stepped[0].params, rtol=1e-4, atol=1e-6)
     assert_close(metrics, stepped[1], rtol=1e-4, atol=1e-5)
 
@@ -394,22 +389,39 @@ def test_averaged_weights_by_hand():
     assert plain.average is None and plain.final_model is plain.params
 
 
-def test_cut_lengths_by_hand():
-    assert step.cut_lengths(56, 4) == (16, 32, 48, 56)
-    assert step.cut_lengths(56, 1) == (56,)
-    assert step.cut_lengths(1024, 4) == (256, 512, 768, 1024)
-    assert step.cut_lengths(5, 4) == (5,)
+def test_packed_rows_by_hand():
+    """The longest first, each into the first row with room for it; one of length 0 into none."""
+    rows, count = gradient.packed(jnp.array([3, 0, 5, 2, 1, 6]), 6)
+    assert count == 3
+    places = [
+        [(int(b), int(start), int(n)) for b, start, n in zip(*row, strict=True) if n]
+        for row in zip(*rows, strict=True)
+    ]
+    assert places == [[(5, 0, 6)], [(2, 0, 5), (4, 5, 1)], [(0, 0, 3), (3, 3, 2)], [], [], []]
+    rows, count = gradient.packed(jnp.ones(6, jnp.int32), 100)  # no more than four in a row
+    assert count == 2 and (rows.length > 0).sum(1).tolist() == [4, 2, 0, 0, 0, 0]
 
 
+def test_columns_by_hand():
+    rows = gradient.Rows(
+        jnp.zeros((1, 4), int), jnp.array([[0, 3, 0, 0]]), jnp.array([[3, 2, 0, 0]])
+    )
+    at = gradient.columns(rows, 6)
+    assert at.place[0].tolist() == [0, 0, 0, 1, 1, 0]
+    assert at.token[0].tolist() == [0, 1, 2, 0, 1, 0]
+    assert at.real[0].tolist() == [T, T, T, T, T, F]
+
+
+@pytest.mark.parametrize("micro_rows, passes", [(1, 2), (2, 1)])
 @pytest.mark.slow
-def test_work_is_that_of_the_responses_that_have_a_gradient():
+def test_work_is_that_of_the_responses_that_have_a_gradient(micro_rows, passes):
     """Counted in micro-batches by what a spy on the decoder is given, at run time."""
     seen = []
-    real = logprobs.continued_hidden
+    real = gradient.packed_hidden
 
-    def spy(params, cfg, last, prompt, prompt_mask, responses):
-        jax.debug.callback(lambda _: seen.append(responses.shape), responses[0, 0])
-        return real(params, cfg, last, prompt, prompt_mask, responses)
+    def spy(params, cfg, kv, prompt_mask, inputs, at):
+        jax.debug.callback(lambda _: seen.append(inputs.shape), inputs[0, 0])
+        return real(params, cfg, kv, prompt_mask, inputs, at)
 
     batch = rollout()
     length = np.full((Q, G), 1)
@@ -417,11 +429,11 @@ def test_work_is_that_of_the_responses_that_have_a_gradient():
     batch = batch.replace(mask=np.arange(NEW) < length[..., None])
     batch.correct[:], batch.called[:], batch.formatted[:] = F, F, T
     batch.correct[4, 0] = batch.correct[5] = T  # only prompt 4 has both kinds; all of 5 are right
-    with mock.patch.object(logprobs, "continued_hidden", spy):
-        _, metrics = one_step(batch, devices=1, micro_rows=2, lengths=(2, NEW))
+    with mock.patch.object(gradient, "packed_hidden", spy):
+        _, metrics = one_step(batch, devices=1, micro_rows=micro_rows)
     jax.effects_barrier()
     assert metrics["kept"] - metrics["no_signal"] == 1
-    assert sorted(seen) == [(2, 2), (2, NEW)]  # its three rows, two at a time, the longest first
+    assert seen == [(micro_rows, NEW)] * passes  # the long one fills a row, the others one more
 
 
 def test_dropped_prompts_and_pad_columns_change_nothing(stepped):

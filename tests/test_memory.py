@@ -25,7 +25,7 @@ TINY = {
 }  # fmt: skip
 SIZES = {
     "prompts_per_step": 8, "group": 4, "prompt_length": 24, "max_new_tokens": 57,
-    "decode.segments": 2, "decode.slot_counts": 2, "train.lengths": 1, "train.logprob_chunk": 16,
+    "decode.segments": 2, "decode.slot_counts": 2, "train.logprob_chunk": 16,
     "eval.prompts": 0,
 }  # fmt: skip
 NO_ADAPTER = memory_plan.Adapter(0, ())
@@ -64,7 +64,6 @@ def update_bytes(cfg, config) -> int:
         gapg.GAPG,
         axis=parallel.AXIS,
         micro_rows=config.train.micro_rows,
-        lengths=(config.max_new_tokens,),
         temperature=1.0,
         chunk=config.train.logprob_chunk,
         average=config.optim.average,
@@ -318,7 +317,6 @@ def command(module, *flags):
 FEW_PROGRAMS = [
     "--config.decode.segments=1",
     "--config.decode.slot_counts=1",
-    "--config.train.lengths=1",
     "--config.eval.prompts=0",
     "--config.task.train_examples=64",
     "--config.task.test_examples=32",

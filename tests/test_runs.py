@@ -94,7 +94,6 @@ SMOLLM2 = {
     "prompts_per_step": 2,
     "algorithm.filter": "none",  # each step has a gradient, unless all rewards are alike
     "decode.slot_counts": 1,  # fewer programs to compile
-    "train.lengths": 1,
     "eval.prompts": 0,
     "sft.relabel_steps": 0,
     "sft.steps": 12,

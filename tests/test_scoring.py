@@ -165,7 +165,7 @@ def test_a_step_is_the_gradient_of_both_losses():
     shown = jax.tree.map(jnp.asarray, batch)
     signal = jax.jit(learning_signal, static_argnums=0)(algorithm, old, shown, jax.random.key(5))
     assert (signal.scored.call > 0).any() and (signal.scored.answer > 0).any()
-    _, metrics = one_step(batch, algorithm=algorithm, devices=1, lengths=(NEW,))
+    _, metrics = one_step(batch, algorithm=algorithm, devices=1)
     gradient = jax.jit(jax.grad(reference_loss))(old.params, shown, signal)
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
     assert metrics["call_rate"] == pytest.approx(float((batch.odds > 0).mean()))

@@ -82,9 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             p.add_argument("--prompt_length", type=int, default=16)
             p.add_argument("--max_new", type=int, default=56)
             p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-            p.add_argument(
-                "--micro_rows", type=int, default=16, help="responses of one backward pass"
-            )
+            p.add_argument("--micro_rows", type=int, default=16, help="rows of one backward pass")
             p.add_argument("--segments", type=int, default=2)
             p.add_argument("--slot_counts", type=int, default=3)
         if name == "peers":

@@ -133,7 +133,7 @@ class Bench:
         for lengths in ("fixed", "long_tail"):
             load = self.load(lengths)
             cfg, params = work.make_model(load)
-            case = work.update(load, cfg, params, lengths=4)
+            case = work.update(load, cfg, params)
             self.time({"ours": case}, f"update {load.shape} {lengths}")
 
     def step(self) -> None:
@@ -192,7 +192,7 @@ class Bench:
                 learning_rate=1e-6,
                 dtype=load.dtype,
             )
-            ours = work.update(load, cfg, params, lengths=4)
+            ours = work.update(load, cfg, params)
             title = f"update {load.shape} {load.lengths}"
             timings = self.time({"ours": ours, "torch": _counted(theirs, tokens)}, title)
             self.compare(timings, "ours", "torch", title)

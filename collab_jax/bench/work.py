@@ -301,7 +301,7 @@ def update_flop(cfg: DecoderConfig, prompt_length: int, lengths: np.ndarray) -> 
 class Update:
     """One update at each call, on a batch in which every response counts."""
 
-    def __init__(self, load: Load, cfg: DecoderConfig, params: Params, lengths: int):
+    def __init__(self, load: Load, cfg: DecoderConfig, params: Params):
         optimizer = optim.make_optimizer(lambda _: 1e-6, 0.0, optim.unit_norm())
         body = step.make_step(
             cfg,
@@ -309,7 +309,6 @@ class Update:
             gapg.GAPG._replace(prompt_filter=algorithms.no_filter),
             axis=parallel.AXIS,
             micro_rows=load.micro_rows,
-            lengths=step.cut_lengths(load.max_new, lengths),
             temperature=1.0,
             chunk=64,
         )
@@ -334,9 +333,9 @@ class Update:
         return update_flop(self._cfg, self._load.prompt_length, self._lengths)
 
 
-def update(load: Load, cfg: DecoderConfig, params: Params, lengths: int) -> Case:
-    """Returns one update as a case; params on the host, responses cut to `lengths` lengths."""
-    work = Update(load, cfg, params, lengths)
+def update(load: Load, cfg: DecoderConfig, params: Params) -> Case:
+    """Returns one update as a case; params on the host."""
+    work = Update(load, cfg, params)
     return Case(work, work.flop)
 
 

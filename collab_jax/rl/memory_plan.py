@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
-from collab_jax.models import decoder, logprobs, lora
+from collab_jax.models import decoder, lora
 from collab_jax.models.blocks import LAYERS
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.rl import packing
+from collab_jax.rl import gradient, packing
 
 GIB = 2**30
 PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")
@@ -169,18 +169,22 @@ def _residual_bytes(cfg: DecoderConfig, adapter: Adapter, L: int, T: int, layers
     ROWS = 2
     small = dataclasses.replace(cfg, num_layers=layers, vocab_size=8)
     trained, frozen = model_shapes(small, adapter, cfg.dtype)
-    tokens, real = jnp.zeros((ROWS, T or L), jnp.int32), jnp.ones((ROWS, L), bool)
+    places = gradient.RESPONSES if T else 1
+    tokens, real = jnp.zeros((ROWS, T or L), jnp.int32), jnp.ones((ROWS * places, L), bool)
 
     def residuals(trained: Params, frozen: Params | None, past):
         def hidden(trained: Params, past):
             whole, (last, prompt) = lora.join(frozen, trained), past
             if T:
-                return logprobs.continued_hidden(whole, small, last, prompt, real, tokens)
+                at = gradient.Columns(tokens, tokens, tokens > 0)  # as far as shapes go
+                kv = last[:, None, None], prompt
+                of_places = real.reshape(ROWS, places, L)
+                return gradient.packed_hidden(whole, small, kv, of_places, tokens, at)
             return decoder.prefill(whole, small, tokens, real)
 
         return jax.vjp(hidden, trained, past)[1]
 
-    prompts = jnp.zeros((ROWS, L), jnp.int32)
+    prompts = jnp.zeros(real.shape, jnp.int32)
     past = jax.eval_shape(
         lambda p: decoder.prefill(p, small, prompts, real), lora.join(frozen, trained)
     )
@@ -193,7 +197,7 @@ def _residual_bytes(cfg: DecoderConfig, adapter: Adapter, L: int, T: int, layers
 def backward_bytes(cfg: DecoderConfig, adapter: Adapter, L: int, T: int) -> tuple[float, float]:
     """(bytes of one block, bytes that come once) that a backward pass needs of its forward pass.
 
-    Of one response of T tokens to a prompt of L tokens, or, with T = 0, of that prompt. Parameters
+    Of one row of T tokens to prompts of L tokens, or, with T = 0, of one prompt. Parameters
     are not among them.
     """
     one, two = (_residual_bytes(cfg, adapter, L, T, layers) for layers in (1, 2))
@@ -265,8 +269,8 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     sampling = max(sampled, evaluated, key=lambda sizes: sum(sizes.values()))
     sampling["activations"] += weights.again
     evaluating = 1 + config.decode.segments if config.eval.prompts else 0
-    # The update passes through the prompts, then back through each length of responses and them.
-    updating = 1 + BACKWARD * (config.train.lengths + 1)
+    # The update passes through the prompts, then back through the responses and through them.
+    updating = 1 + 2 * BACKWARD
     programs = _sampling_programs(config) + evaluating
     compiled = _compiled(cfg, programs + 1, programs + updating, cpu)
     copies = 0 if cpu else sum(weights.held.values())  # while they are loaded or saved
@@ -333,7 +337,7 @@ def _token_kv(cfg: DecoderConfig) -> int:
 
 
 def _row_activations(cfg: DecoderConfig, adapter: Adapter, L: int, T: int) -> float:
-    """Bytes that the backward pass of a row needs: T tokens after L, or, with T = 0, of the L."""
+    """Bytes that the backward pass of a row of T tokens needs, or, with T = 0, of a prompt of L."""
     block, once = backward_bytes(cfg, adapter, L, T)
     # What a block keeps, where it is computed again for its backward pass.
     again = 0.0

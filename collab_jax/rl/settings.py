@@ -135,7 +135,6 @@ def _check_train(config: ConfigDict) -> None:
     for key in (
         "steps",
         "micro_rows",
-        "lengths",
         "logprob_chunk",
         "checkpoint_every",
         "empty_d1_limit",

@@ -107,7 +107,6 @@ def update_body(
         algorithms.make_algorithm(config),
         axis=parallel.AXIS,
         micro_rows=config.train.micro_rows,
-        lengths=step.cut_lengths(config.max_new_tokens, config.train.lengths),
         temperature=config.temperature,
         chunk=config.train.logprob_chunk,
         average=config.optim.average,
