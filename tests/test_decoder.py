@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax.models import decoder, layers, logprobs
+from collab_jax.models import attention, decoder, layers, logprobs
 from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.decoder_config import RopeScaling
@@ -65,7 +65,7 @@ def logits_at(params, cfg, tokens, positions, mask, past=(), open=None, index=0)
 
 def uncached(params, cfg, tokens, real):
     return np.asarray(
-        logits_at(params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real))[0]
+        logits_at(params, cfg, tokens, decoder.positions_of(real), attention.causal(real))[0]
     )
 
 
@@ -82,7 +82,10 @@ def test_cached_equals_uncached_under_ragged_left_padding(variant):
 
     # A segment of what is computed at once, one that is full, one that is being filled and has room
     # to spare.
-    mask, positions = np.asarray(decoder.causal_mask(real)), np.asarray(decoder.positions_of(real))
+    mask, positions = (
+        np.asarray(attention.causal(real).mask()),
+        np.asarray(decoder.positions_of(real)),
+    )
     got, prompt = logits_at(params, cfg, tokens[:, :L], positions[:, :L], mask[:, :L, :L])
     assert (
         prompt.k[0].shape == (3, K, H, L)
@@ -107,7 +110,7 @@ def test_rows_that_share_a_segment_equal_rows_with_their_own():
     params = random_params(cfg)
     tokens, real = random_tokens(2, L), padded(L, [0, 3])
     prompt_mask, positions = (
-        np.asarray(decoder.causal_mask(real)),
+        np.asarray(attention.causal(real).mask()),
         np.asarray(decoder.positions_of(real)),
     )
     _, prompt = logits_at(params, cfg, tokens, positions, prompt_mask)
@@ -130,7 +133,7 @@ def test_rows_that_share_a_segment_equal_rows_with_their_own():
 def test_blocks_in_a_loop_equal_straight_code(remat):
     """The gradient, that through a prompt's keys and values too, and tokens that are cached."""
     tokens, real = random_tokens(2, 7), padded(7, [0, 3])
-    first, rest = decoder.causal_mask(real[:, :4]), decoder.causal_mask(real)[:, 4:]
+    first, rest = attention.causal(real[:, :4]), attention.causal(real).mask()[:, 4:]
     at = decoder.positions_of(real)
 
     def outcome(params, cfg):
@@ -186,7 +189,7 @@ def test_a_token_sees_only_what_came_before():
 def test_positions_are_relative():
     cfg, S = LLAMA, 9
     params, tokens = random_params(cfg), random_tokens(3, S)
-    mask, positions = decoder.causal_mask(np.ones((3, S), bool)), np.tile(np.arange(S), (3, 1))
+    mask, positions = attention.causal(np.ones((3, S), bool)), np.tile(np.arange(S), (3, 1))
     want = logits_at(params, cfg, tokens, positions, mask)[0]
     shifted = logits_at(params, cfg, tokens, positions + 37, mask)[0]
     np.testing.assert_allclose(shifted, want, atol=1e-4)
@@ -197,12 +200,12 @@ def test_positions_are_relative():
 def test_positions_and_masks_by_hand():
     real = jnp.array([[False, True, True, False, True]])
     assert decoder.positions_of(real).tolist() == [[0, 0, 1, 1, 2]]
-    mask = decoder.causal_mask(real)[0].astype(int).tolist()
+    mask = attention.causal(real).mask()[0].astype(int).tolist()
     assert mask == [
         [1, 0, 0, 0, 0],  # padding sees itself, so that no softmax is empty
         [0, 1, 0, 0, 0],
         [0, 1, 1, 0, 0],
-        [0, 1, 1, 1, 0],
+        [1, 0, 0, 1, 0],
         [0, 1, 1, 0, 1],
     ]
 

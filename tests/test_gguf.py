@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType as Q
 from transformers import AutoTokenizer
 
 from collab_jax import export
-from collab_jax.models import bpe, decoder, hf, shards
+from collab_jax.models import attention, bpe, decoder, hf, shards
 from collab_jax.models import gguf as gguf_lib
 from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decoder_config import RopeScaling
@@ -220,7 +220,7 @@ def logits(cfg, params):
     tokens = jnp.arange(24).reshape(2, 12) % len(TOKENS)
     real = jnp.ones(tokens.shape, bool)
     hidden, _ = decoder.forward(
-        params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real)
+        params, cfg, tokens, decoder.positions_of(real), attention.causal(real)
     )
     return np.asarray(decoder.logits(params, cfg, hidden))
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from vocabularies import TEMPLATE, byte_level
 
 from collab_jax import export
-from collab_jax.models import bpe, decoder, gguf_export, gguf_tokenizer, hf, lora
+from collab_jax.models import attention, bpe, decoder, gguf_export, gguf_tokenizer, hf, lora
 from collab_jax.models import text as text_lib
 from collab_jax.models.gguf_layout import permute, unpermute
 from collab_jax.rl import experiment
@@ -128,7 +128,7 @@ def fields(file):
 def logits(params, cfg, ids):
     real = jnp.ones(ids.shape, bool)
     hidden, _ = decoder.forward(
-        params, cfg, ids, decoder.positions_of(real), decoder.causal_mask(real)
+        params, cfg, ids, decoder.positions_of(real), attention.causal(real)
     )
     return decoder.logits(params, cfg, hidden)
 

@@ -15,7 +15,7 @@ from safetensors.flax import save_file
 from safetensors.numpy import load_file
 
 from collab_jax import export
-from collab_jax.models import decoder, hf, lora
+from collab_jax.models import attention, decoder, hf, lora
 from collab_jax.rl import experiment, training
 from collab_jax.runtime import parallel, process
 from collab_jax.runtime.errors import UserError
@@ -50,7 +50,7 @@ def logits(params, cfg, tokens):
     real = np.ones(tokens.shape, bool)
     with jax.default_matmul_precision("highest"):
         hidden, _ = decoder.forward(
-            params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real)
+            params, cfg, tokens, decoder.positions_of(real), attention.causal(real)
         )
         return decoder.logits(params, cfg, hidden)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from collab_jax.models import decision, decoder, hf, sampler
+from collab_jax.models import attention, decision, decoder, hf, sampler
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 KINDS = ("llama", "qwen2", "qwen3", "llama-untied-biases", "qwen2-tied", "qwen3-untied-biases")
@@ -26,7 +26,7 @@ def full_precision():
 @functools.partial(jit, static_argnums=1)
 def all_logits(params, cfg, tokens, real):
     hidden, _ = decoder.forward(
-        params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real)
+        params, cfg, tokens, decoder.positions_of(real), attention.causal(real)
     )
     return decoder.logits(params, cfg, hidden)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from collab_jax.models import decoder
+from collab_jax.models import attention, decoder
 from collab_jax.reports import comparison
 from collab_jax.rl import evaluation, experiment, training
 from collab_jax.routing import (
@@ -82,7 +82,7 @@ def test_last_hidden_is_that_of_one_pass_over_the_whole_row(scene):
     whole = np.array([prompt + response[:-1]])
     real = np.ones(whole.shape, bool)
     want, _ = decoder.forward(
-        params, cfg, whole, decoder.positions_of(real), decoder.causal_mask(real)
+        params, cfg, whole, decoder.positions_of(real), attention.causal(real)
     )
     padded = np.array([[text.pad_id] * 2 + prompt])
     mask = padded != text.pad_id

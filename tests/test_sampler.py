@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from collab_jax.models import decision, decoder, logprobs, sampler
+from collab_jax.models import attention, decision, decoder, logprobs, sampler
 from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decision import Marker, PlainMarker, opening
 from collab_jax.models.decoder import DecoderConfig
@@ -96,7 +96,7 @@ def sampled(beta=0.0):
 @functools.partial(jit, static_argnums=1)
 def _forward(params, cfg, tokens, real):
     hidden, _ = decoder.forward(
-        params, cfg, tokens, decoder.positions_of(real), decoder.causal_mask(real)
+        params, cfg, tokens, decoder.positions_of(real), attention.causal(real)
     )
     return decoder.logits(params, cfg, hidden)
 

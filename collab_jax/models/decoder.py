@@ -12,14 +12,15 @@ query heads, K kv heads, H head, E width, V vocabulary.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from collab_jax.models import blocks
+from collab_jax.models import attention, blocks
+from collab_jax.models.attention import KV, Sight
 from collab_jax.models.decoder_config import DecoderConfig, Params
 from collab_jax.models.layers import Dense, RMSNorm
 
@@ -97,55 +98,6 @@ def _rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     return (halves * cos + jnp.flip(halves, axis=-2) * signed).reshape(x.shape).astype(x.dtype)
 
 
-def _attend(q: jax.Array, pieces: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Softmax attention of q [B, t, K, n, H] over all columns of `pieces` -> [B, t, K, n, H].
-
-    There are n query heads to each kv head. A piece is (k [R, K, H, S], v [R, K, S, H], mask
-    bool[B, t, S]) of one segment. Query heads that share a kv head, and rows that share a segment's
-    row, become rows of one product: nothing is copied for them.
-    """
-    B, t, K, n, H = q.shape
-
-    def scores(k: jax.Array, mask: jax.Array) -> jax.Array:
-        """f32[R, K, g, n, t, S], for the g = B / R rows of each row of the segment."""
-        R, _, _, S = k.shape
-        rows = q.reshape(R, B // R, t, K, n, H).transpose(0, 3, 1, 4, 2, 5).reshape(R, K, -1, H)
-        s = jnp.einsum(
-            "rkqh,rkhs->rkqs", rows, k.astype(q.dtype), preferred_element_type=jnp.float32
-        )
-        s = s.reshape(R, K, B // R, n, t, S) * H**-0.5
-        mask = (
-            mask.reshape(R, 1, B // R, 1, t, S) if mask.shape[0] == B else mask[:, None, None, None]
-        )
-        return jnp.where(mask, s, jnp.finfo(jnp.float32).min)
-
-    def by_row(x: jax.Array) -> jax.Array:
-        """[R, K, g, n, t, ...] -> [B, K, n, t, ...]."""
-        R, _, g = x.shape[:3]
-        return jnp.moveaxis(x, 2, 1).reshape(R * g, K, n, *x.shape[4:])
-
-    all_scores = [scores(k, mask) for k, _, mask in pieces]
-    best = functools.reduce(jnp.maximum, (by_row(s.max(-1)) for s in all_scores))  # [B, K, n, t]
-    best = jax.lax.stop_gradient(best)
-    total: Any = 0.0
-    y: Any = 0.0
-    for s, (_, v, _) in zip(all_scores, pieces, strict=True):
-        R, _, g = s.shape[:3]
-        w = jnp.exp(s - jnp.moveaxis(best.reshape(R, g, K, n, t), 1, 2)[..., None])
-        total += by_row(w.sum(-1))
-        part = jnp.einsum(
-            "rkqs,rksh->rkqh",
-            w.astype(q.dtype).reshape(R, K, g * n * t, -1),
-            v.astype(q.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        y += by_row(part.reshape(R, K, g, n, t, H))
-    return (y / total[..., None]).astype(q.dtype).transpose(0, 3, 1, 2, 4)
-
-
-KV = tuple[jax.Array, jax.Array]  # keys and values of one layer, of one segment
-
-
 class Attention(nn.Module):
     """Self-attention of one layer."""
 
@@ -156,7 +108,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        mask: jax.Array | Sight,
         past: Sequence[KV],
         open: Segment | None,
         layer: int | jax.Array,
@@ -164,9 +116,9 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KV | Segment]:
         """What x [B, t, E] attends to, [B, t, E], and the keys and values of its t columns.
 
-        rope is (sin, cos), mask bool[B, t, S]; past has this layer's keys and values of each
-        segment. With `open`, one more segment of all layers, the t columns are written to it at
-        `layer` and `index`, and it is returned.
+        rope is (sin, cos), mask bool[B, t, S] or a Sight; past has this layer's keys and values of
+        each segment. With `open`, one more segment of all layers, the t columns are written to it
+        at `layer` and `index`, and it is returned.
         """
         cfg = self.cfg
         B, t, _ = x.shape
@@ -183,11 +135,8 @@ class Attention(nn.Module):
             k, all_k = blocks.written(open.k, layer, k, index, axis=-1)
             v, all_v = blocks.written(open.v, layer, v, index, axis=-2)
             open = Segment(k=all_k, v=all_v)
-        pieces, start = [], 0
-        for keys, values in (*past, (k, v)):
-            pieces.append((keys, values, mask[:, :, start : start + keys.shape[3]]))
-            start += keys.shape[3]
-        y = _attend(q.reshape(B, t, K, N // K, H), pieces).reshape(B, t, N * H)
+        y = attention.attend(q.reshape(B, t, K, N // K, H), (*past, (k, v)), mask)
+        y = y.reshape(B, t, N * H)
         return Dense(cfg, cfg.hidden_size, cfg.output_bias, name="o_proj")(y), (
             k,
             v,
@@ -217,15 +166,15 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        mask: jax.Array | Sight,
         past: Sequence[KV],
         open: Segment | None,
         layer: int | jax.Array,
         index: int | jax.Array,
     ) -> tuple[jax.Array, KV | Segment]:
         norm = functools.partial(RMSNorm, self.cfg.norm_eps, self.cfg.dtype)
-        attention = Attention(self.cfg, name="self_attn")
-        y, kept = attention(norm(name="input_layernorm")(x), rope, mask, past, open, layer, index)
+        attend = Attention(self.cfg, name="self_attn")
+        y, kept = attend(norm(name="input_layernorm")(x), rope, mask, past, open, layer, index)
         x = x + y
         x = x + MLP(self.cfg, name="mlp")(norm(name="post_attention_layernorm")(x))
         return x, kept
@@ -269,19 +218,21 @@ def forward(
     cfg: DecoderConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | Sight,
     past: tuple[Segment, ...] = (),
     open: Segment | None = None,
     index: int | jax.Array = 0,
 ) -> tuple[jax.Array, Segment]:
     """(hidden [B, t, E] of `tokens` after the last norm, the segment with their keys and values).
 
-    tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]), which columns each token sees:
-    those of `past`, in order, then those of `open`, to whose columns index .. index + t - 1 this
-    call writes; without `open`, these t themselves. The segment is `open` after that, or one of the
-    t columns. A loop that calls this takes `blocks.unfolded` params.
+    tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]) or a Sight, which columns each
+    token sees: those of `past`, in order, then those of `open`, to whose columns index ..
+    index + t - 1 this call writes; without `open`, these t themselves. The segment is `open` after
+    that, or one of the t columns. A loop that calls this takes `blocks.unfolded` params.
     """
     rope = _rope_angles(cfg, positions)
+    if isinstance(mask, Sight) and tokens.shape[1] <= attention.LONG:
+        mask = mask.mask()  # once for all layers
     # Nothing is differentiated where a cache is written.
     block = nn.remat(Block)(cfg) if cfg.remat and open is None else Block(cfg)
 
@@ -312,12 +263,6 @@ def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(out, own[..., None], cfg.lora_token, axis=-1)
 
 
-def causal_mask(real: jax.Array) -> jax.Array:
-    """bool[B, S, S] from real bool[B, S]: a column sees itself and the real columns before it."""
-    S = real.shape[1]
-    return jnp.tril(jnp.ones((S, S), bool)) & real[:, None, :] | jnp.eye(S, dtype=bool)
-
-
 def positions_of(real: jax.Array) -> jax.Array:
     """i32[B, S]: the count of real columns before each column; padding gets 0."""
     return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
@@ -331,6 +276,6 @@ def prefill(
     prompts i32[P, L] are padded on the left, where prompt_mask bool[P, L] is False.
     """
     hidden, segment = forward(
-        params, cfg, prompts, positions_of(prompt_mask), causal_mask(prompt_mask)
+        params, cfg, prompts, positions_of(prompt_mask), attention.causal(prompt_mask)
     )
     return hidden[:, -1], segment

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from collab_jax.models import decoder
+from collab_jax.models.attention import Sight
 from collab_jax.models.decoder import DecoderConfig, Params, Segment
 
 
@@ -124,11 +125,16 @@ def continued_hidden(
     if T == 1:
         return hidden
     t = T - 1
-    sees_prompt = jnp.broadcast_to(seen[:, None], (B, t, seen.shape[1]))
-    sees_response = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (B, t, t))
     positions = seen.sum(1, keepdims=True) + jnp.arange(t)
-    mask = jnp.concatenate([sees_prompt, sees_response], axis=2)
-    body, _ = decoder.forward(params, cfg, responses[:, :-1], positions, mask, (prompt,))
+    document, order = jnp.zeros((B, t), jnp.int32), jnp.broadcast_to(jnp.arange(t), (B, t))
+    prompt_document = jnp.where(seen, 0, -1)
+    sight = Sight(
+        document,
+        order,
+        jnp.concatenate([prompt_document, document], axis=1),
+        jnp.concatenate([jnp.zeros_like(prompt_document), order], axis=1),
+    )
+    body, _ = decoder.forward(params, cfg, responses[:, :-1], positions, sight, (prompt,))
     return jnp.concatenate([hidden, body], axis=1)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from collab_jax import gapg
 from collab_jax.gapg import Rollout
 from collab_jax.models import decoder, logprobs, lora
+from collab_jax.models.attention import Sight
 from collab_jax.models.decoder import ROWS, DecoderConfig, Params, Segment
 from collab_jax.rl import scoring
 from collab_jax.rl.scoring import Scored
@@ -258,24 +259,22 @@ def packed_hidden(
     """
     last, segment = kv
     m, C, L = prompt_mask.shape
-    T = inputs.shape[1]
     # The C prompts of a row beside each other, as one segment of C * L columns.
     k = jax.tree.map(lambda x: _beside(x, m, -1), segment.k)
     v = jax.tree.map(lambda x: _beside(x, m, -2), segment.v)
-    own = at.place[..., None] == jnp.arange(C)  # [m, T, C]
-    sees_prompt = (own[..., None] & prompt_mask[:, None]).reshape(m, T, C * L)
-    # The key in a column is its input's; the first of a response has none.
-    sees = (at.place[:, :, None] == at.place[:, None]) & (at.token[:, None] >= 1)
-    sees &= jnp.tril(jnp.ones((T, T), bool)) & at.real[:, None]
-    lengths = jnp.take_along_axis(prompt_mask.sum(2), at.place, axis=1)
-    body, _ = decoder.forward(
-        params,
-        cfg,
-        inputs,
-        lengths + jnp.maximum(at.token - 1, 0),
-        jnp.concatenate([sees_prompt, sees], axis=2),
-        (Segment(k, v),),
+    # Of the columns of the prompts, and of the row's own: the key in one of these is its input's,
+    # which the first of a response has not.
+    of_prompts = jnp.where(prompt_mask, jnp.arange(C)[:, None], -1).reshape(m, C * L)
+    of_inputs = jnp.where(at.real & (at.token >= 1), at.place, -1)
+    sight = Sight(
+        at.place,
+        at.token,
+        jnp.concatenate([of_prompts, of_inputs], axis=1),
+        jnp.concatenate([jnp.zeros_like(of_prompts), at.token], axis=1),
     )
+    lengths = jnp.take_along_axis(prompt_mask.sum(2), at.place, axis=1)
+    positions = lengths + jnp.maximum(at.token - 1, 0)
+    body, _ = decoder.forward(params, cfg, inputs, positions, sight, (Segment(k, v),))
     first = jnp.take_along_axis(last.reshape(m, C, -1), at.place[..., None], axis=1)
     return jnp.where(at.token[..., None] == 0, first, body)
 

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from collab_jax.models import decoder, logprobs, lora
+from collab_jax.models.attention import Sight
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.text import Text
 from collab_jax.rl import demonstrations, optim, packing
@@ -55,9 +56,8 @@ def loss(
 ) -> jax.Array:
     """The sum of -log p over the taught tokens of the rows, f32[], in nats."""
     whole = lora.join(frozen, params)
-    own = rows.segment[:, :, None] == rows.segment[:, None, :]
-    mask = own & jnp.tril(jnp.ones(own.shape[1:], bool))
-    hidden, _ = decoder.forward(whole, cfg, rows.tokens, rows.positions, mask)
+    sight = Sight(rows.segment, rows.positions, rows.segment, rows.positions)
+    hidden, _ = decoder.forward(whole, cfg, rows.tokens, rows.positions, sight)
     hidden = jnp.take_along_axis(hidden, rows.at[..., None], axis=1)
     logp = logprobs.token_logprobs(whole, cfg, hidden, rows.targets, temperature=1.0, chunk=chunk)
     return -jnp.sum(logp * rows.taught)

@@ -1,0 +1,117 @@
+"""Attention: what a token sees, and the weighted sum over it.
+
+Up to LONG tokens all scores are made at once. Beyond that they are made for BLOCK tokens at a time,
+and again in the backward pass, so that memory grows with the number of columns and not with its
+square; what each token sees is said by a `Sight` then, whose mask is made by blocks as well. Axis
+letters: see `gapg.py`; n query heads share a kv head, R rows of keys serve B rows of queries.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KV = tuple[jax.Array, jax.Array]  # k [R, K, H, S] and v [R, K, S, H] of one layer, of one segment
+LONG, BLOCK = 512, 128  # tokens
+
+
+class Sight(NamedTuple):
+    """The columns that t tokens see: those of their own document, as early as they or earlier.
+
+    A document is what a row holds beside others; its number is -1 for columns that nobody sees.
+    """
+
+    document: jax.Array  # i32[B, t], of the tokens
+    order: jax.Array  # i32[B, t]
+    column_document: jax.Array  # i32[B, S], of what they look at
+    column_order: jax.Array  # i32[B, S]
+
+    def mask(self) -> jax.Array:
+        """bool[B, t, S]: whether a token sees a column."""
+        own = self.document[:, :, None] == self.column_document[:, None]
+        return own & (self.column_order[:, None] <= self.order[:, :, None])
+
+
+def causal(real: jax.Array) -> Sight:
+    """That of columns real bool[B, S]: a column sees itself and the real columns before it."""
+    document = real.astype(jnp.int32) - 1
+    order = jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape)
+    return Sight(document, order, document, order)
+
+
+def attend(q: jax.Array, pieces: Sequence[KV], mask: jax.Array | Sight) -> jax.Array:
+    """Softmax attention of q [B, t, K, n, H] over all columns of `pieces` -> [B, t, K, n, H].
+
+    mask: bool[B, t, S] or bool[1, t, S] over the columns of the pieces in order; or a Sight, for
+    which not all scores are in memory at once.
+    """
+    if not isinstance(mask, Sight):
+        return _at_once(q, pieces, mask)
+    sight, t = mask, q.shape[1]
+
+    def blocks(x: jax.Array) -> jax.Array:  # [B, t, ...] -> [blocks, B, BLOCK, ...]
+        x = jnp.pad(x, ((0, 0), (0, -t % BLOCK), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0)
+
+    # Their gradients are summed over the blocks, in this type.
+    wide = [(k.astype(jnp.float32), v.astype(jnp.float32)) for k, v in pieces]
+
+    def one(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        own, document, order = block
+        seen = sight._replace(document=document, order=order).mask()
+        return _at_once(own, wide, seen)
+
+    # Nothing outside a loop's body can take the place of what is computed in it again.
+    again = jax.checkpoint(one, prevent_cse=False)
+    y = jax.lax.map(again, (blocks(q), blocks(sight.document), blocks(sight.order)))
+    return jnp.moveaxis(y, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :t]
+
+
+def _at_once(q: jax.Array, pieces: Sequence[KV], mask: jax.Array) -> jax.Array:
+    """`attend` with a mask bool[B, t, S] or bool[1, t, S], all scores in memory.
+
+    Query heads that share a kv head, and rows that share a segment's row, become rows of one
+    product: nothing is copied for them.
+    """
+    B, t, K, n, H = q.shape
+
+    def scores(k: jax.Array, mask: jax.Array) -> jax.Array:
+        """f32[R, K, g, n, t, S], for the g = B / R rows of each row of the segment."""
+        R, _, _, S = k.shape
+        rows = q.reshape(R, B // R, t, K, n, H).transpose(0, 3, 1, 4, 2, 5).reshape(R, K, -1, H)
+        s = jnp.einsum(
+            "rkqh,rkhs->rkqs", rows, k.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        s = s.reshape(R, K, B // R, n, t, S) * H**-0.5
+        mask = (
+            mask.reshape(R, 1, B // R, 1, t, S) if mask.shape[0] == B else mask[:, None, None, None]
+        )
+        return jnp.where(mask, s, jnp.finfo(jnp.float32).min)
+
+    def by_row(x: jax.Array) -> jax.Array:
+        """[R, K, g, n, t, ...] -> [B, K, n, t, ...]."""
+        R, _, g = x.shape[:3]
+        return jnp.moveaxis(x, 2, 1).reshape(R * g, K, n, *x.shape[4:])
+
+    stops = np.cumsum([k.shape[3] for k, _ in pieces])
+    masks = jnp.split(mask, stops[:-1], axis=2)
+    all_scores = [scores(k, part) for (k, _), part in zip(pieces, masks, strict=True)]
+    best = functools.reduce(jnp.maximum, (by_row(s.max(-1)) for s in all_scores))  # [B, K, n, t]
+    best = jax.lax.stop_gradient(best)
+    total: Any = 0.0
+    y: Any = 0.0
+    for s, (_, v) in zip(all_scores, pieces, strict=True):
+        R, _, g = s.shape[:3]
+        w = jnp.exp(s - jnp.moveaxis(best.reshape(R, g, K, n, t), 1, 2)[..., None])
+        total += by_row(w.sum(-1))
+        part = jnp.einsum(
+            "rkqs,rksh->rkqh",
+            w.astype(q.dtype).reshape(R, K, g * n * t, -1),
+            v.astype(q.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        y += by_row(part.reshape(R, K, g, n, t, H))
+    return (y / total[..., None]).astype(q.dtype).transpose(0, 3, 1, 2, 4)

@@ -1,0 +1,77 @@
+"""Attention: masks by hand, and long rows against all scores at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from collab_jax.models import attention
+from collab_jax.models.attention import Sight
+
+B, R, K, n, H, L = 4, 2, 2, 3, 8, 5  # two rows of prompts, each for two rows of queries
+
+
+def test_a_sight_by_hand():
+    """Two documents beside each other, and a column of nobody's."""
+    document, order = jnp.array([[0, 0, 1, 1]]), jnp.array([[0, 1, 0, 1]])
+    columns = jnp.array([[0, 1, -1]]), jnp.array([[1, 0, 0]])
+    mask = Sight(document, order, *columns).mask()[0].astype(int).tolist()
+    assert mask == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def inputs(t, dtype):
+    """Queries, a segment of prompts and one of their own, and a Sight: two documents in a row."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    q = normal(B, t, K, n, H)
+    pieces = [
+        (normal(R, K, H, L), normal(R, K, L, H)),
+        (normal(B, K, H, t), normal(B, K, t, H)),
+    ]
+    half = rng.integers(1, t, (B, 1))
+    document = (np.arange(t) >= half).astype(np.int32)
+    order = np.arange(t) - document * half + 1
+    of_prompts = np.where(np.arange(L) >= rng.integers(0, L, (B, 1)), np.arange(L) % 2, -1)
+    columns = np.concatenate([of_prompts, document], 1), np.concatenate([0 * of_prompts, order], 1)
+    return q, pieces, Sight(*(jnp.asarray(x, jnp.int32) for x in (document, order, *columns)))
+
+
+@pytest.mark.parametrize(
+    "t, dtype, atol",
+    [
+        (300, "float32", 1e-5),  # two blocks and a part
+        (256, "float32", 1e-5),
+        (300, "bfloat16", 2e-2),
+    ],
+)
+def test_blocks_of_scores_equal_all_at_once(t, dtype, atol):
+    """The sum and its gradients by queries, keys and values."""
+    q, pieces, sight = inputs(t, dtype)
+
+    def outcome(mask, q, pieces):
+        def loss(q, pieces):
+            y = attention.attend(q, pieces, mask)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(q, pieces)
+
+    (_, want), want_grads = jax.jit(outcome)(sight.mask(), q, pieces)
+    (_, got), grads = jax.jit(outcome)(sight, q, pieces)
+    wide = lambda x: np.asarray(x, np.float32)  # noqa: E731
+    np.testing.assert_allclose(wide(got), wide(want), atol=atol)
+    for own, other in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        scale = np.abs(wide(other)).max()
+        np.testing.assert_allclose(wide(own) / scale, wide(other) / scale, atol=atol)
+
+
+def test_long_rows_never_hold_all_scores(monkeypatch):
+    """By the largest array of the program: with blocks it grows with t, else with its square."""
+
+    def largest(t):
+        q, pieces, sight = inputs(t, "float32")
+        loss = lambda q: jnp.sum(attention.attend(q, pieces, sight) ** 2)  # noqa: E731
+        text = jax.jit(jax.grad(loss)).lower(q).compile().memory_analysis()
+        return text.temp_size_in_bytes
+
+    monkeypatch.setattr(attention, "BLOCK", 32)
+    assert largest(512) < 2.5 * largest(256)
