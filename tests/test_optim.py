@@ -105,3 +105,18 @@ def test_the_first_update_has_a_share_of_the_learning_rate_and_the_warm_up_ends_
     )
     for warmup_steps in (0, 1):
         assert rates(optim.make_schedule(8.0, warmup_steps, None), range(3)) == [8.0] * 3
+
+
+def test_weight_decay_is_of_matrices():
+    """Without a gradient only decay moves a weight; a norm's of all layers is one array."""
+    params = {
+        "embed_tokens": {"embedding": jnp.ones((5, 4))},
+        "layers": {"norm": {"scale": jnp.ones((3, 4))}, "proj": {"kernel": jnp.ones((3, 4, 2))}},
+        "norm": {"scale": jnp.ones(4)},
+    }
+    adam = optim.make_optimizer(optax.constant_schedule(0.1), 0.5, optim.unit_norm())
+    grads = jax.tree.map(jnp.zeros_like, params)
+    moved, _ = adam.update(grads, adam.init(params), params)
+    moved = jax.tree.map(lambda x: float(np.unique(x).item()), moved)
+    assert moved["embed_tokens"]["embedding"] == moved["layers"]["proj"]["kernel"] < 0
+    assert moved["layers"]["norm"]["scale"] == moved["norm"]["scale"] == 0

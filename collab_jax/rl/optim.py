@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from collab_jax.models.blocks import LAYERS
+
 
 def make_schedule(
     learning_rate: float, warmup_steps: int, decay_steps: int | jax.Array | None
@@ -60,15 +62,21 @@ def make_optimizer(
 
     momentum: Adam's beta 1. Vectors (norms and biases) have no weight decay.
     """
-
-    def matrices(params: optax.Params) -> optax.Params:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
     adamw = optax.adamw(
-        schedule, b1=momentum, weight_decay=weight_decay, mask=matrices, mu_dtype=param_dtype
+        schedule, b1=momentum, weight_decay=weight_decay, mask=_matrices, mu_dtype=param_dtype
     )
     chain = optax.chain(bound, adamw)
     return chain if param_dtype == "float32" else compensated(chain)
+
+
+def _matrices(params: optax.Params) -> optax.Params:
+    """Which leaves are matrices: those of blocks have an axis of layers in front."""
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        stacked = any(getattr(key, "key", None) == LAYERS for key in path)
+        return leaf.ndim - stacked > 1
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 class Compensated(NamedTuple):
