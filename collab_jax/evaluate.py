@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from collab_jax import records
 from collab_jax.reports import by_task, suite, summary
 from collab_jax.rl import evaluation, experiment
-from collab_jax.runtime import cli, files, parallel
+from collab_jax.runtime import cli, files
 from collab_jax.runtime.errors import UserError
 
 SPLITS = ("validation", "test")
@@ -35,7 +35,7 @@ def main(config: ConfigDict, workdir: pathlib.Path, split: str = "validation") -
     run = experiment.prepare(config, workdir)
     if config.eval.prompts < 1:
         raise UserError("config.eval.prompts must be at least 1 to evaluate")
-    state = parallel.replicate(experiment.load_state(run))
+    state = experiment.state_on_devices(run)
     table = evaluation.evaluate(
         run,
         evaluation.greedy_sampler(run),

@@ -81,7 +81,7 @@ def evaluate_before(run: Run, sampler: Sampler, held_out: Sequence[Example]) -> 
         )
 
     def make() -> Records:
-        start = parallel.replicate(experiment.load_state(run))
+        start = experiment.state_on_devices(run)
         return evaluation.evaluate(run, sampler, start.final_model, held_out, "before")
 
     return read_or_evaluate(run, path, held_out, make)

@@ -189,6 +189,9 @@ def get_config() -> ConfigDict:
     # together; it bounds memory and leaves results as they are
     config.train.micro_rows = 8
     config.train.logprob_chunk = 64  # positions whose logits are in memory at once
+    # divide parameters, optimizer and average over the devices: each holds a part and gathers the
+    # others' block by block; for models that one device cannot hold
+    config.train.sharded = False
     # recompute each block in the backward pass: less memory, a third more time
     config.train.remat = False
     config.train.checkpoint_every = 40  # steps

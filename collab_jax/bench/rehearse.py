@@ -25,7 +25,7 @@ from collab_jax.models import hf
 from collab_jax.models.special_tokens import is_auto
 from collab_jax.rl import experiment, memory_check, training
 from collab_jax.rl.memory_plan import GIB
-from collab_jax.runtime import cli, markdown, parallel, process
+from collab_jax.runtime import cli, markdown, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
@@ -176,7 +176,7 @@ def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
 
 def run_steps(run: experiment.Run, count: int, ceiling: float) -> list[tuple[str, ...]]:
     """Takes `count` steps of the run; returns a row of HEADER for each. ceiling: FLOP/s."""
-    steps, state = training.TrainingSteps(run), parallel.replicate(experiment.load_state(run))
+    steps, state = training.TrainingSteps(run), experiment.state_on_devices(run)
     rows = []
     for i in range(count):
         started = time.perf_counter()

@@ -365,7 +365,7 @@ class FullStep:
 
     def __init__(self, run: experiment.Run):
         self._steps = training.TrainingSteps(run)
-        self._state = parallel.replicate(experiment.load_state(run))
+        self._state = experiment.state_on_devices(run)
         self._cfg, self._step = run.cfg, 0
         self._prompts_per_step = run.config.prompts_per_step
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from collab_jax.models.decoder_config import DecoderConfig, Params
+from collab_jax.runtime.split import Split
 
 LAYERS = "layers"
 Layers = Any  # a tree whose leaves are stacked, [layers, ...]; or a tuple with the tree of each
@@ -112,3 +113,26 @@ def unstacked(params: Params) -> dict[tuple[str, ...], np.ndarray]:
 def empty(shapes: Params, dtype: str) -> Params:
     """A tree on the host with these shapes, to be filled through `unstacked`."""
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, jnp.dtype(dtype)), shapes)
+
+
+def divided(tree: Any, devices: int, over: str) -> Any:
+    """Parameters, or what has their shapes, with every matrix as a `Split` over so many devices.
+
+    Its part has an axis D in front, as on all devices. It is cut along its longer side, or along
+    the other one where the number of devices does not divide that; where it divides neither, and
+    with one device, the matrix stays whole.
+    """
+
+    def one(path: tuple[Any, ...], x: Any) -> Any:
+        stacked = any(getattr(key, "key", None) == LAYERS for key in path)
+        sides = range(-1, -1 - (len(x.shape) - stacked), -1)
+        cut = [axis for axis in sides if x.shape[axis] % devices == 0]
+        if devices == 1 or len(sides) < 2 or not cut:
+            return x
+        axis = max(cut, key=lambda axis: x.shape[axis])
+        at = len(x.shape) + axis  # of D, when it is an axis of its own
+        apart = x.reshape(*x.shape[:at], devices, -1, *x.shape[at + 1 :])
+        front = at, *range(at), *range(at + 1, apart.ndim)
+        return Split(apart.transpose(front), axis, over)
+
+    return jax.tree_util.tree_map_with_path(one, tree)

@@ -23,6 +23,7 @@ from collab_jax.models import attention, blocks
 from collab_jax.models.attention import KV, Sight
 from collab_jax.models.decoder_config import DecoderConfig, Params
 from collab_jax.models.layers import Dense, RMSNorm
+from collab_jax.runtime import split
 
 
 class Segment(flax.struct.PyTreeNode):
@@ -230,17 +231,26 @@ def forward(
     index + t - 1 this call writes; without `open`, these t themselves. The segment is `open` after
     that, or one of the t columns. A loop that calls this takes `blocks.unfolded` params.
     """
+    params = with_whole_ends(params, cfg)
     rope = _rope_angles(cfg, positions)
     if isinstance(mask, Sight) and tokens.shape[1] <= attention.LONG:
         mask = mask.mask()  # once for all layers
-    # Nothing is differentiated where a cache is written.
-    block = nn.remat(Block)(cfg) if cfg.remat and open is None else Block(cfg)
+
+    def block(weights: Params, *inputs):
+        return Block(cfg).apply({"params": split.whole(weights, cfg.dtype)}, *inputs)
+
+    if open is None:  # else nothing is differentiated
+        if cfg.remat:
+            block = jax.checkpoint(block)
+        elif split.over(params[blocks.LAYERS]) is not None:  # gathered again for the backward pass
+            but = jax.checkpoint_policies.save_anything_except_these_names(split.GATHERED)
+            block = jax.checkpoint(block, policy=but)
 
     def layer(carry, i: int | jax.Array, of_layer):
         x, open = carry
         weights, layer_past = of_layer
         inputs = x, rope, mask, layer_past, open, i, index
-        x, kept = block.apply({"params": weights}, *inputs)
+        x, kept = block(weights, *inputs)
         return ((x, None), kept) if open is None else ((x, kept), None)
 
     of_layers = params[blocks.LAYERS], [(segment.k, segment.v) for segment in past]
@@ -248,6 +258,15 @@ def forward(
     (x, written), kept = blocks.over_layers(cfg, layer, carry, of_layers)
     x = RMSNorm(cfg.norm_eps, cfg.dtype).apply({"params": params["norm"]}, x)
     return cast(jax.Array, x), Segment(*kept) if written is None else written
+
+
+def with_whole_ends(params: Params, cfg: DecoderConfig) -> Params:
+    """The parameters with all but those of the blocks gathered, where devices have parts of them.
+
+    Whoever calls `forward` and then `logits`, or one of them in a loop, calls this first.
+    """
+    ends = {name: leaf for name, leaf in params.items() if name != blocks.LAYERS}
+    return params | split.whole(ends, cfg.dtype)
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:

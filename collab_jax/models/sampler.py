@@ -29,7 +29,7 @@ import numpy as np
 from collab_jax.models import blocks, decision, decoder
 from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params, Segment
-from collab_jax.runtime import process
+from collab_jax.runtime import process, split
 
 LOOKS = 8  # in T columns, at which rows that have ended may leave their slots
 MIN_SLOTS = 8  # below, a column costs what starting its operations costs
@@ -282,6 +282,7 @@ class Sampler:
         self._wrap = wrap
         self._begin = wrap(begin)
         self._advance = wrap(advance_body(cfg, settings), donate=(2,))
+        self._whole = wrap(lambda params: split.whole(params, cfg.dtype))
         self._programs: dict[tuple[int, ...], _Programs] = {}  # by shape of the prompts
 
     def __call__(
@@ -294,6 +295,8 @@ class Sampler:
         is reported once.
         """
         s, T, C = self.settings, self.settings.max_new, self.settings.columns
+        if split.over(params) is not None:
+            params = self._whole(params)  # for the time of this call
         context, state = self._begin(params, *inputs, bias)
         full = lambda t: np.full_like(bias, t, np.int32)  # noqa: E731
         if (shape := context.prompt_mask.shape) not in self._programs:

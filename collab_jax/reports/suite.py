@@ -41,7 +41,7 @@ from collab_jax.reports.summary import UNSAFE_CODE, natural_outcomes
 from collab_jax.rl import evaluation, experiment, rollout
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import curves, routers
-from collab_jax.runtime import files, markdown, parallel, process
+from collab_jax.runtime import files, markdown, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
 from collab_jax.tasks import TASKS, task_shares, with_task
@@ -193,7 +193,7 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
     """Evaluates the run in `workdir` on `suite` and writes its table; returns the exit status."""
     names = benchmarks(suite)
     run = experiment.prepare(config, workdir)
-    state = parallel.replicate(experiment.load_state(run))
+    state = experiment.state_on_devices(run)
     greedy = evaluation.greedy_sampler(run)
     sampled = rollout.make_sampler(
         run.cfg, run.text, config, group=1, temperature=config.eval.temperature

@@ -6,7 +6,7 @@ Shared by the commands that train, evaluate and export.
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 from collab_jax import gapg
 from collab_jax.cloud import CachedCloud, make_cloud
 from collab_jax.gapg import TrainState
-from collab_jax.models import decoder, hf, lora
+from collab_jax.models import blocks, decoder, hf, lora
 from collab_jax.models import text as text_lib
 from collab_jax.models.decoder import Params
 from collab_jax.models.text import Text
 from collab_jax.rl import claims, optim
 from collab_jax.rl.settings import check_config
-from collab_jax.runtime import files
+from collab_jax.runtime import files, parallel
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
@@ -205,6 +205,24 @@ def first_state(
         gapg.init_filter(config.budget, config.task.budgets),
         averaged=config.optim.average > 0,
     )
+
+
+def state_on_devices(run: Run) -> TrainState:
+    """Returns `load_state` with axis D, its matrices divided where `config.train.sharded` says."""
+    state = load_state(run)
+    if run.config.train.sharded:
+        state = state.replace(
+            params=divided(state.params),
+            opt_state=divided(state.opt_state),
+            average=divided(state.average),
+            frozen=divided(state.frozen),
+        )
+    return parallel.replicate(state)
+
+
+def divided(tree: Any) -> Any:
+    """Returns parameters, or what has their shapes, divided over the devices that are there."""
+    return blocks.divided(tree, jax.local_device_count(), parallel.AXIS)
 
 
 def load_state(run: Run) -> TrainState:

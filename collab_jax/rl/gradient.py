@@ -22,6 +22,7 @@ from collab_jax.models.decoder import ROWS, DecoderConfig, Params, Segment
 from collab_jax.rl import scoring
 from collab_jax.rl.scoring import Scored
 from collab_jax.rl.signal import has_gradient
+from collab_jax.runtime import split
 
 # Of n prompts: last hidden states [n, 1, 1, E], and their segment; ROWS is axis n of every leaf.
 KeysValues = tuple[jax.Array, Segment]
@@ -71,7 +72,7 @@ def policy_gradient(params: Params, share: Share) -> tuple[Params, jax.Array, ja
     size = min(P, share.micro_rows)  # prompts in one micro-batch
     # What a micro-batch holds after the first `n_prompts` is computed and never used.
     share = share._replace(prompts=jnp.pad(share.prompts, (0, -P % size)))
-    prompt_rounds = (share.n_prompts + size - 1) // size
+    prompt_rounds = together((share.n_prompts + size - 1) // size, params, share)
     kv = prefill_prompts(params, share, prompt_rounds, size)
 
     lengths = learnt_lengths(share, P)
@@ -85,9 +86,16 @@ def policy_gradient(params: Params, share: Share) -> tuple[Params, jax.Array, ja
         worst=jnp.float32(0),
     )
     add = functools.partial(add_micro_batch, params=params, share=share, kv=kv, rows=rows)
-    sums = jax.lax.fori_loop(0, (count + m - 1) // m, add, start)
+    rounds = together((count + m - 1) // m, params, share)
+    sums = jax.lax.fori_loop(0, rounds, add, start)
     grads = pull_back(sums, params, share, kv, prompt_rounds, size)
     return grads, sums.drift, sums.worst
+
+
+def together(rounds: jax.Array, params: Params, share: Share) -> jax.Array:
+    """How many rounds this device goes: where devices gather parameters, as many as the others."""
+    axis = split.over((params, share.frozen))
+    return rounds if axis is None else jax.lax.pmax(rounds, axis)
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -220,7 +228,7 @@ def responses_loss(
     of_column = lambda x: x[of_place(prompt), of_place(member), at.token]  # noqa: E731
     targets = of_column(batch.tokens)
     inputs = batch.tokens[of_place(prompt), of_place(member), jnp.maximum(at.token - 1, 0)]
-    whole = lora.join(share.frozen, params)
+    whole = decoder.with_whole_ends(lora.join(share.frozen, params), cfg)
     hidden = packed_hidden(whole, cfg, kv, batch.prompt_mask[prompt], inputs, at)
 
     start = jnp.minimum(rows.start[..., None] + jnp.arange(T), T - 1).reshape(len(targets), -1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from collab_jax.models.blocks import LAYERS
+from collab_jax.runtime import split
 
 
 def make_schedule(
@@ -42,13 +43,22 @@ def unit_norm() -> optax.GradientTransformation:
     rate's alone: algorithms whose gradients are parallel make the same update. A clip would act on
     sums over tokens at every step, and on means at none.
     """
-    # The term is below every norm, and keeps 0 / 0 away.
-    return optax.normalize_by_update_norm(eps=1e-30)
+
+    def to_one(grads: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        norm = split.norm(grads) + 1e-30  # below every norm, and keeps 0 / 0 away
+        return jax.tree.map(lambda g: g / norm, grads)
+
+    return optax.stateless(to_one)
 
 
 def clipped() -> optax.GradientTransformation:
     """A gradient's norm is at most 1: of a supervised mean loss, whose size means something."""
-    return optax.clip_by_global_norm(1.0)
+
+    def at_most_one(grads: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        norm = split.norm(grads)
+        return jax.tree.map(lambda g: jnp.where(norm < 1, g, g / norm.astype(g.dtype)), grads)
+
+    return optax.stateless(at_most_one)
 
 
 def make_optimizer(

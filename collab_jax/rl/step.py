@@ -16,6 +16,7 @@ from collab_jax.gapg import Algorithm, Rollout, TrainState
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.rl.gradient import Share, policy_gradient
 from collab_jax.rl.signal import Signal, has_gradient, learning_signal
+from collab_jax.runtime import split
 
 # A body of one device: (state, rollout, key) -> state, metrics.
 StepBody = Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -165,11 +166,11 @@ def make_step(
         grads, drift, worst = policy_gradient(state.params, share)
         # Sums and counts travel apart and are divided once: devices hold different numbers of kept
         # prompts.
-        grads, drift = jax.lax.psum((grads, drift), axis)
+        grads, drift = split.summed(grads, axis), jax.lax.psum(drift, axis)
         worst = jax.lax.pmax(worst, axis)
         kept = signal.keep.sum()
         grads = jax.tree.map(lambda g: g / jnp.maximum(kept, 1), grads)
-        norm = optax.tree.norm(grads)
+        norm = split.norm(grads)
         new_state = updated(state, optimizer, grads, norm, kept, signal, average)
         return new_state, step_metrics(batch, signal, state, new_state, kept, norm, drift, worst)
 

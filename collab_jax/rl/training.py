@@ -338,7 +338,7 @@ def train(run: Run, stop: GracefulStop | None = None) -> TrainState | None:
     the state before that step is saved and the error is raised; interrupts save nothing.
     """
     last_step = run.config.train.steps
-    state = parallel.replicate(experiment.load_state(run))
+    state = experiment.state_on_devices(run)
     first = int(parallel.unreplicate(state.step))
     if first >= last_step:
         return state

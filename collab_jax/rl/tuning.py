@@ -27,7 +27,7 @@ from collab_jax.models.text import Text
 from collab_jax.rl import demonstrations, optim, packing
 from collab_jax.rl.demonstrations import Demonstration, Encoded
 from collab_jax.rl.packing import PackedRows
-from collab_jax.runtime import metrics, parallel
+from collab_jax.runtime import metrics, parallel, split
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
@@ -55,7 +55,7 @@ def loss(
     params: Params, frozen: Params | None, cfg: DecoderConfig, rows: PackedRows, chunk: int
 ) -> jax.Array:
     """The sum of -log p over the taught tokens of the rows, f32[], in nats."""
-    whole = lora.join(frozen, params)
+    whole = decoder.with_whole_ends(lora.join(frozen, params), cfg)
     sight = Sight(rows.segment, rows.positions, rows.segment, rows.positions)
     hidden, _ = decoder.forward(whole, cfg, rows.tokens, rows.positions, sight)
     hidden = jnp.take_along_axis(hidden, rows.at[..., None], axis=1)
@@ -204,13 +204,13 @@ class Tuner:
         The loss is in nats a taught token, the norm that of its gradient before clipping.
         """
         # Sums and counts travel apart and are divided once: devices have different numbers.
-        total = jax.lax.psum(sums, parallel.AXIS)
-        grads = jax.tree.map(lambda g: g / total.taught, total.grads)
-        norm = optax.tree.norm(grads)
+        loss, taught = jax.lax.psum((sums.loss, sums.taught), parallel.AXIS)
+        grads = split.summed(sums.grads, parallel.AXIS)
+        grads = jax.tree.map(lambda g: g / taught, grads)
+        norm = split.norm(grads)
         updates, opt_state = self._optimizer(steps).update(grads, opt_state, params)
         new = cast(Params, optax.apply_updates(params, updates))
-        mean = total.loss / total.taught
-        return new, opt_state, jax.tree.map(jnp.zeros_like, sums), mean, norm
+        return new, opt_state, jax.tree.map(jnp.zeros_like, sums), loss / taught, norm
 
     def _batches(self, source: Source, first: int) -> Iterator[list[Encoded]]:
         """The demonstrations of each step from `first` on, those that fit."""

@@ -1,8 +1,8 @@
 """Devices: the only module that names pmap, meshes and shardings.
 
 A body sees its own device's share and the axis name AXIS. Arrays that differ by device carry a
-leading axis D outside the body; the state is replicated while a run lasts and is always saved
-without that axis.
+leading axis D outside the body, and so do those that are the same on all. Where a `Split` stands in
+a tree, D is that of its parts. The state is always saved without that axis, and whole.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.split import is_split
 
 AXIS = "devices"
 
@@ -24,14 +25,15 @@ AXIS = "devices"
 def replicate(tree: Any) -> Any:
     """Returns every leaf on every local device, [D, ...], as a pmap returns its results.
 
+    Of a Split, which has that axis already, each device gets its part.
+
     The sharding is that of a pmap's results: with another axis name in it, as flax's `replicate`
     gives, each function would be compiled a second time.
     """
     devices = jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-    return jax.device_put(
-        jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), sharding
-    )
+    on_all = lambda x: x if is_split(x) else np.broadcast_to(x, (len(devices), *np.shape(x)))  # noqa: E731
+    return jax.device_put(jax.tree.map(on_all, tree, is_leaf=is_split), sharding)
 
 
 def pmap(body: Callable, donate: tuple[int, ...] = (), devices: Sequence[Any] | None = None) -> Any:
@@ -83,11 +85,18 @@ class Program:
 
 
 def unreplicate(tree: Any) -> Any:
-    """Returns the first device's copy of every leaf, on the host.
+    """Returns the first device's copy of every leaf, on the host; in place of a Split, all of it.
 
     Reads that device's shard: indexing would compile a program for every shape.
     """
-    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+    copies = lambda x: [np.asarray(shard.data)[0] for shard in x.addressable_shards]  # noqa: E731
+
+    def one(x: Any) -> np.ndarray:
+        if not is_split(x):
+            return np.asarray(x.addressable_shards[0].data)[0]
+        return np.concatenate(copies(x.part), axis=x.axis)
+
+    return jax.tree.map(one, tree, is_leaf=is_split)
 
 
 def shard(tree: Any, devices: int) -> Any:

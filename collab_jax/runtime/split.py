@@ -1,0 +1,88 @@
+"""Arrays that are divided over devices, and what devices do with them together.
+
+A `Split` in a tree stands for an array of which every device holds a part. It is a node of the
+tree, so what goes leaf by leaf (an optimizer, an average, zeros, a loop over layers) works on the
+parts and need not know. Where the array itself is needed, `whole` gathers it; the gradient comes
+back as this device's part of the sum over all devices. These functions run on a device, under the
+axis `Split.over`; `parallel.py` brings arrays there and back.
+"""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+GATHERED = "gathered"  # the name of what `whole` returns, for policies of `jax.checkpoint`
+
+
+class Split(flax.struct.PyTreeNode):
+    """This device's part of an array that is cut into equal parts along one of its axes."""
+
+    part: Any
+    axis: int = flax.struct.field(pytree_node=False)  # counted from the end, so below 0
+    over: str = flax.struct.field(pytree_node=False)  # the name of the devices' axis
+
+
+def is_split(x: Any) -> bool:
+    """Whether x stands for a divided array; what `jax.tree.map` takes as `is_leaf`."""
+    return isinstance(x, Split)
+
+
+def over(tree: Any) -> str | None:
+    """The axis over which arrays of a tree are divided; None where none is."""
+    return next((x.over for x in jax.tree.leaves(tree, is_leaf=is_split) if is_split(x)), None)
+
+
+def whole(tree: Any, dtype: str | jnp.dtype) -> Any:
+    """The tree with every Split gathered, as `dtype`; other leaves stay as they are.
+
+    Gradients are summed over the devices in f32.
+    """
+
+    def one(x: Any) -> Any:
+        if not is_split(x):
+            return x
+        return checkpoint_name(_gathered(x.part, x.axis, x.over, jnp.dtype(dtype)), GATHERED)
+
+    return jax.tree.map(one, tree, is_leaf=is_split)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(part: jax.Array, axis: int, over: str, dtype: jnp.dtype) -> jax.Array:
+    """The array of which this device holds `part`."""
+    return jax.lax.all_gather(part.astype(dtype), over, axis=axis + part.ndim, tiled=True)
+
+
+def _forward(part: jax.Array, axis: int, over: str, dtype: jnp.dtype):
+    # A residual that says what type the part's gradient has to have.
+    return _gathered(part, axis, over, dtype), jnp.zeros(0, part.dtype)
+
+
+def _backward(axis: int, over: str, dtype: jnp.dtype, like: jax.Array, dy: jax.Array):
+    wide = dy.astype(jnp.float32)
+    part = jax.lax.psum_scatter(wide, over, scatter_dimension=axis + dy.ndim, tiled=True)
+    return (part.astype(like.dtype),)
+
+
+_gathered.defvjp(_forward, _backward)
+
+
+def summed(tree: Any, over: str) -> Any:
+    """A tree of gradients summed over the devices: those of divided arrays are already."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_split)
+    sums = iter(jax.lax.psum([x for x in leaves if not is_split(x)], over))
+    return structure.unflatten([x if is_split(x) else next(sums) for x in leaves])
+
+
+def norm(tree: Any) -> jax.Array:
+    """The root of the sum of all squares f32[], as `optax.tree.norm`, of whole arrays."""
+    squares = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))  # noqa: E731
+    total, axis = jnp.float32(0), over(tree)
+    leaves = jax.tree.leaves(tree, is_leaf=is_split)
+    if axis is not None:
+        parts = sum(squares(x.part) for x in leaves if is_split(x))
+        total += jax.lax.psum(parts, axis)
+    return jnp.sqrt(total + sum(squares(x) for x in leaves if not is_split(x)))

@@ -1,0 +1,102 @@
+"""Arrays divided over devices: gathered, summed, and a step against one with whole parameters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_gapg import assert_close, body, rollout, start
+
+from collab_jax.models import blocks
+from collab_jax.rl import optim
+from collab_jax.runtime import parallel, split
+from collab_jax.runtime.split import Split
+
+D = 2
+
+
+def test_what_is_divided_by_hand():
+    tree = {
+        "embed_tokens": {"embedding": np.arange(12.0).reshape(6, 2)},
+        "layers": {"scale": np.ones((3, 4)), "kernel": np.arange(24.0).reshape(2, 3, 4)},
+        "odd": np.ones((3, 5)),
+        "count": np.zeros(()),
+    }
+    cut = blocks.divided(tree, D, "d")
+    embedding, kernel = cut["embed_tokens"]["embedding"], cut["layers"]["kernel"]
+    assert (embedding.axis, kernel.axis, embedding.over) == (-2, -1, "d")
+    np.testing.assert_array_equal(embedding.part, np.arange(12.0).reshape(2, 3, 2))
+    want = np.arange(24.0).reshape(2, 3, 2, 2).transpose(2, 0, 1, 3)  # [D, layers, 3, 2]
+    np.testing.assert_array_equal(kernel.part, want)
+    for name in ("odd", "count"):  # no side that two divides; no matrix
+        assert cut[name] is tree[name]
+    assert cut["layers"]["scale"] is tree["layers"]["scale"]  # a vector for each layer
+    assert blocks.divided(tree, 1, "d") == tree
+    shapes = jax.eval_shape(lambda tree: blocks.divided(tree, D, "d"), tree)
+    assert shapes["layers"]["kernel"].part.shape == (2, 2, 3, 2)
+
+
+def test_to_the_devices_and_back():
+    tree = {"a": np.arange(24.0).reshape(4, 6), "b": np.ones(3)}
+    there = parallel.replicate(blocks.divided(tree, D, parallel.AXIS))
+    assert there["a"].part.shape == (D, 4, 3)
+    jax.tree.map(np.testing.assert_array_equal, parallel.unreplicate(there), tree)
+
+
+def test_a_gradient_through_whole_is_this_devices_part_of_the_sum():
+    """Each device weighs the array by its own numbers."""
+    x, w = np.arange(8.0).reshape(2, 4), np.random.default_rng(0).normal(size=(D, 2, 4))
+    parts = blocks.divided({"x": x}, D, "d")["x"]
+
+    def of_device(part, w):
+        return jax.grad(lambda p: jnp.sum(jnp.sin(split.whole(p, "float32")) * w))(part)
+
+    got = jax.pmap(of_device, axis_name="d", devices=jax.devices()[:D])(parts, w)
+    want = np.cos(x) * w.sum(0)
+    np.testing.assert_allclose(np.concatenate(list(got.part), axis=parts.axis), want, rtol=1e-5)
+
+
+def test_norms_and_sums_are_of_whole_arrays():
+    tree = {"x": np.arange(8.0, dtype=np.float32).reshape(2, 4), "y": np.ones(3, np.float32)}
+    cut = blocks.divided(tree, D, "d")
+    axes = {"x": Split(0, -1, "d"), "y": None}  # of an argument that has an axis D, or has not
+
+    def of_device(tree):
+        scaled, _ = optim.unit_norm().update(tree, optax.EmptyState())
+        return split.norm(tree), split.norm(scaled), split.summed(tree, "d")
+
+    norm, one, total = jax.pmap(
+        of_device, axis_name="d", in_axes=(axes,), devices=jax.devices()[:D]
+    )(cut)
+    np.testing.assert_allclose(norm, optax.tree.norm(tree), rtol=1e-6)
+    np.testing.assert_allclose(one, 1, rtol=1e-6)
+    np.testing.assert_array_equal(total["x"].part, cut["x"].part)  # it is a sum already
+    np.testing.assert_array_equal(total["y"][0], D * tree["y"])
+
+
+@functools.cache
+def stepped(sharded):
+    """(state, metrics) after two steps on two devices, on the host."""
+    adam = optim.make_optimizer(optax.constant_schedule(1e-2), 0.1, optim.unit_norm())
+    state = start(optimizer=adam).replace(average=start().params)
+    if sharded:
+        cut = functools.partial(blocks.divided, devices=D, over=parallel.AXIS)
+        state = state.replace(
+            params=cut(state.params), opt_state=cut(state.opt_state), average=cut(state.average)
+        )
+    step = body(axis=parallel.AXIS, optimizer=adam, average=0.5, micro_rows=2)
+    run = parallel.pmap(lambda state, batch: step(state, batch, jax.random.key(5)))
+    state, shards = parallel.replicate(state), parallel.shard(rollout(), D)
+    for _ in range(2):
+        state, metrics = run(state, shards)
+    return parallel.unreplicate((state, metrics))
+
+
+@pytest.mark.slow
+def test_a_step_with_divided_parameters_equals_one_without():
+    (want, want_metrics), (got, metrics) = stepped(sharded=False), stepped(sharded=True)
+    assert_close(got.params, want.params, rtol=1e-3, atol=2e-5)
+    assert_close(got.average, want.average, rtol=1e-3, atol=2e-5)
+    assert_close(metrics, want_metrics, rtol=1e-3, atol=1e-5)
