@@ -1,16 +1,18 @@
 """Arrays divided over devices: gathered, summed, and a step against one with whole parameters."""
 
+import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_gapg import assert_close, body, rollout, start
+from test_gapg import CFG, assert_close, body, rollout, start
 
 from collab_jax.models import blocks
-from collab_jax.rl import optim
+from collab_jax.rl import experiment, optim, training
 from collab_jax.runtime import parallel, split
 from collab_jax.runtime.split import Split
 
@@ -77,8 +79,8 @@ def test_norms_and_sums_are_of_whole_arrays():
 
 
 @functools.cache
-def stepped(sharded):
-    """(state, metrics) after two steps on two devices, on the host."""
+def stepped(sharded, **changes):
+    """(state, metrics) after two steps on two devices, on the host; changes: of the model."""
     adam = optim.make_optimizer(optax.constant_schedule(1e-2), 0.1, optim.unit_norm())
     state = start(optimizer=adam).replace(average=start().params)
     if sharded:
@@ -86,7 +88,8 @@ def stepped(sharded):
         state = state.replace(
             params=cut(state.params), opt_state=cut(state.opt_state), average=cut(state.average)
         )
-    step = body(axis=parallel.AXIS, optimizer=adam, average=0.5, micro_rows=2)
+    cfg = dataclasses.replace(CFG, **changes)
+    step = body(cfg=cfg, axis=parallel.AXIS, optimizer=adam, average=0.5, micro_rows=2)
     run = parallel.pmap(lambda state, batch: step(state, batch, jax.random.key(5)))
     state, shards = parallel.replicate(state), parallel.shard(rollout(), D)
     for _ in range(2):
@@ -95,8 +98,33 @@ def stepped(sharded):
 
 
 @pytest.mark.slow
-def test_a_step_with_divided_parameters_equals_one_without():
-    (want, want_metrics), (got, metrics) = stepped(sharded=False), stepped(sharded=True)
+@pytest.mark.parametrize("changes", [{}, {"looped": True}, {"looped": True, "remat": True}])
+def test_a_step_with_divided_parameters_equals_one_with_whole_ones(changes):
+    (want, want_metrics), (got, metrics) = stepped(sharded=False), stepped(sharded=True, **changes)
     assert_close(got.params, want.params, rtol=1e-3, atol=2e-5)
     assert_close(got.average, want.average, rtol=1e-3, atol=2e-5)
     assert_close(metrics, want_metrics, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_with_divided_parameters_equals_one_with_whole_ones(small, tmp_path, rank):
+    """Its checkpoints too: each goes on from the other's."""
+    fewer = {"train__checkpoint_every": 1, "eval__prompts": 0, "decode__slot_counts": 1}
+    config = {
+        sharded: small(train__sharded=sharded, train__steps=2, lora__rank=rank, **fewer)
+        for sharded in (False, True)
+    }
+
+    def trained(sharded, workdir):
+        state = training.train(experiment.prepare(config[sharded], workdir))
+        assert (split.over(state.params) is None) != sharded
+        assert (split.over(state.frozen) is None) != (sharded and rank > 0)
+        return parallel.unreplicate(state.params)
+
+    want, got = (trained(sharded, tmp_path / str(sharded)) for sharded in (False, True))
+    assert_close(got, want, rtol=1e-3, atol=1e-5)
+    for sharded in (False, True):
+        workdir = tmp_path / str(sharded)
+        shutil.rmtree(workdir / "checkpoints" / "2")
+        assert_close(trained(not sharded, workdir), want, rtol=1e-3, atol=1e-5)

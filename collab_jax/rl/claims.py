@@ -15,7 +15,7 @@ from collab_jax.runtime.errors import UserError
 
 # What may differ between two starts of one run: how the cloud is bought from, not what it answers,
 # how many of its verdicts an evaluation can do without, and what is kept from it, so that a run can
-# be evaluated both ways.
+# be evaluated both ways; and where parameters lie, which changes the last bits of sums alone.
 MAY_DIFFER_ON_RESUME = {
     "cloud.mode",
     "cloud.wait",
@@ -33,6 +33,7 @@ MAY_DIFFER_ON_RESUME = {
     "cloud.redact",
     "cloud.redact_names",
     "eval.max_unknown",
+    "train.sharded",
 }
 UNREAD = ("sft.", "serve.")  # settings of the warm start and of a server, which no run reads
 DATA = "data"  # the entry of config.json, beside the settings, that says what data the run has seen
