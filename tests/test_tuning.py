@@ -131,6 +131,19 @@ def test_updates_are_those_of_the_optimizer(make, tmp_path):
 
 
 @pytest.mark.slow
+def test_divided_parameters_are_tuned_as_whole_ones(make, tmp_path):
+    def tuned(sharded):
+        config, cfg, text, params, _ = make(train__sharded=sharded)
+        tuner = Tuner(cfg, None, text, config, Stop())
+        return params, tuner.tune(tmp_path / str(sharded), params, shown(GIVEN), 2)
+
+    (start, want), (_, got) = tuned(False), tuned(True)
+    for a, b, c in zip(*map(jax.tree.leaves, (got, want, start)), strict=True):
+        # As a whole: where a gradient is next to nothing, Adam makes a step of its rounding.
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b - c)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"lora__rank": 2, "lora__targets": ("q_proj", "up_proj")}], ids=["all", "lora"]
 )

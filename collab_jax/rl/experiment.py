@@ -3,6 +3,7 @@
 Shared by the commands that train, evaluate and export.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -208,20 +209,24 @@ def first_state(
 
 
 def state_on_devices(run: Run) -> TrainState:
-    """Returns `load_state` with axis D, its matrices divided where `config.train.sharded` says."""
-    state = load_state(run)
-    if run.config.train.sharded:
-        state = state.replace(
-            params=divided(state.params),
-            opt_state=divided(state.opt_state),
-            average=divided(state.average),
-            frozen=divided(state.frozen),
-        )
+    """Returns `load_state` with axis D."""
+    state, cut = load_state(run), functools.partial(cut_for_devices, run.config)
+    state = state.replace(
+        params=cut(state.params),
+        opt_state=cut(state.opt_state),
+        average=cut(state.average),
+        frozen=cut(state.frozen),
+    )
     return parallel.replicate(state)
 
 
-def divided(tree: Any) -> Any:
-    """Returns parameters, or what has their shapes, divided over the devices that are there."""
+def cut_for_devices(config: ConfigDict, tree: Any) -> Any:
+    """Returns parameters, or what has their shapes, for `parallel.replicate` to copy.
+
+    Where `config.train.sharded` says so, they are divided over the devices that are there.
+    """
+    if not config.train.sharded:
+        return tree
     return blocks.divided(tree, jax.local_device_count(), parallel.AXIS)
 
 

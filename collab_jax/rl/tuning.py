@@ -24,7 +24,7 @@ from collab_jax.models import decoder, logprobs, lora
 from collab_jax.models.attention import Sight
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.text import Text
-from collab_jax.rl import demonstrations, optim, packing
+from collab_jax.rl import demonstrations, experiment, optim, packing
 from collab_jax.rl.demonstrations import Demonstration, Encoded
 from collab_jax.rl.packing import PackedRows
 from collab_jax.runtime import metrics, parallel, split
@@ -73,14 +73,18 @@ def zero_sums(params: Params) -> Sums:
 
 
 def _start(
-    params: Params, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
+    config: ConfigDict,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
 ) -> TuningState:
     """The state of the last checkpoint, or the one before the first step, with the axis D."""
     opt_state = jax.device_get(optimizer.init(cast(Any, params)))
     state = TuningState(np.int32(0), params, opt_state)
     if checkpoints.latest() is not None:
         state = checkpoints.restore(like=state)
-    params, opt_state = parallel.replicate((state.params, state.opt_state))
+    parts = experiment.cut_for_devices(config, (state.params, state.opt_state))
+    params, opt_state = parallel.replicate(parts)
     return TuningState(state.step, params, opt_state)
 
 
@@ -136,7 +140,7 @@ class Tuner:
         Raises UserError where the loss is not finite.
         """
         checkpoints = Checkpoints(folder / "checkpoints")
-        state = _start(params, self._optimizer(steps), checkpoints)
+        state = _start(self._config, params, self._optimizer(steps), checkpoints)
         if state.step < steps:
             state = self._steps(folder, state, source, steps, checkpoints)
         if self._stop.requested:

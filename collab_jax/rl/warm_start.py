@@ -73,7 +73,8 @@ class WarmStart(NamedTuple):
 
     def model(self, params: Params) -> Params:
         """The whole model with these tuned params (on the host), with the axis D."""
-        return lora.join(self.frozen, parallel.replicate(params))
+        cut = experiment.cut_for_devices(self.config, params)
+        return lora.join(self.frozen, parallel.replicate(cut))
 
 
 def is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -150,7 +151,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
             cfg, text, config, group=config.group, temperature=config.temperature
         ),
         params=params,
-        frozen=parallel.replicate(whole) if config.lora.rank else None,
+        frozen=parallel.replicate(experiment.cut_for_devices(config, whole))
+        if config.lora.rank
+        else None,
     )
 
 
