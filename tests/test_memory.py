@@ -11,9 +11,10 @@ import pytest
 from conftest import ROOT
 
 from collab_jax import gapg, train
+from collab_jax.bench import compile as bench_compile
 from collab_jax.bench import measure
 from collab_jax.models import decision, hf, lora, published, sampler
-from collab_jax.rl import memory_check, memory_plan, optim, step
+from collab_jax.rl import experiment, memory_check, memory_plan, optim, step
 from collab_jax.rl.memory_check import Machine
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -39,7 +40,7 @@ def make(changes=(), **architecture):
 
 
 def shapes(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), tree)
+    return bench_compile.on_each(2, tree)
 
 
 def trained_and_frozen(cfg, config):
@@ -85,7 +86,9 @@ def update_bytes(cfg, config) -> int:
     update_step = parallel.pmap(
         lambda state, batch: body(state, batch, jax.random.key(0)), donate=(0,)
     )
-    lowered = update_step.lower(shapes(state.replace(frozen=frozen)), shapes(batch))
+    state = state.replace(frozen=frozen)
+    cut = jax.eval_shape(lambda state: experiment.cut_state(config, state, 2), state)
+    lowered = update_step.lower(shapes(cut), shapes(batch))
     used = lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
     return used.temp_size_in_bytes + used.argument_size_in_bytes
 
@@ -145,8 +148,9 @@ HALF = {"model.dtype": "bfloat16"}
         ),
         ({"lora.rank": 4}, {}),
         ({"model.param_dtype": "bfloat16"} | HALF, {"num_hidden_layers": 1, "hidden_size": 128}),
+        ({"train.sharded": True, "train.micro_rows": 2}, {"num_hidden_layers": 4}),
     ],
-    ids=["qwen3-average", "large-vocabulary", "lora", "all-bf16"],
+    ids=["qwen3-average", "large-vocabulary", "lora", "all-bf16", "divided"],
 )
 @pytest.mark.slow
 def test_the_plan_of_an_update_is_what_the_compiler_reserves(changes, architecture):
@@ -201,6 +205,23 @@ def test_parameters_and_optimizer_by_hand():
     adapter = 2 * 2 * (64 + 64)
     held = {"parameters": 4 * adapter + 2 * count, "optimizer": 8 * adapter, "average": 4 * adapter}
     assert memory_plan.plan(cfg, config, 2).held == held
+
+
+def test_divided_parameters_by_hand():
+    cfg, config = make({"optim.average": 0.9, "train.sharded": True})
+    plan = memory_plan.plan(cfg, config, 2)
+    ends, block = 768 * 64 + 64, 2 * 64 * 64 + 2 * 64 * 32 + 64 + 2 * 32 + 3 * 64 * 224 + 2 * 64
+    count = ends + 2 * block
+    assert plan.held == {
+        "parameters": 4 * count / 2,
+        "optimizer": 8 * count / 2,
+        "average": 4 * count / 2,
+    }
+    assert plan.update["gradients"] == 8 * count / 2
+    assert plan.update["parameters"] == (ends + block) * (4 + 4 + 4)
+    assert plan.sampling["parameters"] == 4 * count
+    alone = memory_plan.plan(cfg, config, 1)
+    assert alone == memory_plan.plan(*make({"optim.average": 0.9}), 1)
 
 
 @pytest.mark.slow

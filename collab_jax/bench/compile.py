@@ -30,6 +30,7 @@ from collab_jax.rl.memory_plan import GIB
 from collab_jax.rl.settings import check_config
 from collab_jax.runtime import markdown, parallel, process
 from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.split import is_split
 
 PAD, EOS, CALL = range(3)  # stand-ins for a tokenizer's
 
@@ -91,8 +92,21 @@ def used(message: str) -> str:
 
 
 def on_each(devices: int, tree: Any) -> Any:
-    """Returns the shapes of a tree with axis D in front."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype), tree)
+    """Returns the shapes of a tree with axis D in front; a Split has it already."""
+
+    def one(x: Any) -> Any:
+        return x if is_split(x) else jax.ShapeDtypeStruct((devices, *x.shape), x.dtype)
+
+    return jax.tree.map(one, tree, is_leaf=is_split)
+
+
+def gathered(cfg: DecoderConfig, model: Any, cut: Any) -> Any:
+    """Returns the shapes of a model when the sampler has gathered `cut`, what is divided of it."""
+
+    def one(x: Any, part: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, cfg.dtype if is_split(part) else x.dtype)
+
+    return jax.tree.map(one, model, cut)
 
 
 def state_shapes(cfg: DecoderConfig, config: ConfigDict) -> gapg.TrainState:
@@ -145,15 +159,23 @@ def sampler_settings(cfg: DecoderConfig, config: ConfigDict) -> SamplerSettings:
 
 
 def lower_run(cfg: DecoderConfig, config: ConfigDict, devices: Sequence[Any]) -> list[Lowered]:
-    """Lowers the update, the prefill and the decoding of a run for its devices."""
+    """Lowers the update, the prefill and the decoding of a run for its devices.
+
+    Where parameters are divided, what gathers them for sampling comes second.
+    """
     D, L = len(devices), config.prompt_length
     array = jax.ShapeDtypeStruct
     prompts = array((D, config.prompts_per_step // D, L), jnp.int32)
     mask, number = array(prompts.shape, jnp.bool_), array((D,), jnp.int32)
     bias = array((D,), jnp.float32)
-    state, settings = on_each(D, state_shapes(cfg, config)), sampler_settings(cfg, config)
-    model = state.sampling_model
+    settings, whole = sampler_settings(cfg, config), state_shapes(cfg, config)
+    cut = jax.eval_shape(lambda state: experiment.cut_state(config, state, D), whole)
+    state, model = (
+        on_each(D, cut),
+        on_each(D, gathered(cfg, whole.sampling_model, cut.sampling_model)),
+    )
 
+    gather = lower("gather", sampler.whole_body(cfg), (), devices, (state.sampling_model,))
     prefill = lower(
         "prefill",
         sampling.begin_body(cfg, settings),
@@ -177,7 +199,7 @@ def lower_run(cfg: DecoderConfig, config: ConfigDict, devices: Sequence[Any]) ->
         devices,
         (state, rollout_shapes(config, sampled.samples, prompts, mask)),
     )
-    return [update, prefill, decode]
+    return [update, *([gather] if config.train.sharded else []), prefill, decode]
 
 
 def compile_programs(config: ConfigDict, topology: str | None, layers: int | None) -> str:

@@ -252,6 +252,11 @@ def compact(context: Context, state: SampleState, slots: int) -> tuple[Context, 
     return context, state
 
 
+def whole_body(cfg: DecoderConfig) -> Callable[[Params], Params]:
+    """The body params -> params that gathers divided ones in the type of the computation."""
+    return lambda params: split.whole(params, cfg.dtype)
+
+
 # -------------------------------------------------------------------------------------- on the host
 
 # finished(tokens, mask, ended, now), see `Sampler.__call__`.
@@ -282,7 +287,7 @@ class Sampler:
         self._wrap = wrap
         self._begin = wrap(begin)
         self._advance = wrap(advance_body(cfg, settings), donate=(2,))
-        self._whole = wrap(lambda params: split.whole(params, cfg.dtype))
+        self._whole = wrap(whole_body(cfg))
         self._programs: dict[tuple[int, ...], _Programs] = {}  # by shape of the prompts
 
     def __call__(

@@ -210,24 +210,29 @@ def first_state(
 
 def state_on_devices(run: Run) -> TrainState:
     """Returns `load_state` with axis D."""
-    state, cut = load_state(run), functools.partial(cut_for_devices, run.config)
-    state = state.replace(
+    return parallel.replicate(cut_state(run.config, load_state(run), jax.local_device_count()))
+
+
+def cut_state(config: ConfigDict, state: TrainState, devices: int) -> TrainState:
+    """Returns the state with all that has the shapes of parameters as `cut_for_devices` has it."""
+    cut = functools.partial(cut_for_devices, config, devices=devices)
+    return state.replace(
         params=cut(state.params),
         opt_state=cut(state.opt_state),
         average=cut(state.average),
         frozen=cut(state.frozen),
     )
-    return parallel.replicate(state)
 
 
-def cut_for_devices(config: ConfigDict, tree: Any) -> Any:
+def cut_for_devices(config: ConfigDict, tree: Any, devices: int | None = None) -> Any:
     """Returns parameters, or what has their shapes, for `parallel.replicate` to copy.
 
-    Where `config.train.sharded` says so, they are divided over the devices that are there.
+    Where `config.train.sharded` says so, they are divided over so many devices, or over those that
+    are there.
     """
     if not config.train.sharded:
         return tree
-    return blocks.divided(tree, jax.local_device_count(), parallel.AXIS)
+    return blocks.divided(tree, devices or jax.local_device_count(), parallel.AXIS)
 
 
 def load_state(run: Run) -> TrainState:

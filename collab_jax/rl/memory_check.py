@@ -82,6 +82,7 @@ def smaller_settings(config: ConfigDict, devices: int, work: Work) -> Iterator[C
     rows = config[section][key]
     options = {
         work.micro_rows: [n for n in (rows // 2, rows // 4, 1) if 1 <= n < rows],
+        "train.sharded": [True] if devices > 1 and not config.train.sharded else [],
         "train.remat": [True],
         "train.logprob_chunk": [16],
         "decode.cache_dtype": ["bfloat16"],

@@ -5,9 +5,8 @@ and then the larger of an update (gradients, what one micro-batch keeps for its 
 logits) and of sampling (KV cache, logits), which do not overlap. What a backward pass keeps is not
 written down here: jax traces one block and says so, whatever the block is.
 
-Against the compiler's own count, on a CPU, the estimate is right within 15 % (tests). A CPU's
-compiler makes nothing of narrow activations and remat, so these could not be checked in this way.
-An allocator needs some room beside.
+Against the compiler's own count, on a CPU, the estimate is right within 15 % (tests), whose
+compiler makes nothing of narrow activations and remat. An allocator needs some room beside.
 
 On the host are the process itself, its compiled programs, and copies of what the devices hold. The
 constants of these were measured on a CPU, with the embedded model and three blocks of SmolLM2; a
@@ -216,25 +215,41 @@ class Weights(NamedTuple):
     held: Bytes  # on one device
     cast: int  # bytes of all again, in the computation's type, where that is another
     again: int  # bytes of what sampling holds twice: `cast`, or on a CPU the blocks, taken apart
+    shards: int  # over how many devices they are divided
+    gathered: float  # bytes that an update gathers of divided ones at once, with gradients
+    whole: int  # and those that sampling gathers
 
 
 def _weights(
-    stored: DecoderConfig, cfg: DecoderConfig, config: ConfigDict, average: bool, cpu: bool
+    stored: DecoderConfig,
+    cfg: DecoderConfig,
+    config: ConfigDict,
+    devices: int,
+    average: bool,
+    cpu: bool,
 ) -> Weights:
     """The parameters of a run that has them as `stored` and computes with `cfg`."""
     adapter = Adapter(config.lora.rank, tuple(config.lora.targets))
     trained, frozen = (_count(tree) for tree in _plain_shapes(cfg, adapter))
     compute, kept = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(stored.dtype).itemsize
     param = jnp.dtype(config.model.param_dtype).itemsize
+    shards = devices if config.train.sharded else 1
     held: Bytes = {
-        "parameters": trained * param + frozen * kept,
-        "optimizer": 8 * trained,  # two f32 moments; or the first, and what rounding owes, in bf16
-        "average": 4 * trained if average else 0,
+        "parameters": (trained * param + frozen * kept) / shards,
+        # Two f32 moments; or the first, and what rounding owes, in bf16.
+        "optimizer": 8 * trained / shards,
+        "average": 4 * trained / shards if average else 0,
     }
     cast = compute * (trained * (compute != param) + frozen * (compute != kept))
     layers = sum(_count(tree.get(LAYERS)) for tree in _plain_shapes(cfg, adapter) if tree)
     again = cast or (compute * layers if cpu else 0)
-    return Weights(adapter, trained, param, held, cast, again)
+    gathered, whole = 0.0, 0
+    if shards > 1:
+        # All but the blocks, and one of these; gradients in the computation's type, and in f32.
+        at_once = trained + frozen - layers + layers / cfg.num_layers
+        gathered = at_once * (compute + (0 if frozen else compute + 4))
+        whole, cast, again = compute * (trained + frozen), 0, 0
+    return Weights(adapter, trained, param, held, cast, again, shards, gathered, whole)
 
 
 def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
@@ -249,15 +264,17 @@ def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
 def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
     """The plan of training by `config` with the model `cfg` on so many devices, of a CPU or not.
 
-    The prompts are split over the devices; all else is on each of them.
+    The prompts are split over the devices; all else is on each of them, but for what
+    `config.train.sharded` divides.
     """
     stored, cfg = cfg, _as_compiled(cfg, cpu)
-    weights = _weights(stored, cfg, config, average=config.optim.average > 0, cpu=cpu)
+    weights = _weights(stored, cfg, config, devices, config.optim.average > 0, cpu)
     adapter, trained, param, cast = weights.adapter, weights.trained, weights.param, weights.cast
     prompts = -(-config.prompts_per_step // devices)
     m, T = config.train.micro_rows, config.max_new_tokens
     update: Bytes = {
-        "gradients": trained * (4 + param),  # their sum, and a micro-batch's own
+        "parameters": weights.gathered,
+        "gradients": trained * (4 + param) / weights.shards,  # their sum, and a micro-batch's own
         "activations": _update_activations(cfg, config, adapter, prompts) + cast,
         "logits": _logits(cfg, config, m, T, cpu),
     }
@@ -265,16 +282,18 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     batch = -(-config.eval.batch_size // devices) if config.eval.prompts else 0
     evaluated = _sampling(cfg, config, batch, 1, 1)
     # The averaged parameters, in the others' type.
-    evaluated["parameters"] = trained * param if config.optim.average else 0
+    evaluated["parameters"] = trained * param / weights.shards if config.optim.average else 0
     sampling = max(sampled, evaluated, key=lambda sizes: sum(sizes.values()))
     sampling["activations"] += weights.again
+    sampling["parameters"] = sampling.get("parameters", 0) + weights.whole
     evaluating = 1 + config.decode.segments if config.eval.prompts else 0
     # The update passes through the prompts, then back through the responses and through them.
     updating = 1 + 2 * BACKWARD
     programs = _sampling_programs(config) + evaluating
     compiled = _compiled(cfg, programs + 1, programs + updating, cpu)
     copies = 0 if cpu else sum(weights.held.values())  # while they are loaded or saved
-    return Plan(weights.held, update, sampling, _host(compiled, copies))
+    host = {"process": PROCESS, "programs": compiled, "copies": copies}
+    return Plan(weights.held, update, sampling, host)
 
 
 def plan_warm_start(
@@ -282,30 +301,29 @@ def plan_warm_start(
 ) -> Plan:
     """As `plan`, of the warm start: tuning on packed rows, and trying what was tuned."""
     stored, cfg = cfg, _as_compiled(cfg, cpu)
-    weights = _weights(stored, cfg, config, average=False, cpu=cpu)
+    weights = _weights(stored, cfg, config, devices, average=False, cpu=cpu)
     S, taught = packing.columns(config), packing.taught_tokens(config)
     m = config.sft.micro_rows
     update: Bytes = {
-        "gradients": weights.trained * (4 + weights.param),
+        "parameters": weights.gathered,
+        "gradients": weights.trained * (4 + weights.param) / weights.shards,
         "activations": m * _row_activations(cfg, weights.adapter, S, 0) + weights.cast,
         "logits": _logits(cfg, config, m, taught, cpu),
     }
     prompts = -(-config.prompts_per_step // devices)
     sampling = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
     sampling["activations"] += weights.again
+    sampling["parameters"] = weights.whole
     programs = _sampling_programs(config)
     compiled = _compiled(cfg, programs + 1, programs + BACKWARD, cpu)
     # What each tuning starts from stays on the host.
     copies = weights.trained * weights.param if cpu else sum(weights.held.values())
-    return Plan(weights.held, update, sampling, _host(compiled, copies))
+    host = {"process": PROCESS, "programs": compiled, "copies": copies}
+    return Plan(weights.held, update, sampling, host)
 
 
 TRAINING = Work(plan, "train.micro_rows")
 WARM_START = Work(plan_warm_start, "sft.micro_rows")
-
-
-def _host(programs: float, copies: float) -> Bytes:
-    return {"process": PROCESS, "programs": programs, "copies": copies}
 
 
 def _logits(cfg: DecoderConfig, config: ConfigDict, m: int, T: int, cpu: bool) -> int:
