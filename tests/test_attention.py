@@ -64,6 +64,22 @@ def test_blocks_of_scores_equal_all_at_once(t, dtype, atol):
         np.testing.assert_allclose(wide(own) / scale, wide(other) / scale, atol=atol)
 
 
+def test_a_row_looks_at_several_rows_of_a_piece_beside_each_other():
+    q, pieces, sight = inputs(6, "float32")
+    (k, v), own = pieces
+    rows = [
+        (k.repeat(2 * B // R, axis=0) * factor, v.repeat(2 * B // R, axis=0)) for factor in (1, 2)
+    ]
+    k, v = rows[0][0].at[1::2].set(rows[1][0][1::2]), rows[0][1]
+    beside = [
+        (jnp.concatenate([k[::2], k[1::2]], axis=-1), jnp.concatenate([v[::2], v[1::2]], axis=-2))
+    ]
+    mask = sight.mask()
+    mask = jnp.concatenate([mask[..., :L], mask[..., :L], mask[..., L:]], axis=-1)
+    got = attention.attend(q, [(k, v), own], mask)
+    np.testing.assert_allclose(got, attention.attend(q, [*beside, own], mask), atol=1e-6)
+
+
 def test_long_rows_never_hold_all_scores(monkeypatch):
     """By the largest array of the program: with blocks it grows with t, else with its square."""
 

@@ -45,9 +45,11 @@ def causal(real: jax.Array) -> Sight:
 def attend(q: jax.Array, pieces: Sequence[KV], mask: jax.Array | Sight) -> jax.Array:
     """Softmax attention of q [B, t, K, n, H] over all columns of `pieces` -> [B, t, K, n, H].
 
-    mask: bool[B, t, S] or bool[1, t, S] over the columns of the pieces in order; or a Sight, for
-    which not all scores are in memory at once.
+    A piece with fewer than B rows R serves B / R rows with each; of one with more, each row looks
+    at R / B beside each other. mask: bool[B, t, S] or bool[1, t, S] over the columns of the pieces
+    in order; or a Sight, for which not all scores are in memory at once.
     """
+    pieces = [(_beside(k, len(q), -1), _beside(v, len(q), -2)) for k, v in pieces]
     if not isinstance(mask, Sight):
         return _at_once(q, pieces, mask)
     sight, t = mask, q.shape[1]
@@ -68,6 +70,16 @@ def attend(q: jax.Array, pieces: Sequence[KV], mask: jax.Array | Sight) -> jax.A
     again = jax.checkpoint(one, prevent_cse=False)
     y = jax.lax.map(again, (blocks(q), blocks(sight.document), blocks(sight.order)))
     return jnp.moveaxis(y, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :t]
+
+
+def _beside(x: jax.Array, B: int, axis: int) -> jax.Array:
+    """[R, K, S, H], or H before S, as [B, K, c * S, H] where R = c B is more; axis is that of S."""
+    if len(x) <= B:
+        return x
+    _, K, *inner = x.shape
+    apart = jnp.moveaxis(x.reshape(B, -1, K, *inner), 1, axis - 1)
+    inner[axis] *= len(x) // B
+    return apart.reshape(B, K, *inner)
 
 
 def _at_once(q: jax.Array, pieces: Sequence[KV], mask: jax.Array) -> jax.Array:

@@ -30,8 +30,9 @@ class Segment(flax.struct.PyTreeNode):
     """Keys and values of some columns in all layers: stacked, [layers, R, K, H, S], or a tuple.
 
     R divides the rows B of whatever attends to the segment: row r serves the B / R rows from
-    r * B / R on, so that a group holds its prompt once. Keys lie with their columns last: then both
-    products of one query with a cache run along memory (three times as fast on a CPU).
+    r * B / R on, so that a group holds its prompt once. Or B divides R, and each row looks at R / B
+    of them, beside each other. Keys lie with their columns last: then both products of one query
+    with a cache run along memory (three times as fast on a CPU).
     """
 
     k: blocks.Layers  # [R, K, H, S] of a layer

@@ -267,9 +267,6 @@ def packed_hidden(
     """
     last, segment = kv
     m, C, L = prompt_mask.shape
-    # The C prompts of a row beside each other, as one segment of C * L columns.
-    k = jax.tree.map(lambda x: _beside(x, m, -1), segment.k)
-    v = jax.tree.map(lambda x: _beside(x, m, -2), segment.v)
     # Of the columns of the prompts, and of the row's own: the key in one of these is its input's,
     # which the first of a response has not.
     of_prompts = jnp.where(prompt_mask, jnp.arange(C)[:, None], -1).reshape(m, C * L)
@@ -282,14 +279,6 @@ def packed_hidden(
     )
     lengths = jnp.take_along_axis(prompt_mask.sum(2), at.place, axis=1)
     positions = lengths + jnp.maximum(at.token - 1, 0)
-    body, _ = decoder.forward(params, cfg, inputs, positions, sight, (Segment(k, v),))
+    body, _ = decoder.forward(params, cfg, inputs, positions, sight, (segment,))
     first = jnp.take_along_axis(last.reshape(m, C, -1), at.place[..., None], axis=1)
     return jnp.where(at.token[..., None] == 0, first, body)
-
-
-def _beside(x: jax.Array, m: int, axis: int) -> jax.Array:
-    """[..., m * C, K, S, H], or H before S, as [..., m, K, C * S, H]; axis is that of S."""
-    lead, (n, K, *inner) = x.shape[:ROWS], x.shape[ROWS:]
-    x = jnp.moveaxis(x.reshape(*lead, m, n // m, K, *inner), -4, axis - 1)
-    inner[axis] *= n // m
-    return x.reshape(*lead, m, K, *inner)

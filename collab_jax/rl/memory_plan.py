@@ -376,7 +376,10 @@ def _update_activations(
     """Bytes of the activations of an update: of a micro-batch, and the prompts' keys and values."""
     L, T, compute = config.prompt_length, config.max_new_tokens, jnp.dtype(cfg.dtype).itemsize
     m = config.train.micro_rows
+    # With the keys and values of their prompts, and the gradients of these.
+    places = m * gradient.RESPONSES
     of_responses = m * _row_activations(cfg, adapter, L, T)
+    of_responses += 2 * places * L * _token_kv(cfg) * compute
     of_prompts = min(prompts, m) * _row_activations(cfg, adapter, L, 0)
     # The prompts' keys and values, and the gradients of these in f32.
     return max(of_responses, of_prompts) + prompts * L * _token_kv(cfg) * (compute + 4)
