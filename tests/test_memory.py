@@ -14,7 +14,7 @@ from collab_jax import gapg, train
 from collab_jax.bench import compile as bench_compile
 from collab_jax.bench import measure
 from collab_jax.models import decision, hf, lora, published, sampler
-from collab_jax.rl import experiment, memory_check, memory_plan, optim, step
+from collab_jax.rl import experiment, memory_check, memory_plan, memory_shapes, optim, step
 from collab_jax.rl.memory_check import Machine
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -29,7 +29,7 @@ SIZES = {
     "decode.segments": 2, "decode.slot_counts": 2, "train.logprob_chunk": 16,
     "eval.prompts": 0,
 }  # fmt: skip
-NO_ADAPTER = memory_plan.Adapter(0, ())
+NO_ADAPTER = memory_shapes.Adapter(0, ())
 
 
 def make(changes=(), **architecture):
@@ -44,8 +44,8 @@ def shapes(tree):
 
 
 def trained_and_frozen(cfg, config):
-    adapter = memory_plan.Adapter(config.lora.rank, tuple(config.lora.targets))
-    return memory_plan.model_shapes(cfg, adapter, config.model.param_dtype)
+    adapter = memory_shapes.Adapter(config.lora.rank, tuple(config.lora.targets))
+    return memory_shapes.model_shapes(cfg, adapter, config.model.param_dtype)
 
 
 def update_bytes(cfg, config) -> int:
@@ -186,9 +186,9 @@ def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
     More cannot be said here: the compiler for a CPU undoes remat.
     """
     cfg, _ = make({"train.remat": True})
-    block, _ = memory_plan.backward_bytes(cfg, NO_ADAPTER, 24, 57)
+    block, _ = memory_shapes.backward_bytes(cfg, NO_ADAPTER, 24, 57)
     assert 56 * 64 * 4 <= block <= 1.5 * 56 * 64 * 4
-    bare, _ = memory_plan.backward_bytes(make()[0], NO_ADAPTER, 24, 57)
+    bare, _ = memory_shapes.backward_bytes(make()[0], NO_ADAPTER, 24, 57)
     # Five wide arrays of SiLU and its product, and the scores: much more than that lies between.
     assert bare > 5 * 56 * 224 * 4 + 4 * 56 * (24 + 56) * 4
 
@@ -218,7 +218,7 @@ def test_divided_parameters_by_hand():
         "average": 4 * count / 2,
     }
     assert plan.update["gradients"] == 8 * count / 2
-    assert plan.update["parameters"] == (ends + block) * (4 + 4 + 4)
+    assert plan.update["parameters"] == (ends + block) * (4 * 4 + 4)
     assert plan.sampling["parameters"] == 4 * count
     alone = memory_plan.plan(cfg, config, 1)
     assert alone == memory_plan.plan(*make({"optim.average": 0.9}), 1)

@@ -25,7 +25,7 @@ from collab_jax.models import hf, lora, sampler
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings, Samples
-from collab_jax.rl import algorithms, experiment, memory_plan, sampling, training
+from collab_jax.rl import algorithms, experiment, memory_plan, memory_shapes, sampling, training
 from collab_jax.rl.memory_plan import GIB
 from collab_jax.rl.settings import check_config
 from collab_jax.runtime import markdown, parallel, process
@@ -111,8 +111,8 @@ def gathered(cfg: DecoderConfig, model: Any, cut: Any) -> Any:
 
 def state_shapes(cfg: DecoderConfig, config: ConfigDict) -> gapg.TrainState:
     """Returns the state before the first step, as shapes."""
-    adapter = memory_plan.Adapter(config.lora.rank, tuple(config.lora.targets))
-    trained, frozen = memory_plan.model_shapes(cfg, adapter, config.model.param_dtype)
+    adapter = memory_shapes.Adapter(config.lora.rank, tuple(config.lora.targets))
+    trained, frozen = memory_shapes.model_shapes(cfg, adapter, config.model.param_dtype)
     optimizer = experiment.make_optimizer(config)
     state = jax.eval_shape(functools.partial(experiment.first_state, config, optimizer), trained)
     return state.replace(frozen=frozen)

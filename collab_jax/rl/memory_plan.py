@@ -2,8 +2,8 @@
 
 Counted are, on one device: what is held throughout (parameters, what is frozen, optimizer, average)
 and then the larger of an update (gradients, what one micro-batch keeps for its backward pass, its
-logits) and of sampling (KV cache, logits), which do not overlap. What a backward pass keeps is not
-written down here: jax traces one block and says so, whatever the block is.
+logits) and of sampling (KV cache, logits), which do not overlap. `memory_shapes.py` counts what
+depends on the model's shapes alone.
 
 Against the compiler's own count, on a CPU, the estimate is right within 15 % (tests), whose
 compiler makes nothing of narrow activations and remat. An allocator needs some room beside.
@@ -16,19 +16,22 @@ compiler needs while it works is not counted: at a first start, 0.4 GiB or more 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
-from collab_jax.models import decoder, lora
 from collab_jax.models.blocks import LAYERS
-from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.models.decoder import DecoderConfig
 from collab_jax.rl import gradient, packing
+from collab_jax.rl.memory_shapes import (
+    Adapter,
+    adapted_width,
+    backward_bytes,
+    count,
+    plain_shapes,
+)
 
 GIB = 2**30
 PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")
@@ -66,143 +69,6 @@ class Work(NamedTuple):
     micro_rows: str
 
 
-class Adapter(NamedTuple):
-    """What `config.lora` says about the shapes of an adapter; hashable. Rank 0 is no adapter."""
-
-    rank: int
-    targets: tuple[str, ...]
-
-
-# ----------------------------------------------------------------------------- parameters, by count
-
-
-@functools.cache
-def model_shapes(
-    cfg: DecoderConfig, adapter: Adapter, param_dtype: str
-) -> tuple[Params, Params | None]:
-    """(trained, frozen) parameters, as shapes."""
-
-    def cast(tree, dtype: str):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
-
-    whole = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
-    if not adapter.rank:
-        return cast(whole, param_dtype), None
-    settings = ConfigDict({"rank": adapter.rank, "targets": adapter.targets})
-    trained = jax.eval_shape(lambda: lora.init(cfg, settings, jax.random.key(0), "float32"))
-    return cast(trained, param_dtype), cast(whole, cfg.dtype)
-
-
-def _plain_shapes(cfg: DecoderConfig, adapter: Adapter) -> tuple[Params, Params | None]:
-    """`model_shapes` for counting: traced once for all configs that differ only in other things."""
-    plain = dataclasses.replace(cfg, dtype="float32", remat=False, lora_scale=1.0)
-    return model_shapes(plain, adapter, "float32")
-
-
-def _count(tree: Params | None) -> int:
-    """How many numbers a tree of shapes holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _adapted_width(cfg: DecoderConfig, adapter: Adapter) -> int:
-    """How many numbers a token a block's adapter puts out.
-
-    They are kept beside those of the projections: XLA adds the two where it uses the sum.
-    """
-    trained = _plain_shapes(cfg, adapter)[0] if adapter.rank else {}
-    modules = trained.get(LAYERS, {}).values()
-    return sum(leaf["lora_b"].shape[-1] for module in modules for leaf in module.values())
-
-
-# ----------------------------------------------------------------------- what a backward pass keeps
-
-_VIEWS = (
-    "reshape",
-    "squeeze",
-    "expand_dims",
-    "transpose",
-    "broadcast_in_dim",
-    "stop_gradient",
-    "split",
-)
-
-
-def _result_buffers(jaxpr, inputs: list) -> list:
-    """For each result of `jaxpr`, the buffer it lies in: (an object that stands for it, its bytes).
-
-    inputs: the same for each argument. A view lies where its operand does.
-    """
-    buffers = dict(zip(jaxpr.invars, inputs, strict=True))
-    nothing = object(), 0
-    for eqn in jaxpr.eqns:
-        operands = [
-            nothing if isinstance(v, Literal) else buffers.get(v, nothing) for v in eqn.invars
-        ]
-        inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-        if inner is not None:
-            made = _result_buffers(getattr(inner, "jaxpr", inner), operands)
-            if eqn.primitive.name == "scan":
-                made = _stacked(made, eqn)
-        elif eqn.primitive.name in _VIEWS:
-            made = operands[:1] * len(eqn.outvars)
-        else:
-            made = [(object(), v.aval.size * v.aval.dtype.itemsize) for v in eqn.outvars]
-        buffers.update(zip(eqn.outvars, made, strict=True))
-    return [
-        buffers.get(v, nothing) if not isinstance(v, Literal) else nothing for v in jaxpr.outvars
-    ]
-
-
-def _stacked(made: list, scan) -> list:
-    """The buffers of a scan's results, from those of one pass: what passes leave lies stacked."""
-    carried = scan.params["num_carry"]
-    stacks = {buffer: object() for buffer, _ in made}
-    return made[:carried] + [
-        (stacks[buffer], v.aval.size * v.aval.dtype.itemsize)
-        for (buffer, _), v in zip(made[carried:], scan.outvars[carried:], strict=True)
-    ]
-
-
-def _residual_bytes(cfg: DecoderConfig, adapter: Adapter, L: int, T: int, layers: int) -> float:
-    """`backward_bytes` of a whole model of so many layers."""
-    ROWS = 2
-    small = dataclasses.replace(cfg, num_layers=layers, vocab_size=8)
-    trained, frozen = model_shapes(small, adapter, cfg.dtype)
-    places = gradient.RESPONSES if T else 1
-    tokens, real = jnp.zeros((ROWS, T or L), jnp.int32), jnp.ones((ROWS * places, L), bool)
-
-    def residuals(trained: Params, frozen: Params | None, past):
-        def hidden(trained: Params, past):
-            whole, (last, prompt) = lora.join(frozen, trained), past
-            if T:
-                at = gradient.Columns(tokens, tokens, tokens > 0)  # as far as shapes go
-                kv = last[:, None, None], prompt
-                of_places = real.reshape(ROWS, places, L)
-                return gradient.packed_hidden(whole, small, kv, of_places, tokens, at)
-            return decoder.prefill(whole, small, tokens, real)
-
-        return jax.vjp(hidden, trained, past)[1]
-
-    prompts = jnp.zeros(real.shape, jnp.int32)
-    past = jax.eval_shape(
-        lambda p: decoder.prefill(p, small, prompts, real), lora.join(frozen, trained)
-    )
-    jaxpr = jax.make_jaxpr(residuals)(trained, frozen, past).jaxpr
-    buffers = _result_buffers(jaxpr, [(object(), 0) for _ in jaxpr.invars])
-    return sum(dict(buffers).values()) / ROWS  # each buffer once
-
-
-@functools.cache
-def backward_bytes(cfg: DecoderConfig, adapter: Adapter, L: int, T: int) -> tuple[float, float]:
-    """(bytes of one block, bytes that come once) that a backward pass needs of its forward pass.
-
-    Of one row of T tokens to prompts of L tokens, or, with T = 0, of one prompt. Parameters
-    are not among them.
-    """
-    one, two = (_residual_bytes(cfg, adapter, L, T, layers) for layers in (1, 2))
-    return two - one, max(one - (two - one), 0.0)
-
-
 # ----------------------------------------------------------------------------------------- the plan
 
 
@@ -230,7 +96,7 @@ def _weights(
 ) -> Weights:
     """The parameters of a run that has them as `stored` and computes with `cfg`."""
     adapter = Adapter(config.lora.rank, tuple(config.lora.targets))
-    trained, frozen = (_count(tree) for tree in _plain_shapes(cfg, adapter))
+    trained, frozen = (count(tree) for tree in plain_shapes(cfg, adapter))
     compute, kept = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(stored.dtype).itemsize
     param = jnp.dtype(config.model.param_dtype).itemsize
     shards = devices if config.train.sharded else 1
@@ -241,13 +107,14 @@ def _weights(
         "average": 4 * trained / shards if average else 0,
     }
     cast = compute * (trained * (compute != param) + frozen * (compute != kept))
-    layers = sum(_count(tree.get(LAYERS)) for tree in _plain_shapes(cfg, adapter) if tree)
+    layers = sum(count(tree.get(LAYERS)) for tree in plain_shapes(cfg, adapter) if tree)
     again = cast or (compute * layers if cpu else 0)
     gathered, whole = 0.0, 0
     if shards > 1:
-        # All but the blocks, and one of these; gradients in the computation's type, and in f32.
+        # All but the blocks, and one of these: as they lie and turned, a gradient of each use, and
+        # their sum in f32.
         at_once = trained + frozen - layers + layers / cfg.num_layers
-        gathered = at_once * (compute + (0 if frozen else compute + 4))
+        gathered = at_once * (2 * compute + (0 if frozen else 2 * compute + 4))
         whole, cast, again = compute * (trained + frozen), 0, 0
     return Weights(adapter, trained, param, held, cast, again, shards, gathered, whole)
 
@@ -291,7 +158,8 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     updating = 1 + 2 * BACKWARD
     programs = _sampling_programs(config) + evaluating
     compiled = _compiled(cfg, programs + 1, programs + updating, cpu)
-    copies = 0 if cpu else sum(weights.held.values())  # while they are loaded or saved
+    # Whole ones, while they are loaded or saved.
+    copies = 0 if cpu else weights.shards * sum(weights.held.values())
     host = {"process": PROCESS, "programs": compiled, "copies": copies}
     return Plan(weights.held, update, sampling, host)
 
@@ -317,7 +185,8 @@ def plan_warm_start(
     programs = _sampling_programs(config)
     compiled = _compiled(cfg, programs + 1, programs + BACKWARD, cpu)
     # What each tuning starts from stays on the host.
-    copies = weights.trained * weights.param if cpu else sum(weights.held.values())
+    held = weights.shards * sum(weights.held.values())
+    copies = weights.trained * weights.param if cpu else held
     host = {"process": PROCESS, "programs": compiled, "copies": copies}
     return Plan(weights.held, update, sampling, host)
 
@@ -363,7 +232,7 @@ def _row_activations(cfg: DecoderConfig, adapter: Adapter, L: int, T: int) -> fl
         again, _ = backward_bytes(dataclasses.replace(cfg, remat=False), adapter, L, T)
     # Of a token: what adapters put out, and the gradients of the block that is differentiated.
     compute = jnp.dtype(cfg.dtype).itemsize
-    beside = compute * _adapted_width(cfg, adapter) * (1 if cfg.remat else cfg.num_layers)
+    beside = compute * adapted_width(cfg, adapter) * (1 if cfg.remat else cfg.num_layers)
     gradients = compute * (4 * cfg.hidden_size + 2 * cfg.intermediate_size) + beside
     # The last block of a prompt is computed for one token, beside its keys and values.
     layers = cfg.num_layers if T else cfg.num_layers - 1
