@@ -253,8 +253,17 @@ def compact(context: Context, state: SampleState, slots: int) -> tuple[Context, 
 
 
 def whole_body(cfg: DecoderConfig) -> Callable[[Params], Params]:
-    """The body params -> params that gathers divided ones in the type of the computation."""
-    return lambda params: split.whole(params, cfg.dtype)
+    """The body params -> params that gathers divided ones in the type of the computation.
+
+    One layer at a time: the parts that devices send lie in memory before they are in their places.
+    """
+
+    def whole(params: Params) -> Params:
+        one = functools.partial(split.whole, dtype=cfg.dtype)
+        layers = jax.lax.map(one, params[blocks.LAYERS])
+        return decoder.with_whole_ends(params, cfg) | {blocks.LAYERS: layers}
+
+    return whole
 
 
 # -------------------------------------------------------------------------------------- on the host
