@@ -13,7 +13,7 @@ import pytest
 
 from collab_jax import gapg
 from collab_jax.bench import compile
-from collab_jax.models import hf, lora
+from collab_jax.models import decoder, hf, lora
 from collab_jax.rl import experiment, memory_plan, rollout, training
 from collab_jax.runtime import parallel, process
 from collab_jax.runtime.errors import UserError
@@ -24,7 +24,6 @@ FEW = {
     "max_new_tokens": 9,
     "eval__batch_size": 2,
     "routers__batch_size": 2,
-    "train__lengths": 1,
 }
 
 
@@ -154,7 +153,20 @@ def test_no_program_grows_with_the_number_of_blocks(small):
         return {program.name: program.lines for program in programs}
 
     config = small(**FEW)
-    assert lines(2) == lines(4)
+    assert lines(3) == lines(4)
+
+
+@pytest.mark.slow
+def test_divided_parameters_are_gathered_by_a_program_of_their_own(small):
+    config = small(train__sharded=True, **FEW)
+    cfg = decoder_of(config, 2)
+    _, gather, prefill, _ = compile.lower_run(cfg, config, jax.local_devices())
+    assert gather.name == "gather"
+    whole = jax.eval_shape(lambda: decoder.init(cfg, jax.random.key(0)))
+    shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(gather.program.out_info)]
+    assert shapes == [leaf.shape for leaf in jax.tree.leaves(whole)]
+    taken = jax.tree.leaves(prefill.program.args_info[0][0])
+    assert [leaf.shape[1:] for leaf in taken] == shapes
 
 
 @pytest.mark.slow
