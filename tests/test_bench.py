@@ -83,7 +83,7 @@ def test_the_fixed_mix_runs_every_row_to_the_limit_and_the_update_learns_from_al
     load = LOAD._replace(lengths="fixed")
     cfg, params = work.make_model(load)
     assert work.decode(load, cfg, parallel.replicate(params), 1, 1).run() == 8 * 4 * 16
-    case = work.update(load, cfg, params, lengths=1)
+    case = work.update(load, cfg, params)
     assert case.run() == 8 * 4 * 16
     batch = work.update_batch(load)
     assert batch.mask.all() and (batch.correct.any(1) & ~batch.correct.all(1)).all()
@@ -191,7 +191,6 @@ def test_a_rehearsal_runs_the_real_step_and_learns_from_every_prompt(small, bare
         "group": 2,
         "max_new_tokens": 8,
         "decode__slot_counts": 1,
-        "train__lengths": 1,
     }
     page = rehearse.rehearse(small(model__path=str(bare), **sizes), layers=1, steps=2)
     assert (

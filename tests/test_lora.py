@@ -173,7 +173,6 @@ def trained(small, tmp_path_factory):
         optim__learning_rate=1e-2,
         optim__average=0.5,
         decode__slot_counts=1,
-        train__lengths=1,
     )
     workdir = tmp_path_factory.mktemp("lora")
     return (

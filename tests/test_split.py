@@ -11,7 +11,7 @@ import optax
 import pytest
 from test_gapg import CFG, assert_close, body, rollout, start
 
-from collab_jax.models import blocks
+from collab_jax.models import blocks, decoder
 from collab_jax.rl import experiment, optim, training
 from collab_jax.runtime import parallel, split
 from collab_jax.runtime.split import Split
@@ -76,6 +76,24 @@ def test_norms_and_sums_are_of_whole_arrays():
     np.testing.assert_allclose(one, 1, rtol=1e-6)
     np.testing.assert_array_equal(total["x"].part, cut["x"].part)  # it is a sum already
     np.testing.assert_array_equal(total["y"][0], D * tree["y"])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_no_gathered_matrix_is_kept_for_the_backward_pass(remat):
+    """Each of a block's seven is gathered on the way forward and again on the way back."""
+    cfg = dataclasses.replace(CFG, looped=True, remat=remat)
+    params = parallel.replicate(blocks.divided(start().params, D, parallel.AXIS))
+    tokens = jnp.ones((D, 2, 3), jnp.int32)
+
+    def of_device(params, tokens):
+        def loss(params):
+            last, _ = decoder.prefill(params, cfg, tokens, tokens > 0)
+            return last.sum()
+
+        return jax.grad(loss)(params)
+
+    text = parallel.pmap(of_device).lower(params, tokens).as_text()
+    assert text.count("stablehlo.all_gather") == 2 * 7 + 1  # and the embedding
 
 
 @functools.cache

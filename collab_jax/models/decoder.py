@@ -244,8 +244,7 @@ def forward(
         if cfg.remat:
             block = jax.checkpoint(block)
         elif split.over(params[blocks.LAYERS]) is not None:  # gathered again for the backward pass
-            but = jax.checkpoint_policies.save_anything_except_these_names(split.GATHERED)
-            block = jax.checkpoint(block, policy=but)
+            block = jax.checkpoint(block, policy=split.all_but_gathered)
 
     def layer(carry, i: int | jax.Array, of_layer):
         x, open = carry

@@ -310,7 +310,8 @@ class Sampler:
         """
         s, T, C = self.settings, self.settings.max_new, self.settings.columns
         if split.over(params) is not None:
-            params = self._whole(params)  # for the time of this call
+            # Host devices that wait in the collectives of two programs at once can lock.
+            params = self._whole(jax.block_until_ready(params))  # for the time of this call
         context, state = self._begin(params, *inputs, bias)
         full = lambda t: np.full_like(bias, t, np.int32)  # noqa: E731
         if (shape := context.prompt_mask.shape) not in self._programs:
