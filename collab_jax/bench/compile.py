@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from collab_jax import gapg
 from collab_jax.bench import rehearse
-from collab_jax.models import hf, lora, sampler
+from collab_jax.models import decoder, hf, lora, sampler
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings, Samples
@@ -175,7 +175,7 @@ def lower_run(cfg: DecoderConfig, config: ConfigDict, devices: Sequence[Any]) ->
         on_each(D, gathered(cfg, whole.sampling_model, cut.sampling_model)),
     )
 
-    gather = lower("gather", sampler.whole_body(cfg), (), devices, (state.sampling_model,))
+    gather = lower("gather", lambda p: decoder.whole(p, cfg), (), devices, (state.sampling_model,))
     prefill = lower(
         "prefill",
         sampling.begin_body(cfg, settings),

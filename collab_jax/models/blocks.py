@@ -115,6 +115,11 @@ def empty(shapes: Params, dtype: str) -> Params:
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, jnp.dtype(dtype)), shapes)
 
 
+def axes(path: tuple[Any, ...], leaf: Any) -> int:
+    """How many axes a leaf has, at this path of a tree, beside the one of layers."""
+    return len(leaf.shape) - any(getattr(key, "key", None) == LAYERS for key in path)
+
+
 def divided(tree: Any, devices: int, over: str) -> Any:
     """Parameters, or what has their shapes, with every matrix as a `Split` over so many devices.
 
@@ -124,8 +129,7 @@ def divided(tree: Any, devices: int, over: str) -> Any:
     """
 
     def one(path: tuple[Any, ...], x: Any) -> Any:
-        stacked = any(getattr(key, "key", None) == LAYERS for key in path)
-        sides = range(-1, -1 - (len(x.shape) - stacked), -1)
+        sides = range(-1, -1 - axes(path, x), -1)
         cut = [axis for axis in sides if x.shape[axis] % devices == 0]
         if devices == 1 or len(sides) < 2 or not cut:
             return x

@@ -269,6 +269,15 @@ def with_whole_ends(params: Params, cfg: DecoderConfig) -> Params:
     return params | split.whole(ends, cfg.dtype)
 
 
+def whole(params: Params, cfg: DecoderConfig) -> Params:
+    """The parameters with all that devices have parts of gathered, to sample with.
+
+    One layer at a time: the parts that devices send lie in memory before they are in their places.
+    """
+    layers = jax.lax.map(functools.partial(split.whole, dtype=cfg.dtype), params[blocks.LAYERS])
+    return with_whole_ends(params, cfg) | {blocks.LAYERS: layers}
+
+
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Logits f32[..., V] from hidden [..., E]."""
     module = params["embed_tokens" if cfg.tied else "lm_head"]

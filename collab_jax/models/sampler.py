@@ -252,20 +252,6 @@ def compact(context: Context, state: SampleState, slots: int) -> tuple[Context, 
     return context, state
 
 
-def whole_body(cfg: DecoderConfig) -> Callable[[Params], Params]:
-    """The body params -> params that gathers divided ones in the type of the computation.
-
-    One layer at a time: the parts that devices send lie in memory before they are in their places.
-    """
-
-    def whole(params: Params) -> Params:
-        one = functools.partial(split.whole, dtype=cfg.dtype)
-        layers = jax.lax.map(one, params[blocks.LAYERS])
-        return decoder.with_whole_ends(params, cfg) | {blocks.LAYERS: layers}
-
-    return whole
-
-
 # -------------------------------------------------------------------------------------- on the host
 
 # finished(tokens, mask, ended, now), see `Sampler.__call__`.
@@ -296,7 +282,7 @@ class Sampler:
         self._wrap = wrap
         self._begin = wrap(begin)
         self._advance = wrap(advance_body(cfg, settings), donate=(2,))
-        self._whole = wrap(whole_body(cfg))
+        self._whole = wrap(lambda params: decoder.whole(params, cfg))
         self._programs: dict[tuple[int, ...], _Programs] = {}  # by shape of the prompts
 
     def __call__(

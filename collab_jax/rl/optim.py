@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from collab_jax.models.blocks import LAYERS
+from collab_jax.models import blocks
 from collab_jax.runtime import split
 
 
@@ -80,13 +80,8 @@ def make_optimizer(
 
 
 def _matrices(params: optax.Params) -> optax.Params:
-    """Which leaves are matrices: those of blocks have an axis of layers in front."""
-
-    def one(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        stacked = any(getattr(key, "key", None) == LAYERS for key in path)
-        return leaf.ndim - stacked > 1
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    """Which leaves are matrices, in one layer where they have those of all."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: blocks.axes(path, x) > 1, params)
 
 
 class Compensated(NamedTuple):
