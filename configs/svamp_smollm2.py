@@ -71,10 +71,10 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 1000
     config.eval.batch_size = 250
 
-    config.sft.relabel_steps = 160
+    config.sft.relabel_steps = 120
     config.sft.keep = 4
     config.sft.marker_share = 0.5
-    config.sft.steps = 600
+    config.sft.steps = 500
     config.sft.batch_size = 16
     config.sft.micro_rows = 1
     config.sft.checkpoint_every = 40
