@@ -18,11 +18,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from collab_jax.models import attention, blocks
 from collab_jax.models.attention import KV, Sight
 from collab_jax.models.decoder_config import DecoderConfig, Params
-from collab_jax.models.layers import Dense, RMSNorm
+from collab_jax.models.layers import Dense, RMSNorm, product
 from collab_jax.runtime import split
 
 
@@ -50,6 +51,7 @@ class Segment(flax.struct.PyTreeNode):
 
 
 ROWS = -4  # the axis R of every leaf of a Segment
+TURNED = "turned_head"  # among the parameters, see `with_ends`
 
 
 def empty_segment(cfg: DecoderConfig, rows: int, columns: int, dtype: str) -> Segment:
@@ -232,7 +234,7 @@ def forward(
     index + t - 1 this call writes; without `open`, these t themselves. The segment is `open` after
     that, or one of the t columns. A loop that calls this takes `blocks.unfolded` params.
     """
-    params = with_whole_ends(params, cfg)
+    params = with_ends(params, cfg)
     rope = _rope_angles(cfg, positions)
     if isinstance(mask, Sight) and tokens.shape[1] <= attention.LONG:
         mask = mask.mask()  # once for all layers
@@ -260,13 +262,19 @@ def forward(
     return cast(jax.Array, x), Segment(*kept) if written is None else written
 
 
-def with_whole_ends(params: Params, cfg: DecoderConfig) -> Params:
-    """The parameters with all but those of the blocks gathered, where devices have parts of them.
+def with_ends(params: Params, cfg: DecoderConfig) -> Params:
+    """The parameters with all but those of the blocks as `forward` and `logits` want them.
 
-    Whoever calls `forward` and then `logits`, or one of them in a loop, calls this first.
+    Gathered, where devices have parts of them. And on a CPU that computes in bf16 with the
+    embedding for a head too, turned: XLA has no fast product with it as it lies. Whoever calls both
+    of the two, or one of them in a loop, calls this first.
     """
     ends = {name: leaf for name, leaf in params.items() if name != blocks.LAYERS}
-    return params | split.whole(ends, cfg.dtype)
+    params = params | split.whole(ends, cfg.dtype)
+    if not cfg.tied or cfg.dtype == "float32" or blocks.is_looped(cfg) or TURNED in params:
+        return params
+    turned = params["embed_tokens"]["embedding"].astype(cfg.dtype).T
+    return params | {TURNED: with_layout_constraint(turned, Layout((0, 1)))}
 
 
 def whole(params: Params, cfg: DecoderConfig) -> Params:
@@ -275,20 +283,46 @@ def whole(params: Params, cfg: DecoderConfig) -> Params:
     One layer at a time: the parts that devices send lie in memory before they are in their places.
     """
     layers = jax.lax.map(functools.partial(split.whole, dtype=cfg.dtype), params[blocks.LAYERS])
-    return with_whole_ends(params, cfg) | {blocks.LAYERS: layers}
+    return with_ends(params, cfg) | {blocks.LAYERS: layers}
 
 
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Logits f32[..., V] from hidden [..., E]."""
     module = params["embed_tokens" if cfg.tied else "lm_head"]
     head = module["embedding"].T if cfg.tied else module["kernel"]
-    product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    out = product(hidden, head.astype(hidden.dtype))
+    if TURNED in params:
+        out = _turned_product(hidden, params[TURNED], module["embedding"].astype(hidden.dtype))
+    else:
+        out = product(hidden, head.astype(hidden.dtype))
     if "lora_row" not in module:
         return out
     assert cfg.lora_token is not None
     own = out[..., cfg.lora_token] + product(hidden, module["lora_row"].astype(hidden.dtype))
     return jax.lax.dynamic_update_slice_in_dim(out, own[..., None], cfg.lora_token, axis=-1)
+
+
+@jax.custom_vjp
+def _turned_product(hidden: jax.Array, head: jax.Array, embedding: jax.Array) -> jax.Array:
+    """hidden [..., E] @ head [E, V], f32; the embedding [V, E] is the same the other way round.
+
+    The gradient goes to the embedding.
+    """
+    return product(hidden, head)
+
+
+def _turned_backward(
+    saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, None, jax.Array]:
+    hidden, embedding = saved
+    dy = dy.astype(hidden.dtype)
+    rows, drows = hidden.reshape(-1, hidden.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dembedding = product(drows.T, rows).astype(embedding.dtype)
+    return product(dy, embedding).astype(hidden.dtype), None, dembedding
+
+
+_turned_product.defvjp(
+    lambda hidden, head, embedding: (product(hidden, head), (hidden, embedding)), _turned_backward
+)
 
 
 def positions_of(real: jax.Array) -> jax.Array:

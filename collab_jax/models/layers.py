@@ -21,19 +21,19 @@ class RMSNorm(nn.Module):
         return scale.astype(self.dtype) * y.astype(self.dtype)
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x @ y in the type of x, summed in f32.
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x @ y, summed in f32, in which it is.
 
     Said in so many words since XLA's CPU compiler else computes bf16 products in f32, at half the
     speed.
     """
-    return jnp.dot(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
 def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., I] @ kernel [I, O]."""
-    return _product(x, kernel)
+    return product(x, kernel).astype(x.dtype)
 
 
 def _project_backward(
@@ -46,10 +46,10 @@ def _project_backward(
     # made that operand into the strided copy; left to itself it picks the wide one (in the MLP),
     # which cost a sixth of an update.
     if rows.shape[1] <= drows.shape[1]:
-        dkernel = _product(rows.T, drows)
+        dkernel = product(rows.T, drows)
     else:
-        dkernel = _product(drows.T, rows).T
-    return _product(dy, kernel.T), dkernel
+        dkernel = product(drows.T, rows).T
+    return product(dy, kernel.T).astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
 _project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)

@@ -152,7 +152,7 @@ def response_logprobs(
     The prompts are padded on the left, where prompt_mask bool[P, L] is False; each has B / P
     responses that lie together.
     """
-    params = decoder.with_whole_ends(params, cfg)
+    params = decoder.with_ends(params, cfg)
     last, prompt = decoder.prefill(params, cfg, prompts, prompt_mask)
     hidden = continued_hidden(params, cfg, last, prompt, prompt_mask, responses)
     return token_logprobs(params, cfg, hidden, responses, temperature, chunk)

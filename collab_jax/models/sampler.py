@@ -205,7 +205,7 @@ def advance(
     s: SamplerSettings,
 ) -> SampleState:
     """The state at `stop` columns, i32[], for which the open segment must have room."""
-    params = blocks.unfolded(cfg, params)
+    params = blocks.unfolded(cfg, decoder.with_ends(params, cfg))
     R, C, before = len(context.row), s.columns, len(context.past) * s.columns
     prompt_length = context.prompt_mask.sum(1)
 

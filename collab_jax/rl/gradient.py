@@ -228,7 +228,7 @@ def responses_loss(
     of_column = lambda x: x[of_place(prompt), of_place(member), at.token]  # noqa: E731
     targets = of_column(batch.tokens)
     inputs = batch.tokens[of_place(prompt), of_place(member), jnp.maximum(at.token - 1, 0)]
-    whole = decoder.with_whole_ends(lora.join(share.frozen, params), cfg)
+    whole = decoder.with_ends(lora.join(share.frozen, params), cfg)
     hidden = packed_hidden(whole, cfg, kv, batch.prompt_mask[prompt], inputs, at)
 
     start = jnp.minimum(rows.start[..., None] + jnp.arange(T), T - 1).reshape(len(targets), -1)

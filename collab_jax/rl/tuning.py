@@ -55,7 +55,7 @@ def loss(
     params: Params, frozen: Params | None, cfg: DecoderConfig, rows: PackedRows, chunk: int
 ) -> jax.Array:
     """The sum of -log p over the taught tokens of the rows, f32[], in nats."""
-    whole = decoder.with_whole_ends(lora.join(frozen, params), cfg)
+    whole = decoder.with_ends(lora.join(frozen, params), cfg)
     sight = Sight(rows.segment, rows.positions, rows.segment, rows.positions)
     hidden, _ = decoder.forward(whole, cfg, rows.tokens, rows.positions, sight)
     hidden = jnp.take_along_axis(hidden, rows.at[..., None], axis=1)

@@ -80,7 +80,7 @@ def gap_and_logprob(
     tokens count. The gap is at temperature 1, log p at `temperature`; `barred` is the token that
     was disallowed, if one was.
     """
-    params = decoder.with_whole_ends(params, cfg)
+    params = decoder.with_ends(params, cfg)
     hidden, cache = decoder.prefill(params, cfg, prompts, mask)
     states = logprobs.continued_hidden(params, cfg, hidden, cache, mask, responses)
 

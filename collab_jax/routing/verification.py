@@ -60,7 +60,7 @@ def score(
     tokens, mask = run.text.prompt_batch(questions, -(-longest // 64) * 64)
 
     def body(params, tokens, mask):
-        params = decoder.with_whole_ends(params, run.cfg)
+        params = decoder.with_ends(params, run.cfg)
         last, _ = decoder.prefill(params, run.cfg, tokens, mask)
         logits = decoder.logits(params, run.cfg, last)
         return jnp.take(logits, no, axis=-1) - jnp.take(logits, yes, axis=-1)

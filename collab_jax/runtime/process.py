@@ -31,6 +31,8 @@ from collab_jax.runtime.files import cache_folder
 
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
+    # In an arena of its own a thread maps each large array anew, whatever MALLOC_MMAP_MAX_ says.
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "1000000000",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

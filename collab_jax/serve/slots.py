@@ -188,7 +188,7 @@ def step(
     keep bool[R]: the other slots are emptied first. No slot past `rows` may hold a live request.
     """
     state = state.replace(live=state.live & keep)
-    params = blocks.unfolded(cfg, params)
+    params = blocks.unfolded(cfg, decoder.with_ends(params, cfg))
     ring = jax.tree.map(lambda x: x[..., :rows, :, :, :], state.ring)
     live, request = jax.tree.map(lambda x: x[:rows], (state.live, state.request))
     # Those of the first response of a group in the sampler.
