@@ -64,6 +64,23 @@ def test_blocks_of_scores_equal_all_at_once(t, dtype, atol):
         np.testing.assert_allclose(wide(own) / scale, wide(other) / scale, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_s_gradients_are_in_the_type_of_its_factors(dtype):
+    """Whatever the type of the gradient that comes in; they are those of a plain product."""
+    rng = np.random.default_rng(1)
+    x, y = (jnp.asarray(rng.normal(size=s), dtype) for s in ((2, 3, 5, 4), (2, 3, 4, 6)))
+    dz = jnp.asarray(rng.normal(size=(2, 3, 5, 6)), jnp.float32)
+    z, back = jax.vjp(lambda x, y: attention._product("rkqh,rkhs->rkqs", x, y), x, y)
+    assert z.dtype == jnp.float32
+    wide_x, wide_y = x.astype(jnp.float32), y.astype(jnp.float32)
+    want = dz @ wide_y.swapaxes(2, 3), wide_x.swapaxes(2, 3) @ dz
+    atol = 1e-5 if dtype == "float32" else 0.1
+    np.testing.assert_allclose(z, wide_x @ wide_y, atol=1e-5)
+    for own, other in zip(back(dz), want, strict=True):
+        assert own.dtype == dtype
+        np.testing.assert_allclose(np.asarray(own, np.float32), other, atol=atol)
+
+
 def test_a_row_looks_at_several_rows_of_a_piece_beside_each_other():
     q, pieces, sight = inputs(6, "float32")
     (k, v), own = pieces

@@ -49,7 +49,7 @@ def test_lengths_are_equally_likely_and_difficulties_spread_evenly():
 
 
 def test_demonstrations_are_right_and_well_formed_and_of_no_evaluated_problem():
-    task = make_task(config())
+    task = make_task(config(demo_give_up=0.0))
     shown = take(200, task.demonstrations(0))
     assert shown == take(200, task.demonstrations(0)) != take(200, task.demonstrations(1))
     for example, response in shown:
@@ -58,6 +58,24 @@ def test_demonstrations_are_right_and_well_formed_and_of_no_evaluated_problem():
     problems = {example.problem for example, _ in shown}
     held_out = {e.problem for split in ("validation", "test") for e in task.load(split)}
     assert not problems & held_out
+
+
+def test_calls_among_the_demonstrations_come_before_any_step_and_whatever_the_problem():
+    task = make_task(config(demo_give_up=0.4))
+    called, done = [], Counter()
+    for example, response in take(2_000, task.demonstrations(0)):
+        verdict = task.verify([example], [response])[0]
+        assert verdict.called != verdict.correct
+        if verdict.called:
+            *lines, last = response.removeprefix("<think>").split("\n")
+            assert last == config().text.marker
+            assert lines == chain.steps(example.problem)[: len(lines)]
+            if example.stratum == "4-step":
+                done[len(lines)] += 1
+        called.append(verdict.called)
+    assert within(sum(called), len(called), 0.4)
+    assert set(done) == {0, 1, 2, 3, 4}
+    assert all(within(count, done.total(), 1 / 5) for count in done.values())
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,35 @@ def test_bfloat16_is_close():
     assert 0 < difference.std() < 0.03 * want.std() and np.abs(difference).max() < 0.15 * want.std()
 
 
+def test_a_turned_head_changes_neither_logits_nor_gradients():
+    """It is made on a CPU that computes in bf16 with tied embeddings, and only there."""
+    half = dataclasses.replace(LLAMA, dtype="bfloat16")
+    params = random_params(LLAMA)
+    looped, untied = (dataclasses.replace(half, **x) for x in ({"looped": True}, {"tied": False}))
+    for cfg in (LLAMA, looped, untied):
+        assert decoder.TURNED not in decoder.with_ends(params, cfg)
+    hidden = np.random.default_rng(3).standard_normal((2, 3, LLAMA.hidden_size))
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+
+    def outcome(params, hidden):
+        params = decoder.with_ends(params, half)
+        out = decoder.logits(params, half, hidden)
+        return jnp.sin(out / 4).sum(), (out, decoder.TURNED in params)
+
+    def plain(params, hidden):
+        return jnp.sin(decoder.logits(params, half, hidden) / 4).sum()
+
+    run = jax.value_and_grad(outcome, argnums=(0, 1), has_aux=True)
+    (_, (out, turned)), got = run(params, hidden)
+    assert turned and out.dtype == jnp.float32
+    np.testing.assert_allclose(out, decoder.logits(params, half, hidden), atol=1e-5)
+    for own, other in zip(
+        jax.tree.leaves(got), jax.tree.leaves(jax.grad(plain, (0, 1))(params, hidden)), strict=True
+    ):
+        own, other = np.asarray(own, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_allclose(own, other, atol=2e-2 * max(np.abs(other).max(), 1e-3))
+
+
 # -------------------------------------------------------------------------------- log-probabilities
 
 

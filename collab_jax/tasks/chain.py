@@ -91,11 +91,21 @@ def _example(name: str, problem: str, task: ConfigDict) -> Example:
 # ---- the task
 
 
-def demonstrations(seed: int, task: ConfigDict) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response) of the train side: every step on a line, and the answer."""
+def demonstrations(seed: int, task: ConfigDict, marker: str) -> Iterator[tuple[Example, str]]:
+    """Endless (example, response) of the train side: every step on a line, and the answer.
+
+    A share `task.demo_give_up` stops before a step and calls, all of it drawn without a look at the
+    problem: that brings the call within reach of sampling, and does not say when it pays.
+    """
+    rng = random.Random(f"chain demonstrations {seed}")
     for i, problem in enumerate(generate("train", f"demonstrations {seed}", task)):
-        lines = "\n".join(steps(problem))
-        response = f"<think>{lines}</think><answer>{answer(problem)}</answer>"
+        lines = steps(problem)
+        if rng.random() < task.demo_give_up:
+            lines = lines[: rng.randrange(len(lines) + 1)]
+            response = "<think>" + "".join(f"{line}\n" for line in lines) + marker
+        else:
+            thought = "\n".join(lines)
+            response = f"<think>{thought}</think><answer>{answer(problem)}</answer>"
         yield _example(f"demonstration-{i}", problem, task), response
 
 
@@ -132,5 +142,5 @@ def make_task(config: ConfigDict) -> Task:
         splits=SPLITS,
         ranked=True,
         read_answer=lambda _, response: prose.last_answer(response),
-        demonstrations=lambda seed: demonstrations(seed, task),
+        demonstrations=lambda seed: demonstrations(seed, task, config.text.marker),
     )

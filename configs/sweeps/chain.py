@@ -1,0 +1,53 @@
+"""# Chains: every way to train, one thing changed at a time
+
+A model of 0.79 M parameters on arithmetic whose answers cannot be checked by looking at them; 160
+steps of 64 prompts x 4 responses at temperature 0.5 with averaged weights for every row, from one
+warm start (`configs/chain_tiny_sft.py`, run first into runs/chain-tiny); budget 30 %. Every row has
+the learning rate that is best for it on validation. The cloud is simulated: wrong on 6 % of the
+problems, more often on long chains. Five seeds of what the headline compares, two of the others.
+
+- `ours`: the decision is scored by the verdict on every attempt. In all other rows calls are
+  sampled.
+- advantage x filter: `gapg` (the paper's method: leave-one-out, D1 and D2), `gapg-no-filter`;
+  `grpo-filter`, `grpo` (the paper's Collaboration-Aware Tuning); `dr-grpo`.
+- with a control of the share of calls, without a filter: `gapg-dual` moves what a right call earns,
+  `da-grpo` (arXiv 2602.00166) puts a price on calls.
+- `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
+  model.
+- one setting of `ours` at a time: `temperature-1`, `32x8`, `last-weights`.
+"""
+
+from typing import Any
+
+from collab_jax.rl.search import Search
+from collab_jax.rl.sweeps import Cell, Sweep
+
+FIVE, TWO = range(5), range(2)
+ROUTED = {"eval.fit_prompts": 4096, "routers.record": ("classifier", "agreement", "hidden")}
+
+
+def sampled(**changes: str) -> dict[str, Any]:
+    """Returns changes of the section `algorithm`, by the key of the config; calls are sampled."""
+    return {f"algorithm.{key}": x for key, x in ({"decision": "sampled"} | changes).items()}
+
+
+def get_sweep() -> Sweep:
+    return Sweep(
+        "configs/chain_tiny.py",
+        {"eval.split": "test"},
+        {
+            "ours": Cell(ROUTED, FIVE),
+            "gapg": Cell(sampled(filter="d1d2"), FIVE),
+            "grpo": Cell(sampled(advantage="grpo"), FIVE),
+            "task-tuning": Cell(sampled(advantage="grpo", reward="task") | ROUTED, FIVE),
+            "gapg-no-filter": Cell(sampled(), TWO),
+            "grpo-filter": Cell(sampled(advantage="grpo", filter="d1d2"), TWO),
+            "dr-grpo": Cell(sampled(advantage="dr_grpo"), TWO),
+            "gapg-dual": Cell(sampled(control="dual_alpha_c"), TWO),
+            "da-grpo": Cell(sampled(advantage="grpo", control="lagrangian"), TWO),
+            "temperature-1": Cell({"temperature": 1.0}, TWO),
+            "32x8": Cell({"prompts_per_step": 32, "group": 8}, TWO),
+            "last-weights": Cell({"optim.average": 0.0}, TWO),
+        },
+        search=Search("optim.learning_rate", (2.5e-5, 5e-5, 1e-4)),
+    )
