@@ -7,6 +7,9 @@ on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then hol
 metrics.jsonl (with TensorBoard events beside it), checkpoints/, cloud.sqlite,
 missing_verdicts.jsonl (verdicts that a step did without), before.parquet, after.parquet (and
 fit.parquet) and the report (report.json, report.md, report.html, figures).
+
+Several hosts, with DIR on a file system that all share, run the same command with --hosts=N and,
+where no scheduler tells them, --host=I --coordinator=ADDRESS:PORT (docs/scale.md).
 """
 
 from collab_jax.runtime import process
@@ -26,49 +29,79 @@ from collab_jax.models.sampler import Sampler
 from collab_jax.records import Records
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
-from collab_jax.rl import evaluation, experiment, memory_check, rollout, training
+from collab_jax.rl import claims, evaluation, experiment, memory_check, rollout, training
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
-from collab_jax.runtime import cli, metrics, parallel
+from collab_jax.runtime import cli, hosts, metrics, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example
 
+EVALUATED = "that the start is evaluated"
+
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """Trains the run in `workdir`, evaluates it before and after; returns the exit status."""
-    stop = process.GracefulStop()
-    run = experiment.prepare(config, workdir)
-    print(memory_check.check_fits(run.cfg, config, memory_check.this_machine()))
-    print(_where_it_stands(run))
-    recorded.check(run)
-    sampler = evaluation.greedy_sampler(run)
-    held_out = evaluation.held_out(run, config.eval.split)
-    fit_examples = training.fit_examples(run)
+    """Trains the run in `workdir`, evaluates it before and after; returns the exit status.
 
+    Of several hosts the first does all but the training itself, in which the others take part.
+    """
+    stop = process.GracefulStop()
+    hosts.check_same("its settings", {"code": process.code()} | claims.settings_of(config))
+    with hosts.first_alone("that its run is prepared"):
+        if not hosts.is_first():
+            claims.check_shared(workdir)
+        run = experiment.prepare(config, workdir)
+        print(memory_check.check_fits(run.cfg, config, memory_check.this_machine()))
+        print(_where_it_stands(run))
+        recorded.check(run)
+        held_out = evaluation.held_out(run, config.eval.split)
+        fit_examples = training.fit_examples(run)
+    if hosts.is_first():
+        lead(run, stop, held_out, fit_examples)
+    else:
+        follow(run, stop)
+    hosts.gathered("that it is done", None, hosts.FOREVER)
+    return 0
+
+
+def follow(run: Run, stop: process.GracefulStop) -> None:
+    """What a host other than the first does."""
+    hosts.gathered(EVALUATED, None, hosts.FOREVER)
+    training.train(run, stop)
+
+
+def lead(
+    run: Run,
+    stop: process.GracefulStop,
+    held_out: Sequence[Example],
+    fit_examples: Sequence[Example],
+) -> None:
+    """What the first host does, or the only one."""
+    config = run.config
+    sampler = evaluation.greedy_sampler(run)
     before = evaluate_before(run, sampler, held_out) if held_out else None
+    hosts.gathered(EVALUATED, None)
     state = training.train(run, stop)
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
-        return 0
+        return
     if before is None:
-        return 0
+        return
     after = evaluate_after(run, sampler, state, held_out, fit_examples)
 
     for kind, row in summary.examples_to_show(after):
         print(f"  {kind}: {after['prompt'][row]} -> {after['natural_text'][row]}")
     print(
         run_report.write_report(
-            workdir,
+            run.workdir,
             config,
             filter_state=parallel.unreplicate(state.filter),
-            steps=metrics.read(workdir / "metrics.jsonl"),
+            steps=metrics.read(run.workdir / "metrics.jsonl"),
             before=before,
             after=after,
             cloud_costs=cloud_costs(run),
             machine=process.machine(),
         )
     )
-    return 0
 
 
 def evaluate_before(run: Run, sampler: Sampler, held_out: Sequence[Example]) -> Records:
@@ -152,10 +185,11 @@ def _where_it_stands(run: Run) -> str:
     return (
         f"{run.workdir}: {run.folder.name}, {config.task.name}, "
         f"budget {config.budget:g} (rho {gapg.rho_of(config.budget)}), "
-        f"{jax.local_device_count()} {jax.default_backend()} devices, "
+        f"{jax.device_count()} {jax.default_backend()} devices"
+        f"{f' of {hosts.count()} hosts' if hosts.count() > 1 else ''}, "
         f"step {run.checkpoints.latest() or 0} of {config.train.steps}"
     )
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main)
+    cli.run_with_config(main, several_hosts=True)

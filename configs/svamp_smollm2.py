@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
     config.sft.relabel_steps = 120
     config.sft.keep = 4
     config.sft.marker_share = 0.5
-    config.sft.steps = 500
+    config.sft.steps = 400
     config.sft.batch_size = 16
     config.sft.micro_rows = 1
     config.sft.checkpoint_every = 40

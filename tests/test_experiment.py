@@ -154,15 +154,24 @@ def test_a_run_begun_before_there_was_a_system_prompt_goes_on(config, rows, tmp_
 
 def test_the_settings_that_may_differ_exist(config):
     for name in claims.MAY_DIFFER_ON_RESUME:
-        section, key = name.split(".")
-        assert key in config()[section], name
+        section, _, key = name.rpartition(".")
+        assert key in (config()[section] if section else config()), name
 
 
 def test_common_names_the_limit_of_unknown_verdicts():
     assert "config.eval.max_unknown = " in (ROOT / "configs" / "common.py").read_text()
 
 
-def test_one_of_several_processes_is_refused(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("jax.process_count", lambda: 4)
-    with pytest.raises(UserError, match="one of 4 processes"):
-        experiment.prepare(config(), tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train__sharded": True}, "train.sharded=True divides .* of one host"),
+        ({"task__judge": "x"}, "task.judge works on one host"),
+        ({"prompts_per_step": 2}, "multiple of the 4 devices"),
+    ],
+)
+def test_what_several_hosts_cannot_do_is_refused(config, tmp_path, monkeypatch, changes, says):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.device_count", lambda: 4)
+    with pytest.raises(UserError, match=says):
+        experiment.prepare(config(**changes), tmp_path)

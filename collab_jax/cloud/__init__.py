@@ -11,6 +11,7 @@ store                       every answer ever bought
 buyer                       buys what is missing
 leases, budget, attempts    who buys, for how much, and when again
 cached                      a cloud behind its store, which is what the rest of the program uses
+far                         the cloud of several hosts: the first buys for all
 ledger                      what it has cost
 transfer, __main__          export, import, verify; the command line
 """

@@ -15,7 +15,8 @@ from collab_jax.runtime.errors import UserError
 
 # What may differ between two starts of one run: how the cloud is bought from, not what it answers,
 # how many of its verdicts an evaluation can do without, and what is kept from it, so that a run can
-# be evaluated both ways; and where parameters lie, which changes the last bits of sums alone.
+# be evaluated both ways; and how many devices there are and where parameters lie, which changes the
+# last bits of sums alone.
 MAY_DIFFER_ON_RESUME = {
     "cloud.mode",
     "cloud.wait",
@@ -32,6 +33,7 @@ MAY_DIFFER_ON_RESUME = {
     "cloud.prices_date",
     "cloud.redact",
     "cloud.redact_names",
+    "cpu_devices",
     "eval.max_unknown",
     "train.sharded",
 }
@@ -48,6 +50,15 @@ def make_workdir(workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(workdir, error) from None
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+    """Raises UserError where this host does not see what host 0 wrote into `workdir`."""
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir} is not what host 0 has there: put --workdir on a file system that all "
+            "hosts share"
+        )
 
 
 def claim(config: ConfigDict, workdir: pathlib.Path, unread: tuple[str, ...] = UNREAD) -> None:
@@ -111,6 +122,12 @@ def differences(
         if then.get(key) != now.get(key) and not key.startswith((f"{DATA}.", f"{BASE}.", *unread))
     ]
     return "; ".join(differing[:5])
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+    """Returns the settings by their keys, those left out that may differ between two starts."""
+    flat = _flat(_as_json(config))
+    return {key: value for key, value in flat.items() if key not in MAY_DIFFER_ON_RESUME}
 
 
 def check_unchanged(workdir: pathlib.Path, name: str, contents: dict[str, dict]) -> None:

@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import optax
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from collab_jax import gapg
 from collab_jax.cloud import CachedCloud, make_cloud
+from collab_jax.cloud.far import FarCloud
 from collab_jax.gapg import TrainState
 from collab_jax.models import blocks, decoder, hf, lora
 from collab_jax.models import text as text_lib
@@ -22,7 +23,7 @@ from collab_jax.models.decoder import Params
 from collab_jax.models.text import Text
 from collab_jax.rl import claims, optim
 from collab_jax.rl.settings import check_config
-from collab_jax.runtime import files, parallel
+from collab_jax.runtime import files, hosts, parallel
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
@@ -53,8 +54,13 @@ def store_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def task_and_cloud(config: ConfigDict, store: pathlib.Path) -> tuple[Task, CachedCloud]:
-    """Returns the task (with its judge, if any) and the cloud; `store` keeps what they buy."""
+    """Returns the task (with its judge, if any) and the cloud; `store` keeps what they buy.
+
+    Of several hosts only the first has the store; the others sample and judge, and no more.
+    """
     task = make_task(config)
+    if not hosts.is_first():
+        return task, cast(CachedCloud, FarCloud())
     cloud = make_cloud(config, task, store)
     return judge.judged(config, task, store), cloud
 

@@ -44,12 +44,13 @@ NOTHING_MISSING = MissingVerdicts(frozenset(), {})
 class MissingVerdictsFile:
     """The file of a run's workdir. A last line that a kill cut short is dropped.
 
-    The update of that line's step never began. Raises UserError for a line that is damaged.
+    The update of that line's step never began. writes: of several hosts one does, the others only
+    read what is there at the start. Raises UserError for a line that is damaged.
     """
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, writes: bool = True):
         path = workdir / FILE
-        if (old := workdir / OLD_FILE).exists() and not path.exists():
+        if writes and (old := workdir / OLD_FILE).exists() and not path.exists():
             old.rename(path)
         self._steps: dict[int, MissingVerdicts] = {}
         content = path.read_bytes() if path.exists() else b""
@@ -57,14 +58,16 @@ class MissingVerdictsFile:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self._steps[int(row["step"])] = _read_row(row)
+                self._steps[int(row["step"])] = read_row(row)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{path}, line {number} is damaged: put back a copy, or use another --workdir"
                 ) from None
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(len(whole))
-        self._file.seek(len(whole))
+        self._file = None
+        if writes:
+            self._file = path.open("r+b" if path.exists() else "w+b")
+            self._file.truncate(len(whole))
+            self._file.seek(len(whole))
 
     def at(self, step: int) -> MissingVerdicts:
         """Returns what step number `step` (from 0) lacked when it was first taken."""
@@ -78,18 +81,20 @@ class MissingVerdictsFile:
         """
         known = self.at(step)
         lacking = known.union(missing)
-        if lacking != known:
+        if lacking != known and self._file is not None:
             self._steps[step] = lacking
-            self._file.write(json.dumps(_make_row(step, lacking)).encode() + b"\n")
+            self._file.write(json.dumps(make_row(step, lacking)).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
-def _make_row(step: int, missing: MissingVerdicts) -> dict[str, Any]:
+def make_row(step: int, missing: MissingVerdicts) -> dict[str, Any]:
+    """Returns what a step lacks as JSON has it."""
     responses = [
         {"id": prompt, "index": index, **verdict._asdict()}
         for (prompt, index), verdict in sorted(missing.responses.items())
@@ -97,7 +102,8 @@ def _make_row(step: int, missing: MissingVerdicts) -> dict[str, Any]:
     return {"step": step, "prompts": sorted(missing.prompts), "responses": responses}
 
 
-def _read_row(row: dict[str, Any]) -> MissingVerdicts:
+def read_row(row: dict[str, Any]) -> MissingVerdicts:
+    """Returns what a row of `make_row`, or of an older run, says."""
     if "ids" in row:
         return MissingVerdicts(frozenset(row["ids"]), {})
     responses = {

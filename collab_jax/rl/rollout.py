@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from collab_jax.cloud import Answers, CachedCloud, Pending
+from collab_jax.cloud import Answers, CachedCloud, Pending, far
 from collab_jax.gapg import Rollout
 from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params
@@ -31,7 +31,7 @@ from collab_jax.models.text import Messages, Text
 from collab_jax.rl import algorithms, sampling
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import NOTHING_MISSING, MissingVerdicts
-from collab_jax.runtime import parallel
+from collab_jax.runtime import hosts, parallel
 from collab_jax.tasks import Example, Task, Verdict, budgets
 
 
@@ -329,8 +329,9 @@ def collect(
 ) -> Collected:
     """Returns the rollout of a batch under `params` (with axis D): sampled, and judged meanwhile.
 
-    Sampling has the key of (config.seed, step). Where the run's algorithm does not need the cloud,
-    it is not asked, and it counts as never right.
+    Of several hosts each has its share of the step's batch, and all call this at once. Sampling has
+    the key of (config.seed, step). Where the run's algorithm does not need the cloud, it is not
+    asked, and it counts as never right.
     wait: seconds after sampling until a verdict of the cloud counts as unknown; None: until it is
     known, or its call has failed.
     skip: verdicts that are not asked for and count as missing.
@@ -348,6 +349,8 @@ def collect(
         bias=-np.inf if scored else 0.0,
         finished=judging.judge_responses,
     )
+    if hosts.count() > 1:
+        far.settle(run.cloud, wait)
     judging.wait_for_replies(wait)
     D = jax.local_device_count()
     prompts, prompt_mask = parallel.shard((batch.prompts, batch.mask), D)

@@ -49,7 +49,8 @@ def begin_body(
 
     def begin(params, prompts, prompt_mask, seed, step, marker_bias):
         P = prompts.shape[0]
-        index = jax.lax.axis_index(parallel.AXIS) * P + jnp.arange(P)
+        device = parallel.first_device() + jax.lax.axis_index(parallel.AXIS)
+        index = device * P + jnp.arange(P)
         keys = sampler.prompt_keys(seed, step, index)
         return sampler.start(params, cfg, prompts, prompt_mask, keys, marker_bias, settings)
 

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from collab_jax.rl import algorithms
+from collab_jax.runtime import hosts
 from collab_jax.runtime.errors import UserError
 
 SOURCES = ("task", "file", "self")  # of demonstrations
@@ -16,14 +17,10 @@ SOURCES = ("task", "file", "self")  # of demonstrations
 def check_config(config: ConfigDict, devices: int | None = None) -> None:
     """Raises UserError for settings that no run could use, with what to change.
 
-    devices: how many it would run on; None: the local ones, which must be all there are.
+    devices: how many it would run on, of one host; None: those that are there.
     """
-    hosts = 1 if devices is not None else jax.process_count()
-    _need(
-        hosts == 1,
-        f"this is one of {hosts} processes of a job, and all of them would do the same work: a run "
-        "is one process, on one host; start it on a machine or a slice with one host",
-    )
+    if devices is None and hosts.count() > 1:
+        _check_hosts(config)
     _check_rollout(config)
     _check_reward(config)
     _check_algorithm(config)
@@ -32,12 +29,25 @@ def check_config(config: ConfigDict, devices: int | None = None) -> None:
     _check_eval(config)
     _check_routers(config)
     _check_number_types(config)
-    _check_batches(config, jax.local_device_count() if devices is None else devices)
+    _check_batches(config, jax.device_count() if devices is None else devices)
 
 
 def _need(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def _check_hosts(config: ConfigDict) -> None:
+    """What several hosts cannot do yet."""
+    _need(
+        not config.train.sharded,
+        "config.train.sharded=True divides parameters over the devices of one host: set it to "
+        "False, or start one host",
+    )
+    _need(
+        not config.task.judge,
+        "config.task.judge works on one host: start one, or leave the answers to the verifier",
+    )
 
 
 def _check_rollout(config: ConfigDict) -> None:

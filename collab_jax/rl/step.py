@@ -166,7 +166,7 @@ def make_step(
         grads, drift, worst = policy_gradient(state.params, share)
         # Sums and counts travel apart and are divided once: devices hold different numbers of kept
         # prompts.
-        grads, drift = split.summed(grads, axis), jax.lax.psum(drift, axis)
+        grads, drift = split.summed(grads, axis), split.total(drift, axis)
         worst = jax.lax.pmax(worst, axis)
         kept = signal.keep.sum()
         grads = jax.tree.map(lambda g: g / jnp.maximum(kept, 1), grads)

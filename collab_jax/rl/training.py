@@ -21,9 +21,11 @@ from collab_jax.rl.missing_verdicts import (
     NOTHING_MISSING,
     MissingVerdicts,
     MissingVerdictsFile,
+    make_row,
+    read_row,
 )
 from collab_jax.rl.rollout import Batch, Collected
-from collab_jax.runtime import metrics, parallel
+from collab_jax.runtime import hosts, metrics, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
 from collab_jax.tasks import Example, mix
@@ -134,7 +136,8 @@ def compile_update(run: Run) -> Update:
 class TrainingSteps:
     """The wiring of a run's steps: choose prompts, sample and judge, update, read the metrics.
 
-    update(state, rollout) -> state, metrics is that of `compile_update`.
+    update(state, rollout) -> state, metrics is that of `compile_update`. Of several hosts each
+    samples its share of a step's prompts, and all update together.
     """
 
     def __init__(self, run: Run):
@@ -154,6 +157,7 @@ class TrainingSteps:
         self.update: Update = compile_update(run)
         # A replay may lack answers that no step needed, and those that a step did without.
         prefetches = algorithms.needs_cloud(config) and config.cloud.mode != "replay"
+        prefetches = prefetches and hosts.is_first()
         self._steps_ahead = config.cloud.prefetch if prefetches else 0
         self._prefetched = 0  # the cloud has been asked on the prompts of all steps before it
 
@@ -173,7 +177,7 @@ class TrainingSteps:
     ) -> Collected:
         """Returns `rollout.collect` of step number `step`; asks the cloud on coming steps first.
 
-        params has axis D.
+        params has axis D. Of several hosts each collects its own share.
         """
         config = self.run.config
         end = min(step + self._steps_ahead, config.train.steps)
@@ -185,7 +189,7 @@ class TrainingSteps:
             self.run,
             self.sampler,
             params,
-            self.batch(step),
+            own_share(self.batch(step)),
             step=step,
             wait=config.cloud.wait,
             skip=skip,
@@ -214,15 +218,45 @@ class TrainingSteps:
         }
 
 
+def own_share(batch: Batch) -> Batch:
+    """Returns the part of a step's batch that this host samples; all of it where there is one."""
+    size = len(batch.examples) // hosts.count()
+    own = slice(hosts.index() * size, (hosts.index() + 1) * size)
+    return Batch(batch.examples[own], batch.prompts[own], batch.mask[own])
+
+
+def agreed(step: int, collected: Collected, stop: bool) -> tuple[Collected, bool]:
+    """Returns what all hosts collected, but for texts and rollout, and whether one is to stop."""
+    if hosts.count() == 1:
+        return collected, stop
+    own = {
+        "stop": stop,
+        "cut_off": collected.cut_off,
+        "cloud_asked": collected.cloud_asked,
+        "missing": make_row(step, collected.missing),
+    }
+    heard = hosts.gathered(f"what it collected for step {step + 1}", own)
+    missing = NOTHING_MISSING
+    for of_host in heard:
+        missing = missing.union(read_row(of_host["missing"]))
+    collected = collected._replace(
+        cut_off=sum(of_host["cut_off"] for of_host in heard) / len(heard),
+        cloud_asked=sum(of_host["cloud_asked"] for of_host in heard),
+        missing=missing,
+    )
+    return collected, any(of_host["stop"] for of_host in heard)
+
+
 # --------------------------------------------------------------------------- what a run writes
 
 
 def save_state(run: Run, step: int, state: TrainState) -> None:
     """Saves the state (with axis D) before step number `step`, without its frozen parameters.
 
-    Those are in the model's folder. A step that is saved already is left as it is.
+    Those are in the model's folder. A step that is saved already is left as it is. Of several hosts
+    the first saves, as all have the same.
     """
-    if not run.checkpoints.has(step):
+    if hosts.is_first() and not run.checkpoints.has(step):
         run.checkpoints.save(step, parallel.unreplicate(state.replace(frozen=None)))
 
 
@@ -258,7 +292,7 @@ class RunLog:
 
     def __init__(self, steps: TrainingSteps, first: int, bar: tqdm):
         self._steps, self._run, self._bar = steps, steps.run, bar
-        self._writer = metrics.MetricsWriter(self._run.workdir, first)
+        self._writer = metrics.MetricsWriter(self._run.workdir, first, hosts.is_first())
         self._warned: set[str] = set()
         self._ready = time.monotonic()  # when the devices were done with the latest update
         self._begun = self._written = first  # steps whose finishing has begun; that have a row
@@ -328,6 +362,18 @@ def progress(row: dict[str, Any], budget: float) -> str:
     )
 
 
+def progress_bar(first: int, last: int) -> tqdm:
+    """Returns the bar of the steps from `first` to `last`; of several hosts the first shows it."""
+    return tqdm(
+        total=last,
+        initial=first,
+        desc="train",
+        unit="step",
+        mininterval=1,
+        disable=not hosts.is_first(),
+    )
+
+
 # --------------------------------------------------------------------------- the loop
 
 
@@ -342,13 +388,13 @@ def train(run: Run, stop: GracefulStop | None = None) -> TrainState | None:
     first = int(parallel.unreplicate(state.step))
     if first >= last_step:
         return state
-    steps, missing = TrainingSteps(run), MissingVerdictsFile(run.workdir)
+    steps, missing = TrainingSteps(run), MissingVerdictsFile(run.workdir, hosts.is_first())
     run.cloud.take_tally()  # what an evaluation bought is not a step's
     asked_to_stop = False
     finish_previous: Callable[[], None] = lambda: None  # noqa: E731
     with (
         stop or contextlib.nullcontext(),
-        tqdm(total=last_step, initial=first, desc="train", unit="step", mininterval=1) as bar,
+        progress_bar(first, last_step) as bar,
     ):
         log = RunLog(steps, first, bar)
         for i in range(first, last_step):
@@ -357,14 +403,15 @@ def train(run: Run, stop: GracefulStop | None = None) -> TrainState | None:
                 collected = steps.collect(
                     state.sampling_model, i, skip=missing.at(i), while_sampling=finish_previous
                 )
+                # Asked once: a signal may come between the save and the return.
+                requested = stop is not None and stop.requested
+                collected, asked_to_stop = agreed(i, collected, requested)
                 missing.write(i, collected.missing)
             except Exception as error:
                 log.save_after_error(error, i, state, finish_previous)
                 raise
             sampled = time.monotonic()
             state, update_metrics = steps.update(state, collected.rollout)
-            # Asked once: a signal may come between the save and the return.
-            asked_to_stop = stop is not None and stop.requested
             last = asked_to_stop or i + 1 == last_step
             result = StepResult(i, update_metrics, collected, sampled, last)
             finish_previous = functools.partial(log.finish_step, state, result)

@@ -22,7 +22,19 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each file that it writes
         self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        processes = ocp.options.MultiprocessingOptions()
+        if jax.process_count() > 1:  # each reads for itself, one writes, and none waits for others
+            me = jax.process_index()
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=processes,
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:

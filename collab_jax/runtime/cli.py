@@ -9,6 +9,7 @@ commands refuse this one's.
 
 import contextlib
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from collab_jax.runtime import process
+from collab_jax.runtime import hosts, process
 from collab_jax.runtime.errors import UserError
 
 Command = Callable[..., int]  # (config, workdir) or (config) -> exit status
@@ -35,11 +36,13 @@ def run_with_config(
     workdir: bool = True,
     default_config: str | None = None,
     default_workdir: str | None = None,
+    several_hosts: bool = False,
 ) -> None:
     """Exits with the status of main(config, workdir), or with 1 and one line for a UserError.
 
     workdir: whether the command has --workdir; without it, main(config) is called. A flag without a
     default is required. Of several commands by name, the first argument names the one to run.
+    several_hosts: whether the command has --hosts, --host and --coordinator.
     """
     config_flag = config_flags.DEFINE_config_file(
         "config", default_config, "The experiment's file.", lock_config=True
@@ -56,6 +59,8 @@ def run_with_config(
         if default_workdir is None:
             flags.mark_flag_as_required("workdir")
 
+    join = _hosts_flags() if several_hosts else lambda: None
+
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
@@ -71,6 +76,7 @@ def run_with_config(
                 f"unexpected argument {rest[0]!r}: settings are written --config.KEY=VALUE"
             )
         process.set_up(config_flag.value.cpu_devices)
+        join()
         if workdir_flag is None:
             return command(config_flag.value)
         return command(config_flag.value, pathlib.Path(str(workdir_flag.value)).expanduser())
@@ -79,6 +85,32 @@ def run_with_config(
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of each request
     with _user_error_as_one_line():
         app.run(start, flags_parser=parse)
+
+
+def _hosts_flags() -> Callable[[], None]:
+    """Defines the flags of a command that runs on several hosts; returns what joins these."""
+    count = flags.DEFINE_integer("hosts", 1, "Processes of this job, one on each host.", 1)
+    number = flags.DEFINE_integer(
+        "host", None, "Which of them this is, from 0; default: as the scheduler says.", 0
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator", None, "ADDRESS:PORT of host 0; default: as the scheduler says."
+    )
+
+    def join() -> None:
+        if (number.value is None) != (coordinator.value is None):
+            raise UserError("--host and --coordinator go together: set both, or neither")
+        if count.value == 1:
+            if number.value or coordinator.value:
+                raise UserError("--host and --coordinator need --hosts, the number of processes")
+            return
+        if number.value is not None and number.value >= count.value:
+            raise UserError(f"--host={number.value} must be below --hosts={count.value}")
+        hosts.join(count.value, number.value, coordinator.value)
+        if not hosts.is_first():
+            sys.stdout = open(os.devnull, "w")  # host 0 tells how the run stands
+
+    return join
 
 
 def _choose(

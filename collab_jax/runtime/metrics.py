@@ -43,11 +43,17 @@ def write_packed(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard events in `workdir`, from `step` on."""
+    """Appends to metrics.jsonl and TensorBoard events in `workdir`, from `step` on.
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    writes: of several hosts one does, the others only keep the rows.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, writes: bool = True):
         path = workdir / "metrics.jsonl"
         self.rows = [row for row in read(path) if row["step"] <= step]
+        self._file = self._events = None
+        if not writes:
+            return
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
@@ -59,14 +65,17 @@ class MetricsWriter:
             for name, value in row.items()
         }
         self.rows.append(row)
+        if self._file is None or self._events is None:
+            return
         self._file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if name != "step":
                 self._events.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        for opened in (self._file, self._events):
+            if opened is not None:
+                opened.close()
 
 
 def collapse_warning(

@@ -3,12 +3,15 @@
 A body sees its own device's share and the axis name AXIS. Arrays that differ by device carry a
 leading axis D outside the body, and so do those that are the same on all. Where a `Split` stands in
 a tree, D is that of its parts. The state is always saved without that axis, and whole.
+
+In a job of several hosts D counts the devices of this one. What `pmap` compiles runs on those
+alone; a `Program` runs on all devices of the job, and each host calls it with its own share.
 """
 
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,7 +45,48 @@ def pmap(body: Callable, donate: tuple[int, ...] = (), devices: Sequence[Any] | 
     Every argument and result has a leading axis D. donate: arguments whose memory the results may
     take. For devices of `tpu_topology` it can be lowered, from shapes, and compiled, but not run.
     """
+    if devices is None and jax.process_count() > 1:
+        return _on_this_host(body, donate)
     return jax.pmap(body, axis_name=AXIS, donate_argnums=donate, devices=devices)
+
+
+class _Placed(NamedTuple):
+    """What jax has compiled, or will, for the local devices: it takes NumPy's arrays too."""
+
+    run: Any
+    sharding: NamedSharding
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*jax.device_put(arguments, self.sharding))
+
+    def lower(self, *shapes: Any) -> "_Placed":
+        return self._replace(run=self.run.lower(*shapes))
+
+    @property
+    def out_info(self) -> Any:
+        return self.run.out_info
+
+    def compile(self) -> "_Placed":
+        return self._replace(run=self.run.compile())
+
+
+def _on_this_host(body: Callable, donate: tuple[int, ...]) -> _Placed:
+    """`pmap` on the local devices of a job of several processes, where jax's own is not lowered."""
+    mesh, spec = Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS)
+
+    def one(*arguments: Any) -> Any:
+        outputs = body(*jax.tree.map(lambda x: x[0], arguments))
+        return jax.tree.map(lambda x: x[None], outputs)
+
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    sharding = NamedSharding(mesh, spec)
+    compiled = jax.jit(mapped, in_shardings=sharding, out_shardings=sharding, donate_argnums=donate)
+    return _Placed(compiled, sharding)
+
+
+def first_device() -> int:
+    """Returns the number of this host's first device among all devices of the job."""
+    return jax.process_index() * jax.local_device_count()
 
 
 def tpu_topology(name: str) -> Sequence[Any]:
@@ -67,17 +111,19 @@ def tpu_topology(name: str) -> Sequence[Any]:
 
 
 class Program:
-    """A body as `pmap` has it, compiled for the shapes of its first call.
+    """A body on every device of the job, compiled for the shapes of its first call.
 
     Before it runs, what the compiler freed is given back to the system: a process is largest when a
     new program makes its temporary arrays.
     """
 
     def __init__(self, body: Callable, donate: tuple[int, ...] = ()):
-        self._mapped: Any = pmap(body, donate)
+        self._mapped: Any = jax.pmap(body, axis_name=AXIS, donate_argnums=donate)
         self._compiled: Any = None
 
     def __call__(self, *arguments: Any) -> Any:
+        if jax.process_count() > 1:  # it cannot be lowered there
+            return self._mapped(*arguments)
         if self._compiled is None:
             self._compiled = self._mapped.lower(*arguments).compile()
             process.return_free_memory()

@@ -112,6 +112,15 @@ def compiled_folder() -> pathlib.Path:
     return cache_folder() / f"compiled-{digest}"
 
 
+def code() -> str:
+    """Returns a hash of this package's modules."""
+    package = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
 def machine() -> dict[str, str]:
     """Returns what stands beside a measured figure: date, processor, devices, versions."""
     import jax

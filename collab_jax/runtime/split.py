@@ -76,8 +76,19 @@ def all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
 def summed(tree: Any, over: str) -> Any:
     """A tree of gradients summed over the devices: those of divided arrays are already."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_split)
-    sums = iter(jax.lax.psum([x for x in leaves if not is_split(x)], over))
+    sums = iter(total([x for x in leaves if not is_split(x)], over))
     return structure.unflatten([x if is_split(x) else next(sums) for x in leaves])
+
+
+def total(tree: Any, over: str) -> Any:
+    """A tree summed over the devices.
+
+    Between hosts that compute on CPUs it is summed in the order of the devices: the sum that their
+    own collective makes depends on how many devices each host has.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return jax.lax.psum(tree, over)
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, over).sum(0), tree)
 
 
 def norm(tree: Any) -> jax.Array:

@@ -1,0 +1,139 @@
+"""Hosts: the processes of one job on several machines, and what they tell each other.
+
+Each host has devices of its own; what all devices do together is in `parallel.py`. Beside that the
+hosts exchange small texts through jax's coordination service, which host 0 runs: who was asked to
+stop, which verdicts are missing, what the cloud said. All of them make the same calls in the same
+order. A run of one process has one host, for which every function returns at once.
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax._src import distributed  # the service's client has no public name
+
+from collab_jax.runtime.errors import UserError
+
+JOIN_SECONDS = 120  # until all hosts have to be there
+LOST_SECONDS = 60  # without a sign of life after which a host is lost, and all others end
+LEAVE_SECONDS = 20  # that a host which ends waits for the others to end
+SECONDS = 600.0  # how long a host waits for what another one says
+FOREVER = 1e6
+
+_calls = itertools.count()
+_said: collections.deque[str] = collections.deque()  # the keys of this host that others may read
+
+
+def join(hosts: int, host: int | None, coordinator: str | None) -> None:
+    """Makes this process one of so many hosts, before jax has looked for devices.
+
+    host: its number; coordinator: address and port of host 0. Where both are None, the scheduler
+    says so (a TPU slice, Slurm, Open MPI, Kubernetes), as far as jax knows it. Raises UserError
+    where the hosts do not find each other, or are not as many as was asked for.
+    """
+    # The service would take SIGTERM, by which a run is asked to save.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            hosts,
+            host,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=LOST_SECONDS,
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the {hosts} hosts did not find each other ({reason}): start all of them within "
+            f"{JOIN_SECONDS} s, with --hosts={hosts}, and, where no scheduler tells, --host=0 to "
+            f"{hosts - 1} and the --coordinator=ADDRESS:PORT of host 0, which all can reach"
+        ) from None
+    if count() != hosts:
+        raise UserError(f"--hosts={hosts}, but {count()} processes have started")
+    devices = gathered("its devices", jax.local_device_count())
+    if len(set(devices)) > 1:
+        raise UserError(f"the hosts have {devices} devices: give each as many")
+
+
+def count() -> int:
+    """Returns how many hosts there are."""
+    return jax.process_count()
+
+
+def index() -> int:
+    """Returns which of them this is, from 0."""
+    return jax.process_index()
+
+
+def is_first() -> bool:
+    """Returns whether this is host 0, which writes files, evaluates and buys from the cloud."""
+    return index() == 0
+
+
+def gathered(what: str, said: Any, seconds: float = SECONDS) -> list[Any]:
+    """Returns what every host says, in their order; this one says `said`, which JSON can hold.
+
+    what: names it in the message where a host says nothing within `seconds`, a UserError.
+    """
+    if count() == 1:
+        return [said]
+    client, call = distributed.global_state.client, next(_calls)
+    assert client is not None
+    place = f"collab_jax/{call}/{what}"
+    client.key_value_set(f"{place}/{index()}", json.dumps(said))
+    heard = []
+    for host in range(count()):
+        try:
+            text = client.blocking_key_value_get(f"{place}/{host}", int(1000 * seconds))
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(
+                f"host {host} of {count()} has not told {what} within {seconds:g} s "
+                f"({str(error).split(':')[0]}): see its own output; once it can run, the same "
+                "command on all hosts goes on from the last checkpoint"
+            ) from None
+        heard.append(json.loads(text))
+    # Who is here has read all of the call before, so nobody needs those before that.
+    _said.append(f"{place}/{index()}")
+    if len(_said) > 2:
+        client.key_value_delete(_said.popleft())
+    return heard
+
+
+@contextlib.contextmanager
+def first_alone(what: str, seconds: float = SECONDS) -> Iterator[None]:
+    """The body runs on host 0 and, once that is done, on the others.
+
+    So files that each would make are made by one. A UserError on one host is one on all.
+    """
+    if not is_first() and (problem := gathered(what, None, seconds)[0]):
+        raise UserError(f"host 0: {problem}")
+    own = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    said = None if own is None else str(own)
+    if is_first():
+        gathered(what, said, seconds)
+        if own is not None:  # by now the others know
+            raise own
+    for host, problem in enumerate(gathered(f"{what} everywhere", said, seconds)):
+        if problem:
+            raise own or UserError(f"host {host}: {problem}")
+
+
+def check_same(what: str, said: dict[str, Any]) -> None:
+    """Raises UserError, on every host, where they do not say the same, with what differs."""
+    first, *others = gathered(what, said)
+    for host, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                raise UserError(
+                    f"host {host} has {key}={other.get(key)!r}, host 0 has {first.get(key)!r}: "
+                    "start all hosts with the same code, settings and data"
+                )

@@ -1,0 +1,239 @@
+"""Several hosts: what they tell each other; two equal one to the bit, and a killed job goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL
+from fakes import comparable_metrics, saved_state
+
+from collab_jax.cloud import far, protocol
+from collab_jax.rl import training
+from collab_jax.rl.rollout import Batch
+from collab_jax.runtime import hosts, metrics
+from collab_jax.runtime.errors import UserError
+from collab_jax.runtime.process import code
+
+# ---- one host, and hosts that are made up
+
+
+def test_one_host_says_everything_to_itself():
+    said = {"a": (1, 2)}
+    assert hosts.gathered("x", said) == [said] and hosts.gathered("x", said)[0] is said
+    assert hosts.count() == 1 and hosts.is_first()
+    hosts.check_same("x", said)
+    with hosts.first_alone("x"):
+        done = True
+    assert done
+    with pytest.raises(UserError, match="as it was"), hosts.first_alone("x"):
+        raise UserError("as it was")
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is host 1; heard(values) sets what host 0 says, one value a call."""
+    to_hear = []
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "index", lambda: 1)
+    monkeypatch.setattr(
+        hosts,
+        "gathered",
+        lambda what, said, seconds=0: [to_hear.pop(0), json.loads(json.dumps(said))],
+    )
+    return to_hear.extend
+
+
+def test_an_error_of_host_0_is_one_here_and_the_body_does_not_run(second_of_two):
+    second_of_two(["the disk is full"])
+    ran = []
+    with (
+        pytest.raises(UserError, match="host 0: the disk is full"),
+        hosts.first_alone("x"),
+    ):
+        ran.append(1)
+    assert not ran
+
+
+def test_an_error_here_is_told(second_of_two):
+    second_of_two([None, None])
+    with pytest.raises(UserError, match="mine"), hosts.first_alone("x"):
+        raise UserError("mine")
+
+
+def test_other_settings_are_named(second_of_two):
+    second_of_two([{"seed": 1, "group": 4}])
+    with pytest.raises(UserError, match="host 1 has seed=2, host 0 has 1"):
+        hosts.check_same("its settings", {"group": 4, "seed": 2})
+
+
+def test_each_host_has_the_prompts_after_those_of_the_one_before(second_of_two):
+    batch = Batch(list("abcdef"), np.arange(12).reshape(6, 2), np.ones((6, 2), bool))
+    own = training.own_share(batch)
+    assert own.examples == list("def")
+    assert own.prompts.tolist() == [[6, 7], [8, 9], [10, 11]] and own.mask.shape == (3, 2)
+
+
+def test_answers_come_back_to_whoever_asked_and_only_the_first_host_buys(second_of_two):
+    cloud = far.FarCloud()
+    questions = [[{"role": "user", "content": text}] for text in "ab"]
+    first, second = cloud.submit(questions, ["a", "b"]), cloud.submit(questions[:1])
+    reply = protocol.Reply("yes", 1, 2, 0.5, 0.25)
+    assert not first.done()
+
+    class Bought:
+        def __init__(self, prompts):
+            self.prompts = prompts
+
+        def answers(self, wait):
+            assert 0 <= wait <= 5
+            known = {"a": reply}
+            return far.Answers([known.get(m[0]["content"]) for m in self.prompts], 1, 0)
+
+    class Shop:
+        def submit(self, prompts, names):
+            return Bought(prompts)
+
+    asked = [[], [[questions, ["a", "b"]], [questions[:1], None]]]  # as `settle` hears it
+    replies = json.loads(json.dumps(far._bought(Shop(), asked, 5.0)))
+    second_of_two([[], replies])
+    far.settle(cloud, 5.0)
+    assert first.answers().replies == [reply, None] and second.answers().replies == [reply]
+    assert cloud.take_asked() == [] and cloud.take_tally().bought == 0
+
+
+def test_the_hash_of_the_code_is_one_and_short():
+    assert code() == code() and len(code()) == 12
+
+
+# ---- jobs
+
+STEPS = 8
+
+
+def command(workdir, data_dir, *more, **overrides):
+    small = {"task.data_dir": data_dir, "train.steps": STEPS, "eval.prompts": 0}
+    settings = SMALL | small | overrides
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    config = "--config=configs/countdown_tiny.py"
+    return ["-m", "collab_jax.train", config, f"--workdir={workdir}", *flags, *more]
+
+
+ENVIRONMENT = {**os.environ, "NPROC": "4", "PYTHON": sys.executable}
+
+
+def job(number, devices, arguments):
+    """Starts a job of so many hosts with so many devices each."""
+    if number == 1:
+        start = [sys.executable, *arguments, f"--config.cpu_devices={devices}"]
+    else:
+        start = ["launch/local_hosts.sh", str(number), str(devices), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        start, cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, process_group=0
+    )
+
+
+def ended(process, seconds=300):
+    """Waits for a job; its status and what it wrote."""
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out + err
+
+
+@pytest.fixture(scope="module")
+def alone(data_dir, tmp_path_factory):
+    """A run of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    status, said = ended(job(1, 4, command(workdir, data_dir)))
+    assert status == 0, said
+    return workdir
+
+
+def assert_same_runs(a, b):
+    jax.tree.map(np.testing.assert_array_equal, saved_state(a, STEPS), saved_state(b, STEPS))
+    assert comparable_metrics(a) == comparable_metrics(b)
+
+
+@pytest.mark.slow
+def test_two_hosts_of_two_devices_equal_one_of_four_bit_for_bit(alone, data_dir, tmp_path):
+    status, said = ended(job(2, 2, command(tmp_path / "two", data_dir)))
+    assert status == 0, said
+    assert "4 cpu devices of 2 hosts" in said
+    assert_same_runs(alone, tmp_path / "two")
+    bought = [[row["cloud_bought"] for row in metrics.read(w / "metrics.jsonl")] for w in
+              (alone, tmp_path / "two")]  # fmt: skip
+    assert bought[0] == bought[1] and sum(bought[0]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_job_that_lost_a_host_goes_on_with_another_number(alone, data_dir, tmp_path):
+    """Stopped once by SIGTERM, killed once; then four hosts, then one."""
+    workdir = tmp_path / "lost"
+    arguments = command(workdir, data_dir, **{"train.checkpoint_every": 1})
+    rows = lambda: len(metrics.read(workdir / "metrics.jsonl"))  # noqa: E731
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before, started = rows(), job(2, 2, arguments)
+        deadline = time.monotonic() + 250
+        while rows() <= before:
+            assert started.poll() is None and time.monotonic() < deadline, ended(started)
+            time.sleep(0.01)
+        if number == signal.SIGTERM:
+            started.send_signal(number)
+            status, said = ended(started)
+            assert status == 0, said
+        else:
+            found = subprocess.run(
+                ["pgrep", "-f", f"workdir={workdir} .*--host=1"], capture_output=True, text=True
+            )
+            os.kill(int(found.stdout.split()[0]), number)
+            status, said = ended(started, 120)
+            assert status == 128 + signal.SIGKILL, said
+    status, said = ended(job(4, 1, arguments))
+    assert status == 0, said
+    assert_same_runs(alone, workdir)
+
+
+@pytest.mark.slow
+def test_hosts_with_other_settings_end_at_once_and_say_so(data_dir, tmp_path):
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                *command(tmp_path / "run", data_dir, seed=host, cpu_devices=1),
+                "--hosts=2",
+                f"--host={host}",
+                "--coordinator=127.0.0.1:29571",
+            ],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    for process in started:
+        status, said = ended(process, 120)
+        assert status == 1
+        assert "error: host 1 has seed=1, host 0 has 0: start all hosts with the same" in said
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--hosts=2", "--host=1"], "--host and --coordinator go together"),
+        (["--hosts=2", "--host=2", "--coordinator=x:1"], "--host=2 must be below --hosts=2"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, says, data_dir, tmp_path):
+    status, said = ended(job(1, 1, command(tmp_path, data_dir, *flags)))
+    assert status == 1 and f"error: {says}" in said
