@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL
 from fakes import comparable_metrics, saved_state
 
 from collab_jax.cloud import far, protocol
-from collab_jax.rl import training
+from collab_jax.rl import shares
 from collab_jax.rl.rollout import Batch
 from collab_jax.runtime import hosts, metrics
 from collab_jax.runtime.errors import UserError
@@ -74,7 +74,7 @@ def test_other_settings_are_named(second_of_two):
 
 def test_each_host_has_the_prompts_after_those_of_the_one_before(second_of_two):
     batch = Batch(list("abcdef"), np.arange(12).reshape(6, 2), np.ones((6, 2), bool))
-    own = training.own_share(batch)
+    own = shares.own(batch)
     assert own.examples == list("def")
     assert own.prompts.tolist() == [[6, 7], [8, 9], [10, 11]] and own.mask.shape == (3, 2)
 

@@ -15,14 +15,12 @@ from tqdm import tqdm
 
 from collab_jax.gapg import Rollout, TrainState
 from collab_jax.models.decoder import DecoderConfig, Params
-from collab_jax.rl import algorithms, experiment, rollout, step
+from collab_jax.rl import algorithms, experiment, rollout, shares, step
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import (
     NOTHING_MISSING,
     MissingVerdicts,
     MissingVerdictsFile,
-    make_row,
-    read_row,
 )
 from collab_jax.rl.rollout import Batch, Collected
 from collab_jax.runtime import hosts, metrics, parallel
@@ -189,7 +187,7 @@ class TrainingSteps:
             self.run,
             self.sampler,
             params,
-            own_share(self.batch(step)),
+            shares.own(self.batch(step)),
             step=step,
             wait=config.cloud.wait,
             skip=skip,
@@ -216,35 +214,6 @@ class TrainingSteps:
             "verifier_timeouts": sum(verdict.timed_out for verdict in undecided),
             "verifier_failures": sum(verdict.unjudged for verdict in undecided),
         }
-
-
-def own_share(batch: Batch) -> Batch:
-    """Returns the part of a step's batch that this host samples; all of it where there is one."""
-    size = len(batch.examples) // hosts.count()
-    own = slice(hosts.index() * size, (hosts.index() + 1) * size)
-    return Batch(batch.examples[own], batch.prompts[own], batch.mask[own])
-
-
-def agreed(step: int, collected: Collected, stop: bool) -> tuple[Collected, bool]:
-    """Returns what all hosts collected, but for texts and rollout, and whether one is to stop."""
-    if hosts.count() == 1:
-        return collected, stop
-    own = {
-        "stop": stop,
-        "cut_off": collected.cut_off,
-        "cloud_asked": collected.cloud_asked,
-        "missing": make_row(step, collected.missing),
-    }
-    heard = hosts.gathered(f"what it collected for step {step + 1}", own)
-    missing = NOTHING_MISSING
-    for of_host in heard:
-        missing = missing.union(read_row(of_host["missing"]))
-    collected = collected._replace(
-        cut_off=sum(of_host["cut_off"] for of_host in heard) / len(heard),
-        cloud_asked=sum(of_host["cloud_asked"] for of_host in heard),
-        missing=missing,
-    )
-    return collected, any(of_host["stop"] for of_host in heard)
 
 
 # --------------------------------------------------------------------------- what a run writes
@@ -405,7 +374,7 @@ def train(run: Run, stop: GracefulStop | None = None) -> TrainState | None:
                 )
                 # Asked once: a signal may come between the save and the return.
                 requested = stop is not None and stop.requested
-                collected, asked_to_stop = agreed(i, collected, requested)
+                collected, asked_to_stop = shares.agreed(i, collected, requested)
                 missing.write(i, collected.missing)
             except Exception as error:
                 log.save_after_error(error, i, state, finish_previous)
