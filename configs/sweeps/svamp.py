@@ -1,9 +1,9 @@
 """# SVAMP on SmolLM2-135M: every way to train, from one warm start
 
 The cloud is simulated: wrong on 6 % of the problems, more often on hard ones. SmolLM2-135M-Instruct
-with an adapter of rank 8, 60 steps of 32 prompts x 4 responses; budget 30 %; evaluated on SVAMP's
-1,000 test problems. All start from one warm start, the adapter that `./launch/real.sh runs/svamp`
-makes first, and have the same batches, temperature, learning rate and averaged weights.
+with an adapter of rank 8, 40 steps of 32 prompts x 4 responses; budget 30 %; evaluated on SVAMP's
+1,000 test problems. All start from one warm start, the adapter in docs/results/svamp/start that
+`./launch/real.sh` made, and have the same batches, temperature, learning rate and averaged weights.
 
 - `ours`: the config's own settings. Decisions are scored; in all other rows calls are sampled.
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
@@ -29,7 +29,7 @@ def get_sweep() -> Sweep:
     return Sweep(
         "configs/svamp_smollm2.py",
         {
-            "lora.start": "runs/svamp/start",
+            "lora.start": "docs/results/svamp/start",
             "eval.split": "test",
             "eval.fit_prompts": 512,
             "routers.record": ("hidden",),
