@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 1e-4
     config.optim.momentum = 0.5
     config.optim.average = 0.95
-    config.train.steps = 40
+    config.train.steps = 24
     config.train.micro_rows = 16
     config.train.checkpoint_every = 10
     config.eval.prompts = 1000

@@ -5,7 +5,6 @@ once more with its allocator, and the flags of one command are refused by the ot
 import ast
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -176,21 +175,3 @@ def test_compiled_programs_are_kept_by_default_and_reused(tmp_path):
         assert out.stdout.strip() == "7.0", out.stderr
         programs.append(sorted(path.name for path in tmp_path.rglob("*-cache")))
     assert programs[0] and programs[0] == programs[1]
-
-
-@no_restart_here
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_threads_keep_what_they_free():
-    """Twenty arrays of 64 MiB, one after the other in a thread: their pages are fetched once."""
-    code = (
-        "import resource, threading\n"
-        "def work():\n"
-        "    for _ in range(20): bytearray(1 << 26)\n"
-        "t = threading.Thread(target=work); t.start(); t.join()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
-    )
-    env = {**os.environ, **process.ALLOCATOR}
-    env.pop("GLIBC_TUNABLES")  # huge pages are few to count
-    command = [sys.executable, "-c", code]
-    faults = int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
-    assert faults < 5 * (1 << 26) // 4096

@@ -4,6 +4,9 @@ Allocator. XLA's large temporaries cost page faults at each step: glibc is told 
 them, in huge pages. It reads its variables when a process starts, so the commands that compute
 start themselves once more. Not done beside an accelerator, where the host allocates little, nor
 where MALLOC_MMAP_MAX_ is set already. What the compiler freed is given back (`return_free_memory`).
+Threads still map arrays above 64 MiB anew, as their own arenas have no room for them: one arena for
+all (MALLOC_ARENA_MAX=1) saves these page faults, but the process then keeps far more memory than
+its plan says, and spends most of the gain on searching it.
 
 Host devices. Two devices of one core each keep both cores busy between the matrix products, which
 alone are spread over threads.
@@ -31,8 +34,6 @@ from collab_jax.runtime.files import cache_folder
 
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
-    # In an arena of its own a thread maps each large array anew, whatever MALLOC_MMAP_MAX_ says.
-    "MALLOC_ARENA_MAX": "1",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "1000000000",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

@@ -1,7 +1,7 @@
 """# SVAMP on SmolLM2-135M: every way to train, from one warm start
 
 The cloud is simulated: wrong on 6 % of the problems, more often on hard ones. SmolLM2-135M-Instruct
-with an adapter of rank 8, 40 steps of 32 prompts x 4 responses; budget 30 %; evaluated on SVAMP's
+with an adapter of rank 8, 24 steps of 32 prompts x 4 responses; budget 30 %; evaluated on SVAMP's
 1,000 test problems. All start from one warm start, the adapter in docs/results/svamp/start that
 `./launch/real.sh` made, and have the same batches, temperature, learning rate and averaged weights.
 
