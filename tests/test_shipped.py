@@ -36,7 +36,7 @@ def test_it_is_small_and_goes_with_its_config():
     assert (said["r"], said["lora_alpha"]) == (config.lora.rank, config.lora.alpha)
     assert sorted(said["target_modules"]) == sorted(config.lora.targets)
     with safe_open(folder / lora.WEIGHTS, "np") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} >= {"BF16"}  # noqa: SIM118
     calibrated = json.loads((folder / "collab_config.json").read_text())
     assert (calibrated["target"], calibrated["value"]) == ("rate", config.budget)
 
