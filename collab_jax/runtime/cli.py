@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from collab_jax.runtime import hosts, process
+from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
 
 Command = Callable[..., int]  # (config, workdir) or (config) -> exit status
@@ -98,6 +98,8 @@ def _hosts_flags() -> Callable[[], None]:
     )
 
     def join() -> None:
+        from collab_jax.runtime import hosts  # which needs jax; some commands do without
+
         if (number.value is None) != (coordinator.value is None):
             raise UserError("--host and --coordinator go together: set both, or neither")
         if count.value == 1:
