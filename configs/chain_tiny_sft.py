@@ -21,16 +21,7 @@ here = pathlib.Path(__file__)
 chain = runpy.run_path(str(here.with_name("chain_tiny.py")))
 countdown = runpy.run_path(str(here.with_name("countdown_tiny_sft.py")))
 
-_WORDS = [
-    *"0123456789+-*=\n",
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<unknown>",
-    " I need external assistance ",
-    "</unknown>",
-]
+NOT_IN_CHAINS = {"/", "(", ")", ",", " ", " ok", " no"}  # of Countdown's words
 
 
 def get_config() -> ConfigDict:
@@ -39,7 +30,8 @@ def get_config() -> ConfigDict:
     config.text.pad, config.text.eos = "<pad>", ("<eos>",)  # the first two of its vocabulary
     config.sft.steps = 2400
     config.sft.batch_size = 128
-    config.sft.words = tuple(_WORDS)
-    shape = countdown["get_config"]().sft.architecture
-    config.sft.architecture = shape | {"vocab_size": len(_WORDS) + 3}
+    sft = countdown["get_config"]().sft
+    config.sft.words = tuple(word for word in sft.words if word not in NOT_IN_CHAINS)
+    words = len(config.sft.words) + 3  # pad, eos and unk come first
+    config.sft.architecture = sft.architecture | {"vocab_size": words}
     return config

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ from collab_jax.rl import shares
 from collab_jax.rl.rollout import Batch
 from collab_jax.runtime import hosts, metrics
 from collab_jax.runtime.errors import UserError
-from collab_jax.runtime.process import code
 
 # ---- one host, and hosts that are made up
 
@@ -105,10 +105,6 @@ def test_answers_come_back_to_whoever_asked_and_only_the_first_host_buys(second_
     far.settle(cloud, 5.0)
     assert first.answers().replies == [reply, None] and second.answers().replies == [reply]
     assert cloud.take_asked() == [] and cloud.take_tally().bought == 0
-
-
-def test_the_hash_of_the_code_is_one_and_short():
-    assert code() == code() and len(code()) == 12
 
 
 # ---- jobs
@@ -202,6 +198,9 @@ def test_a_job_that_lost_a_host_goes_on_with_another_number(alone, data_dir, tmp
 @pytest.mark.slow
 def test_hosts_with_other_settings_end_at_once_and_say_so(data_dir, tmp_path):
     pipe = subprocess.PIPE
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
     started = [
         subprocess.Popen(
             [
@@ -209,7 +208,7 @@ def test_hosts_with_other_settings_end_at_once_and_say_so(data_dir, tmp_path):
                 *command(tmp_path / "run", data_dir, seed=host, cpu_devices=1),
                 "--hosts=2",
                 f"--host={host}",
-                "--coordinator=127.0.0.1:29571",
+                f"--coordinator=127.0.0.1:{port}",
             ],
             cwd=ROOT,
             env=ENVIRONMENT,

@@ -289,10 +289,10 @@ def whole(params: Params, cfg: DecoderConfig) -> Params:
 def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Logits f32[..., V] from hidden [..., E]."""
     module = params["embed_tokens" if cfg.tied else "lm_head"]
-    head = module["embedding"].T if cfg.tied else module["kernel"]
     if TURNED in params:
         out = _turned_product(hidden, params[TURNED], module["embedding"].astype(hidden.dtype))
     else:
+        head = module["embedding"].T if cfg.tied else module["kernel"]
         out = product(hidden, head.astype(hidden.dtype))
     if "lora_row" not in module:
         return out
