@@ -4,10 +4,11 @@
 
 Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second,
 so that a sweep that is stopped has a report of what there is. The same command continues, also in
-the middle of a run. A sweep with a search (`Sweep.search`) first chooses each cell's best value of
-one setting on validation, by runs in OUT/search (`rl/search.py`). Where a run fails, the others go
-on, and the exit status is 1. OUT then has the report of all cells (report.html, report.md) and
-their comparison (compare.md, compare.json).
+the middle of a run; SIGTERM or Ctrl-C saves and exits with status 75. A sweep with a search
+(`Sweep.search`) first chooses each cell's best value of one setting on validation, by runs in
+OUT/search (`rl/search.py`). Where a run fails, the others go on, and the exit status is 1. OUT then
+has the report of all cells (report.html, report.md) and their comparison (compare.md,
+compare.json).
 
 `--publish DIR` writes the report to DIR, with what it is made of and without the rest (checkpoints,
 margin traces, most natural responses, most metrics): small enough to keep in a repository. A sweep
@@ -21,12 +22,12 @@ import signal
 from collab_jax.reports import publish
 from collab_jax.reports import sweep as sweep_report
 from collab_jax.rl import sweeps
-from collab_jax.runtime import cli
+from collab_jax.runtime import cli, process
 from collab_jax.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Runs and reports a sweep; returns 1 where a run failed."""
+    """Runs and reports a sweep; returns 1 where a run failed, STOPPED where it was stopped."""
     args = parse(argv)
     sweep = sweeps.load(args.config)
     _make_folder(args.out, "--out")
@@ -37,15 +38,15 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        failed = sweeps.run(sweep, args.out)
+        status = int(bool(sweeps.run(sweep, args.out)))
     except sweeps.SweepStopped:
-        failed = []
+        status = process.STOPPED
         print("stopped and saved; the same command continues")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     if sweep_report.write_report(sweep, args.out, args.config) and args.publish:
         publish.publish(sweep, args.out, args.publish)
-    return int(bool(failed))
+    return status
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -3,8 +3,8 @@
     python -m collab_jax.train --config configs/countdown_tiny.py --workdir DIR [--config.KEY=VALUE]
 
 evaluates, trains, evaluates again and writes a report to DIR. The same command resumes, bit for bit
-on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and exits 0. DIR then holds config.json,
-metrics.jsonl (with TensorBoard events beside it), checkpoints/, cloud.sqlite,
+on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and exits with status 75. DIR then holds
+config.json, metrics.jsonl (with TensorBoard events beside it), checkpoints/, cloud.sqlite,
 missing_verdicts.jsonl (verdicts that a step did without), before.parquet, after.parquet (and
 fit.parquet) and the report (report.json, report.md, report.html, figures).
 
@@ -56,17 +56,17 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         held_out = evaluation.held_out(run, config.eval.split)
         fit_examples = training.fit_examples(run)
     if hosts.is_first():
-        lead(run, stop, held_out, fit_examples)
+        completed = lead(run, stop, held_out, fit_examples)
     else:
-        follow(run, stop)
+        completed = follow(run, stop)
     hosts.gathered("that it is done", None, hosts.FOREVER)
-    return 0
+    return 0 if completed else process.STOPPED
 
 
-def follow(run: Run, stop: process.GracefulStop) -> None:
-    """What a host other than the first does."""
+def follow(run: Run, stop: process.GracefulStop) -> bool:
+    """What a host other than the first does; returns whether the run was not stopped."""
     hosts.gathered(EVALUATED, None, hosts.FOREVER)
-    training.train(run, stop)
+    return training.train(run, stop) is not None
 
 
 def lead(
@@ -74,8 +74,8 @@ def lead(
     stop: process.GracefulStop,
     held_out: Sequence[Example],
     fit_examples: Sequence[Example],
-) -> None:
-    """What the first host does, or the only one."""
+) -> bool:
+    """What the first host does, or the only one; returns whether the run was not stopped."""
     config = run.config
     sampler = evaluation.greedy_sampler(run)
     before = evaluate_before(run, sampler, held_out) if held_out else None
@@ -83,9 +83,9 @@ def lead(
     state = training.train(run, stop)
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
-        return
+        return False
     if before is None:
-        return
+        return True
     after = evaluate_after(run, sampler, state, held_out, fit_examples)
 
     for kind, row in summary.examples_to_show(after):
@@ -102,6 +102,7 @@ def lead(
             machine=process.machine(),
         )
     )
+    return True
 
 
 def evaluate_before(run: Run, sampler: Sampler, held_out: Sequence[Example]) -> Records:

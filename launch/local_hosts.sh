@@ -2,7 +2,7 @@
 # A job of several hosts on one machine, each a process with CPU devices of its own: what a slice or a cluster does, at hand.
 #   launch/local_hosts.sh 2 2 -m collab_jax.train --config configs/countdown_tiny.py --workdir runs/two_hosts
 # HOSTS, DEVICES of each, then what python is to run, to which the flags that join the hosts are added. Ends with the first
-# status that is not 0, and stops the other hosts then.
+# status that is neither 0 nor 75, and stops the other hosts then; with 75 (start me again) where a host ends with that.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 [ $# -ge 3 ] || fail "usage: $0 HOSTS DEVICES ARGUMENT_OF_PYTHON ..."
@@ -20,7 +20,7 @@ for ((host = 0; host < hosts; host++)); do
   "$python" "$@" --hosts="$hosts" --host="$host" --coordinator="127.0.0.1:$port" --config.cpu_devices="$devices" &
   pids+=($!)
 done
-left="$hosts"
+left="$hosts" saved=0
 while [ "$left" -gt 0 ]; do
   status=0
   wait -n || status=$?
@@ -28,6 +28,11 @@ while [ "$left" -gt 0 ]; do
     asked=""
     continue
   fi
-  [ "$status" = 0 ] || exit "$status"
+  case "$status" in
+    0) ;;
+    75) saved=75 ;;
+    *) exit "$status" ;;
+  esac
   left=$((left - 1))
 done
+exit "$saved"

@@ -19,9 +19,9 @@ stage() {
     return
   fi
   say "making $result: $1${takes[$1]:+, ${takes[$1]}}"
-  .venv/bin/python -m "$@"
-  # Training that was asked to stop saves and exits with 0.
-  [ -e "$result" ] || fail "$result was not made: run the same command again to go on"
+  local status=0
+  .venv/bin/python -m "$@" || status=$?
+  [ "$status" = 0 ] || { say "$result was not made: run the same command again to go on" >&2; exit "$status"; }
 }
 
 stages() {

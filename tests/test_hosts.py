@@ -166,6 +166,47 @@ def test_two_hosts_of_two_devices_equal_one_of_four_bit_for_bit(alone, data_dir,
     assert bought[0] == bought[1] and sum(bought[0]) > 0
 
 
+FAILS = """
+import sys, time
+from collab_jax.runtime import hosts
+from collab_jax.runtime.errors import UserError
+
+hosts.join(2, int(sys.argv[1]), sys.argv[2])
+start = time.monotonic()
+try:
+    with hosts.failure_told():
+        assert len(hosts.gathered("its number", hosts.index())) == 2
+        if hosts.index() == int(sys.argv[3]):
+            raise ValueError("no more\\nmemory")
+        hosts.gathered("what comes next", None)
+except UserError as error:
+    assert time.monotonic() - start < 60
+    sys.exit(f"heard: {error}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_tells_those_that_wait_for_it(failing):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS, str(host), address, str(failing)],
+            cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True,
+        )
+        for host in (0, 1)
+    ]  # fmt: skip
+    (status, said), (other_status, other_said) = [
+        ended(both[host], 120) for host in (failing, 1 - failing)
+    ]
+    assert status == other_status == 1, said + other_said
+    assert "ValueError: no more" in said
+    assert f"heard: host {failing} failed: ValueError('no more" in other_said
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_job_that_lost_a_host_goes_on_with_another_number(alone, data_dir, tmp_path):
@@ -182,7 +223,7 @@ def test_a_job_that_lost_a_host_goes_on_with_another_number(alone, data_dir, tmp
         if number == signal.SIGTERM:
             started.send_signal(number)
             status, said = ended(started)
-            assert status == 0, said
+            assert status == 75, said
         else:
             found = subprocess.run(
                 ["pgrep", "-f", f"workdir={workdir} .*--host=1"], capture_output=True, text=True

@@ -75,7 +75,7 @@ def test_killed_stopped_and_resumed_equals_straight_bit_for_bit(straight, data_d
     wait_for_rows(second, tmp_path, written + 1)  # one more than the first wrote: it is training
     second.send_signal(signal.SIGTERM)  # a quick machine may have finished by now: all the same
     _, err = second.communicate(timeout=120)
-    assert second.returncode == 0, err
+    assert second.returncode in (0, 75), err
 
     assert run(start).returncode == 0
     jax.tree.map(np.testing.assert_array_equal, saved_state(tmp_path, 6), saved_state(straight, 6))
@@ -154,7 +154,7 @@ def test_sigterm_ends_a_run_after_the_step_with_its_state_saved(data_dir, tmp_pa
     wait_for_rows(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == 75, err
     steps = len(metrics.read(tmp_path / "metrics.jsonl"))
     assert f"the same command goes on from step {steps}\n" in out and 2 <= steps < 500
     assert saved_state(tmp_path, steps)["step"] == steps

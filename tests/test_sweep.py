@@ -340,7 +340,7 @@ def test_a_stop_lets_the_run_save(tmp_path, stand_in):
         time.sleep(0.1)
     os.kill(child.pid, signal.SIGTERM)
     out, _ = child.communicate(timeout=60)
-    assert child.returncode == 0 and "stopped and saved" in out and (folder / "saved").exists()
+    assert child.returncode == 75 and "stopped and saved" in out and (folder / "saved").exists()
 
 
 def test_refusals(tmp_path):

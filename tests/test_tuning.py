@@ -19,7 +19,7 @@ from collab_jax.rl.tuning import Tuner
 from collab_jax.runtime import metrics, parallel
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
-from collab_jax.runtime.process import GracefulStop
+from collab_jax.runtime.process import STOPPED, GracefulStop
 
 FOLDER = ROOT / "collab_jax" / "assets" / "countdown-tiny"
 MARKER = "<unknown> I need external assistance </unknown>"
@@ -176,7 +176,7 @@ def test_what_a_kill_or_a_signal_ends_goes_on_with_the_same_bits(make, tmp_path,
 
     with pytest.raises(SystemExit) as ended:
         stopped.tune(tmp_path / "other", params, asking, 5)
-    assert ended.value.code == 0 and "goes on from there" in capsys.readouterr().out
+    assert ended.value.code == STOPPED and "goes on from there" in capsys.readouterr().out
     assert Checkpoints(tmp_path / "other" / "checkpoints").latest() == 3
 
     resumed = tuner.tune(tmp_path / "other", params, shown(GIVEN), 5)
@@ -214,7 +214,7 @@ def test_a_signal_in_the_last_step_ends_the_process_as_in_any_other(make, tmp_pa
 
     with pytest.raises(SystemExit) as ended:
         Tuner(cfg, None, text, config, stop).tune(tmp_path, params, asking, 2)
-    assert ended.value.code == 0
+    assert ended.value.code == STOPPED
     stop.requested = False
     Tuner(cfg, None, text, config, stop).tune(tmp_path, params, shown(GIVEN), 2)
     assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -98,7 +98,7 @@ class Tuner:
     """Tunes one model, or one adapter of it, as often as wanted; each program is compiled once.
 
     frozen: the model that an adapter belongs to, with the axis D; None where all of it is tuned.
-    `stop` may ask for an end, after the step that runs; the process then ends with status 0.
+    `stop` may ask for an end, after the step that runs; the process then ends with status STOPPED.
     """
 
     def __init__(

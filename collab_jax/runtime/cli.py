@@ -59,7 +59,7 @@ def run_with_config(
         if default_workdir is None:
             flags.mark_flag_as_required("workdir")
 
-    join = _hosts_flags() if several_hosts else lambda: None
+    joined = _hosts_flags() if several_hosts else contextlib.nullcontext
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -76,10 +76,10 @@ def run_with_config(
                 f"unexpected argument {rest[0]!r}: settings are written --config.KEY=VALUE"
             )
         process.set_up(config_flag.value.cpu_devices)
-        join()
-        if workdir_flag is None:
-            return command(config_flag.value)
-        return command(config_flag.value, pathlib.Path(str(workdir_flag.value)).expanduser())
+        with joined():
+            if workdir_flag is None:
+                return command(config_flag.value)
+            return command(config_flag.value, pathlib.Path(str(workdir_flag.value)).expanduser())
 
     logging.getLogger("jax").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of each request
@@ -87,8 +87,11 @@ def run_with_config(
         app.run(start, flags_parser=parse)
 
 
-def _hosts_flags() -> Callable[[], None]:
-    """Defines the flags of a command that runs on several hosts; returns what joins these."""
+def _hosts_flags() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Defines the flags of a command that runs on several hosts; returns what joins these.
+
+    They are joined while the context lasts; an error that leaves it is told to the other hosts.
+    """
     count = flags.DEFINE_integer("hosts", 1, "Processes of this job, one on each host.", 1)
     number = flags.DEFINE_integer(
         "host", None, "Which of them this is, from 0; default: as the scheduler says.", 0
@@ -97,7 +100,8 @@ def _hosts_flags() -> Callable[[], None]:
         "coordinator", None, "ADDRESS:PORT of host 0; default: as the scheduler says."
     )
 
-    def join() -> None:
+    @contextlib.contextmanager
+    def joined() -> Iterator[None]:
         from collab_jax.runtime import hosts  # which needs jax; some commands do without
 
         if (number.value is None) != (coordinator.value is None):
@@ -105,14 +109,17 @@ def _hosts_flags() -> Callable[[], None]:
         if count.value == 1:
             if number.value or coordinator.value:
                 raise UserError("--host and --coordinator need --hosts, the number of processes")
+            yield
             return
         if number.value is not None and number.value >= count.value:
             raise UserError(f"--host={number.value} must be below --hosts={count.value}")
         hosts.join(count.value, number.value, coordinator.value)
         if not hosts.is_first():
             sys.stdout = open(os.devnull, "w")  # host 0 tells how the run stands
+        with hosts.failure_told():
+            yield
 
-    return join
+    return joined
 
 
 def _choose(

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,9 @@ LOST_SECONDS = 60  # without a sign of life after which a host is lost, and all 
 LEAVE_SECONDS = 20  # that a host which ends waits for the others to end
 SECONDS = 600.0  # how long a host waits for what another one says
 FOREVER = 1e6
+LOOK_SECONDS = 2.0  # between two looks whether a host that is waited for has failed
 
+_FAILED = "collab_jax/failed"
 _calls = itertools.count()
 _said: collections.deque[str] = collections.deque()  # the keys of this host that others may read
 
@@ -82,26 +85,51 @@ def gathered(what: str, said: Any, seconds: float = SECONDS) -> list[Any]:
     """
     if count() == 1:
         return [said]
-    client, call = distributed.global_state.client, next(_calls)
-    assert client is not None
+    client, call = _client(), next(_calls)
     place = f"collab_jax/{call}/{what}"
     client.key_value_set(f"{place}/{index()}", json.dumps(said))
-    heard = []
-    for host in range(count()):
-        try:
-            text = client.blocking_key_value_get(f"{place}/{host}", int(1000 * seconds))
-        except jax.errors.JaxRuntimeError as error:
-            raise UserError(
-                f"host {host} of {count()} has not told {what} within {seconds:g} s "
-                f"({str(error).split(':')[0]}): see its own output; once it can run, the same "
-                "command on all hosts goes on from the last checkpoint"
-            ) from None
-        heard.append(json.loads(text))
+    end = time.monotonic() + seconds
+    heard = [json.loads(_awaited(place, host, what, end)) for host in range(count())]
     # Who is here has read all of the call before, so nobody needs those before that.
     _said.append(f"{place}/{index()}")
     if len(_said) > 2:
         client.key_value_delete(_said.popleft())
     return heard
+
+
+def _client() -> Any:
+    client = distributed.global_state.client
+    assert client is not None
+    return client
+
+
+def _awaited(place: str, host: int, what: str, end: float) -> str:
+    """Returns what a host says at a place, once it does; `end` is a time.monotonic()."""
+    while True:
+        patience = max(min(LOOK_SECONDS, end - time.monotonic()), 0.001)
+        try:
+            return _client().blocking_key_value_get(f"{place}/{host}", int(1000 * patience))
+        except jax.errors.JaxRuntimeError as error:
+            kind = str(error).split(":")[0]
+        for failed, problem in _client().key_value_dir_get(_FAILED):
+            raise UserError(f"host {failed.rpartition('/')[2]} failed: {problem}")
+        if kind != "DEADLINE_EXCEEDED" or time.monotonic() >= end:
+            raise UserError(
+                f"host {host} of {count()} has not told {what} ({kind}): see its own output; once "
+                "it can run, the same command on all hosts goes on from the last checkpoint"
+            )
+
+
+@contextlib.contextmanager
+def failure_told() -> Iterator[None]:
+    """An error that leaves the body is told to the hosts that wait for this one, and ends them."""
+    try:
+        yield
+    except Exception as error:
+        problem = str(error) if isinstance(error, UserError) else repr(error)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where host 0 is no more
+            _client().key_value_set(f"{_FAILED}/{index()}", " ".join(problem.split()))
+        raise
 
 
 @contextlib.contextmanager

@@ -142,8 +142,11 @@ def machine() -> dict[str, str]:
     }
 
 
+STOPPED = 75  # exit status of a command that was asked to stop: the same command goes on
+
+
 class GracefulStop:
-    """Handles SIGTERM and Ctrl-C: exits at once with status 0, or after the step that runs.
+    """Handles SIGTERM and Ctrl-C: exits at once with status STOPPED, or after the step that runs.
 
     Inside `with stop:` a signal only sets `requested`, and the block asks for it.
     """
@@ -156,7 +159,7 @@ class GracefulStop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if not self._in_block:
-            sys.exit(0)
+            sys.exit(STOPPED)
 
     def __enter__(self) -> "GracefulStop":
         self._in_block = True
@@ -166,6 +169,6 @@ class GracefulStop:
         self._in_block = False
 
     def exit(self, message: str) -> NoReturn:
-        """Ends the process with status 0, as was asked, after a line that says what is saved."""
+        """Ends the process as was asked, after a line that says what is saved."""
         print(message)
-        sys.exit(0)
+        sys.exit(STOPPED)
