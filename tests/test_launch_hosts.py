@@ -1,11 +1,16 @@
 """Launchers of several hosts: their files are parsed, and their scripts run with stand-ins."""
 
 import os
+import re
+import string
 import subprocess
+import time
 
 import pytest
 import yaml
 from conftest import ROOT
+
+from collab_jax.runtime.process import STOPPED
 
 STAND_IN = """#!/bin/bash
 echo "$(basename "$0") $* [${JAX_LOCAL_DEVICE_IDS:-all}]" >>"$CALLS"
@@ -85,3 +90,86 @@ def test_sky_tells_each_machine_its_number_and_the_first_one_s_address(stand_ins
         f"--workdir {task['envs']['WORKDIR']} --hosts 2 --host 1 --coordinator 10.0.0.4:8476 [all]"
     ]
     assert (ROOT / task["envs"]["CONFIG"]).exists() and task["num_nodes"] == 2
+
+
+def test_jobset_gives_each_pod_its_number_and_starts_again_what_has_saved():
+    text = (ROOT / "launch" / "jobset.yaml").read_text()
+    exported = re.findall(r"(\w+)=(\S+)", "".join(re.findall("#   export (.*\n)", text)))
+    rendered = string.Template(text).safe_substitute(dict(exported))
+    assert not re.search(r"\$\{|\$[A-Z]", rendered)
+    job_set = yaml.safe_load(rendered)
+    assert job_set["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "research"}
+    [group] = job_set["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 4 and job["completionMode"] == "Indexed"
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+    # JobSet names pods NAME-GROUP-REPLICA-INDEX, and its service as the set.
+    assert container["args"] == [
+        "--config=configs/math_qwen2p5_1p5b.py",
+        "--workdir=/runs/math",
+        "--hosts=4",
+        "--host=$(JOB_COMPLETION_INDEX)",
+        f"--coordinator=math-{group['name']}-0-0.math:8476",
+    ]
+    assert container["args"][1].endswith(f"{container['volumeMounts'][0]['mountPath']}/math")
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [STOPPED]
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0  # else there is no policy
+    failure = job_set["spec"]["failurePolicy"]
+    assert failure["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert failure["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+GCLOUD = """#!/bin/bash
+echo "$(printf '%s|' "$@")" >>"$CALLS"
+case "$4" in
+  describe) echo "$HOSTS" ;;
+  scp) tar -tzf "$5" | grep ^collab_jax/train.py >>"$CALLS" ;;
+  ssh) if [[ $7 == --command=*setsid* ]]; then cd "$HOME" && bash -c "${7#--command=}"; fi ;;
+esac
+"""
+TRAINS = """#!/bin/bash
+printf '%s|' "$@"
+echo
+if mkdir ../stopped; then exit 75; else exit "$STATUS"; fi 2>/dev/null
+"""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the last commit is what is copied")
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_slice_trains_on_all_hosts_and_starts_again_what_was_asked_to_stop(tmp_path, status):
+    for name, text in (("bin/gcloud", GCLOUD), ("home/collab_jax/.venv/bin/python", TRAINS)):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        file.chmod(0o755)
+    arguments = ["a slice", "z", "configs/x y.py", "/shared/it's", "--config.seed=1"]
+    calls, log = tmp_path / "calls", tmp_path / "home" / "collab_jax.log"
+    environment = {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "HOME": str(tmp_path / "home"),
+        "HOSTS": "10.0.0.1;10.0.0.2",
+        "STATUS": str(status),
+    }
+    done = subprocess.run(
+        ["launch/tpu_slice.sh", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "starting 2 hosts" in done.stdout
+    asked = calls.read_text().splitlines()
+    assert [call.split("|")[3] for call in asked if "|" in call] == [
+        "describe",
+        "scp",
+        "ssh",
+        "ssh",
+    ]
+    assert "collab_jax/train.py" in asked and "prepare tpu" in asked[-2]
+    assert all("|--zone=z|" in call for call in asked if "|" in call)
+    train = "-m|collab_jax.train|--config|configs/x y.py|--workdir|/shared/it's|--hosts|2|"
+    deadline = time.monotonic() + 20
+    while len(log.read_text().splitlines()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert log.read_text().splitlines() == [f"{train}--config.seed=1|"] * 2
