@@ -5,8 +5,9 @@
 writes collab_config.json (`routing/collab_config.py` documents it) and prints what was chosen and
 what is promised of it; `routing/calibration.py` says how a bias is chosen. Responses without an
 answer always go to the cloud. Where they alone exceed the budget, leave them to the margin as well:
-`--margin_only`. With `--hold_out 0.5` the last half of the records does not choose the bias; the
-call rate and accuracy on that half are printed. No jax.
+`--margin_only`. With `--hold_out 0.5` a random half of the records does not choose the bias; the
+call rate and accuracy on that half are printed, and the call rates on 200 such halves: one alone is
+a matter of luck. No jax.
 """
 
 import argparse
@@ -23,7 +24,10 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
 
 
-def split(table: Records, share: float) -> tuple[Records, Records | None]:
+SPLITS = 200  # of which the call rates are told
+
+
+def split(table: Records, share: float, seed: int = 0) -> tuple[Records, Records | None]:
     """The records to calibrate on, and a random `share` of them; None where that is 0."""
     if not 0 <= share < 1:
         raise UserError(f"--hold_out {share:g}: a share of the records, in [0, 1)")
@@ -36,7 +40,7 @@ def split(table: Records, share: float) -> tuple[Records, Records | None]:
             f"--hold_out {share:g} of {n} records leaves {first} to calibrate on and {n - first} "
             "to check: change it"
         )
-    order = np.random.default_rng(0).permutation(n)  # records may be sorted by anything
+    order = np.random.default_rng(seed).permutation(n)  # records may be sorted by anything
     return (
         {name: column[order[:first]] for name, column in table.items()},
         {name: column[order[first:]] for name, column in table.items()},
@@ -62,23 +66,13 @@ def check(bias: float, table: Records, margin_only: bool) -> str:
 def main(argv: list[str]) -> int:
     """Chooses a bias, writes it, and prints what was chosen."""
     args = parse(argv)
-    table = records.read(args.records)
-    records.require(table, ["margin"], "calibration")
-    table, held_out = split(table, args.hold_out)
+    everything = records.read(args.records)
+    records.require(everything, ["margin"], "calibration")
+    table, held_out = split(everything, args.hold_out)
     if args.accuracy is not None:
         table = records.known(table)
+    calibration = choose(args, table)
     margins, is_answered = table["margin"], answered(table, args.margin_only)
-    if args.accuracy is None:
-        calibration = bias_for_rate(margins, is_answered, args.rate, args.delta)
-    else:
-        calibration = bias_for_accuracy(
-            margins,
-            is_answered,
-            table["local_correct"],
-            table["cloud_correct"],
-            args.accuracy,
-            args.delta,
-        )
     config = collab_config.to_config(
         calibration,
         margins,
@@ -93,7 +87,42 @@ def main(argv: list[str]) -> int:
     if held_out:
         outcome = check(calibration.bias, held_out, args.margin_only)
         print(f"on the {len(held_out['id'])} prompts held out: {outcome}")
+        print(over_splits(args, everything))
     return 0
+
+
+def choose(args: argparse.Namespace, table: Records) -> Calibration:
+    """The bias for the rate or the accuracy that was asked for; verdicts are known for the latter.
+
+    Raises UserError where there is none.
+    """
+    margins, is_answered = table["margin"], answered(table, args.margin_only)
+    if args.accuracy is None:
+        return bias_for_rate(margins, is_answered, args.rate, args.delta)
+    local, cloud = table["local_correct"], table["cloud_correct"]
+    return bias_for_accuracy(margins, is_answered, local, cloud, args.accuracy, args.delta)
+
+
+def over_splits(args: argparse.Namespace, table: Records) -> str:
+    """How far the call rate on what is held out depends on which records these are."""
+    rates, impossible = [], 0
+    for seed in range(SPLITS):
+        first, held_out = split(table, args.hold_out, seed)
+        assert held_out
+        if args.accuracy is not None:
+            first = records.known(first)
+        try:
+            bias = choose(args, first).bias
+        except UserError:
+            impossible += 1
+            continue
+        is_answered = answered(held_out, args.margin_only)
+        rates.append(calls(bias, held_out["margin"], is_answered).mean())
+    low, high = np.quantile(rates, (0.025, 0.975))
+    return (
+        f"over {SPLITS} such splits: call rate {np.mean(rates):.1%} on average, {low:.1%} to "
+        f"{high:.1%} in 95 % of them" + (f"; no bias in {impossible}" if impossible else "")
+    )
 
 
 def describe(c: Calibration, path: pathlib.Path) -> str:

@@ -588,6 +588,13 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
     assert collab_config.read(tmp_path)["bias"] == first.bias and first.n == 600
     assert f"on the 400 prompts held out: call rate {100 * sent.mean():.1f} (" in out
     assert f"overall accuracy {100 * right.mean():.1f} (" in out
+    rates = []
+    for seed in range(200):
+        kept, rest = np.split(np.random.default_rng(seed).permutation(1000), [600])
+        bias = bias_for_rate(margins[kept], answered[kept], 0.3).bias
+        rates.append(((margins[rest] + bias > 0) | ~answered[rest]).mean())
+    low, high = np.quantile(rates, (0.025, 0.975))
+    assert f"call rate {np.mean(rates):.1%} on average, {low:.1%} to {high:.1%} in 95 %" in out
     for share, says in (
         ("1", "in \\[0, 1\\)"),
         ("0.9999", "leaves 0 to calibrate on"),
