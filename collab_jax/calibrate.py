@@ -23,7 +23,6 @@ from collab_jax.runtime import cli
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
 
-
 SPLITS = 200  # of which the call rates are told
 
 

@@ -25,11 +25,11 @@ def get_config() -> ConfigDict:
     config = ours["get_config"]()
     config.model.path = "runs/chain-tiny"
     config.prompt_length = 24
-    config.max_new_tokens = 80
+    config.max_new_tokens = 64
     config.task.name = "chain"
     config.task.prompt = "{problem}"
-    config.task.numbers = (1, 20)
-    config.task.steps = (2, 6)
+    config.task.numbers = (1, 50)
+    config.task.steps = (2, 5)
     config.cloud.error_skew = 3.0
     config.algorithm.decision = "scored"
     config.optim.momentum = 0.5

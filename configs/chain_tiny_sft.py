@@ -2,10 +2,10 @@ r"""Warm start of a model of 0.79 M parameters for chains (`tasks/chain.py`), fr
 
     python -m collab_jax.sft --config configs/chain_tiny_sft.py --workdir runs/chain-tiny
 
-Two to six steps of arithmetic modulo 1,000 with numbers to 20, each step on a line. A model of this
-size slips at some of them, mostly at products, and nothing in its response shows where: whether to
-call has to come from how sure it was. One demonstration in seven stops on the way and calls, at a
-place and for a problem drawn by chance.
+Two to five steps of arithmetic modulo 1,000 with numbers to 50, each step on a line. A model of
+this size slips at some of them, mostly at products, and nothing in its response shows where:
+whether to call has to come from how sure it was. One demonstration in seven stops on the way and
+calls, at a place and for a problem drawn by chance.
 
 The shape is that of the embedded model (configs/countdown_tiny_sft.py), with other words. 2,400
 steps of 128 demonstrations, some 45 minutes on two cores by its first steps; no result of it is

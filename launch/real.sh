@@ -11,7 +11,7 @@ set -- configs/svamp_smollm2.py "$@"
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 . launch/stages.sh
 takes=(
-  [collab_jax.sft]="some 75 minutes on two cores; each part says when it will end"
+  [collab_jax.sft]="some 90 minutes on two cores; each part says when it will end"
   [collab_jax.train]="some 25 minutes, two evaluations among them"
   [collab_jax.evaluate]="8 minutes"
   [collab_jax.export]="half a minute"

@@ -196,19 +196,19 @@ def problems(found):
     return [(example, response) for example, response in found if example.stratum != "drill"]
 
 
-def test_after_each_problem_comes_a_drill(folder):
-    found = demonstrated(folder, 100, demo_give_up=0.0)
-    drills = found[1::2]
-    assert all(e.stratum == "drill" for e, _ in drills) and len(problems(found)) == 50
+def test_after_every_third_problem_comes_a_drill(folder):
+    found = demonstrated(folder, 40, demo_give_up=0.0)
+    drills = found[3::4]
+    assert all(e.stratum == "drill" for e, _ in drills) and len(problems(found)) == 30
     task = make_task(config(folder))
     assert all(v.correct and v.formatted for v in task.verify(*zip(*drills, strict=True)))
     prompts = [task.prompt(e)[-1]["content"] for e, _ in drills]
-    assert len({task.template(prompt) for prompt in prompts}) == 50  # in either half
+    assert len({task.template(prompt) for prompt in prompts}) == 10  # in either half
 
 
 def test_a_demonstration_shows_each_step(folder):
     train = make_task(config(folder)).load("train")
-    found = problems(demonstrated(folder, 2 * len(train), demo_give_up=0.0))
+    found = problems(demonstrated(folder, 2 * len(train), demo_give_up=0.0))[: len(train)]
     assert sorted(e.id for e, _ in found) == sorted(e.id for e in train)  # an epoch; no validation
     assert {e.stratum: response for e, response in found} == {
         "1-step": "<think>2+1=3</think>\n<answer>3</answer>",
@@ -238,7 +238,7 @@ def test_a_seed_fixes_demonstrations(folder):
     assert demonstrated(folder, 200, seed=1, demo_give_up=0.5) != first
     train = {e.id: e for e in make_task(config(folder)).load("train")}
     n = len(train)
-    shown = problems(demonstrated(folder, 6 * n, demo_give_up=0.5))
+    shown = problems(demonstrated(folder, 4 * n, demo_give_up=0.5))[: 3 * n]
     epochs = [[e.id for e, _ in shown[i : i + n]] for i in (0, n, 2 * n)]
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2]) == set(train)
     assert epochs[0] != epochs[1] != epochs[2]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import drills, math, prose, renumber, rows, spelling, splits
+from collab_jax.tasks import distract, drills, math, prose, renumber, rows, spelling, splits
 from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
 
 _CLOUD_PROMPT = (
@@ -23,6 +23,7 @@ _CLOUD_PROMPT = (
     "{problem}"
 )
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
+DRILL_EVERY = 3  # problems of demonstrations
 
 
 def steps(row: dict[str, Any]) -> list[str]:
@@ -80,20 +81,23 @@ def demonstrations(
 ) -> Iterator[tuple[Example, str]]:
     """Endless (example, response): in each epoch all training examples once, in another order.
 
-    In every second epoch problems have other numbers where that is safe (`renumber.py`), and after
-    each problem comes a drill in arithmetic (`drills.py`). A response shows the steps, each on a
-    line. A share `give_up` of them stops at random, without a look at the problem, and ends with
+    In every second epoch problems have other numbers where that is safe (`renumber.py`), every
+    second problem has a number that is of no use, where one can be put in (`distract.py`), and
+    after every third comes a drill in arithmetic (`drills.py`). A response shows the steps, each on
+    a line. A share `give_up` of them stops at random, without a look at the problem, and ends with
     the marker: before a step, after the last one, or where the answer would open.
     """
     rng = random.Random(f"demonstrations {seed}")
+    things = distract.things([example.problem for example in examples])
     for epoch in itertools.count():
-        for example in rng.sample(examples, len(examples)):
-            if epoch % 2:
-                row = renumber.renumbered(example.problem, rng)
-                example = dataclasses.replace(example, problem=row)
-            yield example, _response(example.problem, give_up, marker, rng)
-            row = drills.drill(rng)
-            yield Example(row["id"], "drill", row), _response(row, give_up, marker, rng)
+        for i, example in enumerate(rng.sample(examples, len(examples))):
+            row = renumber.renumbered(example.problem, rng) if epoch % 2 else example.problem
+            row = distract.distracted(row, things, rng) if i % 2 else row
+            example = dataclasses.replace(example, problem=row)
+            yield example, _response(row, give_up, marker, rng)
+            if i % DRILL_EVERY == DRILL_EVERY - 1:
+                row = drills.drill(rng)
+                yield Example(row["id"], "drill", row), _response(row, give_up, marker, rng)
 
 
 def _response(row: dict[str, Any], give_up: float, marker: str, rng: random.Random) -> str:
@@ -107,8 +111,12 @@ def _response(row: dict[str, Any], give_up: float, marker: str, rng: random.Rand
 
 
 def _template(prompt: str) -> str:
-    """The words of a problem; of a drill, which has none, all of it."""
-    return splits.template(prompt) or prompt
+    """The words of a problem's question, which stays whatever is put before it; else all words.
+
+    Of a drill, which has none, all of it.
+    """
+    questions = distract.questions(prompt)
+    return splits.template(questions[-1] if questions else prompt) or prompt
 
 
 def make_task(config: ConfigDict) -> Task:
