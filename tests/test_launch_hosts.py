@@ -4,6 +4,7 @@ import os
 import re
 import string
 import subprocess
+import sys
 import time
 
 import pytest
@@ -173,3 +174,51 @@ def test_a_slice_trains_on_all_hosts_and_starts_again_what_was_asked_to_stop(tmp
         time.sleep(0.05)
     time.sleep(0.2)
     assert log.read_text().splitlines() == [f"{train}--config.seed=1|"] * 2
+
+
+RAY = {  # what launch/ray_job.py takes of Ray, with one worker of four, the third
+    "ray/__init__.py": "from ray import train, util",
+    "ray/util.py": "def get_node_ip_address(): return '10.0.0.6'",
+    "ray/train/__init__.py": """
+class Given:
+    def __init__(self, **given): self.__dict__.update(given)
+    def get_world_size(self): return scaling.num_workers
+    def get_world_rank(self): return 2
+    def __call__(self): return self
+ScalingConfig = RunConfig = FailureConfig = Given
+get_context = Given()
+""",
+    "ray/train/collective.py": """
+def broadcast_from_rank_zero(own):
+    assert own.startswith('10.0.0.6:')
+    return own.replace('.6:', '.4:')
+""",
+    "ray/train/v2/jax.py": """
+from ray import train
+JaxConfig = train.Given
+class JaxTrainer:
+    def __init__(self, loop, *, train_loop_config, jax_config, scaling_config, run_config):
+        assert not vars(jax_config) and run_config.failure_config.max_failures == 3
+        train.scaling = scaling_config
+        self.fit = lambda: loop(train_loop_config)
+""",
+    "collab_jax/train.py": "import sys; print(*sys.argv[1:], sep='|'); sys.exit(len(sys.argv) > 6)",
+}
+
+
+@pytest.mark.parametrize(("more", "status"), [((), 0), (("--config.seed=1",), 1)])
+def test_a_worker_of_ray_starts_a_host_and_fails_with_it(tmp_path, more, status):
+    for name, text in RAY.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    script, given = ROOT / "launch" / "ray_job.py", ["--config=x", "-w", *more]
+    done = subprocess.run(
+        [sys.executable, script, '{"num_workers": 4}', *given],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stderr
+    joined = ["--hosts=4", "--host=2", r"--coordinator=10[.]0[.]0[.]4:\d+\n"]
+    assert re.fullmatch("[|]".join([*given, *joined]), done.stdout)
