@@ -1,12 +1,12 @@
 """Our recipe on chains, whose answers cannot be checked by looking at them; budget 30 %.
 
-    python -m collab_jax.sft --config configs/chain_tiny_sft.py --workdir runs/chain-tiny
     python -m collab_jax.train --config configs/chain_tiny.py --workdir runs/chain
 
-The warm start comes first: its model is not bundled. A response is a step a line and the last
-result as the answer, so that the decision to call can only come from the model's own uncertainty,
-and the log-probability of a response is the rival (`tasks/chain.py`). The simulated cloud errs on 6
-% of the problems, with odds that are 20 times as high on the longest chains as on the shortest.
+It starts from docs/results/chain/start, which configs/chain_tiny_sft.py made. A response is a step
+a line and the last result as the answer, so that the decision to call can only come from the
+model's own uncertainty, and the log-probability of a response is the rival (`tasks/chain.py`). The
+simulated cloud errs on 6 % of the problems, with odds that are 20 times as high on the longest
+chains as on the shortest.
 
 Batches, temperature and averaged weights are those of configs/countdown_tiny_ours.py, which says
 why. The decision is scored (collab_jax/rl/scoring.py), with Adam's momentum lower than usual, since
@@ -23,7 +23,7 @@ ours = runpy.run_path(str(pathlib.Path(__file__).with_name("countdown_tiny_ours.
 
 def get_config() -> ConfigDict:
     config = ours["get_config"]()
-    config.model.path = "runs/chain-tiny"
+    config.model.path = "docs/results/chain/start"
     config.prompt_length = 24
     config.max_new_tokens = 64
     config.task.name = "chain"

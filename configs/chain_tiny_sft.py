@@ -8,8 +8,9 @@ whether to call has to come from how sure it was. One demonstration in seven sto
 calls, at a place and for a problem drawn by chance.
 
 The shape is that of the embedded model (configs/countdown_tiny_sft.py), with other words. 2,400
-steps of 128 demonstrations, some 45 minutes on two cores by its first steps; no result of it is
-published yet.
+steps of 128 demonstrations took 25 minutes on two cores that did other work, too; the model, which
+is in docs/results/chain/start, solves 70.8 % of 4,096 validation problems in greedy decoding and
+calls on none of them.
 """
 
 import pathlib

@@ -165,7 +165,6 @@ def test_common_names_the_limit_of_unknown_verdicts():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"train__sharded": True}, "train.sharded=True divides .* of one host"),
         ({"task__judge": "x"}, "task.judge works on one host"),
         ({"prompts_per_step": 2}, "multiple of the 4 devices"),
     ],

@@ -166,6 +166,20 @@ def test_two_hosts_of_two_devices_equal_one_of_four_bit_for_bit(alone, data_dir,
     assert bought[0] == bought[1] and sum(bought[0]) > 0
 
 
+@pytest.mark.slow
+def test_each_of_two_hosts_divides_its_parameters_over_its_devices(alone, data_dir, tmp_path):
+    """Sums are taken in another order, so samples may differ after some steps: two are compared."""
+    arguments = command(tmp_path, data_dir, **{"train.sharded": True, "train.steps": 2})
+    status, said = ended(job(2, 2, arguments))
+    assert status == 0, said
+    mine, want = (metrics.read(workdir / "metrics.jsonl")[:2] for workdir in (tmp_path, alone))
+    for key in ("reward", "kept", "tokens", "cloud_bought"):
+        assert [row[key] for row in mine] == [row[key] for row in want]
+    for one, other in zip(mine, want, strict=True):
+        assert one["grad_norm"] > 0
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
 FAILS = """
 import sys, time
 from collab_jax.runtime import hosts

@@ -63,7 +63,7 @@ def test_a_gradient_through_whole_is_this_devices_part_of_the_sum():
 def test_norms_and_sums_are_of_whole_arrays():
     tree = {"x": np.arange(8.0, dtype=np.float32).reshape(2, 4), "y": np.ones(3, np.float32)}
     cut = blocks.divided(tree, D, "d")
-    axes = {"x": Split(0, -1, "d"), "y": None}  # of an argument that has an axis D, or has not
+    axes = {"x": Split(0, -1, "d", D), "y": None}  # of an argument that has an axis D, or has not
 
     def of_device(tree):
         scaled, _ = optim.unit_norm().update(tree, optax.EmptyState())

@@ -32,6 +32,7 @@ from collab_jax.rl.memory_shapes import (
     count,
     plain_shapes,
 )
+from collab_jax.runtime import hosts
 
 GIB = 2**30
 PURPOSES = ("parameters", "optimizer", "average", "gradients", "activations", "logits", "cache")
@@ -131,13 +132,13 @@ def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
 def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
     """The plan of training by `config` with the model `cfg` on so many devices, of a CPU or not.
 
-    The prompts are split over the devices; all else is on each of them, but for what
-    `config.train.sharded` divides.
+    devices: of this host. The prompts are split over those of all hosts; all else is on each of
+    them, but for what `config.train.sharded` divides.
     """
     stored, cfg = cfg, _as_compiled(cfg, cpu)
     weights = _weights(stored, cfg, config, devices, config.optim.average > 0, cpu)
     adapter, trained, param, cast = weights.adapter, weights.trained, weights.param, weights.cast
-    prompts = -(-config.prompts_per_step // devices)
+    prompts = -(-config.prompts_per_step // (devices * hosts.count()))
     m, T = config.train.micro_rows, config.max_new_tokens
     update: Bytes = {
         "parameters": weights.gathered,

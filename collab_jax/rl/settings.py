@@ -40,11 +40,6 @@ def _need(holds: bool, message: str) -> None:
 def _check_hosts(config: ConfigDict) -> None:
     """What several hosts cannot do yet."""
     _need(
-        not config.train.sharded,
-        "config.train.sharded=True divides parameters over the devices of one host: set it to "
-        "False, or start one host",
-    )
-    _need(
         not config.task.judge,
         "config.task.judge works on one host: start one, or leave the answers to the verifier",
     )

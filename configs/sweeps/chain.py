@@ -2,7 +2,7 @@
 
 A model of 0.79 M parameters on arithmetic whose answers cannot be checked by looking at them; 160
 steps of 64 prompts x 4 responses at temperature 0.5 with averaged weights for every row, from one
-warm start (`configs/chain_tiny_sft.py`, run first into runs/chain-tiny); budget 30 %. Every row has
+warm start (docs/results/chain/start, by `configs/chain_tiny_sft.py`); budget 30 %. Every row has
 the learning rate that is best for it on validation. The cloud is simulated: wrong on 6 % of the
 problems, more often on long chains. Five seeds of what the headline compares, two of the others.
 
