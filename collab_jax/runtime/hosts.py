@@ -111,7 +111,10 @@ def _awaited(place: str, host: int, what: str, end: float) -> str:
             return _client().blocking_key_value_get(f"{place}/{host}", int(1000 * patience))
         except jax.errors.JaxRuntimeError as error:
             kind = str(error).split(":")[0]
-        for failed, problem in _client().key_value_dir_get(_FAILED):
+        told = []
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where host 0 is no more
+            told = _client().key_value_dir_get(_FAILED)
+        for failed, problem in told:
             raise UserError(f"host {failed.rpartition('/')[2]} failed: {problem}")
         if kind != "DEADLINE_EXCEEDED" or time.monotonic() >= end:
             raise UserError(
