@@ -167,6 +167,7 @@ def test_two_hosts_of_two_devices_equal_one_of_four_bit_for_bit(alone, data_dir,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_each_of_two_hosts_divides_its_parameters_over_its_devices(alone, data_dir, tmp_path):
     """Sums are taken in another order, so samples may differ after some steps: two are compared."""
     arguments = command(tmp_path, data_dir, **{"train.sharded": True, "train.steps": 2})
@@ -200,7 +201,7 @@ except UserError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_host_that_fails_tells_those_that_wait_for_it(failing):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -115,6 +115,7 @@ def test_a_new_budget_and_new_settings_compile_nothing(server):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_fuzz_as_a_command(capsys):
     assert run_serve_bench(["--only", "fuzz", "--requests", "60"]) == 0
     assert re.search(r"60 requests .* 20 cut; \d+ answers bought", capsys.readouterr().out)

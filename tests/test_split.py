@@ -125,7 +125,7 @@ def test_a_step_with_divided_parameters_equals_one_with_whole_ones(changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_run_with_divided_parameters_equals_one_with_whole_ones(small, tmp_path, rank):
     """Its checkpoints too: each goes on from the other's."""
     fewer = {"train__checkpoint_every": 1, "eval__prompts": 0, "decode__slot_counts": 1}
