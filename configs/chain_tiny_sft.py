@@ -9,8 +9,10 @@ calls, at a place and for a problem drawn by chance.
 
 The shape is that of the embedded model (configs/countdown_tiny_sft.py), with other words. 2,400
 steps of 128 demonstrations took 25 minutes on two cores that did other work, too; the model, which
-is in docs/results/chain/start, solves 70.8 % of 4,096 validation problems in greedy decoding and
-calls on none of them.
+is in docs/results/chain/start, solves 70.8 % of 4,096 validation problems in greedy decoding (69.4
+to 72.2) and calls on one of them, seed 0, 2026-11-27:
+
+    python -m collab_jax.evaluate --config configs/chain_tiny.py --workdir runs/chain-start
 """
 
 import pathlib

@@ -114,9 +114,9 @@ def norm(tree: Any) -> jax.Array:
     """The root of the sum of all squares f32[], as `optax.tree.norm`, of whole arrays."""
     squares = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))  # noqa: E731
     leaves = jax.tree.leaves(tree, is_leaf=is_split)
-    total = sum((squares(x) for x in leaves if not is_split(x)), jnp.float32(0))
+    of_all = sum((squares(x) for x in leaves if not is_split(x)), jnp.float32(0))
     if divided := [x for x in leaves if is_split(x)]:
         of_parts, one = sum(squares(x.part) for x in divided), divided[0]
         groups = _hosts(one.over, one.parts)
-        total += jax.lax.psum(of_parts, one.over, axis_index_groups=groups)
-    return jnp.sqrt(total)
+        of_all += jax.lax.psum(of_parts, one.over, axis_index_groups=groups)
+    return jnp.sqrt(of_all)
