@@ -33,7 +33,8 @@
     answer_logp        float     nats    that of the tokens after `<answer>` opened
     margin             float     logits  max_t m_t, the trained decision (`sampler.py`)
     first_margin       float     logits  m_t at the first decision state, before any attempt
-    last_margin        float     logits  m_t at the last one, where the answer opens
+    last_margin        float     logits  m_t at the last one, where the answer opens (or ends, see
+                                         config.text.decide_after_answer)
     margins            f32 list  logits  the trace m_t, one a token, -inf off decision states
     natural_text       str               of the pass with the marker allowed: the response
     natural_called     bool              the decision token came at a decision state; for a marker

@@ -65,6 +65,8 @@ def get_config() -> ConfigDict:
     config.text.pad = "auto"
     # every token that ends a response; auto: those of generation_config.json, or the tokenizer's
     config.text.eos = ("auto",)
+    # whether a call may also come after the answer has opened, up to EOS: it takes the answer back
+    config.text.decide_after_answer = False
 
     config.task = ConfigDict()
     config.task.name = "countdown"  # a key of collab_jax.tasks.TASKS, or mix

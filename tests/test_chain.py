@@ -60,22 +60,21 @@ def test_demonstrations_are_right_and_well_formed_and_of_no_evaluated_problem():
     assert not problems & held_out
 
 
-def test_calls_among_the_demonstrations_come_before_any_step_and_whatever_the_problem():
+def test_calls_among_the_demonstrations_come_anywhere_and_whatever_the_problem():
     task = make_task(config(demo_give_up=0.4))
-    called, done = [], Counter()
+    called, early, within_a_line = [], [], 0
     for example, response in take(2_000, task.demonstrations(0)):
         verdict = task.verify([example], [response])[0]
         assert verdict.called != verdict.correct
         if verdict.called:
-            *lines, last = response.removeprefix("<think>").split("\n")
-            assert last == config().text.marker
-            assert lines == chain.steps(example.problem)[: len(lines)]
-            if example.stratum == "4-step":
-                done[len(lines)] += 1
+            thought = response.removeprefix("<think>").removesuffix(config().text.marker)
+            worked = "".join(f"{line}\n" for line in chain.steps(example.problem))
+            assert worked.startswith(thought)
+            early.append(2 * len(thought) < len(worked))
+            within_a_line += thought != "" and not thought.endswith("\n")
         called.append(verdict.called)
     assert within(sum(called), len(called), 0.4)
-    assert set(done) == {0, 1, 2, 3, 4}
-    assert all(within(count, done.total(), 1 / 5) for count in done.values())
+    assert abs(sum(early) / len(early) - 1 / 2) < 0.1 and within_a_line > len(early) / 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,13 @@ from collab_jax.models import text as text_lib
 from collab_jax.models.decision import ANSWER, Opening, invert, opening
 
 SETTINGS = ConfigDict(
-    dict(marker="<unknown> help </unknown>", decision_token="auto", pad="auto", eos=("auto",))
+    dict(
+        marker="<unknown> help </unknown>",
+        decision_token="auto",
+        pad="auto",
+        eos=("auto",),
+        decide_after_answer=False,
+    )
 )
 SIGNS = list(")$}].:;,!?*=+-/\\|'\"`~^&%#@>") + ["\\)", "}$", "$$", "**", "```"]
 PARTS = ["<answer>", "<answer", "answer>", "<ans", "wer>", "<", "<<", ">", "</answer>", "</think>"]
@@ -125,6 +131,7 @@ def test_a_space_before_a_word_and_an_id_without_a_token(tmp_path):
     )
     tokenizer.save_pretrained(tmp_path)
     settings = dict(marker="> help", decision_token="<unk>", pad="<pad>", eos=("<unk>",))
+    settings |= dict(decide_after_answer=False)
     with pytest.raises(text_lib.TextError, match="also ends"):
         text_lib.load(tmp_path, ConfigDict(settings))
     opens = text_lib.load(tmp_path, ConfigDict(settings | {"decision_token": ""})).answer_open

@@ -140,16 +140,20 @@ def test_an_evaluation_writes_nothing_while_the_cloud_is_down_and_then_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("margins", "first", "last", "answer"),
+    ("opens", "margins", "first", "last", "answer"),
     [
-        ([-3.0, -1.0, -2.0, -np.inf, -np.inf, -np.inf], -3, -2, -0.5 - 0.25),
-        ([-np.inf] * 6, -np.inf, -np.inf, -(0.1 + 0.2 + 0.4 + 0.5 + 0.25)),
+        (2, [-3.0, -1.0, -2.0, -np.inf, -np.inf, -np.inf], -3, -2, -0.5 - 0.25),
+        (2, [-3.0, -1.0, -2.0, -4.0, -5.0, -np.inf], -3, -5, -0.5 - 0.25),  # decide_after_answer
+        (0, [-np.inf] * 6, -np.inf, -np.inf, -(0.2 + 0.4 + 0.5 + 0.25)),
+        (5, [-3.0, -1.0, -2.0, -4.0, -5.0, -np.inf], -3, -5, 0.0),  # after its end: never
     ],
 )
-def test_what_follows_the_last_decision_state_is_the_answer(run, margins, first, last, answer):
+def test_what_follows_the_opening_is_the_answer(run, opens, margins, first, last, answer):
     mask = np.array([[True] * 5 + [False]])
+    tokens = np.full((1, 6), run.text.pad_id, np.int32)
+    tokens[0, opens] = run.text.tokenizer.convert_tokens_to_ids("<answer>")
     samples = Samples(
-        tokens=np.zeros((1, 6), np.int32),
+        tokens=tokens,
         logp=np.array([[-0.1, -0.2, -0.4, -0.5, -0.25, -9.0]]),
         mask=mask,
         ended=np.array([True]),
@@ -160,7 +164,7 @@ def test_what_follows_the_last_decision_state_is_the_answer(run, margins, first,
         samples, Verdicts(["<answer>1</answer>"], ~no, no, ~no, no, no, np.ones(1, np.float32))
     )
     example = evaluation.held_out(run, "validation")[0]
-    row = evaluation._row(run.task, example, 0, {"local": local}, drawn=False)
+    row = evaluation._row(run, example, 0, {"local": local}, drawn=False)
     assert row["answer_logp"] == pytest.approx(answer) and row["logp"] == pytest.approx(-10.45)
     assert (row["first_margin"], row["last_margin"]) == (first, last)
     assert row["split"] == "validation"

@@ -32,6 +32,7 @@ SETTINGS = dict(
     decision_token="<|reserved_5|>",
     pad="<|pad|>",
     eos=("<|end|>", "<|eot|>"),
+    decide_after_answer=False,
 )
 ROWS = 320  # of the embedding, some without a token
 DEFAULT = dict(rope_type="default", rope_theta=5e5)
@@ -518,7 +519,8 @@ def test_smollm2_is_written_as_llama_cpp_wrote_it(smollm2_file, tmp_path):
     folder = hf.locate("smollm2-135m")
     config = hf.read_config(folder)
     cfg = hf.config_from_hf(config)
-    text = text_lib.load(folder, ConfigDict(dict.fromkeys(SETTINGS, "auto") | {"marker": MARKER}))
+    auto = dict.fromkeys(SETTINGS, "auto") | {"marker": MARKER, "decide_after_answer": False}
+    text = text_lib.load(folder, ConfigDict(auto))
     file, params = tmp_path / "again.gguf", hf.load(folder, cfg, "float32")
     gguf_export.write(file, params, cfg, config, text, kind="f32", name="again")
     theirs, ours = fields(smollm2_file), fields(file)

@@ -58,6 +58,16 @@ def test_a_marker_in_plain_text_is_sampled_and_judged_as_one_token_is(parts, sma
     assert marker.decision_id is None and marker.plain == ((parts[1].decision_id,), (), ())
 
 
+def test_a_call_after_the_answer_takes_it_back_where_the_config_lets_it(parts, small):
+    late = RIGHT + "<unknown> I need external assistance </unknown>"
+    assert verdicts(parts, [late])[0] == [(True, False, False)]
+    config = small(text__decide_after_answer=True)
+    text = text_lib.load(hf.locate(config.model.path), config.text)
+    got, texts = verdicts((parts[0], text), [late, RIGHT, CALL])
+    assert got == [(False, True, False), (True, False, True), (False, True, False)]
+    assert texts[0] == late.replace("<answer>3+4+5</answer>", "") and texts[1:] == [RIGHT, CALL]
+
+
 def test_a_response_that_was_cut_off_is_nothing(parts):
     got, _ = verdicts(parts, [RIGHT, WRONG, CALL], ended=False, change=lambda ids: ids[:-1])
     assert got == [(False, False, False)] * 3

@@ -13,7 +13,7 @@ import pytest
 
 from collab_jax.models import attention, decision, decoder, logprobs, sampler
 from collab_jax.models.blocks import empty, unstacked
-from collab_jax.models.decision import Marker, PlainMarker, opening
+from collab_jax.models.decision import NEVER, Marker, PlainMarker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings
 
@@ -141,10 +141,11 @@ CHAIN_SETTINGS = {
 }
 
 
-def chain_run(table, starts, beta=0.0):
+def chain_run(table, starts, beta=0.0, **changes):
     """Greedy responses to prompts of one token each, on the host, [P, T]."""
     tokens = np.array([*starts, *starts * 5][:5], np.int32)[:, None]  # one shape for all
-    samples = run(chain_params(table), CHAIN, tokens, tokens >= 0, keys(5), beta, **CHAIN_SETTINGS)
+    settings = CHAIN_SETTINGS | changes
+    samples = run(chain_params(table), CHAIN, tokens, tokens >= 0, keys(5), beta, **settings)
     return jax.tree.map(lambda x: np.asarray(x)[: len(starts), 0], samples)
 
 
@@ -501,6 +502,17 @@ def test_after_the_answer_opened_the_bias_is_off_and_the_marker_is_a_word():
         assert samples.tokens[0, :3].tolist() == [ANSWER, DECISION, EOS]
         assert np.isfinite(samples.margins).sum() == 1
     assert chain_run(walk(_5=ANSWER), [5], 10.0).tokens[0, 0] == DECISION
+
+
+def test_where_no_opening_ends_them_all_steps_are_decision_states():
+    marker = {"marker": Marker(DECISION, NEVER)}
+    table = walk(_5=ANSWER, _4=9, _9=EOS)
+    table[9, DECISION] = 9.0
+    assert chain_run(table, [5]).margins[0, :4].tolist() == [-9.0] + [-np.inf] * 3
+    samples = chain_run(table, [5], **marker)
+    assert samples.tokens[0, :3].tolist() == [ANSWER, 9, EOS]
+    np.testing.assert_allclose(samples.margins[0, :4], [-9, -9, -1, -np.inf], rtol=1e-6)
+    assert chain_run(table, [5], 1.5, **marker).tokens[0, :3].tolist() == [ANSWER, 9, DECISION]
 
 
 def test_call_at():

@@ -18,6 +18,7 @@ from serving import KEY, Server
 from collab_jax.bench.serve import run_serve_bench
 from collab_jax.rl import evaluation, experiment
 from collab_jax.runtime import parallel
+from collab_jax.runtime.errors import UserError
 from collab_jax.serve.__main__ import KEY_ENV, make_service
 from collab_jax.tasks.base import answer_of
 from collab_jax.tasks.expressions import is_solution
@@ -43,6 +44,19 @@ def table(small, tmp_path_factory):
     return evaluation.evaluate(
         run, sampler, params, examples, "test", natural=False, ask_cloud=False
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"serve__slots": 0}, "must be at least 1"),
+        ({"text__decide_after_answer": True}, "once the answer has opened is final"),
+    ],
+)
+def test_settings_that_no_server_can_have_are_refused(small, tmp_path, changes, reason):
+    with pytest.raises(UserError, match=reason):
+        make_service(small(**changes), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -103,6 +103,7 @@ def write(folder, template, special, plain=(), roles=None, ends=None):
 
 def config(**changes) -> ConfigDict:
     auto = dict(marker=MARKER, decision_token="auto", pad="auto", eos=("auto",))
+    auto |= dict(decide_after_answer=False)
     return ConfigDict(auto | changes)
 
 

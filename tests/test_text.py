@@ -16,6 +16,7 @@ MARKER = "<unknown> I need external assistance </unknown>"
 WORDS = (*text_lib.TAGS, "<unknown>", " I need external assistance ", "</unknown>")
 WORDS += (" ", "\n", "<", "+", "=", "<|reserved_5|>", *"0123456789")
 CONFIG = dict(marker=MARKER, decision_token="<unknown>", pad="<pad>", eos=("<eos>",))
+CONFIG |= dict(decide_after_answer=False)
 BPE_CONFIG = dict(decision_token="<|reserved_5|>", pad="<|pad|>", eos=("<|end|>", "<|eot|>"))
 
 

@@ -1,14 +1,14 @@
 """The decision to call, at one step: its tokens, its margin, and how the next token is chosen.
 
 The marker's first token (the *decision token*) decides a call. Decision states are the steps before
-`<answer>` opens; at one of them the margin is m_t = (logit of the decision token) - (best other
-logit), before any bias. A bias beta on that logit at decision states leaves a greedy response as it
-is until the first t with m_t + beta > 0, and calls there. So one greedy pass with beta = -inf (the
-marker disallowed) holds, in its trace of m_t, the decision for every beta: see `call_at`. A
-response that was cut off has a trace too; routers rank it first for the cloud.
+`<answer>` opens, or all steps (NEVER); at one of them the margin is m_t = (logit of the decision
+token) - (best other logit), before any bias. A bias beta on that logit at decision states leaves a
+greedy response as it is until the first t with m_t + beta > 0, and calls there. So one greedy pass
+with beta = -inf (the marker disallowed) holds, in its trace of m_t, the decision for every beta:
+see `call_at`. A response that was cut off has a trace too; routers rank it first for the cloud.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,15 @@ class Opening(NamedTuple):
             more = set(self.table[sorted(states - {self.OPEN})].ravel().tolist())
         return self.OPEN in states
 
+    def states(self, tokens: Iterable[int]) -> list[int]:
+        """The state after each token, on the host."""
+        table, state, states = self.table, 0, []
+        for token in tokens:
+            if state != self.OPEN:
+                state = int(table[state, token]) if token < table.shape[1] else 0
+            states.append(state)
+        return states
+
     def after(self, state: jax.Array, token: jax.Array) -> jax.Array:
         """The states i8[R] after the tokens i32[R], from the states i8[R] before."""
         after = jnp.asarray(self.table).at[state, token].get(mode="fill", fill_value=0)
@@ -68,6 +77,9 @@ def _written(text: str) -> int:
     return next(n for n in reversed(range(len(ANSWER))) if text.endswith(ANSWER[:n]))
 
 
+NEVER = Opening(bytes(Opening.OPEN))  # of no token: all steps are decision states
+
+
 class PlainMarker(NamedTuple):
     """Tokens that decide a call spelt out in plain text; `models/text.py` finds them."""
 
@@ -83,7 +95,7 @@ class PlainMarker(NamedTuple):
 
 
 class Marker(NamedTuple):
-    """How a call and an answer begin, in tokens.
+    """How a call begins, in tokens, and until when it may: answer_open, or NEVER.
 
     decision_id: the one token that decides a call, or None with `plain`. With `plain`, m_t is the
     best deciding token's logit less the best other's, -inf where no token would decide, and a bias

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from collab_jax.models import special_tokens
-from collab_jax.models.decision import ANSWER, Opening, PlainMarker, opening
+from collab_jax.models.decision import ANSWER, NEVER, Marker, Opening, PlainMarker, opening
 from collab_jax.models.special_tokens import TAGS, SpecialTokens, TextError
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would advise to install torch
@@ -34,7 +34,7 @@ class Text:
     no single token decides, and `plain` then has those that do.
     marker: the call as text. marker_ids: the same as a response has it, decision_id first; a
     reserved token stands for the whole marker. answer_open: sees the answer open, from where on no
-    call is possible.
+    call is possible, unless decide_after_answer.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -46,6 +46,13 @@ class Text:
     marker_ids: tuple[int, ...]
     answer_open: Opening
     plain: PlainMarker | None
+    decide_after_answer: bool
+
+    @property
+    def decision(self) -> Marker:
+        """How a call begins, and until when."""
+        until = NEVER if self.decide_after_answer else self.answer_open
+        return Marker(self.decision_id, until, self.plain)
 
     @property
     def _marker_written(self) -> str:
@@ -168,7 +175,8 @@ def _plain_marker(pieces: Sequence[str], marker: str) -> PlainMarker:
 def load(folder: pathlib.Path, config: ConfigDict) -> Text:
     """The Text of a model folder and `config.text`; prints the special tokens that it found.
 
-    config: pad, eos, decision_token and marker. Raises TextError, which names the settings.
+    config: pad, eos, decision_token, marker and decide_after_answer. Raises TextError, which names
+    the settings.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
@@ -202,6 +210,7 @@ def load(folder: pathlib.Path, config: ConfigDict) -> Text:
         marker_ids=tuple(marker_ids),
         answer_open=answer_open,
         plain=None if decision else _plain_marker(pieces, marker),
+        decide_after_answer=config.decide_after_answer,
     )
 
 

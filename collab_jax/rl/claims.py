@@ -109,6 +109,7 @@ def differences(
     then.setdefault("cloud.error_skew", 0.0)
     then.setdefault("task.system", "")
     then.setdefault("lora.start", "")
+    then.setdefault("text.decide_after_answer", False)
     then.pop("train.lengths", None)  # a setting that is gone, on which no result depended
     keys = then.keys() | now.keys() if all_keys else then.keys() & now.keys()
     left_to_be_found = {

@@ -17,6 +17,7 @@ from collab_jax import records
 from collab_jax.cloud import Answers, CachedCloud
 from collab_jax.cloud.redaction import as_it_is
 from collab_jax.cloud.share import with_attempt
+from collab_jax.models.decision import Opening
 from collab_jax.models.decoder import Params
 from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Text
@@ -96,7 +97,7 @@ def evaluate(
             batch = examples[start : start + size]
             passes = _passes(run, sampler, params, batch, start // size, natural, seed)
             drawn = seed is not None
-            columns = [_row(run.task, e, i, passes, drawn) for i, e in enumerate(batch)]
+            columns = [_row(run, e, i, passes, drawn) for i, e in enumerate(batch)]
             lenient = _lenient(run.task, batch, passes["local"])
             for row, found in zip(columns, lenient, strict=True):
                 row.update(found)
@@ -148,11 +149,12 @@ def _passes(
     return passes
 
 
-def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn: bool) -> Row:
+def _row(run: Run, example: Example, i: int, passes: Mapping[str, Pass], drawn: bool) -> Row:
     """Returns the device's columns of the prompt in row `i` of the passes."""
-    local, verdicts = passes["local"]
+    task, (local, verdicts) = run.task, passes["local"]
     states = np.flatnonzero(local.margins[i] > -np.inf)  # of decision
-    end = states[-1] + 1 if states.size else 0
+    before = [0, *run.text.answer_open.states(local.tokens[i].tolist())[:-1]]
+    in_answer = local.mask[i] & (np.array(before) == Opening.OPEN)
     row = {
         "id": example.id,
         "task": example.task,
@@ -168,7 +170,7 @@ def _row(task: Task, example: Example, i: int, passes: Mapping[str, Pass], drawn
         "ended": bool(local.ended[i]),
         "tokens": int(local.mask[i].sum()),
         "logp": float(local.logp[i].sum()),
-        "answer_logp": float(local.logp[i, end:][local.mask[i, end:]].sum()),
+        "answer_logp": float(local.logp[i][in_answer].sum()),
         "margin": float(local.margins[i].max()),
         "first_margin": float(local.margins[i, states[0]]) if states.size else -np.inf,
         "last_margin": float(local.margins[i, states[-1]]) if states.size else -np.inf,

@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 
 from collab_jax.cloud import Answers, CachedCloud, Pending, far
 from collab_jax.gapg import Rollout
-from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Messages, Text
@@ -32,7 +31,7 @@ from collab_jax.rl import algorithms, sampling
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import NOTHING_MISSING, MissingVerdicts
 from collab_jax.runtime import hosts, parallel
-from collab_jax.tasks import Example, Task, Verdict, budgets
+from collab_jax.tasks import Example, Task, Verdict, base, budgets
 
 
 class Batch(NamedTuple):
@@ -103,7 +102,7 @@ def make_sampler(
         config,
         eos_ids=text.eos_ids,
         pad_id=text.pad_id,
-        marker=Marker(text.decision_id, text.answer_open, text.plain),
+        marker=text.decision,
         group=group,
         temperature=temperature,
     )
@@ -156,6 +155,8 @@ def judge(
     needs the decision token where there is one: a marker in other tokens would escape every bias.
     """
     texts = text.decode(tokens, mask)
+    if text.decide_after_answer:
+        texts = [base.taken_back(response, text.marker) for response in texts]
     verdicts = dict(given or {})
     if rows := [row for row in np.flatnonzero(ended).tolist() if row not in verdicts]:
         judged = task.verify([examples[i] for i in rows], [texts[i] for i in rows])

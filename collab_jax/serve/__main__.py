@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 
 from collab_jax.cloud import make_cloud
 from collab_jax.models import hf
-from collab_jax.models.decision import Marker
 from collab_jax.models.text import Text
 from collab_jax.rl import experiment
 from collab_jax.routing import collab_config
@@ -61,7 +60,7 @@ def make_service(config: ConfigDict, workdir: pathlib.Path) -> Service:
         columns=config.prompt_length + config.max_new_tokens,
         chunk=min(config.serve.prefill_chunk, config.prompt_length + config.max_new_tokens),
         eos_ids=base.text.eos_ids,
-        marker=Marker(base.text.decision_id, base.text.answer_open, base.text.plain),
+        marker=base.text.decision,
         cache_dtype=config.decode.cache_dtype,
     )
     limits = Limits(s.queue, s.queue_tokens, s.prefill_chunk)
@@ -87,6 +86,12 @@ def _check(config: ConfigDict) -> None:
         raise UserError(
             "config.serve: slots, prefill_chunk, queue and queue_tokens must be at least 1, and "
             "deadline above 0"
+        )
+    if config.text.decide_after_answer:
+        raise UserError(
+            "config.text.decide_after_answer is for experiments: what a server streams once the "
+            "answer has opened is final. Set it to False, and calibrate on an evaluation that has "
+            "it so"
         )
 
 

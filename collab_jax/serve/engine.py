@@ -17,7 +17,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from collab_jax.models.decision import Opening
 from collab_jax.models.decoder import DecoderConfig, Params, empty_segment
 from collab_jax.serve import slots
 from collab_jax.serve.slots import LOGIT_BIASES, STEPS, Request, Round, SlotSettings
@@ -109,7 +108,6 @@ class Engine:
         self._held: list[Job | None] = [None] * settings.slots
         self._prefill: _Prefill | None = None
         self._steps, self._last_end, self._pace = STEPS[-1], 0.0, 0.0
-        self._opening = settings.marker.answer_open.table
         self._programs = slots.programs(cfg, settings)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -270,11 +268,11 @@ class Engine:
         values = np.zeros(LOGIT_BIASES, np.float32)
         ids[: len(job.logit_bias)] = list(job.logit_bias)
         values[: len(job.logit_bias)] = list(job.logit_bias.values())
-        tokens = (*job.prompt, *job.written)
+        tokens, opening = (*job.prompt, *job.written), self.settings.marker.answer_open.states
         request = Request(
             token=np.int32(tokens[-1]),
             position=np.int32(len(tokens) - 1),
-            opening=np.int8(self._opened(job.written)),
+            opening=np.int8(opening(job.written)[-1] if job.written else 0),
             written=np.int32(len(job.written)),
             limit=np.int32(job.limit),
             seed=np.uint32(job.seed),
@@ -285,16 +283,6 @@ class Engine:
             logit_values=values,
         )
         self._state = self._programs.insert(self._state, np.int32(slot), self._staging, request)
-
-    def _opened(self, written: tuple[int, ...]) -> int:
-        """The state of `decision.Opening` after the tokens of a response."""
-        state = 0
-        for token in written:
-            if state == Opening.OPEN:
-                break
-            known = token < self._opening.shape[1]
-            state = int(self._opening[state, token]) if known else 0
-        return state
 
     def _start_round(self) -> tuple[list[Job | None], Round] | None:
         """Starts the next steps, if anybody needs them; returns whose they are, and their result.

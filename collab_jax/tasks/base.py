@@ -107,6 +107,13 @@ def called(response: str, marker: str) -> bool:
     return response.rstrip().endswith(marker.rstrip()) and "<answer>" not in response
 
 
+def taken_back(response: str, marker: str) -> str:
+    """A response without its answer where a call comes after it; else as it is."""
+    if not response.rstrip().endswith(marker.rstrip()) or "<answer>" not in response:
+        return response
+    return response[: response.index("<answer>")] + marker
+
+
 def formatted(response: str) -> bool:
     """True for just `<think> ... </think><answer> ... </answer>`, each tag once, all of it tokens.
 

@@ -94,15 +94,16 @@ def _example(name: str, problem: str, task: ConfigDict) -> Example:
 def demonstrations(seed: int, task: ConfigDict, marker: str) -> Iterator[tuple[Example, str]]:
     """Endless (example, response) of the train side: every step on a line, and the answer.
 
-    A share `task.demo_give_up` stops before a step and calls, all of it drawn without a look at the
-    problem: that brings the call within reach of sampling, and does not say when it pays.
+    A share `task.demo_give_up` stops somewhere, in the middle of a number too, and calls, all of it
+    drawn without a look at the problem: that brings the call within reach of sampling, and does not
+    say when it pays. Anywhere, since a slip shows where its digits are chosen, and no later.
     """
     rng = random.Random(f"chain demonstrations {seed}")
     for i, problem in enumerate(generate("train", f"demonstrations {seed}", task)):
         lines = steps(problem)
         if rng.random() < task.demo_give_up:
-            lines = lines[: rng.randrange(len(lines) + 1)]
-            response = "<think>" + "".join(f"{line}\n" for line in lines) + marker
+            thought = "".join(f"{line}\n" for line in lines)
+            response = "<think>" + thought[: rng.randrange(len(thought) + 1)] + marker
         else:
             thought = "\n".join(lines)
             response = f"<think>{thought}</think><answer>{answer(problem)}</answer>"
