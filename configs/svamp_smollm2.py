@@ -31,8 +31,7 @@ right less than one time in seven. Lengths follow from the data, batches from th
 take. Adam's momentum is lower than usual, since what a step does to calls has to be seen by the
 next ones.
 
-Results, of a shorter warm start without numbers of no use: docs/results/svamp.md. The adapter that
-came of it is bundled, as smollm2-svamp.
+Results: docs/results/svamp.md. The adapter that came of it is bundled, as smollm2-svamp.
 """
 
 import pathlib

@@ -137,13 +137,15 @@ def test_what_nobody_could_judge_is_left_out(parts):
     assert judged == [own_samples.JudgedPrompt("x", [], [])]
 
 
-def test_calls_have_at_most_their_share():
+def test_calls_have_at_most_their_share_and_come_anywhere(parts):
+    text = parts[2]
+
     def judged(i, *right):
         failed = [f"<think>{i} {n}</think>\n" for n in range(2)]
         return own_samples.JudgedPrompt(f"train-{i}", list(right), failed)
 
     def choose(share, seed=0):
-        return own_samples.choose(prompts, share, MARKER, seed)
+        return own_samples.choose(prompts, share, text, seed)
 
     def calls(rows):
         return [row for row in rows if row["kind"] == "call"]
@@ -152,8 +154,13 @@ def test_calls_have_at_most_their_share():
     rows = choose(0.2)
     assert len(calls(rows)) == 2 and len(rows) == 10
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
-    allowed = {f"<think>{i} {n}</think>\n{MARKER}" for i in range(8) for n in range(2)}
-    assert {row["response"] for row in calls(choose(0.9))} == allowed
+    lengths = []
+    for place, row in enumerate(calls(choose(0.9))):
+        i, n = divmod(place, 2)
+        tokens = ["<think>", str(i), " ", str(n), "</think>", "\n"]
+        begun = row["response"].removesuffix(MARKER)
+        lengths.append(next(t for t in range(7) if "".join(tokens[:t]) == begun))
+    assert len(set(lengths)) > 4
     assert rows == choose(0.2)
     assert len({str(calls(choose(0.2, seed))) for seed in range(9)}) > 1
     assert len(choose(0.0)) == 8 and len(choose(0.9)) == 8 + 16

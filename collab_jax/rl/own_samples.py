@@ -1,8 +1,10 @@
 """The device model's own responses as demonstrations, so that nobody needs data written by people.
 
-The model answers training prompts, the marker disallowed. A right response stays what it is; after
-a wrong one, up to where its answer would begin, the call is taught (`choose`): so the model learns
-to call after what it wrote itself when that was wrong. A model that has not seen the format is
+The model answers training prompts, the marker disallowed. A right response stays what it is; of a
+wrong one the call is taught, at a place drawn by chance before its answer (`choose`): so the model
+learns to call along what it writes itself where that goes wrong. Were the call always taught where
+the answer begins, it could be learnt there alone, and how unsure a model is shows earlier, where it
+chooses an operator or a digit. A model that has not seen the format is
 right without it, so each response is first brought into the format: its answer is what it put
 between answer tags, or else into its last box; its thinking is what stands before. Both kinds are
 the model's own words up to the one token that decides, so that learning them changes little else.
@@ -191,11 +193,12 @@ def _kept_samples(file: pathlib.Path, size: int, wanted: int) -> list[JudgedProm
 
 
 def choose(
-    judged: Sequence[JudgedPrompt], share: float, marker: str, seed: int
+    judged: Sequence[JudgedPrompt], share: float, text: Text, seed: int
 ) -> list[dict[str, str]]:
     """Rows of a file of demonstrations: all right responses, and calls, at most `share` of all.
 
-    Which of the failed responses call is drawn by `seed`. Raises UserError where nothing is right.
+    Which of the failed responses call, and after which token, is drawn by `seed`. Raises UserError
+    where nothing is right.
     """
     right = sum(len(row.right) for row in judged)
     if not right:
@@ -206,12 +209,20 @@ def choose(
     failed = [(p, i) for p, row in enumerate(judged) for i in range(len(row.failed))]
     calls = min(int(share / (1 - share) * right + 1e-9), len(failed))
     calling = set(random.Random(f"calls {seed}").sample(failed, calls))
+    places = random.Random(f"places {seed}")
     rows = []
     for p, row in enumerate(judged):
         rows += [{"id": row.id, "kind": "answer", "response": response} for response in row.right]
         rows += [
-            {"id": row.id, "kind": "call", "response": attempt + marker}
+            {"id": row.id, "kind": "call", "response": _begun(attempt, text, places) + text.marker}
             for i, attempt in enumerate(row.failed)
             if (p, i) in calling
         ]
     return rows
+
+
+def _begun(attempt: str, text: Text, places: random.Random) -> str:
+    """An attempt up to one of its tokens, all of them equally likely, or none or all of it."""
+    ids = text.response_ids(attempt)[:-1]
+    kept = np.array([ids[: places.randrange(len(ids) + 1)]], np.int32)
+    return text.decode(kept, np.ones_like(kept, bool))[0]

@@ -269,6 +269,6 @@ def _own_demonstrations(
     The file is there to be looked at and to be used again (config.sft.source=file).
     """
     config, path = start.config, start.workdir / "demonstrations.jsonl"
-    rows = own_samples.choose(judged, config.sft.marker_share, start.text.marker, config.seed)
+    rows = own_samples.choose(judged, config.sft.marker_share, start.text, config.seed)
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return demonstrations.read(path, start.text.marker, lambda: _train_prompts(start.task))
