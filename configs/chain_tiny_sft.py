@@ -13,6 +13,8 @@ is in docs/results/chain/start, solves 70.8 % of 4,096 validation problems in gr
 to 72.2) and calls on one of them, seed 0, 2026-11-27:
 
     python -m collab_jax.evaluate --config configs/chain_tiny.py --workdir runs/chain-start
+
+Its demonstrations called before a step, and never within one, as these do.
 """
 
 import pathlib

@@ -4,10 +4,10 @@ The model answers training prompts, the marker disallowed. A right response stay
 wrong one the call is taught, at a place drawn by chance before its answer (`choose`): so the model
 learns to call along what it writes itself where that goes wrong. Were the call always taught where
 the answer begins, it could be learnt there alone, and how unsure a model is shows earlier, where it
-chooses an operator or a digit. A model that has not seen the format is
-right without it, so each response is first brought into the format: its answer is what it put
-between answer tags, or else into its last box; its thinking is what stands before. Both kinds are
-the model's own words up to the one token that decides, so that learning them changes little else.
+chooses an operator or a digit. A model that has not seen the format is right without it, so each
+response is first brought into the format: its answer is what it put between answer tags, or else
+into its last box; its thinking is what stands before. Both kinds are the model's own words up to
+the one token that decides, so that learning them changes little else.
 """
 
 import json
