@@ -14,7 +14,7 @@ to 72.2) and calls on one of them, seed 0, 2026-11-27:
 
     python -m collab_jax.evaluate --config configs/chain_tiny.py --workdir runs/chain-start
 
-Its demonstrations called before a step, and never within one, as these do.
+The demonstrations of that model called before a step, and not within one, as those of now do.
 """
 
 import pathlib

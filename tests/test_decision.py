@@ -29,19 +29,10 @@ PARTS = ["<answer>", "<answer", "answer>", "<ans", "wer>", "<", "<<", ">", "</an
 PARTS += [*SIGNS, "x", " so", "the answer", "\n", "\n\n", " ", "  ", "12", "é", "漢", "🙂"]
 
 
-def walk(opens: Opening, ids) -> list[int]:
-    """The state after each token."""
-    states = [0]
-    for token in ids:
-        state = states[-1]
-        states.append(state if state == Opening.OPEN else int(opens.table[state, token]))
-    return states[1:]
-
-
 def test_states_by_hand():
     pieces = ["<", "<ans", "wer", ">", "answer>5", "x<answer>y", "", "<<answ", "answ<", "s"]
     opens = opening(pieces)
-    of = lambda *written: walk(opens, [pieces.index(piece) for piece in written])  # noqa: E731
+    of = lambda *written: opens.states([pieces.index(piece) for piece in written])  # noqa: E731
     assert Opening.OPEN == 8
     assert of("<", "<", "answer>5") == [1, 1, 8]
     assert of("<ans", "wer", ">", "<") == [4, 7, 8, 8]
@@ -95,7 +86,7 @@ def check_by_text(text: text_lib.Text, seed: int, count: int = 400) -> set[int]:
         joined = [*cut(written[:3]), *cut(ANSWER), *greedy]
         for ids in (greedy, cut(written), joined, draw.choices([*likely, *greedy], k=10)):
             decoded = [tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
-            states = walk(text.answer_open, ids)
+            states = text.answer_open.states(ids)
             assert [s == Opening.OPEN for s in states] == [d.find(ANSWER) >= 0 for d in decoded]
             for state, d in zip(states, decoded, strict=True):
                 assert state == Opening.OPEN or d.endswith(ANSWER[:state])
@@ -136,8 +127,8 @@ def test_a_space_before_a_word_and_an_id_without_a_token(tmp_path):
         text_lib.load(tmp_path, ConfigDict(settings))
     opens = text_lib.load(tmp_path, ConfigDict(settings | {"decision_token": ""})).answer_open
     assert opens.table.shape == (8, 8)
-    assert walk(opens, [1, 3, 4]) == [1, 7, 8]
-    assert walk(opens, [1, 2, 4, 1, 5, 3]) == [1, 0, 0, 1, 0, 0]  # 5 is no token
+    assert opens.states([1, 3, 4]) == [1, 7, 8]
+    assert opens.states([1, 2, 4, 1, 5, 3]) == [1, 0, 0, 1, 0, 0]  # 5 is no token
 
 
 @pytest.mark.usefixtures("smollm2_file")

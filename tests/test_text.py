@@ -228,12 +228,8 @@ CONTEXTS += ["it is.", "12"]  # what may stand before a tag
 
 def opened_at(text, response) -> int | None:
     """How many tokens of the response are written when the sampler sees an answer open."""
-    state = 0
-    for n, token in enumerate(text.response_ids(response), start=1):
-        state = text.answer_open.table[state, token]
-        if state == Opening.OPEN:
-            return n
-    return None
+    states = text.answer_open.states(text.response_ids(response))
+    return states.index(Opening.OPEN) + 1 if Opening.OPEN in states else None
 
 
 @pytest.mark.parametrize("before", [*CONTEXTS, "<think> 12</think>", "f(x)", "$x$", "{x}"])

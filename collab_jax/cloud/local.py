@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from collab_jax.cloud.protocol import CloudError, Failure, Reply
 from collab_jax.models import hf, sampler
-from collab_jax.models.decision import Marker, opening
+from collab_jax.models.decision import NEVER, Marker
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.special_tokens import end_ids
 from collab_jax.models.text import Messages
@@ -122,8 +122,8 @@ class LocalCloud:
             top_p=1.0,
             eos_ids=end_ids(tokenizer, self.folder),
             pad_id=tokenizer.eos_token_id if pad_id is None else pad_id,
-            # A token that does not exist, in texts that say nothing: a cloud has nobody to call.
-            marker=Marker(-1, opening(["."])),
+            # A token that does not exist: a cloud has nobody to call.
+            marker=Marker(-1, NEVER),
             segments=2,
             slot_counts=3,
             cache_dtype=dtype,
