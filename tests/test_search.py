@@ -81,6 +81,13 @@ def test_every_cell_is_tuned_on_validation_and_then_run_with_its_own_best(tmp_pa
     assert "| b | 87.0 | 88.0 | 90.0 | 86.0 | 4      |" in section
 
 
+def test_a_cell_that_is_like_another_is_run_with_its_value(tmp_path, monkeypatch):
+    ran, cells = [], SEARCHED.cells | {"c": Cell({"c": 2}, (0,), like="a")}
+    run_with(monkeypatch, lambda job: 0.9 - abs(job.changes["lr"] - 2) / 100, ran)
+    assert sweeps.run(SEARCHED._replace(cells=cells), tmp_path) == []
+    assert [run for run in ran if run[0] == "c"] == [("c", 0, 2, "test")]
+
+
 def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     ran = []
 

@@ -355,14 +355,16 @@ def test_refusals(tmp_path):
         load("")
     make_one = (
         "def get_sweep():\n"
-        "    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds})}}, {serve})"
+        "    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds}, {like!r})}}, {serve})"
     )
-    good = dict(config=TWO.config, name="a", seeds=(0,), serve="{}")
+    good = dict(config=TWO.config, name="a", seeds=(0,), like="", serve="{}")
     assert load(make_one.format(**good)).cells["a"].seeds == (0,)
     for change, message in (
         ({"config": "configs/none.py"}, "no file configs/none.py"),
         ({"seeds": (1, 1)}, "seeds, each once"),
         ({"seeds": ()}, "seeds, each once"),
+        ({"like": "b"}, "like 'b', which is no cell"),
+        ({"like": "a"}, "like 'a', which is no cell with its own"),
         ({"name": "a/b"}, "folder's name"),
         ({"name": "a: b"}, "folder's name"),
         ({"serve": '{"poor": {"cloud.eror_rate": 0.5}}'}, "cannot have .*eror_rate"),

@@ -41,6 +41,7 @@ class Cell(NamedTuple):
 
     overrides: Mapping[str, Any]  # by key of the config
     seeds: Sequence[int]
+    like: str = ""  # the cell whose search is this one's too; "": it has its own, if there is one
 
 
 class Sweep(NamedTuple):
@@ -99,6 +100,10 @@ def load(path: pathlib.Path) -> Sweep:
                 f"{path}: cell {name!r} must be usable as a folder's name, other than 'start' and "
                 f"{SEARCH!r}, without ': '"
             )
+        if cell.like and (cell.like not in sweep.cells or sweep.cells[cell.like].like):
+            raise UserError(
+                f"{path}: cell {name!r} is like {cell.like!r}, which is no cell with its own search"
+            )
         searched = {sweep.search.key: sweep.search.values[0]} if sweep.search else {}
         for changes in (searched, *sweep.serve.values()):
             config_of(sweep, {**sweep.overrides, **cell.overrides, **changes})
@@ -117,9 +122,10 @@ def jobs(sweep: Sweep, out: pathlib.Path) -> list[Job]:
                 continue
             changes = {**sweep.overrides, **cell.overrides}
             if sweep.search:
-                if "chosen" not in found.get(name, {}):
+                searched = found.get(cell.like or name, {})
+                if "chosen" not in searched:
                     continue
-                changes[sweep.search.key] = found[name]["chosen"]
+                changes[sweep.search.key] = searched["chosen"]
             changes["seed"] = cell.seeds[i]
             ordered.append(Job(name, out / name / f"seed-{cell.seeds[i]}", changes))
     return ordered
@@ -200,7 +206,7 @@ def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
 
 
 def run_search(sweep: Sweep, out: pathlib.Path) -> list[Job]:
-    """Chooses the value of each cell that has none yet; returns what failed.
+    """Chooses the value of each cell with a search that has none yet; returns what failed.
 
     A cell of which a run fails is left without a value, and so without runs.
     """
@@ -212,7 +218,7 @@ def run_search(sweep: Sweep, out: pathlib.Path) -> list[Job]:
         for value in search.tried(found[cell])
         for job in search_jobs(sweep, out, cell, value)
     ]
-    for cell in sweep.cells:
+    for cell in (name for name, cell in sweep.cells.items() if not cell.like):
         while "chosen" not in found.get(cell, {}):
             tried = search.tried(found.get(cell) or {"tried": []})
             value = search.next_value(sweep.search.values, tried)

@@ -15,6 +15,8 @@ problems, more often on long chains. Five seeds of what the headline compares, t
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
   model.
 - one setting of `ours` at a time: `temperature-1`, `32x8`, `last-weights`.
+- `ours` at other budgets, with the learning rate chosen at 30 %: `budget-10` to `budget-50`. How
+  often does the model call by itself?
 """
 
 from typing import Any
@@ -48,6 +50,7 @@ def get_sweep() -> Sweep:
             "temperature-1": Cell({"temperature": 1.0}, TWO),
             "32x8": Cell({"prompts_per_step": 32, "group": 8}, TWO),
             "last-weights": Cell({"optim.average": 0.0}, TWO),
-        },
+        }
+        | {f"budget-{b}": Cell({"budget": b / 100}, TWO, like="ours") for b in (10, 20, 40, 50)},
         search=Search("optim.learning_rate", (2.5e-5, 5e-5, 1e-4)),
     )
