@@ -7,7 +7,8 @@ what is promised of it; `routing/calibration.py` says how a bias is chosen. Resp
 answer always go to the cloud. Where they alone exceed the budget, leave them to the margin as well:
 `--margin_only`. With `--hold_out 0.5` a random half of the records does not choose the bias; the
 call rate and accuracy on that half are printed, and the call rates on 200 such halves: one alone is
-a matter of luck. No jax.
+a matter of luck. Where records have strata, so are the call rates were all prompts of a stratum
+alone, by the bias as it is, and by one that tracks the budget, as a server's does. No jax.
 """
 
 import argparse
@@ -18,12 +19,20 @@ import numpy as np
 from collab_jax import records
 from collab_jax.records import Records
 from collab_jax.routing import collab_config, measures
-from collab_jax.routing.calibration import Calibration, bias_for_accuracy, bias_for_rate, calls
+from collab_jax.routing.calibration import (
+    Calibration,
+    bias_for_accuracy,
+    bias_for_rate,
+    calls,
+    tracked,
+    tracker,
+)
 from collab_jax.runtime import cli
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
 
 SPLITS = 200  # of which the call rates are told
+SERVED = 2000  # prompts of a stratum that a tracking bias is tried on
 
 
 def split(table: Records, share: float, seed: int = 0) -> tuple[Records, Records | None]:
@@ -87,6 +96,8 @@ def main(argv: list[str]) -> int:
         outcome = check(calibration.bias, held_out, args.margin_only)
         print(f"on the {len(held_out['id'])} prompts held out: {outcome}")
         print(over_splits(args, everything))
+        if len(set(held_out["stratum"])) > 1:
+            print(by_stratum(calibration, table, held_out, args.margin_only))
     return 0
 
 
@@ -121,6 +132,25 @@ def over_splits(args: argparse.Namespace, table: Records) -> str:
     return (
         f"over {SPLITS} such splits: call rate {np.mean(rates):.1%} on average, {low:.1%} to "
         f"{high:.1%} in 95 % of them" + (f"; no bias in {impossible}" if impossible else "")
+    )
+
+
+def by_stratum(c: Calibration, table: Records, held_out: Records, margin_only: bool) -> str:
+    """The call rates were all prompts like the held-out ones of one stratum, drawn from these.
+
+    table: what the calibration was made from.
+    """
+    budget = c.value if c.target == "rate" else c.rate
+    state = tracker(table["margin"], answered(table, margin_only), c.bias, budget)
+    rng, rows = np.random.default_rng(0), []
+    for stratum in sorted(set(held_out["stratum"])):
+        drawn = rng.choice(np.flatnonzero(held_out["stratum"] == stratum), SERVED)
+        margins, is_answered = held_out["margin"][drawn], answered(held_out, margin_only)[drawn]
+        fixed, moving = calls(c.bias, margins, is_answered), tracked(state, margins, is_answered)
+        rows.append(f"{stratum} {fixed.mean():.1%}, {moving.mean():.1%}")
+    return (
+        f"were all prompts of one stratum, call rate by this bias, and by one that tracks "
+        f"{budget:.1%} over {SERVED} of them: {'; '.join(rows)}"
     )
 
 

@@ -315,9 +315,11 @@ def test_track_holds_the_rate_where_a_fixed_bias_does_not():
     )  # two in three are hard now
     stream, answers = np.concatenate([before, after]), np.concatenate([a, b])
     calls = np.zeros(10_000, bool)
+    at_first = state
     for i, (margin, answer) in enumerate(zip(stream.tolist(), answers.tolist(), strict=True)):
         calls[i] = margin + state.bias > 0 or not answer
         state = track(state, calls[i])
+    np.testing.assert_array_equal(calibration.tracked(at_first, stream, answers), calls)
     assert abs(calls[:5000].mean() - budget) < 0.02 and abs(calls[5000:].mean() - budget) < 0.02
     assert called(after, b, fixed).mean() > budget + 0.2
 
@@ -602,6 +604,21 @@ def test_what_is_held_out_checks_the_bias_and_does_not_make_it(records, tmp_path
     ):
         with pytest.raises(UserError, match=says):
             calibrate.main(["--records", records(), *flags, "--hold_out", share])
+
+
+def test_a_shift_to_one_stratum_is_told(records, tmp_path, capsys):
+    """Margins of the hard ones lie 10 higher: the bias calls all of these, tracking 30 %."""
+    hard = np.arange(1000) % 2 == 1
+    margins = np.random.default_rng(4).normal(size=1000) + 10 * hard
+    path = records(margin=margins, ended=[True] * 1000, stratum=np.where(hard, "hard", "easy"))
+    flags = ["--rate", "0.4", "--hold_out", "0.5", "--out", str(tmp_path)]
+    assert calibrate.main(["--records", path, *flags]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    easy, hard = re.findall(r"(?:easy|hard) ([\d.]+)%, ([\d.]+)%", told)
+    assert float(easy[0]) == 0 and float(hard[0]) > 60
+    assert 37 < float(easy[1]) < 40 < float(hard[1]) < 43
+    assert calibrate.main(["--records", records(stratum=["one"] * 1000), *flags]) == 0
+    assert "of one stratum" not in capsys.readouterr().out
 
 
 def test_command_line_by_margin_alone(records, tmp_path):

@@ -183,6 +183,18 @@ def track(state: Tracker, called: bool) -> Tracker:
     return state._replace(bias=min(max(bias, state.low), state.high))
 
 
+def tracked(state: Tracker, margins: np.ndarray, answered: np.ndarray) -> np.ndarray:
+    """Which prompts go to the cloud, bool[n], by a bias that tracks the budget through all of them.
+
+    margins f[n] and answered bool[n] are of prompts in the order in which they are served.
+    """
+    sent = np.zeros(len(margins), bool)
+    for i, score in enumerate(_scores(margins, answered).tolist()):
+        sent[i] = score + state.bias > 0
+        state = track(state, sent[i])
+    return sent
+
+
 def tracker(margins: np.ndarray, answered: np.ndarray, bias: float, budget: float) -> Tracker:
     """A state to begin with, from calibration margins f[n] and answered bool[n].
 
