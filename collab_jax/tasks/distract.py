@@ -29,9 +29,14 @@ def _count_of(thing: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![\w.,/$])(\d{{1,4}}) ((?:[a-z]+ )?){thing}\b(?![/-])", re.I)
 
 
+def sentences(problem: str) -> list[str]:
+    """The sentences of a problem, each with the white space that follows it."""
+    return _SENTENCE.findall(problem)
+
+
 def questions(problem: str) -> list[str]:
     """The sentences of a problem that end in a question mark."""
-    return [sentence for sentence in _SENTENCE.findall(problem) if sentence.rstrip().endswith("?")]
+    return [sentence for sentence in sentences(problem) if sentence.rstrip().endswith("?")]
 
 
 def things(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -49,7 +54,7 @@ def distracted(row: dict[str, Any], others: Sequence[str], rng: random.Random) -
     others: words for what it counts, as `things` has them; the problem's own are left out.
     """
     problem = row["problem"]
-    *told, question = _SENTENCE.findall(problem) or [""]
+    *told, question = sentences(problem) or [""]
     thing = _asked(question)
     single = [i for i, sentence in enumerate(told) if len(re.findall(r"\d+", sentence)) == 1]
     counts = [(i, m) for i in single if thing and (m := _count_of(thing).search(told[i]))]

@@ -15,7 +15,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from collab_jax.tasks import distract, drills, math, prose, renumber, rows, spelling, splits
+from collab_jax.tasks import (
+    distract,
+    drills,
+    math,
+    prose,
+    renumber,
+    reorder,
+    rows,
+    spelling,
+    splits,
+)
 from collab_jax.tasks.base import SPLITS, Example, Task, TaskError
 
 _CLOUD_PROMPT = (
@@ -81,17 +91,19 @@ def demonstrations(
 ) -> Iterator[tuple[Example, str]]:
     """Endless (example, response): in each epoch all training examples once, in another order.
 
-    In every second epoch problems have other numbers where that is safe (`renumber.py`), every
-    second problem has a number that is of no use, where one can be put in (`distract.py`), and
-    after every third comes a drill in arithmetic (`drills.py`). A response shows the steps, each on
-    a line. A share `give_up` of them stops at random, without a look at the problem, and ends with
-    the marker: before a step, after the last one, or where the answer would open.
+    In every second epoch problems have other numbers where that is safe (`renumber.py`), two in
+    three are told in another order, where there is one (`reorder.py`), every second one has a
+    number that is of no use, where one can be put in (`distract.py`), and after every third comes a
+    drill in arithmetic (`drills.py`). A response shows the steps, each on a line. A share `give_up`
+    of them stops at random, without a look at the problem, and ends with the marker: before a step,
+    after the last one, or where the answer would open.
     """
     rng = random.Random(f"demonstrations {seed}")
     things = distract.things([example.problem for example in examples])
     for epoch in itertools.count():
         for i, example in enumerate(rng.sample(examples, len(examples))):
             row = renumber.renumbered(example.problem, rng) if epoch % 2 else example.problem
+            row = reorder.reordered(row, rng) if i % 3 else row
             row = distract.distracted(row, things, rng) if i % 2 else row
             example = dataclasses.replace(example, problem=row)
             yield example, _response(row, give_up, marker, rng)
