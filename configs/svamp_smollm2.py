@@ -14,8 +14,9 @@ SVAMP's authors is downloaded and the rows are built from it. Training is on MAW
 theirs: 2,509 problems, and 257 for validation; the test has 1,000.
 
 The prompt is the problem and no more: the warm start teaches the format, some 27 tokens a response,
-with drills in arithmetic between the problems, and with numbers of no use in some of them, since
-this model fails at sums, and uses every number that it finds. Its batches are small: many steps
+with drills in arithmetic between the problems, and with numbers of no use in some of them and some
+told in another order, since this model fails at sums, uses every number that it finds, and takes
+the second from the first. Its batches are small: many steps
 count for more than smooth ones. The short system prompt takes the place of the template's own, to
 save tokens. Products are in bfloat16, which cores with bf16 instructions compute about twice as
 fast. The cloud is simulated: wrong on 6 % of the prompts, with odds that are 20 times as high on
