@@ -5,9 +5,9 @@ r"""Warm start of a model of 0.79 M parameters for chains (`tasks/chain.py`), fr
 Two to five steps of arithmetic modulo 1,000 with numbers to 50, each step on a line. A model of
 this size slips at some of them, mostly at products, and nothing in its response shows where:
 whether to call has to come from how sure it was. One demonstration in seven stops on the way and
-calls, at a place and for a problem drawn by chance. A model that has learnt from these calls as
-seldom everywhere, so that its margin is highest where it is least sure what comes next: that alone
-ranks its responses (AUC 0.81), before anything has been rewarded.
+calls, at a place and for a problem drawn by chance. What can be learnt of it is to call with the
+same small probability everywhere, and so the margin is highest where the model is least sure of
+what comes next: that alone ranks its responses (AUC 0.81), before anything has been rewarded.
 
 The shape is that of the embedded model (configs/countdown_tiny_sft.py), with other words. 2,400
 steps of 128 demonstrations took 20 minutes on two cores of an AMD EPYC that did some other work;
