@@ -4,12 +4,13 @@ A model of 0.79 M parameters on arithmetic whose answers cannot be checked by lo
 steps of 64 prompts x 4 responses at temperature 0.5 with averaged weights for every row, from one
 warm start (docs/results/chain/start, by `configs/chain_tiny_sft.py`); budget 30 %. Every row has
 the learning rate that is best for it on validation. The cloud is simulated: wrong on 6 % of the
-problems, more often on long chains. Five seeds of what the headline compares, two of the others.
+problems, more often on long chains. Five seeds of the first five rows, two of the others.
 
 - `ours`: the decision is scored by the verdict on every attempt. In all other rows calls are
   sampled.
-- advantage x filter: `gapg` (the paper's method: leave-one-out, D1 and D2), `gapg-no-filter`;
-  `grpo-filter`, `grpo` (the paper's Collaboration-Aware Tuning); `dr-grpo`.
+- advantage x filter: `gapg` (the paper's method: leave-one-out, D1 and D2), `gapg-no-filter`, from
+  which `ours` differs by its decision alone; `grpo-filter`, `grpo` (the paper's Collaboration-Aware
+  Tuning); `dr-grpo`.
 - with a control of the share of calls, without a filter: `gapg-dual` moves what a right call earns,
   `da-grpo` (arXiv 2602.00166) puts a price on calls.
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
@@ -25,7 +26,8 @@ from collab_jax.rl.search import Search
 from collab_jax.rl.sweeps import Cell, Sweep
 
 FIVE, TWO = range(5), range(2)
-ROUTED = {"eval.fit_prompts": 4096, "routers.record": ("classifier", "agreement", "hidden")}
+ROUTERS = ("classifier", "agreement", "hidden", "token_margin", "policy_logprob")
+ROUTED = {"eval.fit_prompts": 4096, "routers.record": ROUTERS}
 
 
 def sampled(**changes: str) -> dict[str, Any]:
@@ -40,9 +42,9 @@ def get_sweep() -> Sweep:
         {
             "ours": Cell(ROUTED, FIVE),
             "gapg": Cell(sampled(filter="d1d2"), FIVE),
+            "gapg-no-filter": Cell(sampled(), FIVE),
             "grpo": Cell(sampled(advantage="grpo"), FIVE),
             "task-tuning": Cell(sampled(advantage="grpo", reward="task") | ROUTED, FIVE),
-            "gapg-no-filter": Cell(sampled(), TWO),
             "grpo-filter": Cell(sampled(advantage="grpo", filter="d1d2"), TWO),
             "dr-grpo": Cell(sampled(advantage="dr_grpo"), TWO),
             "gapg-dual": Cell(sampled(control="dual_alpha_c"), TWO),
