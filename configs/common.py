@@ -253,6 +253,10 @@ def get_config() -> ConfigDict:
     config.sft.keep = 2  # self, relabel: right, and failed, responses kept of a prompt
     # self, relabel: largest share of the model's own demonstrations that call, in [0, 1)
     config.sft.marker_share = 0.2
+    # chance of a call that is taught at every decision state of a demonstration that answers, so
+    # that the margin is highest where the model is least sure what comes next; the call that a
+    # demonstration has then teaches what follows the decision token. 0: nothing of that
+    config.sft.call_chance = 0.0
     # prompts of the validation split to try the tuned model on (sft.json); 0: none
     config.sft.check_prompts = 64
     config.sft.steps = 0  # updates

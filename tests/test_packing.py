@@ -8,13 +8,14 @@ from collab_jax.rl.demonstrations import Encoded
 
 
 def test_two_in_one_row_by_hand():
-    first, second = Encoded([1, 2, 3], [4, 5], 2), Encoded([6], [7, 8, 9], 1)
+    first, second = Encoded([1, 2, 3], [4, 5], 2, states=1), Encoded([6], [7, 8, 9], 1)
     rows = packing.pack([second, first], width=9, teaches=4, pad_id=0)
     # The last token of each is never read. The longer one goes first.
     np.testing.assert_array_equal(rows.tokens, [[1, 2, 3, 4, 6, 7, 8, 0, 0]])
     np.testing.assert_array_equal(rows.segment, [[1, 1, 1, 1, 2, 2, 2, 0, 0]])
     np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 3, 0, 1, 2, 0, 0]])
     np.testing.assert_array_equal(rows.taught, [[True, True, True, False]])
+    np.testing.assert_array_equal(rows.states, [[True, False, False, False]])
     np.testing.assert_array_equal(rows.at[rows.taught], [2, 3, 6])
     np.testing.assert_array_equal(rows.targets[rows.taught], [4, 5, 9])
 

@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 from conftest import ROOT
+from scipy import special
 
-from collab_jax.models import hf, logprobs, lora
+from collab_jax.models import attention, decoder, hf, logprobs, lora
 from collab_jax.models import text as text_lib
 from collab_jax.rl import demonstrations
 from collab_jax.rl.demonstrations import Demonstration
-from collab_jax.rl.tuning import Tuner
+from collab_jax.rl.tuning import CALL_WEIGHT, Tuner
 from collab_jax.runtime import metrics, parallel
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
@@ -108,6 +109,69 @@ def test_of_a_call_the_marker_alone_is_taught(make):
     one = demonstrations.encode(CALL, text)
     assert one.response[-one.learnt :] == [*text.marker_ids, text.eos_ids[0]]
     assert one.response == text.response_ids(CALL.response)  # a word tokenizer cuts it the same
+
+
+def test_decision_states_end_where_the_answer_opens_or_the_call_begins(make):
+    _, _, text, _, _ = make()
+    count = lambda one: demonstrations.encode(one, text).states  # noqa: E731
+    told = "<think>3+4=7,7+5=12 ok</think>"
+    assert count(GIVEN[0]) == len(text.response_ids(told + "<answer>")) - 1  # less EOS
+    called = Demonstration(GIVEN[0].prompt, told + MARKER)
+    assert count(called) == len(text.response_ids(told)) - 1 + 1
+    assert count(Demonstration(GIVEN[0].prompt, told)) == len(text.response_ids(told))
+    assert count(CALL) == 0
+
+
+CHANCE = 0.02
+CALLED = Demonstration(GIVEN[1].prompt, f"<think>1+2=3{MARKER}")
+
+
+def odds_and_losses(params, cfg, text, one):
+    """(log-odds of the call at decision states, -log p of what is taught) from plain logits."""
+    encoded = demonstrations.encode(one, text)
+    ids = np.array([[*encoded.prompt, *encoded.response[:-1]]])
+    real = np.ones(ids.shape, bool)
+    hidden, _ = decoder.forward(
+        params, cfg, ids, decoder.positions_of(real), attention.causal(real)
+    )
+    logits = np.asarray(decoder.logits(params, cfg, hidden)[0], np.float64)[-encoded.learnt :]
+    odds, losses = [], []
+    for i, (row, token) in enumerate(zip(logits, encoded.response, strict=True)):
+        if i < encoded.states:
+            odds.append(row[text.decision_id] - special.logsumexp(np.delete(row, text.decision_id)))
+            row[text.decision_id] = -np.inf
+        if i >= encoded.states or token != text.decision_id:
+            losses.append(special.logsumexp(row) - row[token])
+    return np.array(odds), np.array(losses)
+
+
+def test_the_chance_of_a_call_is_taught_by_itself(make):
+    """One demonstration that answers and one that calls, of which the marker's rest is taught."""
+    config, cfg, text, params, _ = make(sft__call_chance=CHANCE)
+    tuner = Tuner(cfg, None, text, config, Stop())
+    shown = [GIVEN[0], CALLED]
+    (rows,) = tuner.micro_batches([demonstrations.encode(one, text) for one in shown])
+    sums = tuner._add(
+        tuner._zero(parallel.replicate(params)), parallel.replicate(params), None, rows
+    )
+    parts = [odds_and_losses(params, cfg, text, one) for one in shown]
+    off = np.abs(np.concatenate([odds for odds, _ in parts]) - np.log(CHANCE / (1 - CHANCE)))
+    huber = np.where(off < 1, off**2 / 2, off - 0.5)
+    assert (off < 1).any() and (off > 1).any()
+    want = CALL_WEIGHT * huber.sum() + sum(losses.sum() for _, losses in parts)
+    assert float(np.sum(sums.loss)) == pytest.approx(want, rel=1e-4)
+    assert np.isfinite(np.concatenate([x.ravel() for x in jax.tree.leaves(sums.grads)])).all()
+
+
+@pytest.mark.slow
+def test_the_odds_become_those_of_the_chance_wherever_a_call_can_be(make, tmp_path):
+    settings = dict(sft__call_chance=CHANCE, sft__learning_rate=3e-4, sft__warmup_steps=5)
+    config, cfg, text, params, _ = make(**settings)
+    before = np.concatenate([odds_and_losses(params, cfg, text, one)[0] for one in GIVEN])
+    tuned = Tuner(cfg, None, text, config, Stop()).tune(tmp_path, params, shown(GIVEN), 60)
+    after = np.concatenate([odds_and_losses(tuned, cfg, text, one)[0] for one in GIVEN])
+    aim = np.log(CHANCE / (1 - CHANCE))
+    assert np.abs(after - aim).max() < 0.5 < 2 < np.abs(before - aim).mean()
 
 
 @pytest.mark.slow

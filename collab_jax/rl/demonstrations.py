@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
+from collab_jax.models.decision import Opening
 from collab_jax.models.text import Messages, Text
 from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
@@ -42,11 +43,16 @@ class Demonstration(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A demonstration in tokens; the last `learnt` ones of its response are taught."""
+    """A demonstration in tokens; the last `learnt` ones of its response are taught.
+
+    states: how many of the first ones come of decision states, the marker's first token among them;
+    0 where the marker alone is taught.
+    """
 
     prompt: list[int]
     response: list[int]  # EOS in
     learnt: int
+    states: int = 0
 
     @property
     def columns(self) -> int:
@@ -153,11 +159,20 @@ def encode(demonstration: Demonstration, text: Text) -> Encoded:
     prompt = text.prompt_ids(demonstration.prompt)
     if not demonstration.call_only:
         response = text.response_ids(demonstration.response)
-        return Encoded(prompt, response, len(response))
+        return Encoded(prompt, response, len(response), _decision_states(response, text))
     attempt = demonstration.response.rstrip().removesuffix(text.marker.rstrip())
     attempt = text.response_ids(attempt)[:-1]
     call = [*text.marker_ids, text.eos_ids[0]]
     return Encoded(prompt, [*attempt, *call], len(call))
+
+
+def _decision_states(response: Sequence[int], text: Text) -> int:
+    """How many of the first tokens of a response come of decision states."""
+    ends = [state == Opening.OPEN for state in text.decision.answer_open.states(response)]
+    for i, token in enumerate(response):
+        if ends[i] or token == text.decision_id:
+            return i + 1
+    return len(response)
 
 
 def fits(encoded: Encoded, config: ConfigDict) -> bool:

@@ -23,6 +23,7 @@ class PackedRows(NamedTuple):
     at: Any  # i32[R, N], the column that predicts a taught token
     targets: Any  # i32[R, N], the taught token
     taught: Any  # bool[R, N], where there is one
+    states: Any  # bool[R, N], where it comes of a decision state (`Encoded.states`)
 
 
 def columns(config: ConfigDict) -> int:
@@ -67,7 +68,7 @@ def _filled(rows: Sequence[Sequence[Encoded]], width: int, teaches: int, pad_id:
     tokens = np.full((R, width), pad_id, np.int32)
     segment, positions = np.zeros((2, R, width), np.int32)
     at, targets = np.zeros((2, R, teaches), np.int32)
-    taught = np.zeros((R, teaches), bool)
+    taught, states = np.zeros((2, R, teaches), bool)
     for r, row in enumerate(rows):
         start = n = 0
         for number, one in enumerate(row, 1):
@@ -78,5 +79,6 @@ def _filled(rows: Sequence[Sequence[Encoded]], width: int, teaches: int, pad_id:
             new = slice(n, n + one.learnt)
             at[r, new] = start + columns - one.learnt + np.arange(one.learnt)
             targets[r, new], taught[r, new] = ids[-one.learnt :], True
+            states[r, n : n + one.states] = True
             start, n = start + columns, n + one.learnt
-    return PackedRows(tokens, segment, positions, at, targets, taught)
+    return PackedRows(tokens, segment, positions, at, targets, taught, states)

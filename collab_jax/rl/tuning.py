@@ -33,6 +33,9 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
 
 Source = Callable[[], Iterator[Demonstration]]  # starts a stream without end, always the same
+# Of the distance, in logits, between the odds of a call and those that are taught; of a token's
+# log-probability the weight is 1.
+CALL_WEIGHT = 0.1
 
 
 class TuningState(NamedTuple):
@@ -52,15 +55,35 @@ class Sums(NamedTuple):
 
 
 def loss(
-    params: Params, frozen: Params | None, cfg: DecoderConfig, rows: PackedRows, chunk: int
+    params: Params,
+    frozen: Params | None,
+    cfg: DecoderConfig,
+    rows: PackedRows,
+    chunk: int,
+    chance: float,
+    call: int | None,
 ) -> jax.Array:
-    """The sum of -log p over the taught tokens of the rows, f32[], in nats."""
+    """The sum of -log p over the taught tokens of the rows, f32[], in nats.
+
+    chance: that of the call, whose token is `call`, at each decision state, which is then taught by
+    itself: the log-odds are drawn to it, and what is said is taught as what the model says where it
+    does not call; 0: demonstrations alone teach the call.
+    """
     whole = decoder.with_ends(lora.join(frozen, params), cfg)
     sight = Sight(rows.segment, rows.positions, rows.segment, rows.positions)
     hidden, _ = decoder.forward(whole, cfg, rows.tokens, rows.positions, sight)
     hidden = jnp.take_along_axis(hidden, rows.at[..., None], axis=1)
-    logp = logprobs.token_logprobs(whole, cfg, hidden, rows.targets, temperature=1.0, chunk=chunk)
-    return -jnp.sum(logp * rows.taught)
+    if not chance:
+        logp = logprobs.token_logprobs(whole, cfg, hidden, rows.targets, 1.0, chunk)
+        return -jnp.sum(logp * rows.taught)
+    assert call is not None
+    is_call = rows.states & (rows.targets == call)
+    barred = jnp.where(rows.states, call, -1)
+    said = jnp.where(is_call, 0, rows.targets)  # any other token: a barred one has no logp
+    logp, odds = logprobs.barred_scores(whole, cfg, hidden, said, barred, 1.0, chunk)
+    off = jnp.where(rows.states, odds - math.log(chance / (1 - chance)), 0)
+    wrong = optax.huber_loss(off, jnp.zeros_like(off))
+    return CALL_WEIGHT * jnp.sum(wrong) - jnp.sum(jnp.where(rows.taught & ~is_call, logp, 0))
 
 
 def zero_sums(params: Params) -> Sums:
@@ -110,10 +133,12 @@ class Tuner:
         stop: GracefulStop,
     ):
         self._frozen, self._text, self._config, self._stop = frozen, text, config, stop
-        chunk = config.train.logprob_chunk
+        chunk, chance = config.train.logprob_chunk, float(config.sft.call_chance)
 
         def add(sums: Sums, params: Params, frozen: Params | None, rows: PackedRows) -> Sums:
-            value, grads = jax.value_and_grad(loss)(params, frozen, cfg, rows, chunk)
+            value, grads = jax.value_and_grad(loss)(
+                params, frozen, cfg, rows, chunk, chance, text.decision_id
+            )
             grads = jax.tree.map(jnp.add, sums.grads, grads)
             return Sums(sums.loss + value, grads, sums.taught + rows.taught.sum())
 
