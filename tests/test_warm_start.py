@@ -136,6 +136,11 @@ def test_each_half_is_labelled_by_a_model_that_was_tuned_on_the_other(
         ),
         ({"sft__keep": 0}, "config.sft.keep must be at least 1"),
         ({"sft__marker_share": 1.0}, "config.sft.marker_share=1.0"),
+        ({"sft__call_chance": 1.0}, "config.sft.call_chance=1.0 must lie in"),
+        (
+            {"sft__call_chance": 0.1, "text__decision_token": ""},
+            "call_chance=0.1 is that of a decision token",
+        ),
         ({"sft__prompts": -1}, "config.sft.prompts must be at least 0"),
         ({"sft__relabel_steps": -1}, "config.sft.relabel_steps=-1"),
         ({"sft__relabel_steps": 1, "sft__source": "self"}, "relabel_steps tunes it before"),

@@ -254,6 +254,7 @@ def _check_tuning(sft: ConfigDict) -> None:
         sft.relabel_steps >= 0,
         f"config.sft.relabel_steps={sft.relabel_steps} must be at least 0: 0 relabels nothing",
     )
+    _need(0 <= sft.call_chance < 1, f"config.sft.call_chance={sft.call_chance} must lie in [0, 1)")
     _need(
         0 <= sft.learning_rate < math.inf,
         f"config.sft.learning_rate={sft.learning_rate} must be finite, at least 0",

@@ -107,7 +107,11 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     nothing = bool(config.sft.architecture)
     base = _from_nothing(config, folder) if nothing else experiment.base_model(config, folder)
     config, cfg, text = base.config, base.cfg, base.text
-    _check_call_chance(config, text)
+    if config.sft.call_chance and text.decision_id is None:
+        raise UserError(
+            f"config.sft.call_chance={config.sft.call_chance:g} is that of a decision token, and "
+            "this marker is plain text: set config.text.decision_token, or call_chance=0"
+        )
     given = None
     if config.sft.source == "task":
         given = demonstrations.of_task(task, text, config)
@@ -156,18 +160,6 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
         if config.lora.rank
         else None,
     )
-
-
-def _check_call_chance(config: ConfigDict, text: Text) -> None:
-    """Raises UserError where `config.sft.call_chance` cannot be taught."""
-    chance = config.sft.call_chance
-    if not 0 <= chance < 1:
-        raise UserError(f"config.sft.call_chance={chance:g}: it must be a chance in [0, 1)")
-    if chance and text.decision_id is None:
-        raise UserError(
-            f"config.sft.call_chance={chance:g} is that of a decision token, and this marker is "
-            "plain text: set config.text.decision_token, or call_chance=0"
-        )
 
 
 def _stored_dtype(config: ConfigDict) -> str:
