@@ -16,7 +16,7 @@ from collab_jax.models import attention, decoder, hf, logprobs, lora
 from collab_jax.models import text as text_lib
 from collab_jax.rl import demonstrations
 from collab_jax.rl.demonstrations import Demonstration
-from collab_jax.rl.tuning import CALL_WEIGHT, Tuner
+from collab_jax.rl.tuning import Tuner
 from collab_jax.runtime import metrics, parallel
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
@@ -158,7 +158,7 @@ def test_the_chance_of_a_call_is_taught_by_itself(make):
     off = np.abs(np.concatenate([odds for odds, _ in parts]) - np.log(CHANCE / (1 - CHANCE)))
     huber = np.where(off < 1, off**2 / 2, off - 0.5)
     assert (off < 1).any() and (off > 1).any()
-    want = CALL_WEIGHT * huber.sum() + sum(losses.sum() for _, losses in parts)
+    want = huber.sum() + sum(losses.sum() for _, losses in parts)
     assert float(np.sum(sums.loss)) == pytest.approx(want, rel=1e-4)
     assert np.isfinite(np.concatenate([x.ravel() for x in jax.tree.leaves(sums.grads)])).all()
 

@@ -33,9 +33,6 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
 
 Source = Callable[[], Iterator[Demonstration]]  # starts a stream without end, always the same
-# Of the distance, in logits, between the odds of a call and those that are taught; of a token's
-# log-probability the weight is 1.
-CALL_WEIGHT = 0.1
 
 
 class TuningState(NamedTuple):
@@ -65,9 +62,11 @@ def loss(
 ) -> jax.Array:
     """The sum of -log p over the taught tokens of the rows, f32[], in nats.
 
-    chance: that of the call, whose token is `call`, at each decision state, which is then taught by
-    itself: the log-odds are drawn to it, and what is said is taught as what the model says where it
-    does not call; 0: demonstrations alone teach the call.
+    chance: that of the call, whose token is `call`, at each decision state; 0: demonstrations alone
+    teach the call. It is taught by itself: the log-odds of the call are drawn to those of the
+    chance, and tokens are taught as what the model says where it does not call. Demonstrations that
+    call by chance teach the same on average, but the odds that come of so few calls vary from state
+    to state by as much as the margin does with how sure the model is.
     """
     whole = decoder.with_ends(lora.join(frozen, params), cfg)
     sight = Sight(rows.segment, rows.positions, rows.segment, rows.positions)
@@ -83,7 +82,7 @@ def loss(
     logp, odds = logprobs.barred_scores(whole, cfg, hidden, said, barred, 1.0, chunk)
     off = jnp.where(rows.states, odds - math.log(chance / (1 - chance)), 0)
     wrong = optax.huber_loss(off, jnp.zeros_like(off))
-    return CALL_WEIGHT * jnp.sum(wrong) - jnp.sum(jnp.where(rows.taught & ~is_call, logp, 0))
+    return jnp.sum(wrong) - jnp.sum(jnp.where(rows.taught & ~is_call, logp, 0))
 
 
 def zero_sums(params: Params) -> Sums:
