@@ -1,8 +1,8 @@
 """Word problems told in another order, so that a model does not go by which number comes first.
 
-In most problems that SVAMP is trained on, what is subtracted or divided by comes second; in half of
-SVAMP's it comes first, since its authors also changed the order of what is told (Patel et al.,
-NAACL 2021, section 4). A model that saw few of those writes 9-12 for 12-9.
+In most problems that SVAMP is trained on, what is subtracted comes second; in two of five of its
+own it comes first, since its authors also changed the order of what is told (Patel et al., NAACL
+2021, section 4). A model that saw few of those writes 9-12 for 12-9.
 
 Two things in one sentence change places, as in "17 red pens and 4 green pens", or two sentences
 that have a number each, as "Ann had 5 apples. Bob had 12." The answer stays.
