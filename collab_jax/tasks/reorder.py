@@ -1,8 +1,8 @@
 """Word problems told in another order, so that a model does not go by which number comes first.
 
-In most problems that SVAMP is trained on, what is subtracted comes second; in two of five of its
-own it comes first, since its authors also changed the order of what is told (Patel et al., NAACL
-2021, section 4). A model that saw few of those writes 9-12 for 12-9.
+In most problems that SVAMP is trained on, what is subtracted comes second; in many of its own it
+comes first, since its authors also changed the order of what is told (Patel et al., NAACL 2021,
+section 4). A model that saw few of those writes 9-12 for 12-9.
 
 Two things in one sentence change places, as in "17 red pens and 4 green pens", or two sentences
 that have a number each, as "Ann had 5 apples. Bob had 12." The answer stays.
@@ -25,23 +25,9 @@ _IN_ORDER = re.compile(
     r"this|those|too|when)\b",
     re.I,
 )
-_NO_NAME = {
-    "a",
-    "an",
-    "at",
-    "by",
-    "every",
-    "for",
-    "he",
-    "her",
-    "his",
-    "if",
-    "in",
-    "my",
-    "on",
-    "she",
-}
-_NO_NAME |= {"some", "the", "their", "there", "to", "while", "with"}
+_NO_NAME = set(  # of words that a sentence may begin with
+    "a an at by every for he her his if in my on she some the their there to while with".split()
+)
 
 
 def _pairs_swapped(problem: str) -> Iterator[str]:
