@@ -22,9 +22,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from collab_jax import records
+from collab_jax.records import Records
 from collab_jax.reports import by_task, suite, summary
 from collab_jax.rl import evaluation, experiment
-from collab_jax.runtime import cli, files
+from collab_jax.rl.experiment import Run
+from collab_jax.runtime import cli, files, hosts
 from collab_jax.runtime.errors import UserError
 
 SPLITS = ("validation", "test")
@@ -32,27 +34,31 @@ SPLITS = ("validation", "test")
 
 def main(config: ConfigDict, workdir: pathlib.Path, split: str = "validation") -> int:
     """Evaluates the run in `workdir` on prompts of one of SPLITS; returns the exit status."""
-    run = experiment.prepare(config, workdir)
-    if config.eval.prompts < 1:
-        raise UserError("config.eval.prompts must be at least 1 to evaluate")
+    with experiment.prepared_in_turn(config, workdir):
+        run = experiment.prepare(config, workdir)
+        if config.eval.prompts < 1:
+            raise UserError("config.eval.prompts must be at least 1 to evaluate")
+        examples = evaluation.held_out(run, split)
     state = experiment.state_on_devices(run)
-    table = evaluation.evaluate(
-        run,
-        evaluation.greedy_sampler(run),
-        state.final_model,
-        evaluation.held_out(run, split),
-        workdir.name,
-    )
-    file = workdir / split
+    sampler = evaluation.greedy_sampler(run)
+    table = evaluation.evaluate(run, sampler, state.final_model, examples, workdir.name)
+    if hosts.is_first():
+        write(run, int(state.step[0]), split, table)
+    hosts.gathered("that it is done", None, hosts.FOREVER)
+    return 0
+
+
+def write(run: Run, step: int, split: str, table: Records) -> None:
+    """Writes the records of a split and their figures, and prints these; step: the model's."""
+    file = run.workdir / split
     records.write(file.with_suffix(".parquet"), table)
-    figures = {"step": int(state.step[0]), "split": split, **summary.summary(table)}
+    figures = {"step": step, "split": split, **summary.summary(table)}
     files.write_text(file.with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
     print(f"{in_words(figures)}; wrote {file.with_suffix('.json')}")
-    if config.task.unsafe_code:
+    if run.config.task.unsafe_code:
         print(summary.UNSAFE_CODE)
     if tasks := by_task.section(figures):
         print(f"\n{tasks}")
-    return 0
 
 
 def in_words(figures: dict) -> str:
@@ -106,4 +112,4 @@ if __name__ == "__main__":
             raise UserError("--suite evaluates on test prompts: leave out --split")
         return suite.evaluate_suite(config, workdir, suite_name.value)
 
-    cli.run_with_config(run)
+    cli.run_with_config(run, several_hosts=True)

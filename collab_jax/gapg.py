@@ -119,8 +119,8 @@ class TrainState(flax.struct.PyTreeNode):
 class Rollout(flax.struct.PyTreeNode):
     """What one step learns from; `rl/rollout.py` draws its layout.
 
-    barred: the token that was disallowed at each place, or -1, and odds: the call's log-odds where
-    they were highest; both None if responses were free to call.
+    barred: the token that was disallowed at each place, or -1, and margin: the call's, where it was
+    highest; both None if responses were free to call.
     cloud_known is False only where the cloud's verdict was needed and the cloud failed. Grades are
     None where answers are right or wrong, no more.
     """
@@ -138,7 +138,7 @@ class Rollout(flax.struct.PyTreeNode):
     grade: jax.Array | None = None  # f32[Q, G], in [0, 1]: how right the device's answer is
     cloud_grade: jax.Array | None = None  # f32[Q], and the cloud's
     barred: jax.Array | None = None  # i32[Q, G, T]
-    odds: jax.Array | None = None  # f32[Q, G], at the sampling temperature
+    margin: jax.Array | None = None  # f32[Q, G], in logits
     level: jax.Array | None = None  # i32[Q], which budget a prompt shows; None: none is shown
 
 

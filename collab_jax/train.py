@@ -29,57 +29,42 @@ from collab_jax.models.sampler import Sampler
 from collab_jax.records import Records
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
-from collab_jax.rl import claims, evaluation, experiment, memory_check, rollout, training
+from collab_jax.rl import evaluation, experiment, memory_check, rollout, training
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
 from collab_jax.runtime import cli, hosts, metrics, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example
 
-EVALUATED = "that the start is evaluated"
-
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Trains the run in `workdir`, evaluates it before and after; returns the exit status.
 
-    Of several hosts the first does all but the training itself, in which the others take part.
+    All hosts train and evaluate; the first writes what comes of it.
     """
     stop = process.GracefulStop()
-    hosts.check_same("its settings", {"code": process.code()} | claims.settings_of(config))
-    with hosts.first_alone("that its run is prepared"):
-        if not hosts.is_first():
-            claims.check_shared(workdir)
+    with experiment.prepared_in_turn(config, workdir):
         run = experiment.prepare(config, workdir)
         print(memory_check.check_fits(run.cfg, config, memory_check.this_machine()))
         print(_where_it_stands(run))
         recorded.check(run)
         held_out = evaluation.held_out(run, config.eval.split)
         fit_examples = training.fit_examples(run)
-    if hosts.is_first():
-        completed = lead(run, stop, held_out, fit_examples)
-    else:
-        completed = follow(run, stop)
+    completed = train(run, stop, held_out, fit_examples)
     hosts.gathered("that it is done", None, hosts.FOREVER)
     return 0 if completed else process.STOPPED
 
 
-def follow(run: Run, stop: process.GracefulStop) -> bool:
-    """What a host other than the first does; returns whether the run was not stopped."""
-    hosts.gathered(EVALUATED, None, hosts.FOREVER)
-    return training.train(run, stop) is not None
-
-
-def lead(
+def train(
     run: Run,
     stop: process.GracefulStop,
     held_out: Sequence[Example],
     fit_examples: Sequence[Example],
 ) -> bool:
-    """What the first host does, or the only one; returns whether the run was not stopped."""
+    """Trains and evaluates; returns whether the run was not stopped."""
     config = run.config
     sampler = evaluation.greedy_sampler(run)
     before = evaluate_before(run, sampler, held_out) if held_out else None
-    hosts.gathered(EVALUATED, None)
     state = training.train(run, stop)
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
@@ -87,6 +72,8 @@ def lead(
     if before is None:
         return True
     after = evaluate_after(run, sampler, state, held_out, fit_examples)
+    if not hosts.is_first():
+        return True
 
     for kind, row in summary.examples_to_show(after):
         print(f"  {kind}: {after['prompt'][row]} -> {after['natural_text'][row]}")
@@ -144,15 +131,23 @@ def evaluate_after(
 
     def make() -> Records:
         table = evaluation.evaluate(run, sampler, state.final_model, held_out, "after")
+        if not hosts.is_first():
+            return table
         return recorded.with_routers(run, state, table, [*held_out, *fit_examples], fit_on)
 
     return read_or_evaluate(run, run.workdir / "after.parquet", held_out, make)
 
 
 def read_or_make(path: pathlib.Path, make: Callable[[], Records]) -> Records:
-    """Returns the records in `path`, which `make()` makes where no earlier start has left any."""
-    if not path.exists():
-        records.write(path, make())
+    """Returns the records in `path`, which `make()` makes where no earlier start has left any.
+
+    All hosts make them; the first one looks, and writes.
+    """
+    if not hosts.gathered(f"whether {path.name} is there", path.exists())[0]:
+        table = make()
+        if not hosts.is_first():
+            return table
+        records.write(path, table)
     return records.read(path)
 
 
@@ -166,7 +161,8 @@ def read_or_evaluate(
     table = read_or_make(path, make)
     if evaluation.too_many_unknown(run, table):
         table = evaluation.ask_again(run, table, examples, path.stem)
-        records.write(path, table)
+        if hosts.is_first():
+            records.write(path, table)
     return table
 
 

@@ -33,8 +33,9 @@ def get_config() -> ConfigDict:
     config = chain["get_config"]()
     config.model.path = "countdown-tiny"  # as common.py has it: the warm start makes its own
     config.text.pad, config.text.eos = "<pad>", ("<eos>",)  # the first two of its vocabulary
-    config.sft.steps = 2400
+    config.sft.steps = 3600
     config.sft.batch_size = 128
+    config.sft.call_chance = 0.05
     sft = countdown["get_config"]().sft
     config.sft.words = tuple(word for word in sft.words if word not in NOT_IN_CHAINS)
     words = len(config.sft.words) + 3  # pad, eos and unk come first

@@ -116,7 +116,9 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
     margins[0, written[0].index(text.decision_id)] = 0.5
     natural = types.SimpleNamespace(tokens=tokens, mask=mask, margins=margins)
     cloud = CachedCloud(Listening(), Store(tmp_path / "s.db"))
-    rows = evaluation.shared_answers(task, cloud, text, examples, natural)
+    attempts = evaluation._attempts(text, 2, natural)
+    assert attempts == [thought, None]
+    rows = evaluation.shared_answers(task, cloud, examples, attempts)
     alone = task.cloud_prompt(examples[0])
     extra = len(with_attempt(alone, thought)[-1]["content"]) - len(alone[-1]["content"])
     assert rows[0] == {

@@ -357,7 +357,7 @@ def test_a_chunk_bars_its_own_tokens(T, chunk):
     hidden = np.random.default_rng(4).standard_normal((2, T, cfg.hidden_size)).astype(np.float32)
     targets = random_tokens(2, T)
     barred = np.where(np.arange(2 * T).reshape(2, T) % 3 == 0, (targets + 1) % cfg.vocab_size, -1)
-    got, odds = logprobs.barred_scores(
+    got, odds, margin = logprobs.barred_scores(
         params, cfg, hidden, targets, jnp.asarray(barred), 1.3, chunk
     )
     scaled = np.array(decoder.logits(params, cfg, hidden)) / 1.3
@@ -365,7 +365,11 @@ def test_a_chunk_bars_its_own_tokens(T, chunk):
     p = jax.nn.softmax(scaled)[rows, columns, barred[rows, columns]]
     np.testing.assert_allclose(odds[rows, columns], np.log(p / (1 - p)), atol=2e-5)
     assert (np.asarray(odds)[barred < 0] == -np.inf).all()
+    own = scaled[rows, columns, barred[rows, columns]]
     scaled[rows, columns, barred[rows, columns]] = -np.inf
+    ahead = (own - scaled.max(-1)[rows, columns]) * 1.3
+    np.testing.assert_allclose(margin[rows, columns], ahead, atol=2e-5)
+    assert (np.asarray(margin)[barred < 0] == -np.inf).all()
     want = jax.nn.log_softmax(scaled)
     want = np.take_along_axis(np.asarray(want), np.asarray(targets)[..., None], 2)[..., 0]
     np.testing.assert_allclose(got, want, atol=2e-5)

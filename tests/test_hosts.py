@@ -120,6 +120,7 @@ def command(workdir, data_dir, *more, **overrides):
     return ["-m", "collab_jax.train", config, f"--workdir={workdir}", *flags, *more]
 
 
+EVALUATED = {"eval.prompts": 20, "eval.batch_size": 8}
 ENVIRONMENT = {**os.environ, "NPROC": "4", "PYTHON": sys.executable}
 
 
@@ -145,7 +146,7 @@ def ended(process, seconds=300):
 def alone(data_dir, tmp_path_factory):
     """A run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("alone")
-    status, said = ended(job(1, 4, command(workdir, data_dir)))
+    status, said = ended(job(1, 4, command(workdir, data_dir, **EVALUATED)))
     assert status == 0, said
     return workdir
 
@@ -157,13 +158,27 @@ def assert_same_runs(a, b):
 
 @pytest.mark.slow
 def test_two_hosts_of_two_devices_equal_one_of_four_bit_for_bit(alone, data_dir, tmp_path):
-    status, said = ended(job(2, 2, command(tmp_path / "two", data_dir)))
+    status, said = ended(job(2, 2, command(tmp_path / "two", data_dir, **EVALUATED)))
     assert status == 0, said
     assert "4 cpu devices of 2 hosts" in said
     assert_same_runs(alone, tmp_path / "two")
+    for table in ("before.parquet", "after.parquet"):
+        assert (alone / table).read_bytes() == (tmp_path / "two" / table).read_bytes()
     bought = [[row["cloud_bought"] for row in metrics.read(w / "metrics.jsonl")] for w in
               (alone, tmp_path / "two")]  # fmt: skip
     assert bought[0] == bought[1] and sum(bought[0]) > 0
+
+
+@pytest.mark.slow
+def test_two_hosts_evaluate_as_one_does(alone, data_dir, tmp_path):
+    """Of the last batch the second host has none."""
+    arguments = command(tmp_path, data_dir, **EVALUATED)
+    arguments[1] = "collab_jax.evaluate"
+    status, said = ended(job(2, 2, arguments))
+    assert status == 0, said
+    assert said.count("step 0, 20 validation prompts") == 1  # the first host alone tells
+    assert (tmp_path / "validation.parquet").read_bytes() == (alone / "before.parquet").read_bytes()
+    assert json.loads((tmp_path / "validation.json").read_text())["cloud_unknown"]["value"] == 0
 
 
 @pytest.mark.slow

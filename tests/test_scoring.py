@@ -20,30 +20,32 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 
 
-def loss(odds, barred, call, answer):
-    arrays = (jnp.array(x, jnp.float32) for x in (odds, call, answer))
-    odds, call, answer = arrays
-    return scoring.loss(odds, jnp.array(barred), call, answer)
+def loss(margins, barred, call, answer):
+    margins, call, answer = (jnp.array(x, jnp.float32) for x in (margins, call, answer))
+    return scoring.loss(margins, jnp.array(barred), call, answer)
 
 
 def test_the_loss_by_hand():
-    p, r = sigmoid([0.4, -1.5])
-    # Two decision states and a token between them where no call can be.
-    got = loss([[0.4, 9.0, -1.5]], [[T, F, T]], [0.7], [0.0])
-    assert float(got) == pytest.approx(-0.7 * np.log(1 - (1 - p) * (1 - r)), rel=1e-5)
-    got = loss([[0.4, 9.0, -1.5]], [[T, F, T]], [0.0], [0.3])
-    assert float(got) == pytest.approx(-0.3 * (np.log(1 - p) + np.log(1 - r)), rel=1e-5)
+    # Two decision states and a token between them where no call can be: the first one decides.
+    margins, states = [[0.4, 9.0, -1.5]], [[T, F, T]]
+    got = loss(margins, states, [0.7], [0.0])
+    assert float(got) == pytest.approx(-0.7 * np.log(sigmoid(0.4)), rel=1e-5)
+    got = loss(margins, states, [0.0], [0.3])
+    assert float(got) == pytest.approx(-0.3 * np.log(sigmoid(-0.4)), rel=1e-5)
     assert float(loss([[0.4, 1.0]], [[F, F]], [0.0], [1.0])) == 0
 
 
-@pytest.mark.parametrize("odds", [-300.0, -40.0, 0.0, 40.0, 300.0])
-def test_the_gradient_is_finite_at_any_odds_and_sees_decision_states_alone(odds):
+@pytest.mark.parametrize("margin", [-300.0, -40.0, 0.0, 40.0, 300.0])
+def test_the_gradient_is_finite_at_any_margin_and_sees_the_highest_decision_state(margin):
     gradient = jax.grad(loss)(
-        jnp.array([[odds, -jnp.inf, odds, 1.0]] * 3), [[T, F, T, F]] * 3, [1.0, 0, 0], [0, 1.0, 0]
+        jnp.array([[margin, -jnp.inf, margin - 1, 1.0]] * 3),
+        [[T, F, T, F]] * 3,
+        [1.0, 0, 0],
+        [0, 1.0, 0],
     )
-    assert np.isfinite(gradient).all() and not gradient[:, 1::2].any() and not gradient[2].any()
-    assert (gradient[0] <= 0).all() and (gradient[1] >= 0).all()
-    if odds <= -40:  # a call that has died out is taught as strongly as any
+    assert np.isfinite(gradient).all() and not gradient[:, 1:].any() and not gradient[2].any()
+    assert gradient[0, 0] <= 0 and gradient[1, 0] >= 0
+    if margin <= -40:  # a call that has died out is taught as strongly as any
         assert float(gradient[0].sum()) == pytest.approx(-1)
 
 
@@ -51,34 +53,34 @@ def test_the_least_loss_is_at_the_odds_of_a_wrong_answer_less_those_of_the_price
     """Three kinds of attempts that go wrong with probabilities 0.1, 0.5 and 0.9; price 0.3."""
     wrong, at = np.array([0.1, 0.5, 0.9]), 0.3
 
-    def expected(odds):
-        column = odds[:, None]
+    def expected(margin):
+        column = margin[:, None]
         call, answer = jnp.array((1 - at) * wrong), jnp.array(at * (1 - wrong))
         return scoring.loss(column, jnp.ones((3, 1), bool), call, answer)
 
-    odds, gradient = jnp.zeros(3), jax.jit(jax.grad(expected))
+    margin, gradient = jnp.zeros(3), jax.jit(jax.grad(expected))
     for _ in range(400):
-        odds -= 4.0 * gradient(odds)
+        margin -= 4.0 * gradient(margin)
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
-    np.testing.assert_allclose(odds, logit(wrong) - logit(at), atol=1e-3)
-    assert ((np.asarray(odds) > 0) == (wrong > at)).all()
+    np.testing.assert_allclose(margin, logit(wrong) - logit(at), atol=1e-3)
+    assert ((np.asarray(margin) > 0) == (wrong > at)).all()
 
 
 def batch(seed=0, rows=40):
     draw = np.random.default_rng(seed)
     return {
-        "odds": jnp.array(draw.normal(-0.5, 2, (rows, 4)), jnp.float32),
+        "margin": jnp.array(draw.normal(-0.5, 2, (rows, 4)), jnp.float32),
         "correct": jnp.array(draw.random((rows, 4)) < 0.5),
         "cloud_correct": jnp.array(draw.random(rows) < 0.9),
         "keep": jnp.array(draw.random(rows) < 0.9),
     }
 
 
-def push(odds, scored):
-    """By how much the loss moves all odds together, summed over responses of one state each."""
+def push(margin, scored):
+    """By how much the loss moves all margins together, summed over responses of one state each."""
     total = lambda shift: scoring.loss(  # noqa: E731
-        odds.reshape(-1, 1) + shift,
-        jnp.ones((odds.size, 1), bool),
+        margin.reshape(-1, 1) + shift,
+        jnp.ones((margin.size, 1), bool),
         scored.call.ravel(),
         scored.answer.ravel(),
     )
@@ -90,14 +92,14 @@ def test_at_the_price_a_batch_moves_calls_by_their_distance_to_the_budget(budget
     parts = batch()
     scored, price = SCORED(**parts, budget=jnp.float32(budget), level=None)
     assert 0 < price[0] < 1 and (price == price[0]).all()
-    distance = budget - float((parts["odds"] > 0).mean())
-    assert float(push(parts["odds"], scored)) == pytest.approx(40 * 4 * distance, rel=1e-4)
+    distance = budget - float((parts["margin"] > 0).mean())
+    assert float(push(parts["margin"], scored)) == pytest.approx(40 * 4 * distance, rel=1e-4)
 
 
 def test_the_price_stays_within_0_and_1():
-    parts = batch() | {"odds": jnp.full((40, 4), 9.0)}
+    parts = batch() | {"margin": jnp.full((40, 4), 9.0)}
     assert (SCORED(**parts, budget=jnp.float32(0.0), level=None)[1] == 1).all()
-    parts["odds"] = jnp.full((40, 4), -9.0)
+    parts["margin"] = jnp.full((40, 4), -9.0)
     assert (SCORED(**parts, budget=jnp.float32(0.999), level=None)[1] == 0).all()
     nothing = parts | {"keep": jnp.zeros(40, bool)}
     scored, price = SCORED(**nothing, budget=jnp.float32(0.3), level=None)
@@ -120,7 +122,7 @@ def test_each_budget_that_prompts_show_has_its_own_price():
 
 def test_a_wrong_answer_teaches_the_call_only_where_the_cloud_is_right():
     scored, price = SCORED(
-        odds=jnp.array([[-1.0, -0.1]] * 3),
+        margin=jnp.array([[-1.0, -0.1]] * 3),
         correct=jnp.array([[T, F]] * 3),
         cloud_correct=jnp.array([T, F, T]),
         keep=jnp.array([T, T, F]),
@@ -140,8 +142,8 @@ def scored_rollout():
     barred = np.where(np.arange(NEW) < 2, CALL, -1) * np.ones((Q, G, 1), np.int32)
     barred = np.where(plain.mask, barred, -1).astype(np.int32)
     tokens = np.where(plain.tokens == CALL, CALL + 1, plain.tokens)
-    odds = np.random.default_rng(7).normal(0, 1, (Q, G)).astype(np.float32)
-    return plain.replace(tokens=tokens, barred=barred, odds=odds, called=np.zeros((Q, G), bool))
+    margin = np.random.default_rng(7).normal(0, 1, (Q, G)).astype(np.float32)
+    return plain.replace(tokens=tokens, barred=barred, margin=margin, called=np.zeros((Q, G), bool))
 
 
 def reference_loss(params, batch, signal):
@@ -150,12 +152,12 @@ def reference_loss(params, batch, signal):
     rows, barred = batch.tokens.reshape(-1, NEW), batch.barred.reshape(-1, NEW)
     last, segment = decoder.prefill(params, CFG, prompts, mask)
     hidden = logprobs.continued_hidden(params, CFG, last, segment, mask, rows)
-    logp, odds = logprobs.barred_scores(params, CFG, hidden, rows, barred, 1.0, NEW)
+    logp, _, margins = logprobs.barred_scores(params, CFG, hidden, rows, barred, 1.0, NEW)
     taught = jnp.repeat(signal.keep, G)
     advantages = signal.A.ravel() * taught
     total = -jnp.sum(advantages * jnp.sum(logp * batch.mask.reshape(-1, NEW), axis=1))
     weights = (x.ravel() * taught for x in signal.scored)
-    return (total + scoring.loss(odds, barred >= 0, *weights)) / G / signal.keep.sum()
+    return (total + scoring.loss(margins, barred >= 0, *weights)) / G / signal.keep.sum()
 
 
 @pytest.mark.slow
@@ -168,7 +170,7 @@ def test_a_step_is_the_gradient_of_both_losses():
     _, metrics = one_step(batch, algorithm=algorithm, devices=1)
     gradient = jax.jit(jax.grad(reference_loss))(old.params, shown, signal)
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
-    assert metrics["call_rate"] == pytest.approx(float((batch.odds > 0).mean()))
+    assert metrics["call_rate"] == pytest.approx(float((batch.margin > 0).mean()))
 
 
 def test_groups_of_equal_rewards_still_teach_when_to_call():

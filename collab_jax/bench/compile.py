@@ -124,7 +124,7 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
     per_response: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.bool_)  # [D, P, G]
     per_prompt: Any = jax.ShapeDtypeStruct(samples.ended.shape[:2], jnp.bool_)
     level: Any = jax.ShapeDtypeStruct(per_prompt.shape, jnp.int32)
-    odds: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.float32)
+    margin: Any = jax.ShapeDtypeStruct(samples.ended.shape, jnp.float32)
     scored = algorithms.scores_decisions(config)
     return gapg.Rollout(
         prompts=prompts,
@@ -138,7 +138,7 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
         cloud_correct=per_prompt,
         cloud_known=per_prompt,
         barred=samples.tokens if scored else None,
-        odds=odds if scored else None,
+        margin=margin if scored else None,
         level=level if len(config.task.budgets) else None,
     )
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,14 @@ def token_logprobs(
     return _by_chunk(one, chunk, hidden, targets)
 
 
+class BarredScores(NamedTuple):
+    """Of targets and barred tokens, f32[B, T] each."""
+
+    logp: jax.Array  # log p(target) in the distribution without the barred token
+    odds: jax.Array  # log-odds of the barred token against all others, -inf where none is
+    margin: jax.Array  # logits it is ahead of the best other one at temperature 1, likewise
+
+
 def barred_scores(
     params: Params,
     cfg: DecoderConfig,
@@ -41,24 +49,24 @@ def barred_scores(
     barred: jax.Array,
     temperature: float,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """(log p(target), log-odds of the barred token), f32[B, T] each, of targets i32[B, T].
+) -> BarredScores:
+    """What the model says of targets i32[B, T] where a token is disallowed, and of that token.
 
-    barred i32[B, T]: the token that was disallowed at each place, or -1. The log-probability is of
-    the distribution without it; the odds are those of the token against all others, -inf where no
-    token was disallowed. hidden [B, T, E]; `chunk` columns at a time, see `_by_chunk`.
+    barred i32[B, T]: the token that was disallowed at each place, or -1. hidden [B, T, E]; `chunk`
+    columns at a time, see `_by_chunk`.
     """
 
-    def one(
-        hidden: jax.Array, targets: jax.Array, barred: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def one(hidden: jax.Array, targets: jax.Array, barred: jax.Array) -> BarredScores:
         scaled = _scaled_logits(params, cfg, hidden, temperature)
         token = barred.reshape(-1)
         others = jnp.where(jnp.arange(scaled.shape[1]) == token[:, None], -jnp.inf, scaled)
-        total = jax.nn.logsumexp(others, axis=-1)
-        odds = jnp.where(token >= 0, _at(scaled, jnp.maximum(token, 0)) - total, -jnp.inf)
-        logp = _at(others, targets) - total
-        return logp.reshape(targets.shape), odds.reshape(targets.shape)
+        total, own = jax.nn.logsumexp(others, axis=-1), _at(scaled, jnp.maximum(token, 0))
+        ahead = (own - others.max(axis=-1)) * temperature
+        return BarredScores(
+            logp=(_at(others, targets) - total).reshape(targets.shape),
+            odds=jnp.where(token >= 0, own - total, -jnp.inf).reshape(targets.shape),
+            margin=jnp.where(token >= 0, ahead, -jnp.inf).reshape(targets.shape),
+        )
 
     return _by_chunk(one, chunk, hidden, targets, barred)
 

@@ -25,7 +25,7 @@ from collab_jax.records import Records
 from collab_jax.rl import experiment, rollout
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.rollout import Verdicts
-from collab_jax.runtime import parallel
+from collab_jax.runtime import hosts, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task
 from collab_jax.tasks.base import lenient_verdicts
@@ -88,36 +88,73 @@ def evaluate(
     natural: with the natural pass and its columns.
     ask_cloud: with the cloud's verdicts; without, none is bought and none is known.
 
+    A batch is dealt over the hosts; the first asks the cloud, and all return the same records.
+
     Raises UserError where more verdicts stay unknown than `config.eval.max_unknown` allows.
     """
     size = run.config.eval.batch_size
     rows: list[Row] = []
-    with tqdm(total=len(examples), desc=f"evaluate {name}", unit="prompt", mininterval=1) as bar:
+    with tqdm(
+        total=len(examples),
+        desc=f"evaluate {name}",
+        unit="prompt",
+        mininterval=1,
+        disable=not hosts.is_first(),
+    ) as bar:
         for start in range(0, len(examples), size):
             batch = examples[start : start + size]
-            passes = _passes(run, sampler, params, batch, start // size, natural, seed)
-            drawn = seed is not None
-            columns = [_row(run, e, i, passes, drawn) for i, e in enumerate(batch)]
-            lenient = _lenient(run.task, batch, passes["local"])
-            for row, found in zip(columns, lenient, strict=True):
-                row.update(found)
-            answers = [unknown_answer(run.task)] * len(batch)
+            told = _by_device(run, sampler, params, batch, start // size, natural, seed)
+            heard = hosts.gathered("what it evaluated", told, hosts.FOREVER)
+            columns, attempts = zip(*(pair for of_host in heard for pair in of_host), strict=True)
             if ask_cloud:
-                answers = cloud_answers(run.task, run.cloud, batch)
-            shared: list[Row] = [{}] * len(batch)
-            if run.config.cloud.share_attempt and ask_cloud and natural and not drawn:
-                shared = shared_answers(
-                    run.task, run.cloud, run.text, batch, passes["natural"].samples
-                )
-            plain: list[Row] = [{}] * len(batch)
-            if run.config.cloud.redact and ask_cloud:
-                plain = plain_answers(run.task, run.cloud, batch)
-            rows += [
-                c | a | s | p for c, a, s, p in zip(columns, answers, shared, plain, strict=True)
-            ]
+                shared = attempts if natural and seed is None else None
+                said = _by_cloud(run, batch, shared) if hosts.is_first() else None
+                of_cloud = hosts.gathered("what the cloud said", said, hosts.FOREVER)[0]
+                columns = [c | a for c, a in zip(columns, of_cloud, strict=True)]
+            rows += columns
             bar.update(len(batch))
     table = records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
     return ask_again(run, table, examples, name) if ask_cloud else table
+
+
+def _by_device(
+    run: Run,
+    sampler: Sampler,
+    params: Params,
+    batch: Sequence[Example],
+    number: int,
+    natural: bool,
+    seed: int | None,
+) -> list[tuple[Row, str | None]]:
+    """Returns the device's columns of this host's prompts, and what it had written when it called.
+
+    The latter is None where it did not call, or attempts are not shared. number: the batch's.
+    """
+    size = run.config.eval.batch_size // hosts.count()
+    own = batch[hosts.index() * size :][:size]
+    padded = [*own, *batch[:1] * (size - len(own))]  # one shape, one compilation
+    passes = _passes(run, sampler, params, padded, number, natural, seed)
+    columns = [_row(run, e, i, passes, seed is not None) for i, e in enumerate(own)]
+    lenient = _lenient(run.task, own, passes["local"])
+    attempts: list[str | None] = [None] * len(own)
+    if natural and run.config.cloud.share_attempt:
+        attempts = _attempts(run.text, len(own), passes["natural"].samples)
+    return [(c | found, a) for c, found, a in zip(columns, lenient, attempts, strict=True)]
+
+
+def _by_cloud(
+    run: Run, batch: Sequence[Example], attempts: Sequence[str | None] | None
+) -> list[Row]:
+    """Returns each prompt's columns of the cloud; attempts: those of calls, if any are shared."""
+    rows = cloud_answers(run.task, run.cloud, batch)
+    more: list[list[Row]] = []
+    if run.config.cloud.share_attempt and attempts is not None:
+        more.append(shared_answers(run.task, run.cloud, batch, attempts))
+    if run.config.cloud.redact:
+        more.append(plain_answers(run.task, run.cloud, batch))
+    for columns in more:
+        rows = [row | column for row, column in zip(rows, columns, strict=True)]
+    return rows
 
 
 def _passes(
@@ -129,11 +166,9 @@ def _passes(
     natural: bool,
     seed: int | None,
 ) -> dict[str, Pass]:
-    """Returns the passes over one batch, by name: "local" and, where wanted, "natural"."""
-    size = run.config.eval.batch_size
-    padded = [*batch, *batch[:1] * (size - len(batch))]  # one shape, one compilation
+    """Returns the passes over a whole batch, by name: "local" and, where wanted, "natural"."""
     prompts, prompt_mask = run.text.prompt_batch(
-        [run.task.prompt(example) for example in padded], run.config.prompt_length
+        [run.task.prompt(example) for example in batch], run.config.prompt_length
     )
     biases = {"natural": 0.0, "local": -np.inf} if natural else {"local": -np.inf}
     passes = {}
@@ -143,7 +178,7 @@ def _passes(
         )
         samples = jax.tree.map(lambda x: x[:, 0], parallel.gather(drawn))  # the padding included
         verdicts = rollout.judge(
-            run.task, run.text, padded, samples.tokens, samples.mask, samples.ended
+            run.task, run.text, batch, samples.tokens, samples.mask, samples.ended
         )
         passes[kind] = Pass(samples, verdicts)
     return passes
@@ -174,7 +209,7 @@ def _row(run: Run, example: Example, i: int, passes: Mapping[str, Pass], drawn: 
         "margin": float(local.margins[i].max()),
         "first_margin": float(local.margins[i, states[0]]) if states.size else -np.inf,
         "last_margin": float(local.margins[i, states[-1]]) if states.size else -np.inf,
-        "margins": local.margins[i][local.mask[i]],
+        "margins": local.margins[i][local.mask[i]].tolist(),
     }
     if "natural" not in passes:
         return row
@@ -222,8 +257,8 @@ def cloud_answers(task: Task, cloud: CachedCloud, examples: Sequence[Example]) -
         unknown_answer(task)
         if reply is None
         else {
-            "cloud_correct": c,
-            "cloud_known": k,
+            "cloud_correct": bool(c),
+            "cloud_known": bool(k),
             **({"cloud_grade": float(g)} if task.graded else {}),
             "cloud_tokens": reply.input_tokens + reply.output_tokens,
             "cloud_usd": reply.usd,
@@ -241,8 +276,17 @@ def ask_again(run: Run, table: Records, examples: Sequence[Example], name: str) 
     """Returns `table` with its unknown cloud verdicts asked for again, in at most ROUNDS rounds.
 
     Each round begins when the circuit breaker lets calls through. Nothing else of the table
-    changes. Raises UserError, with the reasons, where too many verdicts stay unknown.
+    changes. The first host asks, and tells the others. Raises UserError, with the reasons, where
+    too many verdicts stay unknown.
     """
+    if hosts.is_first():
+        table = _asked_again(run, table, examples, name)
+    answers = {column: table[column].tolist() for column in unknown_answer(run.task)}
+    told = hosts.gathered("what the cloud said at last", answers, hosts.FOREVER)[0]
+    return table | {c: np.asarray(values, table[c].dtype) for c, values in told.items()}
+
+
+def _asked_again(run: Run, table: Records, examples: Sequence[Example], name: str) -> Records:
     by_id = {example.id: example for example in examples}
     columns = unknown_answer(run.task)
     table = table | {column: table[column].copy() for column in columns}
@@ -284,26 +328,33 @@ def _why_unknown(run: Run, examples: Sequence[Example], reasons: Counter[str]) -
     return "; ".join(found)
 
 
-def shared_answers(
-    task: Task, cloud: CachedCloud, text: Text, examples: Sequence[Example], natural: Samples
-) -> list[Row]:
-    """Returns the columns of the cloud's answers with the device's attempt, where it called.
+def _attempts(text: Text, n: int, natural: Samples) -> list[str | None]:
+    """Returns what the device had written when it called, for the first n of the natural pass.
 
-    natural: the natural pass over `examples`, [n, ...]. The attempt is what was written before the
-    decision token. `shared_extra_tokens`: input tokens more than without it.
+    That is what comes before the decision token. None where it did not call.
     """
-    calls = [i for i in range(len(examples)) if (natural.margins[i] > 0).any()]
-    firsts = [int((natural.margins[i] > 0).argmax()) for i in calls]
-    attempts = [
-        text.decode(
-            np.asarray(natural.tokens[i : i + 1, :t]), np.asarray(natural.mask[i : i + 1, :t])
-        )[0]
-        for i, t in zip(calls, firsts, strict=True)
+    tokens, mask = np.asarray(natural.tokens), np.asarray(natural.mask)
+    crossings = np.asarray(natural.margins[:n]) > 0
+    firsts = [int(crossing.argmax()) if crossing.any() else None for crossing in crossings]
+    return [
+        None if t is None else text.decode(tokens[i : i + 1, :t], mask[i : i + 1, :t])[0]
+        for i, t in enumerate(firsts)
     ]
+
+
+def shared_answers(
+    task: Task, cloud: CachedCloud, examples: Sequence[Example], attempts: Sequence[str | None]
+) -> list[Row]:
+    """Returns the columns of the cloud's answers with the device's attempts, where there are any.
+
+    `shared_extra_tokens`: input tokens more than without it.
+    """
+    calls = {i: attempt for i, attempt in enumerate(attempts) if attempt is not None}
     called = [examples[i] for i in calls]
     alone, names = rollout.cloud_prompts(task, called)
     answers = cloud.answer(
-        [with_attempt(m, attempt) for m, attempt in zip(alone, attempts, strict=True)], names
+        [with_attempt(m, attempt) for m, attempt in zip(alone, calls.values(), strict=True)],
+        names,
     )
     correct, known, _ = rollout.cloud_verdicts(task, called, answers)
     without = cloud.answer(alone).replies
@@ -313,7 +364,11 @@ def shared_answers(
     for i, c, k, reply, bare in zip(calls, correct, known, answers.replies, without, strict=True):
         if k and reply and bare:
             extra = reply.input_tokens - bare.input_tokens
-            rows[i] = {"shared_known": True, "shared_correct": c, "shared_extra_tokens": extra}
+            rows[i] = {
+                "shared_known": True,
+                "shared_correct": bool(c),
+                "shared_extra_tokens": extra,
+            }
     return rows
 
 

@@ -3,6 +3,7 @@
 Shared by the commands that train, evaluate and export.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -23,7 +24,7 @@ from collab_jax.models.decoder import Params
 from collab_jax.models.text import Text
 from collab_jax.rl import claims, optim
 from collab_jax.rl.settings import check_config
-from collab_jax.runtime import files, hosts, parallel
+from collab_jax.runtime import files, hosts, parallel, process
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
@@ -87,6 +88,19 @@ def base_model(config: ConfigDict, workdir: pathlib.Path) -> BaseModel:
     cfg = lora.configure(cfg, config.lora, text.decision_id)
     config.text.update(text.special._asdict())
     return BaseModel(config, folder, cfg, text)
+
+
+@contextlib.contextmanager
+def prepared_in_turn(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
+    """The body prepares a run, on the first host and then on the others.
+
+    Raises UserError where the hosts differ in code or settings, or do not share `workdir`.
+    """
+    hosts.check_same("its settings", {"code": process.code()} | claims.settings_of(config))
+    with hosts.first_alone("that its run is prepared"):
+        if not hosts.is_first():
+            claims.check_shared(workdir)
+        yield
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:

@@ -240,12 +240,12 @@ def responses_loss(
         logp = logprobs.token_logprobs(whole, cfg, hidden, targets, share.temperature, share.chunk)
     else:
         assert batch.barred is not None
-        logp, odds = logprobs.barred_scores(
+        logp, _, margins = logprobs.barred_scores(
             whole, cfg, hidden, targets, of_column(batch.barred), share.temperature, share.chunk
         )
         call, answer = (of_response(x) for x in share.scored)
         barred = mask & (batch.barred[prompt, member].reshape(-1, T) >= 0)
-        loss += scoring.loss(apart(odds), barred, call, answer) / G
+        loss += scoring.loss(apart(margins), barred, call, answer) / G
     logp = apart(logp)
     loss += gapg.loss(logp, mask, of_response(share.A), G)
     drift = jnp.abs(logp - batch.logp[prompt, member].reshape(-1, T)) * mask

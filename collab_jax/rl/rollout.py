@@ -363,7 +363,7 @@ def collect(
         logp=samples.logp,
         mask=samples.mask,
         barred=barred_tokens(run.text, samples) if scored else None,
-        odds=samples.margins.max(-1) / run.config.temperature if scored else None,
+        margin=samples.margins.max(-1) if scored else None,
         correct=parallel.shard(judging.correct, D),
         called=parallel.shard(judging.called, D),
         formatted=parallel.shard(judging.formatted, D),

@@ -4,20 +4,25 @@ A call that is sampled shows what the cloud is good for, and not whether the att
 right; an answer shows the one and not the other. So a decision is judged by comparing responses,
 which is noisy, and a call that has become rare is not learnt again. Under
 `config.algorithm.decision="scored"` no response of training calls: the marker is barred. Each
-attempt then has its verdict, and the policy still says with which probability q it would have
-called along the way. With right and wrong 0 or 1, and a call's price lambda in [0, 1], a response
-adds the logistic loss
+attempt then has its verdict, and its margin M: the call's logits over those of the best other
+token, where they were highest. M is what decides once the model is deployed: greedy decoding calls
+where M > 0, and at a budget the responses of the highest M do. With right and wrong 0 or 1, and a
+call's price lambda in [0, 1], a response adds the logistic loss
 
-    -(1 - lambda) wrong log q - lambda right log(1 - q)
+    -(1 - lambda) wrong log sigmoid(M) - lambda right log sigmoid(-M)
 
 What is lost by a bad decision are the weights: an answer that a call would have given, less its
-price, or the price. It is least where q > 1/2 exactly if P(wrong) > lambda, the best decision at
-that price, and its margin ranks responses by P(wrong) at any other. What the attempts themselves
-learn is the policy gradient of their rewards, which the marker has no part in.
+price, or the price. It is least where M > 0 exactly if P(wrong) > lambda, the best decision at that
+price, and M ranks responses by P(wrong) at any other. A response is taught at one state, the one at
+which it would call. Were all states taught, by the probability that one of them calls, then those
+before the model knows anything would learn how often responses go wrong.
+
+What the attempts themselves learn is the policy gradient of their rewards, which the marker has no
+part in.
 
 The price is that of the budget: in each batch the one at which the loss, as a whole, moves the
-odds of calls by how far the share of calls is from the budget (`price`). So the budget is held
-without a state that could swing, and what is learnt is which responses call.
+margins by how far the share of calls is from the budget (`price`). So the budget is held without a
+state that could swing, and what is learnt is which responses call.
 """
 
 from typing import NamedTuple
@@ -25,7 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NOWHERE = -1e4  # the log-odds of a call where none can be: finite, so that gradients are
+NOWHERE = -1e4  # the margin of a call where none can be: finite, so that gradients are
 
 
 class Scored(NamedTuple):
@@ -36,7 +41,7 @@ class Scored(NamedTuple):
 
 
 def scored(
-    odds: jax.Array,
+    margin: jax.Array,
     correct: jax.Array,
     cloud_correct: jax.Array,
     keep: jax.Array,
@@ -45,48 +50,45 @@ def scored(
 ) -> tuple[Scored, jax.Array]:
     """The Scored of a batch, and the price f32[Q] of each prompt's budget.
 
-    odds f32[Q, G]: the log-odds of the call where they were highest, when sampled; correct
-    bool[Q, G], cloud_correct bool[Q], keep bool[Q]. budget f32[], or f32[budgets] with the level
-    i32[Q] of each prompt. A wrong response teaches the call only where the cloud is right; prompts
-    that are not kept teach nothing.
+    margin f32[Q, G]: the highest of each response, when sampled; correct bool[Q, G], cloud_correct
+    bool[Q], keep bool[Q]. budget f32[], or f32[budgets] with the level i32[Q] of each prompt. A
+    wrong response teaches the call only where the cloud is right; prompts that are not kept teach
+    nothing.
     """
     right = (correct & keep[:, None]).astype(jnp.float32)
     wrong = (~correct & (cloud_correct & keep)[:, None]).astype(jnp.float32)
     if level is None:
-        level = jnp.zeros(len(odds), jnp.int32)
-    of_prompt = price(odds, wrong, right, jnp.atleast_1d(budget), level)[level]
+        level = jnp.zeros(len(margin), jnp.int32)
+    of_prompt = price(margin, wrong, right, jnp.atleast_1d(budget), level)[level]
     charged = of_prompt[:, None]
     return Scored(call=(1 - charged) * wrong, answer=charged * right), of_prompt
 
 
 def price(
-    odds: jax.Array, wrong: jax.Array, right: jax.Array, budget: jax.Array, level: jax.Array
+    margin: jax.Array, wrong: jax.Array, right: jax.Array, budget: jax.Array, level: jax.Array
 ) -> jax.Array:
     """The price lambda f32[budgets], in [0, 1], that brings calls to each budget f32[budgets].
 
-    odds, wrong, right: f32[Q, G]; level i32[Q]: the budget of each prompt. With q = sigmoid(odds)
-    the loss moves the odds of all responses of a budget together by
+    margin, wrong, right: f32[Q, G]; level i32[Q]: the budget of each prompt. With q = sigmoid(M)
+    the loss moves the margins of all responses of a budget together by
 
         sum of (1 - lambda) wrong (1 - q) - lambda right q
 
     and lambda is such that this is the number of responses times (budget - share of calls), where
-    a response is a call if its odds are above 0, as greedy decoding has it.
+    a response is a call if its margin is above 0, as greedy decoding has it.
     """
     total = lambda x: jnp.zeros_like(budget).at[level].add(x.sum(axis=1))  # noqa: E731
-    q = jax.nn.sigmoid(odds)
+    q = jax.nn.sigmoid(margin)
     up, down = total(wrong * (1 - q)), total(right * q)
-    wanted = total(budget[level][:, None] - (odds > 0))
+    wanted = total(budget[level][:, None] - (margin > 0))
     return jnp.clip((up - wanted) / jnp.maximum(up + down, 1e-6), 0, 1)
 
 
-def loss(odds: jax.Array, barred: jax.Array, call: jax.Array, answer: jax.Array) -> jax.Array:
+def loss(margins: jax.Array, barred: jax.Array, call: jax.Array, answer: jax.Array) -> jax.Array:
     """The sum of the logistic losses of m responses, f32[], in nats.
 
-    odds f32[m, T]: the log-odds of the call at each token; barred bool[m, T]: the decision states.
-    call, answer f32[m]: the weights of a `Scored`.
+    margins f32[m, T]: the call's at each token; barred bool[m, T]: the decision states. call,
+    answer f32[m]: the weights of a `Scored`.
     """
-    odds = jnp.where(barred, odds, NOWHERE)
-    stays = -jax.nn.softplus(odds)  # log P(no call at this state)
-    until = jnp.cumsum(stays, axis=1) - stays  # log P(no call before it)
-    log_q = jax.nn.logsumexp(until - jax.nn.softplus(-odds), axis=1)
-    return -jnp.sum(call * log_q + answer * stays.sum(axis=1))
+    margin = jnp.where(barred, margins, NOWHERE).max(axis=1)
+    return jnp.sum(call * jax.nn.softplus(-margin) + answer * jax.nn.softplus(margin))

@@ -52,11 +52,11 @@ def learning_signal(
     A = algorithm.advantage(r, batch.mask)
     A = A - price[..., None] * algorithm.advantage(cost, batch.mask)
     scored, calls = None, batch.called
-    if batch.odds is not None:
+    if batch.margin is not None:
         scored, price = scoring.scored(
-            batch.odds, batch.correct, batch.cloud_correct, keep, filter.budget, batch.level
+            batch.margin, batch.correct, batch.cloud_correct, keep, filter.budget, batch.level
         )
-        calls = batch.odds > 0
+        calls = batch.margin > 0
     learnable = keep & has_gradient(A, scored).any(axis=1)
     call_rate = call_rates = calls.mean()
     if batch.level is not None:

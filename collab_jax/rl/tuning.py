@@ -79,10 +79,10 @@ def loss(
     is_call = rows.states & (rows.targets == call)
     barred = jnp.where(rows.states, call, -1)
     said = jnp.where(is_call, 0, rows.targets)  # any other token: a barred one has no logp
-    logp, odds = logprobs.barred_scores(whole, cfg, hidden, said, barred, 1.0, chunk)
-    off = jnp.where(rows.states, odds - math.log(chance / (1 - chance)), 0)
+    scores = logprobs.barred_scores(whole, cfg, hidden, said, barred, 1.0, chunk)
+    off = jnp.where(rows.states, scores.odds - math.log(chance / (1 - chance)), 0)
     wrong = optax.huber_loss(off, jnp.zeros_like(off))
-    return jnp.sum(wrong) - jnp.sum(jnp.where(rows.taught & ~is_call, logp, 0))
+    return jnp.sum(wrong) - jnp.sum(jnp.where(rows.taught & ~is_call, scores.logp, 0))
 
 
 def zero_sums(params: Params) -> Sums:
