@@ -25,34 +25,46 @@ import sys
 from ml_collections import ConfigDict
 
 from collab_jax.rl import claims, experiment, reach, settings, warm_start
-from collab_jax.runtime import cli, files
+from collab_jax.runtime import cli, files, hosts
 from collab_jax.tasks import judge, make_task
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     """Tunes, tries the tuned model, and returns the exit status; sft.json is the last file."""
     stop = process.GracefulStop()
-    settings.check_warm_start(config)
-    claims.make_workdir(workdir)  # now, not after hours
-    if warm_start.is_finished(config, workdir):
-        warm_start.discard_checkpoints(workdir)  # a kill may have come before
+    start = None
+    with experiment.prepared_in_turn(config, workdir / warm_start.FOLDER):
+        settings.check_warm_start(config)
+        claims.make_workdir(workdir)  # now, not after hours
+        if not warm_start.is_finished(config, workdir):
+            task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
+            start = warm_start.prepare(config, workdir, task)
+    if start is None:
         print(f"{workdir} is finished: its figures are in {warm_start.FIGURES}")
-        return 0
-    task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
-    start = warm_start.prepare(config, workdir, task)
+    else:
+        make(start, stop)
+    if hosts.is_first():
+        warm_start.discard_checkpoints(workdir)  # a kill may have come before
+    hosts.gathered("that it is done", None)
+    return 0
+
+
+def make(start: warm_start.WarmStart, stop: process.GracefulStop) -> None:
+    """Tunes and tries the model; the first host writes what comes of it."""
+    config, workdir = start.config, start.workdir
     params = warm_start.tuned(start, stop)
-    warm_start.write(start, params)
+    if hosts.is_first():
+        warm_start.write(start, params)
     figures: dict[str, float | None] = {"steps": config.sft.steps}
     if start.check_examples:
         figures |= reach.measure(start.respondent, start.model(params), start.check_examples)
         print(reach.format_reach(figures))
         for warning in reach.warnings(figures):
             print(f"warning: {warning}", file=sys.stderr)
-    files.write_text(workdir / warm_start.FIGURES, json.dumps(figures, indent=2) + "\n")
-    warm_start.discard_checkpoints(workdir)
+    if hosts.is_first():
+        files.write_text(workdir / warm_start.FIGURES, json.dumps(figures, indent=2) + "\n")
     print(f"wrote {workdir}")
-    return 0
 
 
 if __name__ == "__main__":
-    cli.run_with_config(run)
+    cli.run_with_config(run, several_hosts=True)

@@ -182,6 +182,25 @@ def test_two_hosts_evaluate_as_one_does(alone, data_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_hosts_make_the_warm_start_of_one(data_dir, tmp_path):
+    """With relabelling: two tunings, the samples of each, and the last one."""
+    models = []
+    for name, number, devices in (("one", 1, 4), ("two", 2, 2)):
+        workdir = tmp_path / name
+        sizes = {"sft.relabel_steps": 2, "sft.prompts": 12, "sft.check_prompts": 12}
+        arguments = command(workdir, data_dir, **sizes)
+        arguments[1] = "collab_jax.sft"
+        status, said = ended(job(number, devices, arguments))
+        assert status == 0, said
+        assert said.count(f"wrote {workdir}") == 1  # the first host alone tells
+        figures = json.loads((workdir / "sft.json").read_text())
+        samples = [file.read_text() for file in sorted(workdir.glob("warm_start/*/samples.jsonl"))]
+        models.append(((workdir / "model.safetensors").read_bytes(), figures, samples))
+    assert len(models[0][2]) == 2
+    assert models[0] == models[1]
+
+
+@pytest.mark.slow
 @pytest.mark.long
 def test_each_of_two_hosts_divides_its_parameters_over_its_devices(alone, data_dir, tmp_path):
     """Sums are taken in another order, so samples may differ after some steps: two are compared."""
@@ -196,7 +215,7 @@ def test_each_of_two_hosts_divides_its_parameters_over_its_devices(alone, data_d
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
-FAILS = """
+ENDS = """
 import sys, time
 from collab_jax.runtime import hosts
 from collab_jax.runtime.errors import UserError
@@ -207,6 +226,8 @@ try:
     with hosts.failure_told():
         assert len(hosts.gathered("its number", hosts.index())) == 2
         if hosts.index() == int(sys.argv[3]):
+            if sys.argv[4] == "stops":
+                sys.exit(75)
             raise ValueError("no more\\nmemory")
         hosts.gathered("what comes next", None)
 except UserError as error:
@@ -215,26 +236,36 @@ except UserError as error:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_a_host_that_fails_tells_those_that_wait_for_it(failing):
+def two_of_which_one_ends(ending, how):
+    """The status of the host that ends, what it says, and the same of the other one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     pipe = subprocess.PIPE
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", FAILS, str(host), address, str(failing)],
+            [sys.executable, "-c", ENDS, str(host), address, str(ending), how],
             cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True,
         )
         for host in (0, 1)
     ]  # fmt: skip
-    (status, said), (other_status, other_said) = [
-        ended(both[host], 120) for host in (failing, 1 - failing)
-    ]
+    return [*ended(both[ending], 120), *ended(both[1 - ending], 120)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_host_that_fails_tells_those_that_wait_for_it(failing):
+    status, said, other_status, other_said = two_of_which_one_ends(failing, "fails")
     assert status == other_status == 1, said + other_said
     assert "ValueError: no more" in said
     assert f"heard: host {failing} failed: ValueError('no more" in other_said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_host_that_is_asked_to_stop_before_its_steps_stops_the_others(stopped):
+    status, said, other_status, other_said = two_of_which_one_ends(stopped, "stops")
+    assert status == other_status == 75, said + other_said
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from collab_jax.reports.summary import UNSAFE_CODE, natural_outcomes
 from collab_jax.rl import evaluation, experiment, rollout
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import curves, routers
-from collab_jax.runtime import files, markdown, process
+from collab_jax.runtime import files, hosts, markdown, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent
 from collab_jax.tasks import TASKS, task_shares, with_task
@@ -190,9 +190,13 @@ def evaluate_benchmark(
 
 
 def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int:
-    """Evaluates the run in `workdir` on `suite` and writes its table; returns the exit status."""
+    """Evaluates the run in `workdir` on `suite` and writes its table; returns the exit status.
+
+    All hosts evaluate; the first writes.
+    """
     names = benchmarks(suite)
-    run = experiment.prepare(config, workdir)
+    with experiment.prepared_in_turn(config, workdir):
+        run = experiment.prepare(config, workdir)
     state = experiment.state_on_devices(run)
     greedy = evaluation.greedy_sampler(run)
     sampled = rollout.make_sampler(
@@ -207,11 +211,27 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
         tables[name], counts[name] = evaluate_benchmark(
             run, state.final_model, greedy, sampled, name, samples
         )
-        records.write(out / f"{name}.parquet", tables[name])
+        if hosts.is_first():
+            records.write(out / f"{name}.parquet", tables[name])
+    if hosts.is_first():
+        _write(out, suite, config, int(state.step[0]), tables, counts)
+    hosts.gathered("that it is done", None, hosts.FOREVER)
+    return 0
+
+
+def _write(
+    out: pathlib.Path,
+    suite: str,
+    config: ConfigDict,
+    step: int,
+    tables: Mapping[str, Records],
+    counts: Mapping[str, dict[str, int]],
+) -> None:
+    """Writes and prints the table; step: the model's."""
     result = {
         "suite": suite,
         "model": config.model.path,
-        "step": int(state.step[0]),
+        "step": step,
         "budget": config.budget,
         "temperature": config.eval.temperature,
         "trained_on": sorted(task_shares(config)),
@@ -224,7 +244,6 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
     files.write_text(out / "table.md", text)
     files.write_text(out / "table.json", json.dumps(result, indent=2) + "\n")
     print(f"{text}\nwrote {out / 'table.md'}, table.json and the records beside them")
-    return 0
 
 
 # ---- the table

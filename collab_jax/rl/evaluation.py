@@ -104,8 +104,8 @@ def evaluate(
         for start in range(0, len(examples), size):
             batch = examples[start : start + size]
             told = _by_device(run, sampler, params, batch, start // size, natural, seed)
-            heard = hosts.gathered("what it evaluated", told, hosts.FOREVER)
-            columns, attempts = zip(*(pair for of_host in heard for pair in of_host), strict=True)
+            told = hosts.joined("what it evaluated", told, hosts.FOREVER)
+            columns, attempts = zip(*told, strict=True)
             if ask_cloud:
                 shared = attempts if natural and seed is None else None
                 said = _by_cloud(run, batch, shared) if hosts.is_first() else None
@@ -130,9 +130,9 @@ def _by_device(
 
     The latter is None where it did not call, or attempts are not shared. number: the batch's.
     """
-    size = run.config.eval.batch_size // hosts.count()
-    own = batch[hosts.index() * size :][:size]
-    padded = [*own, *batch[:1] * (size - len(own))]  # one shape, one compilation
+    size = run.config.eval.batch_size
+    part, fill = hosts.part(size), batch[:1] * (size - len(batch))
+    own, padded = batch[part], [*batch, *fill][part]  # one shape, one compilation
     passes = _passes(run, sampler, params, padded, number, natural, seed)
     columns = [_row(run, e, i, passes, seed is not None) for i, e in enumerate(own)]
     lenient = _lenient(run.task, own, passes["local"])

@@ -132,7 +132,7 @@ def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
 def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
     """The plan of training by `config` with the model `cfg` on so many devices, of a CPU or not.
 
-    devices: of this host. The prompts are split over those of all hosts; all else is on each of
+    devices: of this host. Prompts are split over those of all hosts; all else is on each of
     them, but for what `config.train.sharded` divides.
     """
     stored, cfg = cfg, _as_compiled(cfg, cpu)
@@ -147,7 +147,7 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
         "logits": _logits(cfg, config, m, T, cpu),
     }
     sampled = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
-    batch = -(-config.eval.batch_size // devices) if config.eval.prompts else 0
+    batch = -(-config.eval.batch_size // (devices * hosts.count())) if config.eval.prompts else 0
     evaluated = _sampling(cfg, config, batch, 1, 1)
     # The averaged parameters, in the others' type.
     evaluated["parameters"] = trained * param / weights.shards if config.optim.average else 0

@@ -11,6 +11,7 @@ the one token that decides, so that learning them changes little else.
 """
 
 import json
+import os
 import pathlib
 import random
 import re
@@ -26,7 +27,7 @@ from collab_jax.models.decoder import Params
 from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import TAGS, Text
 from collab_jax.rl import rollout
-from collab_jax.runtime import files, parallel
+from collab_jax.runtime import files, hosts, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, base, prose
 
@@ -88,6 +89,7 @@ def sampled_batches(
 ) -> Iterator[tuple[Sequence[Example], Samples]]:
     """(examples, their Samples on the host [P, G, ...]) in batches of `prompts_per_step`.
 
+    Of several hosts each has its part of a batch, which may be empty where the last is not full.
     Batch number i has the keys of (seed, first_step + i). params have the axis D; a bias of -inf
     disallows the marker.
     """
@@ -95,7 +97,8 @@ def sampled_batches(
     size = config.prompts_per_step
     for i, start in enumerate(range(0, len(examples), size)):
         batch = examples[start : start + size]
-        padded = [*batch, *[batch[0]] * (size - len(batch))]  # one shape, one compilation
+        part, fill = hosts.part(size), batch[:1] * (size - len(batch))
+        own, padded = batch[part], [*batch, *fill][part]  # one shape, one compilation
         chats = [respondent.task.prompt(example) for example in padded]
         prompts, prompt_mask = text.prompt_batch(chats, config.prompt_length)
         samples = rollout.draw(
@@ -107,8 +110,8 @@ def sampled_batches(
             step=first_step + i,
             bias=bias,
         )
-        count = len(batch)
-        yield batch, jax.tree.map(lambda x: x[:count], parallel.gather(samples))  # noqa: B023
+        count = len(own)
+        yield own, jax.tree.map(lambda x: x[:count], parallel.gather(samples))  # noqa: B023
 
 
 def judge_batch(
@@ -155,7 +158,8 @@ def sample_and_judge(
 ) -> list[JudgedPrompt]:
     """What `config.group` responses to each example are good for; params have the axis D.
 
-    Batches are kept in `file` as they come, so that the same command goes on where it was.
+    Batches are kept in `file` as they come, so that the same command goes on where it was. The
+    first host writes, and all return the same.
     """
     config = respondent.config
     judged = _kept_samples(file, config.prompts_per_step, len(examples))
@@ -167,15 +171,22 @@ def sample_and_judge(
         bias=-np.inf,
     )
     with (
-        file.open("a") as out,
-        tqdm(total=len(examples), initial=len(judged), desc="sample", unit="prompt") as bar,
+        open(file if hosts.is_first() else os.devnull, "a") as out,
+        tqdm(
+            total=len(examples),
+            initial=len(judged),
+            desc="sample",
+            unit="prompt",
+            disable=not hosts.is_first(),
+        ) as bar,
     ):
         for batch, samples in batches:
-            new = judge_batch(respondent.text, respondent.task, batch, samples, config.sft.keep)
-            out.write("".join(json.dumps(row._asdict()) + "\n" for row in new))
+            own = judge_batch(respondent.text, respondent.task, batch, samples, config.sft.keep)
+            new = hosts.joined("what it sampled", [row._asdict() for row in own], hosts.FOREVER)
+            out.write("".join(json.dumps(row) + "\n" for row in new))
             out.flush()
-            judged += new
-            bar.update(len(batch))
+            judged += [JudgedPrompt(**row) for row in new]
+            bar.update(len(new))
     solved = sum(bool(row.right) for row in judged)
     print(f"{solved} of {len(judged)} training prompts solved, each in {config.group} responses")
     return judged
@@ -188,7 +199,8 @@ def _kept_samples(file: pathlib.Path, size: int, wanted: int) -> list[JudgedProm
     lines = contents[: contents.rfind("\n") + 1].splitlines()
     if len(lines) < wanted:
         lines = lines[: len(lines) // size * size]
-    files.write_text(file, "".join(f"{line}\n" for line in lines))
+    if hosts.is_first():
+        files.write_text(file, "".join(f"{line}\n" for line in lines))
     return [JudgedPrompt(**json.loads(line)) for line in lines]
 
 

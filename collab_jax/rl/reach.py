@@ -6,13 +6,13 @@ Training can only learn from calls that occur, and the margin has to rank from t
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from scipy import stats
 
 from collab_jax.models.decoder import Params
 from collab_jax.rl import own_samples, rollout
 from collab_jax.rl.own_samples import Respondent
+from collab_jax.runtime import hosts
 from collab_jax.tasks import Example
 
 # Steps whose keys the responses are sampled with, none of training's: natural ones, and those that
@@ -30,7 +30,7 @@ class Tried(NamedTuple):
     called: np.ndarray  # bool[P, G]
     formatted: np.ndarray  # bool[P, G]
     cut_off: np.ndarray  # bool[P, G]
-    margin: np.ndarray  # f32[P, G], max_t m_t (`decision.py`), -inf without a decision state
+    margin: np.ndarray  # f64[P, G], max_t m_t (`decision.py`), -inf without a decision state
 
 
 def respond(
@@ -41,8 +41,11 @@ def respond(
     first_step: int,
     bias: float,
 ) -> Tried:
-    """Samples and judges responses; params have the axis D, a bias of -inf disallows the marker."""
-    batches = []
+    """Samples and judges responses; params have the axis D, a bias of -inf disallows the marker.
+
+    Of several hosts each does its part of a batch, and all return the whole.
+    """
+    rows = []
     for batch, samples in own_samples.sampled_batches(
         respondent, params, examples, first_step=first_step, bias=bias
     ):
@@ -55,15 +58,16 @@ def respond(
             np.asarray(samples.mask).reshape(P * G, T),
             np.asarray(samples.ended).reshape(P * G),
         )
-        tried = Tried(
+        own = Tried(
             correct=np.asarray(verdicts.correct).reshape(P, G),
             called=np.asarray(verdicts.called).reshape(P, G),
             formatted=np.asarray(verdicts.formatted).reshape(P, G),
             cut_off=~np.asarray(samples.ended),
             margin=np.asarray(samples.margins).max(-1),
         )
-        batches.append(tried)
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+        of_prompts = list(zip(*(x.tolist() for x in own), strict=True))
+        rows += hosts.joined("what it tried", of_prompts, hosts.FOREVER)
+    return Tried(*(np.array(x) for x in zip(*rows, strict=True)))
 
 
 def measure(

@@ -10,8 +10,7 @@ from collab_jax.runtime import hosts
 
 def own(batch: Batch) -> Batch:
     """Returns the part of a step's batch that this host samples; all of it where there is one."""
-    size = len(batch.examples) // hosts.count()
-    part = slice(hosts.index() * size, (hosts.index() + 1) * size)
+    part = hosts.part(len(batch.examples))
     return Batch(batch.examples[part], batch.prompts[part], batch.mask[part])
 
 

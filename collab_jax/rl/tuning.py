@@ -27,7 +27,7 @@ from collab_jax.models.text import Text
 from collab_jax.rl import demonstrations, experiment, optim, packing
 from collab_jax.rl.demonstrations import Demonstration, Encoded
 from collab_jax.rl.packing import PackedRows
-from collab_jax.runtime import metrics, parallel, split
+from collab_jax.runtime import hosts, metrics, parallel, split
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
@@ -111,7 +111,9 @@ def _start(
 
 
 def _save(checkpoints: Checkpoints, state: TuningState) -> None:
-    """Saves a state that has the axis D."""
+    """Saves a state that has the axis D; the first host does, as all have the same."""
+    if not hosts.is_first():
+        return
     params, opt_state = parallel.unreplicate((state.params, state.opt_state))
     checkpoints.save(int(state.step), TuningState(state.step, params, opt_state))
 
@@ -146,13 +148,20 @@ class Tuner:
         self._zero = parallel.pmap(zero_sums)
 
     def micro_batches(self, encoded: list[Encoded]) -> list[PackedRows]:
-        """The packed rows of a step's demonstrations, in parts of [D, sft.micro_rows, ...]."""
-        D, m = jax.local_device_count(), self._config.sft.micro_rows
+        """The packed rows of a step's demonstrations, in parts of [D, sft.micro_rows, ...].
+
+        D counts the devices of this host, which has its part of the rows.
+        """
+        D, m = jax.device_count(), self._config.sft.micro_rows
         width, teaches = packing.columns(self._config), packing.taught_tokens(self._config)
         rows = packing.pack(encoded, width, teaches, self._text.pad_id, multiple=D * m)
         parts = rows.tokens.shape[0] // (D * m)
+        own = hosts.part(D * m)
         return [
-            parallel.shard(jax.tree.map(lambda x: x[i * D * m : (i + 1) * D * m], rows), D)  # noqa: B023
+            parallel.shard(
+                jax.tree.map(lambda x: x[i * D * m : (i + 1) * D * m][own], rows),  # noqa: B023
+                jax.local_device_count(),
+            )
             for i in range(parts)
         ]
 
@@ -164,10 +173,11 @@ class Tuner:
         Raises UserError where the loss is not finite.
         """
         checkpoints = Checkpoints(folder / "checkpoints")
-        state = _start(self._config, params, self._optimizer(steps), checkpoints)
+        state, stops = _start(self._config, params, self._optimizer(steps), checkpoints), False
         if state.step < steps:
-            state = self._steps(folder, state, source, steps, checkpoints)
-        if self._stop.requested:
+            state, stops = self._steps(folder, state, source, steps, checkpoints)
+        if stops:
+            hosts.gathered("that it has stopped", None)
             self._stop.exit(f"stopped and saved in {folder}; the same command goes on from there")
         return parallel.unreplicate(state.params)
 
@@ -178,17 +188,27 @@ class Tuner:
         source: Source,
         steps: int,
         checkpoints: Checkpoints,
-    ) -> TuningState:
-        """The state (with the axis D) after step number `steps`, or after the one that was the last
-        when an end was asked for.
+    ) -> tuple[TuningState, bool]:
+        """The state (with the axis D) after step number `steps`, and whether an end was asked for.
+
+        Then it is that after the step that ran; any host may be asked.
         """
         first, every = int(state.step), self._config.sft.checkpoint_every
         params, opt_state = state.params, state.opt_state
         batches, length = self._batches(source, first), parallel.replicate(np.int32(steps))
         encoded = next(batches)
         print(self._plan(encoded, params, steps - first, folder.name))
-        sums, writer = self._zero(params), metrics.MetricsWriter(folder, first)
-        with self._stop, tqdm(total=steps, initial=first, desc=folder.name, unit="step") as bar:
+        sums = self._zero(params)
+        writer = metrics.MetricsWriter(folder, first, hosts.is_first())
+        bar = tqdm(
+            total=steps,
+            initial=first,
+            desc=folder.name,
+            unit="step",
+            disable=not hosts.is_first(),
+        )
+        stops = False
+        with self._stop, bar:
             for step in range(first + 1, steps + 1):
                 started = time.monotonic()
                 for rows in self.micro_batches(encoded):
@@ -211,13 +231,14 @@ class Tuner:
                     )
                 state = TuningState(np.int32(step), params, opt_state)
                 # Asked once: a signal may come between the save and the return.
-                last = step == steps or self._stop.requested
+                stops = any(hosts.gathered("whether it is to stop", self._stop.requested))
+                last = step == steps or stops
                 if last or step % every == 0:
                     _save(checkpoints, state)
                 if last:
                     break
         writer.close()
-        return state
+        return state, stops
 
     def _optimizer(self, steps: int | jax.Array) -> optax.GradientTransformation:
         sft = self._config.sft

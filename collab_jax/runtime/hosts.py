@@ -10,6 +10,7 @@ import collections
 import contextlib
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the service's client has no public name
 
+from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
 
 JOIN_SECONDS = 120  # until all hosts have to be there
@@ -26,7 +28,7 @@ SECONDS = 600.0  # how long a host waits for what another one says
 FOREVER = 1e6
 LOOK_SECONDS = 2.0  # between two looks whether a host that is waited for has failed
 
-_FAILED = "collab_jax/failed"
+_FAILED, _STOPPED = "collab_jax/failed", "collab_jax/stopped"
 _calls = itertools.count()
 _said: collections.deque[str] = collections.deque()  # the keys of this host that others may read
 
@@ -74,14 +76,15 @@ def index() -> int:
 
 
 def is_first() -> bool:
-    """Returns whether this is host 0, which writes files, evaluates and buys from the cloud."""
+    """Returns whether this is host 0, which writes files and buys from the cloud."""
     return index() == 0
 
 
 def gathered(what: str, said: Any, seconds: float = SECONDS) -> list[Any]:
     """Returns what every host says, in their order; this one says `said`, which JSON can hold.
 
-    what: names it in the message where a host says nothing within `seconds`, a UserError.
+    what: names it in the message where a host says nothing within `seconds`, a UserError. Where one
+    was asked to stop, this process ends with status STOPPED as well.
     """
     if count() == 1:
         return [said]
@@ -95,6 +98,17 @@ def gathered(what: str, said: Any, seconds: float = SECONDS) -> list[Any]:
     if len(_said) > 2:
         client.key_value_delete(_said.popleft())
     return heard
+
+
+def joined(what: str, rows: list[Any], seconds: float = SECONDS) -> list[Any]:
+    """Returns the rows of every host, in their order; this one has `rows`. See `gathered`."""
+    return [row for of_host in gathered(what, rows, seconds) for row in of_host]
+
+
+def part(n: int) -> slice:
+    """Returns which of n things are this host's; n is a multiple of the number of hosts."""
+    size = n // count()
+    return slice(index() * size, (index() + 1) * size)
 
 
 def _client() -> Any:
@@ -111,11 +125,14 @@ def _awaited(place: str, host: int, what: str, end: float) -> str:
             return _client().blocking_key_value_get(f"{place}/{host}", int(1000 * patience))
         except jax.errors.JaxRuntimeError as error:
             kind = str(error).split(":")[0]
-        told = []
+        failed, stopped = [], []
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # where host 0 is no more
-            told = _client().key_value_dir_get(_FAILED)
-        for failed, problem in told:
-            raise UserError(f"host {failed.rpartition('/')[2]} failed: {problem}")
+            failed = _client().key_value_dir_get(_FAILED)
+            stopped = _client().key_value_dir_get(_STOPPED)
+        for key, problem in failed:
+            raise UserError(f"host {key.rpartition('/')[2]} failed: {problem}")
+        if stopped:
+            sys.exit(process.STOPPED)
         if kind != "DEADLINE_EXCEEDED" or time.monotonic() >= end:
             raise UserError(
                 f"host {host} of {count()} has not told {what} ({kind}): see its own output; once "
@@ -125,14 +142,25 @@ def _awaited(place: str, host: int, what: str, end: float) -> str:
 
 @contextlib.contextmanager
 def failure_told() -> Iterator[None]:
-    """An error that leaves the body is told to the hosts that wait for this one, and ends them."""
+    """An error that leaves the body is told to the hosts that wait for this one, and ends them.
+
+    So is a stop that was asked for, by which they end as this one does.
+    """
     try:
         yield
+    except SystemExit as stop:
+        if stop.code == process.STOPPED:
+            _tell(_STOPPED, "")
+        raise
     except Exception as error:
         problem = str(error) if isinstance(error, UserError) else repr(error)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where host 0 is no more
-            _client().key_value_set(f"{_FAILED}/{index()}", " ".join(problem.split()))
+        _tell(_FAILED, " ".join(problem.split()))
         raise
+
+
+def _tell(place: str, text: str) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # where host 0 is no more
+        _client().key_value_set(f"{place}/{index()}", text)
 
 
 @contextlib.contextmanager
