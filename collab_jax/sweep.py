@@ -10,14 +10,19 @@ OUT/search (`rl/search.py`). Where a run fails, the others go on, and the exit s
 has the report of all cells (report.html, report.md) and their comparison (compare.md,
 compare.json).
 
+Several hosts run the same command, with OUT on a file system that all share, and with --hosts=N
+--host=I --coordinator=ADDRESS:PORT: all of them take part in each run.
+
 `--publish DIR` writes the report to DIR, with what it is made of and without the rest (checkpoints,
 margin traces, most natural responses, most metrics): small enough to keep in a repository. A sweep
 continues from such a folder, too, and compares its runs with the same figures.
 """
 
 import argparse
+import os
 import pathlib
 import signal
+import sys
 
 from collab_jax.reports import publish
 from collab_jax.reports import sweep as sweep_report
@@ -30,6 +35,7 @@ def main(argv: list[str]) -> int:
     """Runs and reports a sweep; returns 1 where a run failed, STOPPED where it was stopped."""
     args = parse(argv)
     sweep = sweeps.load(args.config)
+    here = this_host(args)
     _make_folder(args.out, "--out")
     if args.publish:
         _make_folder(args.publish, "--publish")
@@ -38,12 +44,14 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        status = int(bool(sweeps.run(sweep, args.out)))
+        status = int(bool(sweeps.run(sweep, args.out, here)))
     except sweeps.SweepStopped:
         status = process.STOPPED
         print("stopped and saved; the same command continues")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+    if not here.first:
+        return status
     if sweep_report.write_report(sweep, args.out, args.config) and args.publish:
         publish.publish(sweep, args.out, args.publish)
     return status
@@ -57,7 +65,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--config", type=pathlib.Path, required=True, help="a file of configs/sweeps")
     add("--out", type=pathlib.Path, required=True, help="folder of all runs")
     add("--publish", type=pathlib.Path, help="folder for the report and what it is made of")
+    add("--hosts", type=int, default=1, help="how many hosts run this command together")
+    add("--host", type=int, help="which of them this is, from 0")
+    add("--coordinator", help="ADDRESS:PORT of host 0, a port that is free there")
     return parser.parse_args(argv)
+
+
+def this_host(args: argparse.Namespace) -> sweeps.Here:
+    """Returns what the arguments say of this host. Raises UserError where they do not agree."""
+    if args.hosts == 1 and args.host is None and args.coordinator is None:
+        return sweeps.ALONE
+    if args.host is None or args.coordinator is None or not 0 <= args.host < args.hosts:
+        raise UserError(
+            f"a sweep on several hosts needs --hosts=N, --host=0 to N - 1 (here {args.hosts} and "
+            f"{args.host}), and the --coordinator=ADDRESS:PORT of host 0"
+        )
+    if args.host:
+        sys.stdout = open(os.devnull, "w")  # host 0 tells how the sweep stands
+    flags = ("--hosts", str(args.hosts), "--host", str(args.host))
+    return sweeps.Here(args.host == 0, (*flags, "--coordinator", args.coordinator))
 
 
 def _make_folder(folder: pathlib.Path, flag: str) -> None:

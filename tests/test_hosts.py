@@ -200,6 +200,48 @@ def test_two_hosts_make_the_warm_start_of_one(data_dir, tmp_path):
     assert models[0] == models[1]
 
 
+SWEEP = """
+from collab_jax.rl.sweeps import Cell, Sweep
+
+def get_sweep():
+    cells = {{"a": Cell({{}}, (0,)), "b": Cell({{"group": 8}}, (0,))}}
+    return Sweep("configs/countdown_tiny.py", {settings}, cells)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_hosts_run_a_sweep(data_dir, tmp_path):
+    """Stopped in its second run, of which one host alone is told."""
+    settings = SMALL | EVALUATED | {"task.data_dir": str(data_dir), "cpu_devices": 2}
+    (tmp_path / "sweep.py").write_text(SWEEP.format(settings=settings))
+    out, pipe = tmp_path / "out", subprocess.PIPE
+    arguments = ["-m", "collab_jax.sweep", f"--config={tmp_path / 'sweep.py'}", f"--out={out}"]
+
+    def started():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            at = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+        return [
+            subprocess.Popen(
+                [sys.executable, *arguments, "--hosts=2", f"--host={host}", at],
+                cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True,
+            )
+            for host in (0, 1)
+        ]  # fmt: skip
+
+    both, second = started(), out / "b" / "seed-0" / "metrics.jsonl"
+    while not second.exists() and both[0].poll() is None:
+        time.sleep(0.1)
+    os.kill(both[1].pid, signal.SIGTERM)
+    results = [ended(one) for one in both]
+    assert [status for status, _ in results] == [75, 75], results
+    results = [ended(one) for one in started()]
+    assert [status for status, _ in results] == [0, 0], results
+    assert (out / "report.md").exists() and results[1][1].count("seed-0") == 0
+    assert len(metrics.read(second)) == SMALL["train.steps"]
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_each_of_two_hosts_divides_its_parameters_over_its_devices(alone, data_dir, tmp_path):

@@ -36,7 +36,7 @@ def test_an_end_that_is_best_is_passed(of, tried, best):
 def run_with(monkeypatch, accuracy_of, ran):
     """Replaces a run by its report.json: accuracy_of(changes) -> accuracy, None for a failure."""
 
-    def done(sweep, job, others, label):
+    def done(sweep, job, others, label, here):
         if job.done:
             return True
         ran.append((job.cell, job.changes["seed"], job.changes["lr"], job.changes["eval.split"]))

@@ -52,6 +52,20 @@ def test_order_and_command_line(tmp_path):
     ]
 
 
+def test_a_sweep_of_several_hosts_tells_each_run_where_they_are(tmp_path):
+    places = ["--config", "x", "--out", str(tmp_path)]
+    second = ["--hosts=2", "--host=1", "--coordinator=10.0.0.1:8476"]
+    here = sweep.this_host(sweep.parse([*places, *second]))
+    assert not here.first
+    words = sweeps.command(TWO, sweeps.jobs(TWO, tmp_path)[0], here)
+    joined = ["--hosts", "2", "--host", "1", "--coordinator", "10.0.0.1:8476"]
+    assert words[7:13] == joined
+    assert sweep.this_host(sweep.parse(places)) == sweeps.ALONE
+    for wrong in (second[:1], second[:2], second[1:], ["--hosts=1", *second[1:]]):
+        with pytest.raises(UserError, match="needs --hosts=N, --host=0 to N - 1"):
+            sweep.this_host(sweep.parse([*places, *wrong]))
+
+
 TRAIN = """
 import json, pathlib, shutil, sys, time
 folder, table, kind = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -327,7 +341,7 @@ def test_a_stop_lets_the_run_save(tmp_path, stand_in):
         "from collab_jax.rl import sweeps\n"
         "sweeps.load = lambda path: t.TWO\n"
         "words = [sys.executable, '-c', t.TRAIN]\n"
-        "sweeps.command = lambda _, job: [*words, str(job.folder), 'none', 'slow']\n"
+        "sweeps.command = lambda _, job, here: [*words, str(job.folder), 'none', 'slow']\n"
         f"sys.exit(sweep.main(['--config', 'x', '--out', {str(tmp_path / 'out')!r}]))"
     )
     child = subprocess.Popen(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from collab_jax.rl import search
 from collab_jax.rl.claims import differences
 from collab_jax.rl.search import Search
-from collab_jax.runtime import files
+from collab_jax.runtime import files, process
 from collab_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -148,11 +148,26 @@ def search_jobs(sweep: Sweep, out: pathlib.Path, cell: str, value: float) -> lis
     ]
 
 
-def command(sweep: Sweep, job: Job) -> list[str]:
+class Here(NamedTuple):
+    """This process, as one of those that run a sweep together, one on each host."""
+
+    first: bool = True  # it writes what is not a run's own
+    flags: tuple[str, ...] = ()  # by which a run's hosts find each other
+
+
+ALONE = Here()
+
+
+def command(sweep: Sweep, job: Job, here: Here = ALONE) -> list[str]:
     """The command line of a run."""
     program = [sys.executable, "-m", "collab_jax.train"]
     places = ["--config", str(ROOT / sweep.config), "--workdir", str(job.folder)]
-    return program + places + [f"--config.{key}={value}" for key, value in job.changes.items()]
+    return (
+        program
+        + places
+        + [*here.flags]
+        + [f"--config.{key}={value}" for key, value in job.changes.items()]
+    )
 
 
 def share_start(job: Job, others: Sequence[Job]) -> None:
@@ -192,20 +207,21 @@ class SweepStopped(Exception):
     """SIGTERM or Ctrl-C."""
 
 
-def run(sweep: Sweep, out: pathlib.Path) -> list[Job]:
+def run(sweep: Sweep, out: pathlib.Path, here: Here = ALONE) -> list[Job]:
     """Runs what is not done, the search first; returns what failed.
 
+    Of several hosts all do the same, and take part in every run.
     Raises SweepStopped, once the run in progress has saved itself.
     """
-    failed = run_search(sweep, out) if sweep.search else []
+    failed = run_search(sweep, out, here) if sweep.search else []
     all_jobs = jobs(sweep, out)
     for number, job in enumerate(all_jobs, 1):
-        if not _is_done_after(sweep, job, all_jobs, f"{number} of {len(all_jobs)}"):
+        if not _is_done_after(sweep, job, all_jobs, f"{number} of {len(all_jobs)}", here):
             failed.append(job)
     return failed
 
 
-def run_search(sweep: Sweep, out: pathlib.Path) -> list[Job]:
+def run_search(sweep: Sweep, out: pathlib.Path, here: Here) -> list[Job]:
     """Chooses the value of each cell with a search that has none yet; returns what failed.
 
     A cell of which a run fails is left without a value, and so without runs.
@@ -224,37 +240,43 @@ def run_search(sweep: Sweep, out: pathlib.Path) -> list[Job]:
             value = search.next_value(sweep.search.values, tried)
             if value is None:
                 found[cell]["chosen"] = search.best_value(tried)
-                search.write(out, found)
+                _write_found(out, found, here)
                 break
-            here = search_jobs(sweep, out, cell, value)
-            everywhere.extend(here)
+            new = search_jobs(sweep, out, cell, value)
+            everywhere.extend(new)
             label = f"search, {value:g}"
-            broken = [job for job in here if not _is_done_after(sweep, job, everywhere, label)]
+            broken = [j for j in new if not _is_done_after(sweep, j, everywhere, label, here)]
             if broken:
                 failed += broken
                 break
-            of_seeds = [search.accuracy(sweep.search, job.folder) for job in here]
+            of_seeds = [search.accuracy(sweep.search, job.folder) for job in new]
             found[cell] = search.with_row(found.get(cell), value, of_seeds)
-            search.write(out, found)
+            _write_found(out, found, here)
     return failed
 
 
-def _is_done_after(sweep: Sweep, job: Job, others: Sequence[Job], label: str) -> bool:
+def _write_found(out: pathlib.Path, found: dict[str, search.Found], here: Here) -> None:
+    if here.first:
+        search.write(out, found)
+
+
+def _is_done_after(sweep: Sweep, job: Job, others: Sequence[Job], label: str, here: Here) -> bool:
     """Runs a job that is not done; whether it is, then.
 
     others: runs that may have the evaluation before training already. Raises SweepStopped, once the
-    run has saved itself.
+    run has saved itself, on this host or, where that was asked, on another one.
     """
     if job.done:
         check_same(sweep, job)
         return True
-    share_start(job, others)
+    if here.first:
+        share_start(job, others)
     log, started = job.folder.with_suffix(".log"), time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{label}: {job.folder} ", end="", flush=True)
     with log.open("a") as file:
         child = subprocess.Popen(
-            command(sweep, job), stdout=file, stderr=file, start_new_session=True
+            command(sweep, job, here), stdout=file, stderr=file, start_new_session=True
         )
         try:
             status = child.wait()
@@ -262,6 +284,8 @@ def _is_done_after(sweep: Sweep, job: Job, others: Sequence[Job], label: str) ->
             child.terminate()  # it saves, and the same command goes on from there
             child.wait()
             raise
+    if status == process.STOPPED:
+        raise SweepStopped
     if status or not job.done:
         print(f"failed with status {status}, see {log}", flush=True)
         return False
