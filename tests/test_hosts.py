@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -337,6 +338,64 @@ def test_a_job_that_lost_a_host_goes_on_with_another_number(alone, data_dir, tmp
     status, said = ended(job(4, 1, arguments))
     assert status == 0, said
     assert_same_runs(alone, workdir)
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces with a cable between them: their names, which are addresses too."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    names = ["10.77.83.1", "10.77.83.2"]
+    ip = lambda words: subprocess.run(["ip", *words.split()], check=True, capture_output=True)  # noqa: E731
+    try:
+        for name in names:
+            ip(f"netns add {name}")
+        first, second = names
+        ip(f"link add cable0 netns {first} type veth peer name cable0 netns {second}")
+        for name in names:
+            ip(f"-n {name} addr add {name}/24 dev cable0")
+            ip(f"-n {name} link set lo up")
+            ip(f"-n {name} link set cable0 up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespace can be made: {error.stderr.decode().strip()}")
+    else:
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_job_whose_network_is_cut_ends_and_goes_on(alone, data_dir, tmp_path, two_machines):
+    arguments = command(tmp_path, data_dir, **EVALUATED, **{"train.checkpoint_every": 1})
+    pipe = subprocess.PIPE
+
+    def started():
+        flags = ["--hosts=2", f"--coordinator={two_machines[0]}:8476", "--config.cpu_devices=2"]
+        # Where a host's collectives listen follows from its name.
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']
+        return [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *named, name, sys.executable]
+                + [*arguments, f"--host={host}", *flags],
+                cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True,
+            )
+            for host, name in enumerate(two_machines)
+        ]  # fmt: skip
+
+    both = started()
+    while len(metrics.read(tmp_path / "metrics.jsonl")) < 2:
+        assert all(one.poll() is None for one in both), [ended(one) for one in both]
+        time.sleep(0.05)
+    cable = ["ip", "-n", two_machines[1], "link", "set", "cable0"]
+    subprocess.run([*cable, "down"], check=True)
+    results = [ended(one, 240) for one in both]
+    assert all(status not in (0, 75) for status, _ in results), results
+    subprocess.run([*cable, "up"], check=True)
+    results = [ended(one) for one in started()]
+    assert [status for status, _ in results] == [0, 0], results
+    assert_same_runs(alone, tmp_path)
 
 
 @pytest.mark.slow
