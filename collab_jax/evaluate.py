@@ -8,7 +8,8 @@ more, `--split test` evaluates on the test prompts, and writes `test.parquet` an
 pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
 decision at every budget (`sampler.py`). With `--suite` the model is evaluated on other benchmarks'
 test prompts (`reports/suite.py`). `records.py` documents the columns. Routers that run the model
-once more (`config.routers.record`) are recorded by training only.
+once more (`config.routers.record`) are recorded by training only. Several hosts evaluate as they
+train (docs/scale.md).
 """
 
 from collab_jax.runtime import process

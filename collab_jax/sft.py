@@ -10,8 +10,9 @@ file, or the model's own (`config.sft.source`); with `config.sft.relabel_steps` 
 own attempts teach it when to call (`rl/warm_start.py`).
 
 The same command resumes, bit for bit on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and
-exits with status 75. The last file is sft.json: what the tuned model does on prompts of the
-validation split, or, where the task has none, on the last training prompts.
+exits with status 75. Several hosts tune as they train (docs/scale.md). The last file is sft.json:
+what the tuned model does on prompts of the validation split, or, where the task has none, on the
+last training prompts.
 """
 
 from collab_jax.runtime import process

@@ -136,8 +136,9 @@ def warnings(figures: dict[str, Any]) -> list[str]:
     messages = []
     if figures["called"] == 0:
         messages.append(
-            "no response calls, so training will find no call to learn from: show more calls "
-            "(config.sft.marker_share), or raise config.sft.steps or learning_rate"
+            "no response calls, so training that samples calls will find none to learn from: show "
+            "more (config.sft.call_chance or marker_share), or raise config.sft.steps or "
+            "learning_rate"
         )
     if figures["formatted"] + figures["called"] < 0.5:
         messages.append(

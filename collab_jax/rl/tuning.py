@@ -78,7 +78,8 @@ def loss(
     assert call is not None
     is_call = rows.states & (rows.targets == call)
     barred = jnp.where(rows.states, call, -1)
-    said = jnp.where(is_call, 0, rows.targets)  # any other token: a barred one has no logp
+    other = 1 if call == 0 else 0  # any other token: a barred one has no logp
+    said = jnp.where(is_call, other, rows.targets)
     scores = logprobs.barred_scores(whole, cfg, hidden, said, barred, 1.0, chunk)
     off = jnp.where(rows.states, scores.odds - math.log(chance / (1 - chance)), 0)
     wrong = optax.huber_loss(off, jnp.zeros_like(off))
