@@ -11,7 +11,8 @@ has the report of all cells (report.html, report.md) and their comparison (compa
 compare.json).
 
 Several hosts run the same command, with OUT on a file system that all share, and with --hosts=N
---host=I --coordinator=ADDRESS:PORT: all of them take part in each run.
+--host=I --coordinator=ADDRESS:PORT: all of them take part in each run. PORT and the one after it
+are free on host 0.
 
 `--publish DIR` writes the report to DIR, with what it is made of and without the rest (checkpoints,
 margin traces, most natural responses, most metrics): small enough to keep in a repository. A sweep
@@ -19,10 +20,12 @@ continues from such a folder, too, and compares its runs with the same figures.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import signal
 import sys
+from collections.abc import Iterator
 
 from collab_jax.reports import publish
 from collab_jax.reports import sweep as sweep_report
@@ -35,22 +38,24 @@ def main(argv: list[str]) -> int:
     """Runs and reports a sweep; returns 1 where a run failed, STOPPED where it was stopped."""
     args = parse(argv)
     sweep = sweeps.load(args.config)
-    here = this_host(args)
     _make_folder(args.out, "--out")
     if args.publish:
         _make_folder(args.publish, "--publish")
         if args.publish.resolve() == args.out.resolve():
             raise UserError(f"--publish {args.publish} is --out itself: choose another folder")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
-    try:
-        status = int(bool(sweeps.run(sweep, args.out, here)))
-    except sweeps.SweepStopped:
-        status = process.STOPPED
-        print("stopped and saved; the same command continues")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    if not here.first:
+    with joined(args) as here:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
+        try:
+            status = int(bool(sweeps.run(sweep, args.out, here)))
+        except sweeps.SweepStopped:
+            status = process.STOPPED
+            print("stopped and saved; the same command continues")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if status == process.STOPPED and here.flags:
+            sys.exit(status)  # which the other hosts are told
+    if here.host:
         return status
     if sweep_report.write_report(sweep, args.out, args.config) and args.publish:
         publish.publish(sweep, args.out, args.publish)
@@ -67,15 +72,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--publish", type=pathlib.Path, help="folder for the report and what it is made of")
     add("--hosts", type=int, default=1, help="how many hosts run this command together")
     add("--host", type=int, help="which of them this is, from 0")
-    add("--coordinator", help="ADDRESS:PORT of host 0, a port that is free there")
+    add("--coordinator", help="ADDRESS:PORT of host 0; this port and the next are free")
     return parser.parse_args(argv)
 
 
-def this_host(args: argparse.Namespace) -> sweeps.Here:
-    """Returns what the arguments say of this host. Raises UserError where they do not agree."""
-    if args.hosts == 1 and args.host is None and args.coordinator is None:
-        return sweeps.ALONE
-    if args.host is None or args.coordinator is None or not 0 <= args.host < args.hosts:
+@contextlib.contextmanager
+def joined(args: argparse.Namespace) -> Iterator[sweeps.Here]:
+    """This host, joined with the others while the context lasts.
+
+    The hosts of each run find each other at the port after that of the coordinator. Raises
+    UserError where the arguments do not agree.
+    """
+    if args.hosts == 1:
+        yield sweeps.ALONE
+        return
+    address, _, port = (args.coordinator or "").rpartition(":")
+    if args.host is None or not 0 <= args.host < args.hosts or not (address and port.isdigit()):
         raise UserError(
             f"a sweep on several hosts needs --hosts=N, --host=0 to N - 1 (here {args.hosts} and "
             f"{args.host}), and the --coordinator=ADDRESS:PORT of host 0"
@@ -83,7 +95,15 @@ def this_host(args: argparse.Namespace) -> sweeps.Here:
     if args.host:
         sys.stdout = open(os.devnull, "w")  # host 0 tells how the sweep stands
     flags = ("--hosts", str(args.hosts), "--host", str(args.host))
-    return sweeps.Here(args.host == 0, (*flags, "--coordinator", args.coordinator))
+    import jax
+
+    from collab_jax.runtime import hosts
+
+    jax.config.update("jax_platforms", "cpu")  # other devices are for the runs
+    hosts.join(args.hosts, args.host, args.coordinator)
+    with hosts.failure_told():
+        yield sweeps.Here(args.host, (*flags, "--coordinator", f"{address}:{int(port) + 1}"))
+        hosts.gathered("that it is done", None, hosts.FOREVER)
 
 
 def _make_folder(folder: pathlib.Path, flag: str) -> None:

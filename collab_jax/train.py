@@ -159,7 +159,8 @@ def read_or_evaluate(
     Where an earlier start left more unknown ones than are allowed now, they are asked for again.
     """
     table = read_or_make(path, make)
-    if evaluation.too_many_unknown(run, table):
+    too_many = evaluation.too_many_unknown(run, table)
+    if hosts.gathered(f"whether {path.name} lacks verdicts", too_many)[0]:
         table = evaluation.ask_again(run, table, examples, path.stem)
         if hosts.is_first():
             records.write(path, table)

@@ -202,18 +202,20 @@ def test_two_hosts_make_the_warm_start_of_one(data_dir, tmp_path):
 
 
 SWEEP = """
+from collab_jax.rl.search import Search
 from collab_jax.rl.sweeps import Cell, Sweep
 
 def get_sweep():
-    cells = {{"a": Cell({{}}, (0,)), "b": Cell({{"group": 8}}, (0,))}}
-    return Sweep("configs/countdown_tiny.py", {settings}, cells)
+    cells = {{"a": Cell({{}}, (0,)), "b": Cell({{"group": 8}}, (0,), like="a")}}
+    search = Search("optim.learning_rate", (1e-5,))
+    return Sweep("configs/countdown_tiny.py", {settings}, cells, search=search)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_two_hosts_run_a_sweep(data_dir, tmp_path):
-    """Stopped in its second run, of which one host alone is told."""
+    """With a search; stopped in the second run after it, of which one host alone is told."""
     settings = SMALL | EVALUATED | {"task.data_dir": str(data_dir), "cpu_devices": 2}
     (tmp_path / "sweep.py").write_text(SWEEP.format(settings=settings))
     out, pipe = tmp_path / "out", subprocess.PIPE

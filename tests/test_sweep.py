@@ -55,15 +55,19 @@ def test_order_and_command_line(tmp_path):
 def test_a_sweep_of_several_hosts_tells_each_run_where_they_are(tmp_path):
     places = ["--config", "x", "--out", str(tmp_path)]
     second = ["--hosts=2", "--host=1", "--coordinator=10.0.0.1:8476"]
-    here = sweep.this_host(sweep.parse([*places, *second]))
-    assert not here.first
+    here = sweeps.Here(1, ("--hosts", "2", "--host", "1", "--coordinator", "10.0.0.1:8476"))
     words = sweeps.command(TWO, sweeps.jobs(TWO, tmp_path)[0], here)
     joined = ["--hosts", "2", "--host", "1", "--coordinator", "10.0.0.1:8476"]
     assert words[7:13] == joined
-    assert sweep.this_host(sweep.parse(places)) == sweeps.ALONE
-    for wrong in (second[:1], second[:2], second[1:], ["--hosts=1", *second[1:]]):
-        with pytest.raises(UserError, match="needs --hosts=N, --host=0 to N - 1"):
-            sweep.this_host(sweep.parse([*places, *wrong]))
+    for one in ([], ["--hosts=1", "--host=0", "--coordinator=10.0.0.1:8476"]):
+        with sweep.joined(sweep.parse([*places, *one])) as here:
+            assert here == sweeps.ALONE
+    for wrong in (second[:1], second[:2], [*second[:1], "--host=2", second[2]]):
+        with (
+            pytest.raises(UserError, match="needs --hosts=N, --host=0 to N - 1"),
+            sweep.joined(sweep.parse([*places, *wrong])),
+        ):
+            pass
 
 
 TRAIN = """

@@ -38,7 +38,9 @@ class BarredScores(NamedTuple):
 
     logp: jax.Array  # log p(target) in the distribution without the barred token
     odds: jax.Array  # log-odds of the barred token against all others, -inf where none is
-    margin: jax.Array  # logits it is ahead of the best other one at temperature 1, likewise
+    # logits that it is ahead of the best other one at temperature 1, likewise; the gradient moves
+    # the barred token's logit alone
+    margin: jax.Array
 
 
 def barred_scores(
@@ -61,7 +63,7 @@ def barred_scores(
         token = barred.reshape(-1)
         others = jnp.where(jnp.arange(scaled.shape[1]) == token[:, None], -jnp.inf, scaled)
         total, own = jax.nn.logsumexp(others, axis=-1), _at(scaled, jnp.maximum(token, 0))
-        ahead = (own - others.max(axis=-1)) * temperature
+        ahead = (own - jax.lax.stop_gradient(others.max(axis=-1))) * temperature
         return BarredScores(
             logp=(_at(others, targets) - total).reshape(targets.shape),
             odds=jnp.where(token >= 0, own - total, -jnp.inf).reshape(targets.shape),

@@ -165,7 +165,8 @@ def evaluate_benchmark(
     if name not in trained:
         config.task.update(reward="", judge="", rubric="")  # they are for the run's own tasks
     bench = experiment.with_task_and_cloud_of(run, config)
-    everything = bench.task.load("test")
+    with hosts.first_alone(f"that {name} is loaded"):  # which may write the data set
+        everything = bench.task.load("test")
     unseen = [example for example in everything if example.seen not in trained]
     examples = experiment.drop_too_long(
         unseen, bench.task, bench.text, config.prompt_length, "test"

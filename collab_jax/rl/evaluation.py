@@ -106,12 +106,12 @@ def evaluate(
             told = _by_device(run, sampler, params, batch, start // size, natural, seed)
             told = hosts.joined("what it evaluated", told, hosts.FOREVER)
             columns, attempts = zip(*told, strict=True)
+            of_cloud = [unknown_answer(run.task)] * len(batch)
             if ask_cloud:
                 shared = attempts if natural and seed is None else None
                 said = _by_cloud(run, batch, shared) if hosts.is_first() else None
                 of_cloud = hosts.gathered("what the cloud said", said, hosts.FOREVER)[0]
-                columns = [c | a for c, a in zip(columns, of_cloud, strict=True)]
-            rows += columns
+            rows += [c | a for c, a in zip(columns, of_cloud, strict=True)]
             bar.update(len(batch))
     table = records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
     return ask_again(run, table, examples, name) if ask_cloud else table

@@ -179,7 +179,7 @@ def plan_warm_start(
         "activations": m * _row_activations(cfg, weights.adapter, S, 0) + weights.cast,
         "logits": _logits(cfg, config, m, taught, cpu),
     }
-    prompts = -(-config.prompts_per_step // devices)
+    prompts = -(-config.prompts_per_step // (devices * hosts.count()))
     sampling = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
     sampling["activations"] += weights.again
     sampling["parameters"] = weights.whole

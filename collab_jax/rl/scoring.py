@@ -13,12 +13,12 @@ call's price lambda in [0, 1], a response adds the logistic loss
 
 What is lost by a bad decision are the weights: an answer that a call would have given, less its
 price, or the price. It is least where M > 0 exactly if P(wrong) > lambda, the best decision at that
-price, and M ranks responses by P(wrong) at any other. A response is taught at one state, the one at
-which it would call. Were all states taught, by the probability that one of them calls, then those
+price, and M ranks responses by P(wrong) at any other. A response is taught at one state, where its
+margin is highest. Were all states taught, by the probability that one of them calls, then those
 before the model knows anything would learn how often responses go wrong.
 
 What the attempts themselves learn is the policy gradient of their rewards, which the marker has no
-part in.
+part in; the loss moves the call's logit, and not that of the token which it is compared with.
 
 The price is that of the budget: in each batch the one at which the loss, as a whole, moves the
 margins by how far the share of calls is from the budget (`price`). So the budget is held without a

@@ -151,8 +151,16 @@ def search_jobs(sweep: Sweep, out: pathlib.Path, cell: str, value: float) -> lis
 class Here(NamedTuple):
     """This process, as one of those that run a sweep together, one on each host."""
 
-    first: bool = True  # it writes what is not a run's own
-    flags: tuple[str, ...] = ()  # by which a run's hosts find each other
+    host: int = 0  # the first writes what is not a run's own
+    flags: tuple[str, ...] = ()  # by which a run's hosts find each other; none where it is alone
+
+    def all_say(self, what: str, said: Any) -> list[Any]:
+        """What the process on every host says (`hosts.gathered`); this one says `said`."""
+        if not self.flags:
+            return [said]
+        from collab_jax.runtime import hosts  # jax would take the devices that runs need
+
+        return hosts.gathered(what, said, hosts.FOREVER)
 
 
 ALONE = Here()
@@ -214,6 +222,7 @@ def run(sweep: Sweep, out: pathlib.Path, here: Here = ALONE) -> list[Job]:
     Raises SweepStopped, once the run in progress has saved itself.
     """
     failed = run_search(sweep, out, here) if sweep.search else []
+    here.all_say("that the search is written", None)
     all_jobs = jobs(sweep, out)
     for number, job in enumerate(all_jobs, 1):
         if not _is_done_after(sweep, job, all_jobs, f"{number} of {len(all_jobs)}", here):
@@ -227,7 +236,7 @@ def run_search(sweep: Sweep, out: pathlib.Path, here: Here) -> list[Job]:
     A cell of which a run fails is left without a value, and so without runs.
     """
     assert sweep.search
-    failed, found = [], search.read(out)
+    failed, found = [], here.all_say("what was found", search.read(out))[0]
     everywhere = [
         job
         for cell in found.keys() & sweep.cells.keys()
@@ -256,7 +265,7 @@ def run_search(sweep: Sweep, out: pathlib.Path, here: Here) -> list[Job]:
 
 
 def _write_found(out: pathlib.Path, found: dict[str, search.Found], here: Here) -> None:
-    if here.first:
+    if not here.host:
         search.write(out, found)
 
 
@@ -266,12 +275,13 @@ def _is_done_after(sweep: Sweep, job: Job, others: Sequence[Job], label: str, he
     others: runs that may have the evaluation before training already. Raises SweepStopped, once the
     run has saved itself, on this host or, where that was asked, on another one.
     """
-    if job.done:
+    if here.all_say(f"whether {job.folder} is done", job.done)[0]:
         check_same(sweep, job)
         return True
-    if here.first:
+    if not here.host:
         share_start(job, others)
-    log, started = job.folder.with_suffix(".log"), time.monotonic()
+    suffix = f".host-{here.host}.log" if here.host else ".log"
+    log, started = job.folder.with_suffix(suffix), time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{label}: {job.folder} ", end="", flush=True)
     with log.open("a") as file:
@@ -283,10 +293,12 @@ def _is_done_after(sweep: Sweep, job: Job, others: Sequence[Job], label: str, he
         except SweepStopped:
             child.terminate()  # it saves, and the same command goes on from there
             child.wait()
-            raise
-    if status == process.STOPPED:
+            status = process.STOPPED
+    statuses = here.all_say(f"how {job.folder} ended", status)
+    if process.STOPPED in statuses:
         raise SweepStopped
-    if status or not job.done:
+    status = next(filter(None, statuses), 0)
+    if status or not here.all_say(f"whether {job.folder} has a report", job.done)[0]:
         print(f"failed with status {status}, see {log}", flush=True)
         return False
     print(f"{time.monotonic() - started:.0f} s", flush=True)

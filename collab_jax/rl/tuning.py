@@ -177,8 +177,8 @@ class Tuner:
         state, stops = _start(self._config, params, self._optimizer(steps), checkpoints), False
         if state.step < steps:
             state, stops = self._steps(folder, state, source, steps, checkpoints)
-        if stops:
-            hosts.gathered("that it has stopped", None)
+        stops = stops or self._stop.requested  # a signal may have come since it was asked
+        if any(hosts.gathered("whether it stops", stops)):
             self._stop.exit(f"stopped and saved in {folder}; the same command goes on from there")
         return parallel.unreplicate(state.params)
 
@@ -198,7 +198,6 @@ class Tuner:
         params, opt_state = state.params, state.opt_state
         batches, length = self._batches(source, first), parallel.replicate(np.int32(steps))
         encoded = next(batches)
-        print(self._plan(encoded, params, steps - first, folder.name))
         sums = self._zero(params)
         writer = metrics.MetricsWriter(folder, first, hosts.is_first())
         bar = tqdm(
@@ -210,10 +209,14 @@ class Tuner:
         )
         stops = False
         with self._stop, bar:
+            print(self._plan(encoded, params, steps - first, folder.name))
             for step in range(first + 1, steps + 1):
                 started = time.monotonic()
                 for rows in self.micro_batches(encoded):
                     sums = self._add(sums, params, self._frozen, rows)
+                # Before the update, in which a host would wait for another one without hearing why
+                # it does not come. Asked once: a signal may come between the save and the return.
+                stops = any(hosts.gathered("whether it is to stop", self._stop.requested))
                 params, opt_state, sums, losses, norms = self._update(
                     params, opt_state, sums, length
                 )
@@ -231,8 +234,6 @@ class Tuner:
                         "model's weights, or lower config.sft.learning_rate, in another --workdir"
                     )
                 state = TuningState(np.int32(step), params, opt_state)
-                # Asked once: a signal may come between the save and the return.
-                stops = any(hosts.gathered("whether it is to stop", self._stop.requested))
                 last = step == steps or stops
                 if last or step % every == 0:
                     _save(checkpoints, state)
@@ -284,7 +285,7 @@ class Tuner:
         jax.block_until_ready(self._add(sums, params, self._frozen, parts[0]))
         seconds = (time.monotonic() - compiled) * len(parts) * steps
         columns = sum(one.columns for one in encoded)
-        share = columns / sum(part.tokens.size for part in parts)
+        share = columns / sum(part.tokens.size * hosts.count() for part in parts)
         return (
             f"{name}: {steps} steps of {len(encoded)} demonstrations ({columns} tokens in "
             f"{len(parts)} micro-batches, {1 - share:.0%} padding); compiled in "

@@ -35,7 +35,7 @@ from collab_jax.rl import (
 )
 from collab_jax.rl.demonstrations import Demonstration, Given
 from collab_jax.rl.tuning import Source, Tuner
-from collab_jax.runtime import files, parallel
+from collab_jax.runtime import files, hosts, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
 from collab_jax.tasks import Example, Task, base
@@ -177,10 +177,13 @@ def _from_nothing(config: ConfigDict, folder: pathlib.Path) -> experiment.BaseMo
         raise UserError("config.sft.architecture makes a model from nothing: set lora.rank=0")
     place = folder / "architecture"
     claims.make_workdir(place)
-    words = text_lib.word_tokenizer(config.sft.words, config.text.pad, config.text.eos[0], "<unk>")
-    words.save_pretrained(place)
     hf_config = dict(config.sft.architecture)
-    files.write_text(place / "config.json", json.dumps(hf_config, indent=2, sort_keys=True) + "\n")
+    if hosts.is_first():  # the others prepare after it
+        first_eos = config.text.eos[0]
+        words = text_lib.word_tokenizer(config.sft.words, config.text.pad, first_eos, "<unk>")
+        words.save_pretrained(place)
+        written = json.dumps(hf_config, indent=2, sort_keys=True) + "\n"
+        files.write_text(place / "config.json", written)
     cfg = hf.config_from_hf(hf_config, config.model.dtype, config.train.remat)
     config = config.copy_and_resolve_references()
     text = text_lib.load(place, config.text)
@@ -275,5 +278,7 @@ def _own_demonstrations(
     """
     config, path = start.config, start.workdir / "demonstrations.jsonl"
     rows = own_samples.choose(judged, config.sft.marker_share, start.text, config.seed)
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    with hosts.first_alone(f"that {path.name} is written"):
+        if hosts.is_first():
+            files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return demonstrations.read(path, start.text.marker, lambda: _train_prompts(start.task))
