@@ -113,7 +113,7 @@ def stand_in(tmp_path, monkeypatch):
     records.write(tmp_path / "fit.parquet", fit)
     kinds = {}
 
-    def command(of, job):
+    def command(of, job, here):
         make_workdir(job.folder)
         claim(
             sweeps.config_of(of, job.changes), job.folder

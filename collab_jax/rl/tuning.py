@@ -214,9 +214,8 @@ class Tuner:
                 started = time.monotonic()
                 for rows in self.micro_batches(encoded):
                     sums = self._add(sums, params, self._frozen, rows)
-                # Before the update, in which a host would wait for another one without hearing why
-                # it does not come. Asked once: a signal may come between the save and the return.
-                stops = any(hosts.gathered("whether it is to stop", self._stop.requested))
+                # In the update a host would wait for another one without hearing why it fails.
+                hosts.gathered(f"that it has the gradient of step {step}", None)
                 params, opt_state, sums, losses, norms = self._update(
                     params, opt_state, sums, length
                 )
@@ -234,6 +233,8 @@ class Tuner:
                         "model's weights, or lower config.sft.learning_rate, in another --workdir"
                     )
                 state = TuningState(np.int32(step), params, opt_state)
+                # Asked once: a signal may come between the save and the return.
+                stops = any(hosts.gathered("whether it is to stop", self._stop.requested))
                 last = step == steps or stops
                 if last or step % every == 0:
                     _save(checkpoints, state)
