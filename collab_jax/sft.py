@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         make(start, stop)
     if hosts.is_first():
         warm_start.discard_checkpoints(workdir)  # a kill may have come before
-    hosts.gathered("that it is done", None)
+    hosts.gathered("that it is done", None, hosts.FOREVER)
     return 0
 
 

@@ -10,9 +10,7 @@ chains as on the shortest.
 
 Batches, temperature and averaged weights are those of configs/countdown_tiny_ours.py, which says
 why. The decision is scored (collab_jax/rl/scoring.py), with Adam's momentum lower than usual, since
-what a step does to calls has to be seen by the next ones. The learning rate is low: the warm start
-ranks well, and noise in what it is taught of calls is what a large one adds. No result is published
-yet.
+what a step does to calls has to be seen by the next ones. No result is published yet.
 """
 
 import pathlib
@@ -35,5 +33,4 @@ def get_config() -> ConfigDict:
     config.cloud.error_skew = 3.0
     config.algorithm.decision = "scored"
     config.optim.momentum = 0.5
-    config.optim.learning_rate = 2.5e-5
     return config

@@ -170,12 +170,8 @@ def command(sweep: Sweep, job: Job, here: Here = ALONE) -> list[str]:
     """The command line of a run."""
     program = [sys.executable, "-m", "collab_jax.train"]
     places = ["--config", str(ROOT / sweep.config), "--workdir", str(job.folder)]
-    return (
-        program
-        + places
-        + [*here.flags]
-        + [f"--config.{key}={value}" for key, value in job.changes.items()]
-    )
+    settings = [f"--config.{key}={value}" for key, value in job.changes.items()]
+    return [*program, *places, *here.flags, *settings]
 
 
 def share_start(job: Job, others: Sequence[Job]) -> None:

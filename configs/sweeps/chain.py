@@ -54,5 +54,5 @@ def get_sweep() -> Sweep:
             "last-weights": Cell({"optim.average": 0.0}, TWO),
         }
         | {f"budget-{b}": Cell({"budget": b / 100}, TWO, like="ours") for b in (10, 20, 40, 50)},
-        search=Search("optim.learning_rate", (1.25e-5, 2.5e-5, 5e-5)),
+        search=Search("optim.learning_rate", (2.5e-5, 5e-5, 1e-4)),
     )
