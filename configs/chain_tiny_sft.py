@@ -8,9 +8,8 @@ whether to call has to come from how sure it was. The warm start teaches no more
 one may come anywhere, with the same small probability (`config.sft.call_chance`; the demonstrations
 of which one in seven calls only teach how the marker goes on). So the margin is highest where the
 model is least sure of what comes next, and that alone ranks its responses before anything has been
-rewarded: AUC 0.961, where the log-probability's is 0.972. Where demonstrations alone taught it, the
-chance of a call varied from state to state, and the AUC was 0.81 (with calls at the start of a line
-alone, 0.40).
+rewarded: AUC 0.961, where the log-probability's is 0.972. Demonstrations alone leave a chance that
+varies from state to state, by as much as the margin does with how sure the model is.
 
 The shape is that of the embedded model (configs/countdown_tiny_sft.py), with other words. 3,600
 steps of 128 demonstrations took 32 minutes on two cores of an AMD EPYC that did some other work;
