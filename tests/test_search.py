@@ -33,6 +33,21 @@ def test_an_end_that_is_best_is_passed(of, tried, best):
     assert (list(found), chosen) == (tried, best)
 
 
+def write_report(folder, calls, natural, margin):
+    """What a search reads of a run: 60 seconds of training, and its figures after that."""
+    after = {
+        "natural": {"call_rate": {"value": calls}, "overall_accuracy": {"value": natural}},
+        "at_budget": {"0.3": {"margin": {"value": margin}}},
+    }
+    (folder / "report.json").write_text(json.dumps({"after": after, "seconds": 60}))
+
+
+@pytest.mark.parametrize(("calls", "decides"), [(0.0, 0.5), (0.3, 0.5), (0.31, 0.7)])
+def test_natural_calls_decide_within_the_budget(calls, decides, tmp_path):
+    write_report(tmp_path, calls, natural=0.5, margin=0.7)
+    assert search.accuracy(Search("lr", (1.0,)), tmp_path) == (decides, 60)
+
+
 def run_with(monkeypatch, accuracy_of, ran):
     """Replaces a run by its report.json: accuracy_of(changes) -> accuracy, None for a failure."""
 
@@ -44,8 +59,7 @@ def run_with(monkeypatch, accuracy_of, ran):
         if accuracy is None:
             return False
         job.folder.mkdir(parents=True)
-        report = {"after": {"at_budget": {"0.3": {"margin": {"value": accuracy}}}}, "seconds": 60}
-        (job.folder / "report.json").write_text(json.dumps(report))
+        write_report(job.folder, calls=0.3, natural=accuracy, margin=0.0)
         return True
 
     monkeypatch.setattr(sweeps, "_is_done_after", done)

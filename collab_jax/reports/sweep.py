@@ -259,10 +259,10 @@ def search_section(searched: Search, found: Mapping[str, search.Found]) -> str:
     return "\n\n".join(
         [
             f"## Search: {searched.key}",
-            f"Overall accuracy by margin at {100 * searched.budget:g} % calls on the validation "
-            f"split, in percent, mean of {len(searched.seeds)} seed(s); the best value of each "
-            f"cell is the one of its runs above. {len(tried)} values, {minutes:.0f} minutes of "
-            "training.",
+            "Overall accuracy on the validation split by natural calls, cut to those of highest "
+            f"margin where they are more than {100 * searched.budget:g} %, in percent, mean of "
+            f"{len(searched.seeds)} seed(s); the best value of each cell is the one of its runs "
+            f"above. {len(tried)} values, {minutes:.0f} minutes of training.",
             markdown.table(["", *(f"{value:g}" for value in values), "chosen"], rows),
         ]
     )

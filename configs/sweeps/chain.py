@@ -3,8 +3,9 @@
 A model of 0.79 M parameters on arithmetic whose answers cannot be checked by looking at them; 160
 steps of 64 prompts x 4 responses at temperature 0.5 with averaged weights for every row, from one
 warm start (docs/results/chain/start, by `configs/chain_tiny_sft.py`); budget 30 %. Every row has
-the learning rate that is best for it on validation. The cloud is simulated: wrong on 6 % of the
-problems, more often on long chains. Five seeds of the first five rows, two of the others.
+the learning rate with which its model does best by itself within the budget, on validation. The
+cloud is simulated: wrong on 6 % of the problems, more often on long chains. Five seeds of the first
+five rows, two of the others.
 
 - `ours`: the decision is scored by the verdict on every attempt. In all other rows calls are
   sampled.
