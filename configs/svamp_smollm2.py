@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.task.name = "svamp"
     config.task.prompt = "{problem}"
     config.task.system = "Solve the problem."
-    config.task.demo_give_up = 0.0  # when to call comes from the model's own failures
+    config.task.demo_give_up = 0.03  # teaches how the marker goes on; when to call, call_chance
 
     config.cloud.error_rate = 0.06
     config.cloud.error_skew = 3.0
@@ -77,10 +77,8 @@ def get_config() -> ConfigDict:
     config.eval.prompts = 1000
     config.eval.batch_size = 250
 
-    config.sft.relabel_steps = 240
-    config.sft.keep = 4
-    config.sft.marker_share = 0.5
-    config.sft.steps = 800
+    config.sft.call_chance = 0.05
+    config.sft.steps = 1600
     config.sft.batch_size = 8
     config.sft.micro_rows = 1
     config.sft.checkpoint_every = 40

@@ -83,6 +83,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             p.add_argument("--max_new", type=int, default=56)
             p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
             p.add_argument("--micro_rows", type=int, default=16, help="rows of one backward pass")
+            p.add_argument(
+                "--lengths",
+                nargs="+",
+                default=["fixed", "long_tail"],
+                choices=["fixed", "long_tail"],
+                help="of responses: all at the limit, or nine in ten at a quarter of it",
+            )
             p.add_argument("--segments", type=int, default=2)
             p.add_argument("--slot_counts", type=int, default=3)
         if name == "peers":

@@ -117,7 +117,7 @@ class Bench:
 
     def decode(self) -> None:
         """Times sampling beside the loop with a fixed batch."""
-        for lengths in ("fixed", "long_tail"):
+        for lengths in self.args.lengths:
             load = self.load(lengths)
             cfg, params = work.make_model(load)
             params = parallel.replicate(params)
@@ -130,7 +130,7 @@ class Bench:
 
     def update(self) -> None:
         """Times one policy-gradient update."""
-        for lengths in ("fixed", "long_tail"):
+        for lengths in self.args.lengths:
             load = self.load(lengths)
             cfg, params = work.make_model(load)
             case = work.update(load, cfg, params)
@@ -151,7 +151,7 @@ class Bench:
             )
         self.figures["peers"] = installed
         with tempfile.TemporaryDirectory() as scratch:
-            for lengths in ("fixed", "long_tail"):
+            for lengths in self.args.lengths:
                 if {"decode", "update"} & set(self.args.only):
                     self._beside_torch(self.load(lengths), pathlib.Path(scratch) / lengths)
         if "step" in self.args.only:
