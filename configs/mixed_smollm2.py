@@ -32,5 +32,4 @@ def get_config() -> ConfigDict:
     config.cloud.error_skew = 0.0
     config.eval.prompts = 440
     config.eval.batch_size = 110
-    config.sft.prompts = 1500  # to label: Countdown alone has 16,384
     return config

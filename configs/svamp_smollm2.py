@@ -16,10 +16,12 @@ theirs: 2,509 problems, and 257 for validation; the test has 1,000.
 The prompt is the problem and no more: the warm start teaches the format, some 27 tokens a response,
 with drills in arithmetic between the problems, and with numbers of no use in some of them and some
 told in another order, since this model fails at sums, uses every number that it finds, and takes
-the second from the first. Its batches are small: many steps count for more than smooth ones. The
-short system prompt takes the place of the template's own, to save tokens. Products are in bfloat16,
-which cores with bf16 instructions compute about twice as fast. The cloud is simulated: wrong on 6 %
-of the prompts, with odds that are 20 times as high on the hardest problem as on the easiest.
+the second from the first. It also teaches that a call may come anywhere, with the same small chance
+(`config.sft.call_chance`), so that the margin is highest where the model is least sure what comes
+next. Its batches are small: many steps count for more than smooth ones. The short system prompt
+takes the place of the template's own, to save tokens. Products are in bfloat16, which cores with
+bf16 instructions compute about twice as fast. The cloud is simulated: wrong on 6 % of the prompts,
+with odds that are 20 times as high on the hardest problem as on the easiest.
 
 Training has no filter and averages weights, as configs/countdown_tiny_ours.py does and explains,
 but samples at temperature 1. The decision is scored: no response of training calls, and the verdict
@@ -31,9 +33,7 @@ right less than one time in seven. Lengths follow from the data, batches from th
 take. Adam's momentum is lower than usual, since what a step does to calls has to be seen by the
 next ones.
 
-Results: docs/results/svamp.md, of demonstrations that were all told in their own order, and of
-failed attempts that called where the answer would begin. The adapter that came of it is bundled, as
-smollm2-svamp.
+Results: docs/results/svamp.md. The adapter that came of it is bundled, as smollm2-svamp.
 """
 
 import pathlib

@@ -180,6 +180,15 @@ def test_the_plan_of_sampling_is_what_the_compiler_reserves(changes, architectur
     )
 
 
+def test_what_the_passes_of_a_scan_leave_is_stacked_and_what_they_carry_is_not():
+    def scanned(x):
+        return jax.lax.scan(lambda c, _: (c + 1, (c * 2, c[0])), x, None, length=3)
+
+    jaxpr = jax.make_jaxpr(scanned)(jnp.zeros(4)).jaxpr
+    found = memory_shapes._result_buffers(jaxpr, [(object(), 16)])
+    assert [size for _, size in found] == [16, 48, 12]  # bytes of f32[4], f32[3, 4] and f32[3]
+
+
 def test_remat_keeps_the_inputs_of_a_block_and_what_a_row_needs_once():
     """A block keeps x [T, E] alone, and masks.
 

@@ -6,6 +6,7 @@ block is.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -95,7 +96,7 @@ def _result_buffers(jaxpr, inputs: list) -> list:
         if inner is not None:
             made = _result_buffers(getattr(inner, "jaxpr", inner), operands)
             if eqn.primitive.name == "scan":
-                made = _stacked(made, eqn)
+                made = _stacked(made, getattr(inner, "jaxpr", inner).outvars, eqn.outvars)
         elif eqn.primitive.name in _VIEWS:
             made = operands[:1] * len(eqn.outvars)
         else:
@@ -106,13 +107,17 @@ def _result_buffers(jaxpr, inputs: list) -> list:
     ]
 
 
-def _stacked(made: list, scan) -> list:
-    """The buffers of a scan's results, from those of one pass: what passes leave lies stacked."""
-    carried = scan.params["num_carry"]
+def _stacked(made: list, of_pass: Sequence, results: Sequence) -> list:
+    """The buffers of a scan's results, from those of one pass: what passes leave lies stacked.
+
+    A result that is carried has the shape that a pass gives it; a stack has one axis more.
+    """
     stacks = {buffer: object() for buffer, _ in made}
-    return made[:carried] + [
-        (stacks[buffer], v.aval.size * v.aval.dtype.itemsize)
-        for (buffer, _), v in zip(made[carried:], scan.outvars[carried:], strict=True)
+    return [
+        (buffer, size)
+        if v.aval.ndim == one.aval.ndim
+        else (stacks[buffer], v.aval.size * v.aval.dtype.itemsize)
+        for (buffer, size), one, v in zip(made, of_pass, results, strict=True)
     ]
 
 
