@@ -22,10 +22,10 @@ def accuracies(of, values=(1.0, 2.0, 4.0)):
     ("of", "tried", "best"),
     [
         (lambda v: -abs(v - 2), [1, 2, 4], 2),
-        (lambda v: -abs(v - 8), [1, 2, 4, 8, 16], 8),
-        (lambda v: -v, [1, 2, 4, 0.5, 0.25, 0.125], 0.125),  # no more than three beyond
-        (lambda v: v, [1, 2, 4, 8, 16, 32], 32),
-        (lambda v: 0.5, [1, 2, 4, 0.5, 0.25, 0.125], 0.125),
+        (lambda v: -abs(v - 8), [1, 2, 4, 8], 8),
+        (lambda v: -v, [1, 2, 4, 0.5], 0.5),  # no more than one beyond
+        (lambda v: v, [1, 2, 4, 8], 8),
+        (lambda v: 0.5, [1, 2, 4, 0.5], 0.5),
     ],
 )
 def test_an_end_that_is_best_is_passed(of, tried, best):

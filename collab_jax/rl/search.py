@@ -1,8 +1,8 @@
 """The search before a sweep: each cell's best value of one setting, chosen on validation.
 
 A comparison in which one side is tuned and the other is not shows who was tuned. So every cell is
-run with the same values of the setting; where the best of them lies at an end, with one beyond, and
-so on. search.json, in the sweep's folder, has what was tried, what came of it, and what it cost.
+run with the same values of the setting, and where the best of them lies at an end, with the one
+beyond it. search.json, in the sweep's folder, has what was tried, what came of it, and what it cost.
 
 What decides is what a trained model does by itself within the budget: its natural calls, cut to
 those of highest margin where they are more than the budget. Ranked by margin up to the budget a
@@ -19,7 +19,7 @@ from collab_jax.runtime import files
 
 FILE = "search.json"
 FACTOR = 2.0  # from an end to the value beyond it
-BEYOND = 3  # how many values may be tried beyond either end
+BEYOND = 1  # how many values may be tried beyond either end
 
 Found = dict[str, Any]  # of a cell: "tried", a list of {value, accuracy, seconds}, and "chosen"
 
