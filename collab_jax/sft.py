@@ -43,7 +43,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     if start is None:
         print(f"{workdir} is finished: its figures are in {warm_start.FIGURES}")
     else:
-        make(start, stop)
+        with claims.held(workdir):
+            make(start, stop)
     if hosts.is_first():
         warm_start.discard_checkpoints(workdir)  # a kill may have come before
     hosts.gathered("that it is done", None, hosts.FOREVER)

@@ -1,10 +1,13 @@
 """A run's workdir: what config.json says of its settings and its data, and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
+from collab_jax import train
 from collab_jax.rl import claims, experiment
 from collab_jax.runtime.errors import UserError
 
@@ -150,6 +153,22 @@ def test_a_run_begun_before_there_was_a_system_prompt_goes_on(config, rows, tmp_
     assert experiment.prepare(config(), workdir).config.task.system == ""
     with pytest.raises(UserError, match="task.system='' then, 'Be brief.' now"):
         experiment.prepare(config(task__system="Be brief."), workdir)
+
+
+def test_a_workdir_where_another_process_is_at_work_is_refused_until_that_ends(small, tmp_path):
+    holds = "import fcntl, os, sys; folder = os.open(sys.argv[1], os.O_RDONLY)"
+    holds += "; fcntl.flock(folder, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"another process is at work in {tmp_path}"):
+            train.main(small(), tmp_path)
+        assert not (tmp_path / "metrics.jsonl").exists()
+        other.kill()
+    for _ in range(2):  # its hold has ended with it, and ours ends with the block
+        with claims.held(tmp_path):
+            pass
 
 
 def test_the_settings_that_may_differ_exist(config):

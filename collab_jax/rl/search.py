@@ -2,7 +2,7 @@
 
 A comparison in which one side is tuned and the other is not shows who was tuned. So every cell is
 run with the same values of the setting, and where the best of them lies at an end, with the one
-beyond it. search.json, in the sweep's folder, has what was tried, what came of it, and what it cost.
+beyond it. search.json, in the sweep's folder, has what was tried, what came of it, and its cost.
 
 What decides is what a trained model does by itself within the budget: its natural calls, cut to
 those of highest margin where they are more than the budget. Ranked by margin up to the budget a
