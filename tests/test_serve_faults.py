@@ -288,6 +288,17 @@ def test_a_full_queue_is_a_429_that_says_when(start):
         status, headers, error = reply
         assert (status, error["error"]["type"]) == (429, "rate_limit_error")
         assert headers["retry-after-ms"] == "250" and headers["retry-after"] == "1"
+        assert headers["x-request-id"]
+    with server.send("GET", "/metrics") as response:
+        assert b'collab_errors_total{status="429"} 2.0' in response.read()
+
+
+def test_a_full_queue_does_not_keep_anybody_from_the_cloud(start):
+    server = start()
+    server.service.engine.full = True
+    for body in ({"collab": {"mode": "only_cloud"}}, {"model": "collab-cloud"}):
+        status, _, answer = server.chat(**body)
+        assert (status, answer["collab"]["answered_by"]) == (200, "cloud")
 
 
 # ------------------------------------------------------------------------------- what is asked

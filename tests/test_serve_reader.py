@@ -1,6 +1,5 @@
 """A response read while it is written: thinking, content, nothing of tags, however it is cut."""
 
-import numpy as np
 import pytest
 
 from collab_jax.serve.reader import Decoder, Reader, Stops, first_of, held_back
@@ -13,8 +12,8 @@ class Bytes:
 
     marker = MARKER
 
-    def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-        return [bytes(row.tolist()).decode("utf-8", "replace") for row in tokens]
+    def spelt(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
 
 
 def read(text: str, size: int) -> tuple[str, str, Reader]:

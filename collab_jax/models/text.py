@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -105,21 +105,20 @@ class Text:
 
         An id that is no token is written `<|id 151999|>`, which no well-formed response contains.
         """
-        written, texts = self._marker_written, []
-        for row, kept in zip(tokens, mask, strict=True):
-            ids = [t for t in row[kept].tolist() if t not in self.eos_ids]
-            pieces = [
-                self._decode(list(run)) if known else "".join(map(_no_token, run))
-                for known, run in itertools.groupby(ids, self._vocabulary.__contains__)
-            ]
-            texts.append("".join(pieces).replace(written, self.marker))
-        return texts
+        return [self.spelt(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
+
+    def spelt(self, ids: Iterable[int]) -> str:
+        """The text of one response's tokens, as `decode` has it."""
+        known = self._vocabulary.__contains__
+        runs = itertools.groupby((t for t in ids if t not in self.eos_ids), known)
+        pieces = [
+            self._decode(list(run)) if real else "".join(map(_no_token, run)) for real, run in runs
+        ]
+        return "".join(pieces).replace(self._marker_written, self.marker)
 
     def _decode(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return cast(str, text)
+        # What the tokenizer's own method would call, but for checks that take longer than this.
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _marker_written(marker: str, decision_token: str) -> str:

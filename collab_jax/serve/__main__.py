@@ -125,7 +125,11 @@ def serve(service: Service, listening: socket.socket, seconds: float) -> None:
 
     app = Api(service, os.environ.get(KEY_ENV, "")).app()
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(seconds)
+        app,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,  # nobody asks who a client is
+        timeout_graceful_shutdown=int(seconds),
     )
     uvicorn.Server(settings).run(sockets=[listening])
 

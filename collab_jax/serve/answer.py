@@ -13,8 +13,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from collab_jax.cloud.redaction import Redacted
 from collab_jax.cloud.share import with_attempt
 from collab_jax.models.text import Messages, Text
@@ -259,9 +257,7 @@ class Service:
         """What the cloud is asked: the client's messages, with the attempt where that is wanted."""
         if not ask.share_attempt:
             return ask.messages
-        ids = np.array([response.written], np.int32)
-        attempt = self.text.decode(ids, np.ones_like(ids, bool))[0]
-        return with_attempt(ask.messages, attempt)
+        return with_attempt(ask.messages, self.text.spelt(response.written))
 
     async def _cloud(self, outcome: Outcome, query: Redacted, reason: str, say: Say) -> None:
         """Says the cloud's answer. `outcome.finish` is set once content was sent."""

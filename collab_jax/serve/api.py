@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 1.0  # between two looks whether the budget's state has changed
 LEFT = 499  # the status on record where the client left
+CLOUD = b"cloud"  # is in the body of whoever asks for the cloud first, by mode or by model
 T = TypeVar("T")
 
 
@@ -100,8 +101,16 @@ class Api:
         self, request: Request, read: Callable[[bytes], Ask], *, chat: bool
     ) -> Response:
         request_id = uuid.uuid4().hex
+        raw = await read_body(request)
         try:
-            choices = outcomes(request_id, read(await read_body(request)))
+            # Before it is read: a flood must cost as little as it can.
+            if CLOUD not in raw:
+                self.service.engine.check_room()
+            choices = outcomes(request_id, read(raw))
+        except (Busy, Broken) as error:
+            refused = as_refusal(error, request_id)
+            self.telemetry.count_error(refused.status)
+            return refusal(refused)
         except Refused as error:
             error.headers["x-request-id"] = request_id
             raise
@@ -119,7 +128,7 @@ class Api:
             status = LEFT
             return Response(status_code=LEFT)
         except Exception as error:
-            refused = as_refusal(error, choices)
+            refused = as_refusal(error, request_id, choices)
             status = refused.status
             return refusal(refused)
         finally:
@@ -219,7 +228,7 @@ class Stream(Response):
             await together(self._choice(index, send) for index in range(len(self._choices)))
             last = self._format.usage()
         except Exception as error:
-            refused = as_refusal(error, self._choices)
+            refused = as_refusal(error, self._choices[0].request_id, self._choices)
             status = refused.status
             if not self._begun:
                 await refusal(refused)(scope, receive, send)
@@ -289,9 +298,9 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def as_refusal(error: Exception, choices: Sequence[Outcome]) -> Refused:
-    """What a client is told of an error, which goes on record."""
-    name, request_id = type(error).__name__, choices[0].request_id
+def as_refusal(error: Exception, request_id: str, choices: Sequence[Outcome] = ()) -> Refused:
+    """What a client is told of an error, which goes on record with the choices."""
+    name = type(error).__name__
     wait: float | None = None
     match error:
         case Refused():

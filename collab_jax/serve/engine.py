@@ -139,8 +139,9 @@ class Engine:
     def _check_room(self, tokens: int) -> None:
         """Raises Busy where a prompt of so many tokens may not wait; alone, each may."""
         waiting = len(self._waiting)
-        tokens += sum(len(job.prompt) for job in self._waiting)
-        full = waiting >= self.limits.requests or (waiting and tokens > self.limits.tokens)
+        full = waiting >= self.limits.requests
+        if waiting and not full:  # a flood must not take a long sum again and again
+            full = tokens + sum(len(job.prompt) for job in self._waiting) > self.limits.tokens
         if full or self._closing:
             raise Busy(max(0.05, waiting * self._pace))
 

@@ -8,14 +8,13 @@ held back until it is decided.
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from collab_jax.models.special_tokens import TAGS
 from collab_jax.models.text import Text
 
 Kind = Literal["reasoning", "content"]
 CUT = "\ufffd"  # how a decoder shows a character whose bytes are not all there
 MOST_HELD = 8  # tokens that may end inside a character; with more, they are no character
+MOST_KEPT = 24  # tokens whose text is kept before all but the last few are dropped
 ANSWER, CLOSING = "<answer>", "</answer>"
 
 
@@ -37,21 +36,21 @@ class Decoder:
     def __init__(self, text: Text):
         self._text = text
         self._context: list[int] = []  # tokens that are out, of which the last few matter
+        self._before = ""  # their text
         self._held: list[int] = []  # tokens that may end inside a character
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that these tokens add."""
         self._held += tokens
-        before = self._decode(self._context)
-        whole = self._decode(self._context + self._held)
+        whole = self._text.spelt(self._context + self._held)
         if whole.endswith(CUT) and len(self._held) < MOST_HELD:
             return ""
-        self._context, self._held = (self._context + self._held)[-4:], []
-        return whole[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        ids = np.array([tokens], np.int32)
-        return self._text.decode(ids, np.ones_like(ids, bool))[0]
+        new = whole[len(self._before) :]
+        self._context, self._before, self._held = self._context + self._held, whole, []
+        if len(self._context) > MOST_KEPT:
+            self._context = self._context[-4:]
+            self._before = self._text.spelt(self._context)
+        return new
 
 
 class _Span(NamedTuple):

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from collab_jax.models.text import Text
 from collab_jax.serve.engine import Broken, Emission
 from collab_jax.serve.reader import Kind, Piece, Reader, Stops
@@ -92,4 +90,4 @@ class Response:
         return Said("content", text, self._model, tokens)
 
     def _spelt(self, token: int) -> str:
-        return self._text.decode(np.array([[token]]), np.ones((1, 1), bool))[0]
+        return self._text.spelt([token])

@@ -40,7 +40,7 @@ class Telemetry:
             labels = f'{{answered_by="{outcome.answered_by}",reason="{outcome.reason}"}}'
             add["requests_total", labels] += 1
         else:
-            add["errors_total", f'{{status="{status}"}}'] += 1
+            self.count_error(status)
         add["device_tokens_total", ""] += outcome.device_tokens
         add["cloud_tokens_total", ""] += outcome.cloud_tokens
         add["usd_total", ""] += outcome.usd
@@ -49,6 +49,10 @@ class Telemetry:
         self._recent[outcome.request_id] = record(outcome, status)
         while len(self._recent) > KEPT:
             self._recent.popitem(last=False)
+
+    def count_error(self, status: int) -> None:
+        """Counts a request that was not answered."""
+        self._sums["errors_total", f'{{status="{status}"}}'] += 1
 
     def request(self, request_id: str) -> dict[str, Any] | None:
         """The record of one of the last requests, or None."""
