@@ -208,7 +208,7 @@ def test_a_cancelled_request_frees_its_slot():
     assert Heard(engine, [6, 7], limit=4).wait().tokens == waiting.tokens
     assert len(first.tokens) == written < 10**6 and not dropped.tokens
     engine.close()
-    assert engine.busy == (0, 0)
+    assert engine.busy == (0, 0) and engine._waiting_tokens == 0
     with pytest.raises(Broken, match="closed"):
         Heard(engine, [6], limit=4)
     with pytest.raises(Broken, match="closed"):
@@ -224,6 +224,7 @@ def test_too_many_waiting_prompt_tokens_are_refused_but_never_a_single_prompt():
         Heard(engine, [6], limit=1)
     engine.cancel(first.job)
     assert alone.wait().end == "length"
+    assert engine._waiting_tokens == 0  # whoever has left the queue, cancelled or served
     engine.close()
 
 

@@ -103,6 +103,7 @@ class Engine:
         self.ready, self.broken = threading.Event(), ""
         self._params = jax.device_put(params)
         self._waiting: collections.deque[Job] = collections.deque()
+        self._waiting_tokens = 0  # of their prompts
         self._changed = threading.Condition()
         self._closing = False
         self._held: list[Job | None] = [None] * settings.slots
@@ -127,6 +128,7 @@ class Engine:
             else:
                 self._check_room(len(job.prompt))
                 self._waiting.append(job)
+            self._waiting_tokens += len(job.prompt)
             self._changed.notify()
 
     def check_room(self) -> None:
@@ -139,9 +141,8 @@ class Engine:
     def _check_room(self, tokens: int) -> None:
         """Raises Busy where a prompt of so many tokens may not wait; alone, each may."""
         waiting = len(self._waiting)
-        full = waiting >= self.limits.requests
-        if waiting and not full:  # a flood must not take a long sum again and again
-            full = tokens + sum(len(job.prompt) for job in self._waiting) > self.limits.tokens
+        tokens += self._waiting_tokens
+        full = waiting >= self.limits.requests or (waiting and tokens > self.limits.tokens)
         if full or self._closing:
             raise Busy(max(0.05, waiting * self._pace))
 
@@ -228,6 +229,7 @@ class Engine:
         self._held = [None if job and job.cancelled else job for job in self._held]
         for job in [job for job in self._waiting if job.cancelled]:
             self._waiting.remove(job)
+            self._waiting_tokens -= len(job.prompt)
         if self._prefill and self._prefill.job.cancelled:
             self._prefill = None
 
@@ -259,6 +261,7 @@ class Engine:
             if not self._waiting or None not in self._held:
                 return False
             job = self._waiting.popleft()
+            self._waiting_tokens -= len(job.prompt)
         tokens = (*job.prompt, *job.written)[:-1]
         self._prefill = _Prefill(job, self._held.index(None), tokens)
         return True
