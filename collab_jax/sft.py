@@ -40,13 +40,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         if not warm_start.is_finished(config, workdir):
             task = judge.judged(config, make_task(config), experiment.store_path(config, workdir))
             start = warm_start.prepare(config, workdir, task)
-    if start is None:
-        print(f"{workdir} is finished: its figures are in {warm_start.FIGURES}")
-    else:
-        with claims.held(workdir):
+    with experiment.held(workdir):
+        if start is None:
+            print(f"{workdir} is finished: its figures are in {warm_start.FIGURES}")
+        else:
             make(start, stop)
-    if hosts.is_first():
-        warm_start.discard_checkpoints(workdir)  # a kill may have come before
+        if hosts.is_first():
+            warm_start.discard_checkpoints(workdir)  # a kill may have come before
     hosts.gathered("that it is done", None, hosts.FOREVER)
     return 0
 

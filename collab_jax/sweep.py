@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from collab_jax.reports import publish
 from collab_jax.reports import sweep as sweep_report
 from collab_jax.rl import sweeps
-from collab_jax.runtime import cli, process
+from collab_jax.runtime import cli, files, process
 from collab_jax.runtime.errors import UserError
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         _make_folder(args.publish, "--publish")
         if args.publish.resolve() == args.out.resolve():
             raise UserError(f"--publish {args.publish} is --out itself: choose another folder")
-    with joined(args) as here:
+    with joined(args) as here, contextlib.nullcontext() if here.host else files.held(args.out):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
         try:

@@ -29,7 +29,7 @@ from collab_jax.models.sampler import Sampler
 from collab_jax.records import Records
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
-from collab_jax.rl import claims, evaluation, experiment, memory_check, rollout, training
+from collab_jax.rl import evaluation, experiment, memory_check, rollout, training
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
 from collab_jax.runtime import cli, hosts, metrics, parallel
@@ -50,7 +50,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         recorded.check(run)
         held_out = evaluation.held_out(run, config.eval.split)
         fit_examples = training.fit_examples(run)
-    with claims.held(workdir):
+    with experiment.held(workdir):
         completed = train(run, stop, held_out, fit_examples)
     hosts.gathered("that it is done", None, hosts.FOREVER)
     return 0 if completed else process.STOPPED

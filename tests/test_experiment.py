@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from collab_jax import train
 from collab_jax.rl import claims, experiment
+from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 
 
@@ -156,9 +157,9 @@ def test_a_run_begun_before_there_was_a_system_prompt_goes_on(config, rows, tmp_
 
 
 def test_a_workdir_where_another_process_is_at_work_is_refused_until_that_ends(small, tmp_path):
-    holds = "import fcntl, os, sys; folder = os.open(sys.argv[1], os.O_RDONLY)"
-    holds += "; fcntl.flock(folder, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", holds, str(tmp_path)]
+    holds = "import fcntl, sys; file = open(sys.argv[1], 'a')"
+    holds += "; fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(tmp_path / files.LOCK)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         other.stdout.readline()
@@ -167,7 +168,7 @@ def test_a_workdir_where_another_process_is_at_work_is_refused_until_that_ends(s
         assert not (tmp_path / "metrics.jsonl").exists()
         other.kill()
     for _ in range(2):  # its hold has ended with it, and ours ends with the block
-        with claims.held(tmp_path):
+        with files.held(tmp_path):
             pass
 
 

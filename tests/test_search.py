@@ -46,6 +46,7 @@ def write_report(folder, calls, natural, margin):
 def test_natural_calls_decide_within_the_budget(calls, decides, tmp_path):
     write_report(tmp_path, calls, natural=0.5, margin=0.7)
     assert search.accuracy(Search("lr", (1.0,)), tmp_path) == (decides, 60)
+    assert search.accuracy(Search("lr", (1.0,)), tmp_path, router="margin") == (0.7, 60)
 
 
 def run_with(monkeypatch, accuracy_of, ran):

@@ -65,6 +65,17 @@ def test_a_token_that_is_no_character_does_not_hold_the_rest_back_for_ever():
     assert "".join(decoder.feed([0xFF]) for _ in range(20)).count("\ufffd") >= 8
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 40])
+def test_characters_are_whole_however_many_tokens_come_at_a_time(size):
+    text = "日本語🙂 é, plain\n" * 6
+    raw, decoder, out = list(text.encode()), Decoder(Bytes()), ""  # pyright: ignore[reportArgumentType]
+    for start in range(0, len(raw), size):
+        out += decoder.feed(raw[start : start + size])
+        assert "\ufffd" not in out and len(decoder.held) < 4
+    assert out == text and decoder.finish() == ""
+    assert decoder.feed(list("日".encode())[:2]) == "" and decoder.finish() == "\ufffd"
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_content_ends_before_the_first_stop(size):
     text, stops = "one STOP two", Stops(["two", " STO"])

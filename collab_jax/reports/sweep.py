@@ -261,8 +261,9 @@ def search_section(searched: Search, found: Mapping[str, search.Found]) -> str:
             f"## Search: {searched.key}",
             "Overall accuracy on the validation split by natural calls, cut to those of highest "
             f"margin where they are more than {100 * searched.budget:g} %, in percent, mean of "
-            f"{len(searched.seeds)} seed(s); the best value of each cell is the one of its runs "
-            f"above. {len(tried)} values, {minutes:.0f} minutes of training.",
+            f"{len(searched.seeds)} seed(s); of a cell that stands for a router, by that router at "
+            "this share. The best value of each cell is the one of its runs above. "
+            f"{len(tried)} values, {minutes:.0f} minutes of training.",
             markdown.table(["", *(f"{value:g}" for value in values), "chosen"], rows),
         ]
     )

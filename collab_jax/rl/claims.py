@@ -1,21 +1,16 @@
 """A workdir is claimed: config.json says which settings, data and base model its run has.
 
-A later start with others is refused, by the name of what differs; and a second one while the first
-still runs.
+A later start with others is refused, by the name of what differs.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from collab_jax.models import hf, identity, special_tokens
-from collab_jax.runtime import files, hosts
+from collab_jax.runtime import files
 from collab_jax.runtime.errors import UserError
 
 # What may differ between two starts of one run: how the cloud is bought from, not what it answers,
@@ -55,32 +50,6 @@ def make_workdir(workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(workdir, error) from None
-
-
-@contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
-    """No other process has `workdir` while the block runs; of several hosts the first holds it.
-
-    Raises UserError where another one has it. Whatever ends a process ends its hold. On a file
-    system without locks nothing is held.
-    """
-    if not hosts.is_first():
-        yield
-        return
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is at work in {workdir}: wait until it ends, or use another "
-                "--workdir"
-            ) from None
-        except OSError:
-            pass  # this file system has none
-        yield
-    finally:
-        os.close(folder)
 
 
 def check_shared(workdir: pathlib.Path) -> None:

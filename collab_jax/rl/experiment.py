@@ -103,6 +103,13 @@ def prepared_in_turn(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None
         yield
 
 
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """`files.held`, for a run: of several hosts the first holds it for all."""
+    with files.held(workdir) if hosts.is_first() else contextlib.nullcontext():
+        yield
+
+
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Returns the run of a config, with `workdir` claimed for it.
 

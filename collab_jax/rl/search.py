@@ -6,7 +6,8 @@ beyond it. search.json, in the sweep's folder, has what was tried, what came of 
 
 What decides is what a trained model does by itself within the budget: its natural calls, cut to
 those of highest margin where they are more than the budget. Ranked by margin up to the budget a
-model that has learnt nothing may do best, and would be chosen though it never calls.
+model that has learnt nothing may do best, and would be chosen though it never calls. Where a cell
+stands for a router that routes its model, that router decides at the budget (`sweeps.Cell.router`).
 """
 
 import json
@@ -54,12 +55,15 @@ def best_value(tried: Mapping[float, float]) -> float:
     return min(tried, key=lambda value: (-tried[value], value))
 
 
-def accuracy(search: Search, folder: pathlib.Path) -> tuple[float, float]:
-    """(accuracy by itself within the budget, seconds of training) of a run, by its report.json."""
+def accuracy(search: Search, folder: pathlib.Path, router: str = "") -> tuple[float, float]:
+    """(accuracy within the budget, seconds of training) of a run, by its report.json.
+
+    router: "margin" or "logprob", which routes the model; "": the model decides by itself.
+    """
     report = json.loads((folder / "report.json").read_text())
     natural, within = report["after"]["natural"], report["after"]["at_budget"][str(search.budget)]
-    few = natural["call_rate"]["value"] <= search.budget
-    decides = natural["overall_accuracy"] if few else within["margin"]
+    few = not router and natural["call_rate"]["value"] <= search.budget
+    decides = natural["overall_accuracy"] if few else within[router or "margin"]
     return float(decides["value"]), float(report["seconds"])
 
 

@@ -42,6 +42,7 @@ class Cell(NamedTuple):
     overrides: Mapping[str, Any]  # by key of the config
     seeds: Sequence[int]
     like: str = ""  # the cell whose search is this one's too; "": it has its own, if there is one
+    router: str = ""  # what decides in its search: see search.accuracy
 
 
 class Sweep(NamedTuple):
@@ -254,7 +255,8 @@ def run_search(sweep: Sweep, out: pathlib.Path, here: Here) -> list[Job]:
             if broken:
                 failed += broken
                 break
-            of_seeds = [search.accuracy(sweep.search, job.folder) for job in new]
+            router = sweep.cells[cell].router
+            of_seeds = [search.accuracy(sweep.search, job.folder, router) for job in new]
             found[cell] = search.with_row(found.get(cell), value, of_seeds)
             _write_found(out, found, here)
     return failed

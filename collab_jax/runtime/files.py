@@ -1,14 +1,22 @@
-"""Files that are whole or absent: written beside their place, then renamed; caches, fingerprints.
+"""Files that are whole or absent: written beside their place, then renamed; folders that one
+process at a time works in; caches, fingerprints.
 
 A process that is killed at any moment leaves the old file or the new one, never half of either. A
 kill may leave a scratch file as well, named NAME.PID.tmp, which nothing reads.
 """
 
 import contextlib
+import fcntl
 import hashlib
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
+
+from collab_jax.runtime.errors import UserError
+
+LOCK = ".lock"
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -27,6 +35,25 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """No other process holds `folder` while the block runs, by a lock on its file LOCK.
+
+    Whatever ends a process ends its hold. Raises UserError where another process has it. A file
+    system without locks is told of by a warning.
+    """
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work in {folder}: wait until it ends, or use another folder"
+            ) from None
+        except OSError as error:
+            log.warning("two processes in %s would not be noticed (%s)", folder, error.strerror)
+        yield
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -31,22 +31,36 @@ class Piece(NamedTuple):
 
 
 class Decoder:
-    """Tokens to text, a few at a time; a character that spans two tokens comes with the second."""
+    """Tokens to text, a few at a time; a character that spans two tokens comes with the second.
+
+    held: the tokens at the end that may end inside a character.
+    """
 
     def __init__(self, text: Text):
+        self.held: list[int] = []
         self._text = text
         self._context: list[int] = []  # tokens that are out, of which the last few matter
         self._before = ""  # their text
-        self._held: list[int] = []  # tokens that may end inside a character
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that these tokens add."""
-        self._held += tokens
-        whole = self._text.spelt(self._context + self._held)
-        if whole.endswith(CUT) and len(self._held) < MOST_HELD:
-            return ""
+        self.held += tokens
+        fed = len(self.held)
+        for count in range(fed, max(0, fed - MOST_HELD), -1):
+            whole = self._text.spelt(self._context + self.held[:count])
+            if not whole.endswith(CUT):
+                return self._out(count, whole)
+        return "" if fed < MOST_HELD else self.finish()
+
+    def finish(self) -> str:
+        """The text of what is held, though it may end inside a character."""
+        return self._out(len(self.held), self._text.spelt(self._context + self.held))
+
+    def _out(self, count: int, whole: str) -> str:
+        """The new text in `whole`, which ends with so many of the held tokens."""
         new = whole[len(self._before) :]
-        self._context, self._before, self._held = self._context + self._held, whole, []
+        self._context, self._before = self._context + self.held[:count], whole
+        self.held = self.held[count:]
         if len(self._context) > MOST_KEPT:
             self._context = self._context[-4:]
             self._before = self._text.spelt(self._context)
@@ -89,10 +103,7 @@ class Reader:
     def feed(self, tokens: Sequence[int]) -> Iterator[Piece]:
         """Yields the pieces that these tokens complete."""
         self._fed += len(tokens)
-        if text := self._decoder.feed(tokens):
-            origin = [range(self._decoded, self._fed)] * len(text)
-            self._buffer = self._buffer.then(_Span(text, origin))
-            self._decoded = self._fed
+        self._add(self._decoder.feed(tokens))
         while found := first_of(self._buffer.text, self._hidden):
             at, tag = found
             yield from self._out(self._buffer.cut(0, at))
@@ -104,8 +115,16 @@ class Reader:
 
     def finish(self) -> Iterator[Piece]:
         """Yields what was held back, once no token follows."""
+        self._add(self._decoder.finish())
         yield from self._out(self._buffer)
         self._buffer = _NOTHING
+
+    def _add(self, text: str) -> None:
+        """Adds the text of tokens that are decoded now."""
+        decoded = self._fed - len(self._decoder.held)
+        origin = [range(self._decoded, decoded)] * len(text)
+        self._buffer = self._buffer.then(_Span(text, origin))
+        self._decoded = decoded
 
     def _turn(self, tag: str) -> None:
         if tag == ANSWER and not self.opened:

@@ -3,7 +3,8 @@
 A model of 0.79 M parameters on arithmetic whose answers cannot be checked by looking at them; 160
 steps of 64 prompts x 4 responses at temperature 0.5 with averaged weights for every row, from one
 warm start (docs/results/chain/start, by `configs/chain_tiny_sft.py`); budget 30 %. Every row has
-the learning rate with which its model does best by itself within the budget, on validation. The
+the learning rate with which its model does best by itself within the budget, on validation;
+`task-tuning`, which never calls, the one with which its log-probability gate does best there. The
 cloud is simulated: wrong on 6 % of the problems, more often on long chains. Five seeds of `ours`,
 `gapg` and `task-tuning`, two of the others.
 
@@ -45,7 +46,9 @@ def get_sweep() -> Sweep:
             "gapg": Cell(sampled(filter="d1d2"), FIVE),
             "gapg-no-filter": Cell(sampled(), TWO),
             "grpo": Cell(sampled(advantage="grpo"), TWO),
-            "task-tuning": Cell(sampled(advantage="grpo", reward="task") | ROUTED, FIVE),
+            "task-tuning": Cell(
+                sampled(advantage="grpo", reward="task") | ROUTED, FIVE, router="logprob"
+            ),
             "grpo-filter": Cell(sampled(advantage="grpo", filter="d1d2"), TWO),
             "gapg-dual": Cell(sampled(control="dual_alpha_c"), TWO),
             "da-grpo": Cell(sampled(advantage="grpo", control="lagrangian"), TWO),

@@ -4,7 +4,8 @@ The cloud is simulated: wrong on 6 % of the problems, more often on hard ones. S
 with an adapter of rank 8, 24 steps of 32 prompts x 4 responses; budget 30 %; evaluated on SVAMP's
 1,000 test problems. All start from one warm start, the adapter in docs/results/svamp/start, and
 have the same batches, temperature, averaged weights and learning rate: of 1e-4 and 3e-4 the one
-that ranked better on validation, both for `ours` and for `task-tuning` (docs/results/svamp.md).
+that ranked better at 30 % of calls on validation, both for `ours` and for `task-tuning`
+(docs/results/svamp.md).
 
 - `ours`: the config's own settings. Decisions are scored; in all other rows calls are sampled.
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
