@@ -31,8 +31,8 @@ class Pieces:
         self._pieces = [text[i : i + 8] for i in range(0, len(text), 8)]
         return list(range(len(self._pieces)))
 
-    def decode(self, tokens, mask):
-        return ["".join(self._pieces[token] for token in row) for row in tokens]
+    def spelt(self, ids):
+        return "".join(self._pieces[token] for token in ids)
 
     def prompt_ids(self, messages):
         return [1]

@@ -42,8 +42,9 @@ def fairness(args: argparse.Namespace, questions: Sequence[Question], scratch: p
     eos = int(hf.read_config(hf.locate(BUNDLED))["eos_token_id"])
     one = contents(questions[:1])
     with served.ours(scratch) as server:
-        equal = bodies(one, **server.fields)
-        waits = figures(load.run(Plan(server.address, equal, 2 * SLOTS, args.seconds))).first
+        equal = Plan(server.address, bodies(one, **server.fields), 2 * SLOTS, args.seconds)
+        load.run(equal._replace(count=2 * SLOTS))  # to settle
+        waits = figures(load.run(equal)).first
     with served.ours(scratch, f"--config.max_new_tokens={LONG}") as server:
         others = Plan(server.address, bodies(one, **server.fields), OTHERS, args.seconds)
         endless = bodies(one, **server.fields, logit_bias={str(eos): -100})
