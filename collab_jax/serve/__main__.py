@@ -13,9 +13,11 @@ from collab_jax.runtime import process
 
 process.restart_with_allocator(__name__)
 
+import gc
 import os
 import pathlib
 import socket
+import threading
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -117,12 +119,22 @@ def _target(config: ConfigDict, calibration: dict | None) -> float:
     return calibration["tracking"]["budget"] if calibration else config.budget
 
 
+def spare_collections(engine: Engine) -> None:
+    """Once all programs are compiled, leaves what is there by now out of garbage collections.
+
+    It stays until the end, and one that looks at all of it holds every answer up.
+    """
+    engine.ready.wait()
+    gc.freeze()
+
+
 def serve(service: Service, listening: socket.socket, seconds: float) -> None:
     """Serves until a signal; requests under way then have `seconds` to end."""
     import uvicorn
 
     from collab_jax.serve.api import Api
 
+    threading.Thread(target=spare_collections, args=(service.engine,), daemon=True).start()
     app = Api(service, os.environ.get(KEY_ENV, "")).app()
     settings = uvicorn.Config(
         app,
