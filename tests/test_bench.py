@@ -87,7 +87,7 @@ def test_the_fixed_mix_runs_every_row_to_the_limit_and_the_update_learns_from_al
     assert case.run() == 8 * 4 * 16
     batch = work.update_batch(load)
     assert batch.mask.all() and (batch.correct.any(1) & ~batch.correct.all(1)).all()
-    assert work.response_lengths(LOAD).min() == 4 and case.flop() == work.update_flop(
+    assert work.response_lengths(LOAD).min() == 4 and case.flop() == measure.update_flop(
         cfg, 3, np.full((8, 4), 16)
     )
 

@@ -95,7 +95,6 @@ SMOLLM2 = {
     "algorithm.filter": "none",  # each step has a gradient, unless all rewards are alike
     "decode.slot_counts": 1,  # fewer programs to compile
     "eval.prompts": 0,
-    "sft.relabel_steps": 0,
     "sft.steps": 12,
     "sft.batch_size": 2,
     "sft.checkpoint_every": 4,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from collab_jax import gapg
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.runtime import parallel
 
@@ -134,6 +135,28 @@ def forward_flop(cfg: DecoderConfig, start: ArrayLike, count: ArrayLike, logits:
     token += 2 * E * cfg.vocab_size if logits else 0
     seen = count * start + count * (count + 1) / 2  # each token sees those before it and itself
     return float(np.sum(count) * token + np.sum(seen) * 4 * cfg.num_layers * N * H)
+
+
+def rollout_flop(cfg: DecoderConfig, batch: gapg.Rollout) -> float:
+    """Returns the FLOP of a forward pass over a rollout: each prompt once, and its responses.
+
+    The rollout is on the host, with or without axis D.
+    """
+    G = batch.tokens.shape[-2]
+    lengths, real = batch.mask.sum(-1).reshape(-1, G), batch.prompt_mask.sum(-1).reshape(-1)
+    start = np.repeat(real[:, None], G, axis=1) - 1
+    prompts = forward_flop(cfg, np.zeros(len(real)), real, False)
+    return prompts + forward_flop(cfg, start, lengths, True)
+
+
+def update_flop(cfg: DecoderConfig, prompt_length: int, lengths: np.ndarray) -> float:
+    """Returns the FLOP of a forward and a backward pass over groups of responses.
+
+    lengths: i[Q, G] tokens of the responses; a prompt counts once.
+    """
+    L = prompt_length
+    prompts = forward_flop(cfg, np.zeros(len(lengths)), np.full(len(lengths), L), False)
+    return 3 * (prompts + forward_flop(cfg, L - 1.0, lengths, True))
 
 
 def parameters(cfg: DecoderConfig) -> int:

@@ -187,7 +187,7 @@ def run_steps(run: experiment.Run, count: int, ceiling: float) -> list[tuple[str
         ended = time.perf_counter()
         rollout_s, update_s = sampled - started, ended - sampled
         with_gradient = (row["kept"] - row["no_signal"]) / run.config.prompts_per_step
-        forward = work.forward_flop(run.cfg, jax.tree.map(np.asarray, collected.rollout))
+        forward = measure.rollout_flop(run.cfg, jax.tree.map(np.asarray, collected.rollout))
         rows.append(
             (
                 f"{i + 1}{' (compiles)' * (i == 0)}",

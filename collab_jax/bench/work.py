@@ -293,16 +293,6 @@ def update_batch(load: Load) -> gapg.Rollout:
     )
 
 
-def update_flop(cfg: DecoderConfig, prompt_length: int, lengths: np.ndarray) -> float:
-    """Returns the FLOP of a forward and a backward pass over groups of responses.
-
-    lengths: i[Q, G] tokens of the responses; a prompt counts once.
-    """
-    L = prompt_length
-    prompts = measure.forward_flop(cfg, np.zeros(len(lengths)), np.full(len(lengths), L), False)
-    return 3 * (prompts + measure.forward_flop(cfg, L - 1.0, lengths, True))
-
-
 class Update:
     """One update at each call, on a batch in which every response counts."""
 
@@ -335,25 +325,13 @@ class Update:
 
     def flop(self) -> float:
         """Returns the FLOP of one call."""
-        return update_flop(self._cfg, self._load.prompt_length, self._lengths)
+        return measure.update_flop(self._cfg, self._load.prompt_length, self._lengths)
 
 
 def update(load: Load, cfg: DecoderConfig, params: Params) -> Case:
     """Returns one update as a case; params on the host."""
     work = Update(load, cfg, params)
     return Case(work, work.flop)
-
-
-def forward_flop(cfg: DecoderConfig, batch: gapg.Rollout) -> float:
-    """Returns the FLOP of a forward pass over a rollout: each prompt once, and its responses.
-
-    The rollout is on the host, with or without axis D.
-    """
-    G = batch.tokens.shape[-2]
-    lengths, real = batch.mask.sum(-1).reshape(-1, G), batch.prompt_mask.sum(-1).reshape(-1)
-    start = np.repeat(real[:, None], G, axis=1) - 1
-    prompts = measure.forward_flop(cfg, np.zeros(len(real)), real, False)
-    return prompts + measure.forward_flop(cfg, start, lengths, True)
 
 
 class Training(NamedTuple):
@@ -386,7 +364,7 @@ class FullStep:
     def flop(self) -> float:
         """Returns the useful FLOP of the latest step: sampling, and the update's prompts."""
         with_gradient = (self._row["kept"] - self._row["no_signal"]) / self._prompts_per_step
-        return (1 + 3 * with_gradient) * forward_flop(self._cfg, self._rollout)
+        return (1 + 3 * with_gradient) * measure.rollout_flop(self._cfg, self._rollout)
 
 
 def full_step(config_file: str, overrides: dict[str, Any]) -> Training:
