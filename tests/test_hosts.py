@@ -401,6 +401,23 @@ def test_a_job_whose_network_is_cut_ends_and_goes_on(alone, data_dir, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_rehearsal_on_two_hosts_takes_each_its_share_and_leaves_nothing(data_dir, tmp_path):
+    (scratch := tmp_path / "scratch").mkdir()
+    settings = SMALL | {"task.data_dir": str(data_dir), "decode.slot_counts": 1}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    rehearsal = ["-m", "collab_jax.bench", "rehearse", "--config", "configs/countdown_tiny.py"]
+    rehearsal += ["--layers=1", "--steps=1", *flags]
+    status, said = ended(job(2, 1, [*rehearsal, f"--scratch={scratch}"]))
+    assert status == 0, said
+    row = next(line for line in said.splitlines() if line.startswith("| 1 (compiles)"))
+    asked = row.split("|")[8]
+    assert int(asked) == SMALL["prompts_per_step"], "each host asks for its own prompts"
+    assert "of the first of 2 hosts" in said and not any(scratch.iterdir())
+    status, said = ended(job(2, 1, rehearsal))
+    assert status == 1 and "error: several hosts need --scratch" in said
+
+
+@pytest.mark.slow
 def test_hosts_with_other_settings_end_at_once_and_say_so(data_dir, tmp_path):
     pipe = subprocess.PIPE
     with socket.socket() as found:
@@ -435,7 +452,8 @@ def test_hosts_with_other_settings_end_at_once_and_say_so(data_dir, tmp_path):
     ("flags", "says"),
     [
         (["--hosts=2", "--host=1"], "--host and --coordinator go together"),
-        (["--hosts=2", "--host=2", "--coordinator=x:1"], "--host=2 must be below --hosts=2"),
+        (["--hosts=2", "--host=2", "--coordinator=x:1"], "--host=2 must lie in 0 to 1"),
+        (["--hosts=0"], "--hosts=0 must be at least 1"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, says, data_dir, tmp_path):

@@ -9,7 +9,8 @@
     python -m collab_jax.bench rehearse --config configs/countdown_qwen2p5_3b.py
                                         [--layers N] [--config.KEY=VALUE ...]
                                            some steps of a real run at its full shape, with random
-                                           weights
+                                           weights; of several hosts each runs it, with --scratch
+                                           and --hosts (docs/scale.md)
     python -m collab_jax.bench compile --config configs/countdown_qwen2p5_3b.py
                                        [--topology v5e:2x4] [--layers N] [--config.KEY=VALUE ...]
                                            a run's programs at their full shape: seconds to compile,
@@ -64,6 +65,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.add_argument("--layers", type=int, help="blocks, instead of all that the model has")
         if name == REHEARSE:
             p.add_argument("--steps", type=int, default=3)
+            p.add_argument("--hosts", type=int, default=1, help="processes, one on each host")
+            p.add_argument("--host", type=int, help="which of them this is, from 0")
+            p.add_argument("--coordinator", help="ADDRESS:PORT of host 0")
+            p.add_argument(
+                "--scratch", type=pathlib.Path, help="folder for its files; hosts must share it"
+            )
         else:
             p.add_argument("--topology", help="TPU chips to compile for, as v5e:2x4 or v5e:1x1")
     for name in (*timed, SERVE):
@@ -130,7 +137,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--steps={args.steps} must be at least 1")
         config = rehearse.read_config(args.config, args.settings)
         process.set_up(config.cpu_devices)
-        print(rehearse.rehearse(config, args.layers, args.steps))
+        with cli.joined(args.hosts, args.host, args.coordinator):
+            print(rehearse.rehearse(config, args.layers, args.steps, args.scratch))
         return 0
     if args.command == COMPILE:
         from collab_jax.bench import compile, rehearse

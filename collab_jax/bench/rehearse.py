@@ -5,13 +5,15 @@ weights are random, and so is the tokenizer where none is there: trained on the 
 Prompts, verification, store and update are the run's. With random weights no response ends and none
 is right, so every response runs to the limit; after it has been judged, half of each group counts
 as right. Then every prompt has a gradient, which is the largest update there is. The cloud is
-simulated behind the real store; nothing is bought.
+simulated behind the real store; nothing is bought. Several hosts take part as in training: each
+samples its share, and all update together.
 """
 
+import contextlib
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,9 +25,9 @@ from collab_jax import gapg
 from collab_jax.bench import measure, work
 from collab_jax.models import hf
 from collab_jax.models.special_tokens import is_auto
-from collab_jax.rl import experiment, memory_check, training
+from collab_jax.rl import experiment, memory_check, shares, training
 from collab_jax.rl.memory_plan import GIB
-from collab_jax.runtime import cli, markdown, process
+from collab_jax.runtime import cli, hosts, markdown, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 
@@ -105,11 +107,16 @@ def architecture_of(config: ConfigDict, layers: int | None) -> dict[str, Any]:
     return architecture
 
 
-def make_folder(config: ConfigDict, architecture: dict[str, Any], folder: pathlib.Path) -> str:
-    """Writes a model folder of this architecture with random weights; returns a description."""
+def make_folder(
+    name: str, config: ConfigDict, architecture: dict[str, Any], folder: pathlib.Path
+) -> str:
+    """Writes a model folder of this architecture with random weights; returns a description.
+
+    name: of the model, or its folder, whose tokenizer is taken where it is there.
+    """
     cfg = hf.config_from_hf(architecture)
-    source = pathlib.Path(config.model.path).expanduser()
-    source = source if source.is_dir() else hf.ASSETS / config.model.path
+    source = pathlib.Path(name).expanduser()
+    source = source if source.is_dir() else hf.ASSETS / name
     has_tokenizer = (source / "tokenizer.json").is_file()
     if not has_tokenizer:
         task = make_task(config)
@@ -151,26 +158,54 @@ HEADER = (
 )
 
 
-def rehearse(config: ConfigDict, layers: int | None, steps: int) -> str:
-    """Runs `steps` steps and returns a page with the time and the memory that they took."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch)
+@contextlib.contextmanager
+def scratch_folder(where: pathlib.Path | None) -> Iterator[pathlib.Path]:
+    """A new folder that all hosts share, in `where` or among the system's own; removed at the end.
+
+    Raises UserError where several hosts are not told where.
+    """
+    if hosts.count() > 1 and where is None:
+        raise UserError("several hosts need --scratch, a folder that all of them share")
+    if not hosts.is_first():
+        yield pathlib.Path(hosts.gathered("the folder of its files", None)[0])
+        hosts.gathered("that it is done", None, hosts.FOREVER)
+        return
+    with tempfile.TemporaryDirectory(dir=where) as name:
+        hosts.gathered("the folder of its files", name)
+        yield pathlib.Path(name)
+        hosts.gathered("that it is done", None, hosts.FOREVER)
+
+
+def rehearse(
+    config: ConfigDict, layers: int | None, steps: int, scratch: pathlib.Path | None = None
+) -> str:
+    """Runs `steps` steps and returns a page with the time and the memory that they took.
+
+    scratch: where the model and the run are written meanwhile; several hosts must share it. Shares
+    of ceilings, and memory, are those of this host.
+    """
+    with scratch_folder(scratch) as folder:
         name, config = config.model.path, config.copy_and_resolve_references()
         architecture = architecture_of(config, layers)
         cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
         plan = memory_check.check_fits(cfg, config, memory_check.this_machine())
-        made = make_folder(config, architecture, folder / "model")
         config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
-        run = experiment.prepare(config, folder / "run")
+        made = ""
+        with experiment.prepared_in_turn(config, folder / "run"):
+            if hosts.is_first():
+                made = make_folder(name, config, architecture, folder / "model")
+            run = experiment.prepare(config, folder / "run")
         ceiling = measure.matmul_ceiling(config.model.dtype)
         rows = run_steps(run, steps, ceiling)
     machine = " ".join(f"{key} {value}," for key, value in process.machine().items())
     where = "the process" if jax.default_backend() == "cpu" else "one device"
+    of_hosts = f" of the first of {hosts.count()} hosts" if hosts.count() > 1 else ""
     return (
         f"{name}: {made}\n"
-        f"{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})\n\n"
+        f"{machine} matmul ceiling {measure.number(ceiling)}FLOP/s ({config.model.dtype})"
+        f"{of_hosts}\n\n"
         f"{plan}\n\n{markdown.table(HEADER, rows)}\n\n"
-        f"peak memory {measure.peak_memory() / GIB:.2f} GiB ({where})"
+        f"peak memory {measure.peak_memory() / GIB:.2f} GiB ({where}{of_hosts})"
     )
 
 
@@ -181,6 +216,7 @@ def run_steps(run: experiment.Run, count: int, ceiling: float) -> list[tuple[str
     for i in range(count):
         started = time.perf_counter()
         collected = steps.collect(state.sampling_model, i)
+        collected, _ = shares.agreed(i, collected, stop=False)
         sampled = time.perf_counter()
         state, metrics = steps.update(state, half_right(collected.rollout))
         row = steps.row(i, metrics, collected)  # waits for the update

@@ -88,38 +88,42 @@ def run_with_config(
 
 
 def _hosts_flags() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Defines the flags of a command that runs on several hosts; returns what joins these.
-
-    They are joined while the context lasts; an error that leaves it is told to the other hosts.
-    """
-    count = flags.DEFINE_integer("hosts", 1, "Processes of this job, one on each host.", 1)
+    """Defines the flags of a command that runs on several hosts; returns `joined` with them."""
+    count = flags.DEFINE_integer("hosts", 1, "Processes of this job, one on each host.")
     number = flags.DEFINE_integer(
-        "host", None, "Which of them this is, from 0; default: as the scheduler says.", 0
+        "host", None, "Which of them this is, from 0; default: as the scheduler says."
     )
     coordinator = flags.DEFINE_string(
         "coordinator", None, "ADDRESS:PORT of host 0; default: as the scheduler says."
     )
+    return lambda: joined(count.value, number.value, coordinator.value)
 
-    @contextlib.contextmanager
-    def joined() -> Iterator[None]:
-        from collab_jax.runtime import hosts  # which needs jax; some commands do without
 
-        if (number.value is None) != (coordinator.value is None):
-            raise UserError("--host and --coordinator go together: set both, or neither")
-        if count.value == 1:
-            if number.value or coordinator.value:
-                raise UserError("--host and --coordinator need --hosts, the number of processes")
-            yield
-            return
-        if number.value is not None and number.value >= count.value:
-            raise UserError(f"--host={number.value} must be below --hosts={count.value}")
-        hosts.join(count.value, number.value, coordinator.value)
-        if not hosts.is_first():
-            sys.stdout = open(os.devnull, "w")  # host 0 tells how the run stands
-        with hosts.failure_told():
-            yield
+@contextlib.contextmanager
+def joined(count: int, number: int | None, coordinator: str | None) -> Iterator[None]:
+    """The hosts of a job are joined while the context lasts, as `hosts.join` does it.
 
-    return joined
+    An error that leaves it is told to the other hosts. What is printed is host 0's alone. Raises
+    UserError for flags that do not go together.
+    """
+    from collab_jax.runtime import hosts  # which needs jax; some commands do without
+
+    if count < 1:
+        raise UserError(f"--hosts={count} must be at least 1")
+    if (number is None) != (coordinator is None):
+        raise UserError("--host and --coordinator go together: set both, or neither")
+    if count == 1:
+        if number or coordinator:
+            raise UserError("--host and --coordinator need --hosts, the number of processes")
+        yield
+        return
+    if number is not None and not 0 <= number < count:
+        raise UserError(f"--host={number} must lie in 0 to {count - 1}, as --hosts={count}")
+    hosts.join(count, number, coordinator)
+    if not hosts.is_first():
+        sys.stdout = open(os.devnull, "w")  # host 0 tells how the run stands
+    with hosts.failure_told():
+        yield
 
 
 def _choose(
