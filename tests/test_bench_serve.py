@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from serving import starter
 
-from collab_jax.bench import load, promises, served, throughput
+from collab_jax.bench import load, outside, promises, served, throughput
 from collab_jax.bench.load import Plan, Report, Seen
 from collab_jax.bench.serve import run_serve_bench
 from collab_jax.bench.throughput import Question
@@ -178,6 +178,41 @@ def test_who_is_not_there_is_said_with_the_reason(tmp_path):
     with pytest.raises(UserError, match="peer did not start: no memory"):
         with served.started("peer", dies, served.free_port(), "/", {}, tmp_path / "log"):
             pass
+
+
+GUIDELLM = """#!{python}
+import json, sys
+values = dict(arg.split("=", 1) for arg in ",".join(sys.argv[1:]).split(",") if "=" in arg)
+if values["streams"] == "3":
+    sys.exit("no such data")
+first = {{"successful": {{"percentiles": {{"p50": 20.0, "p95": 40.0}}}}}}
+tokens = {{"successful": {{"total_sum": 300.0}}}}
+totals = {{"successful": int(values["streams"]), "errored": 1, "incomplete": 2}}
+metrics = {{"request_totals": totals, "output_token_count": tokens}}
+metrics["time_to_first_token_ms"] = first
+report = {{"benchmarks": [{{"metrics": metrics, "duration": float(values["seconds"])}}]}}
+json.dump(report | {{"target": values["target"]}}, open(sys.argv[-1].split("path=")[1], "w"))
+"""
+
+
+def test_guidellm_is_asked_and_read(tmp_path):
+    (program := tmp_path / "guidellm").write_text(GUIDELLM.format(python=sys.executable))
+    program.chmod(0o755)
+    server = served.Server("ours", ("127.0.0.1", 8123), {"model": "collab-device"}, None)
+    report = outside.run(str(program), server, tmp_path / "data.jsonl", clients=4, seconds=1.5)
+    assert report["target"] == "http://127.0.0.1:8123"
+    found = outside.of_guidellm(report)
+    assert found == {"answered": 4, "failed": 1, "tokens_per_s": 200.0,
+                     "first_token_p50": 0.02, "first_token_p95": 0.04}  # fmt: skip
+    cells = outside.row({"clients": 4, "program": "guidellm", "rounds": [found, found]})
+    assert cells == ("4", "guidellm", "8", "200", "20.0", "40.0")
+    with pytest.raises(UserError, match="guidellm failed: no such data"):
+        outside.run(str(program), server, tmp_path / "data.jsonl", clients=3, seconds=1.5)
+
+
+def test_without_guidellm_it_is_said_and_nothing_is_measured(tmp_path, capsys):
+    assert run_serve_bench(["--only", "guidellm", "--guidellm", "/nowhere"]) == 0
+    assert "without guidellm: --guidellm=/nowhere is not there" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -57,6 +57,24 @@ def test_each_choice_decides_for_itself(start):
         validator("Chat").validate(reply)
 
 
+def test_chunks_have_the_usage_so_far_where_it_is_asked_for(start):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    with Provider() as provider:
+        server = start(provider, CALLS, wavering=True)
+        *chunks, _, end = server.stream(
+            n=2, seed=0, collab={"threshold": 0}, stream_options=options
+        )[2]
+        device = server.stream(model="collab-device", stream_options=options)[2]
+    so_far = [chunk["usage"]["completion_tokens"] for chunk in device[:-2]]
+    assert (
+        so_far == sorted(so_far)
+        and 0 < so_far[0] < so_far[-1] <= device[-1]["usage"]["completion_tokens"]
+    )
+    assert len({chunk["usage"]["prompt_tokens"] for chunk in device if "usage" in chunk}) == 1
+    assert all("usage" in c for c in chunks if c["choices"][0]["finish_reason"] is None)
+    assert end["usage"]["cost"] == pytest.approx(PRICE)
+
+
 def test_streams_of_choices_interleave(start):
     with Provider() as provider:
         server = start(provider, CALLS, pause=0.01, wavering=True)

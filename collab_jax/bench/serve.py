@@ -1,9 +1,12 @@
 """A server's load figures and promises at full size, on this machine.
 
-    python -m collab_jax.bench serve [--only load fairness overload dead_cloud rate fuzz]
+    python -m collab_jax.bench serve
+        [--only load guidellm fairness overload dead_cloud rate fuzz]
 
     load        tokens/s, time to the first token and between arrivals at 1, 8 and 32 clients, in
                 turn with `transformers serve` and llama.cpp's server where they are (`throughput`)
+    guidellm    the same server and load measured by guidellm, where it is, and by our clients in
+                turn (`outside`)
     fairness    waits of equal requests, and what one of 1,024 tokens costs the others
     overload    four times as many requests as can be answered, for a minute
     dead_cloud  64 clients, and a cloud that refuses or never answers
@@ -36,7 +39,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from collab_jax.bench import fuzz, promises, served, throughput
+from collab_jax.bench import fuzz, outside, promises, served, throughput
 from collab_jax.bench.faults import USAGE, FaultServer
 from collab_jax.bench.throughput import Question
 from collab_jax.runtime import process
@@ -111,6 +114,7 @@ def fuzzed(args: argparse.Namespace, questions: Sequence[Question], scratch: pat
 
 PARTS = {
     "load": throughput.compare,
+    "guidellm": outside.compare,
     "fairness": promises.fairness,
     "overload": promises.overload,
     "dead_cloud": promises.dead_cloud,
@@ -127,9 +131,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--json", type=pathlib.Path, help="file for every figure")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of load and fairness, a turn")
-    parser.add_argument("--rounds", type=int, default=5, help="of load, all servers in turn")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="of load")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of load, guidellm and fairness, a turn"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of load and guidellm, all in turn")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 8, 32], help="of load and guidellm"
+    )
     parser.add_argument(
         "--shapes", nargs="+", default=list(served.SHAPES), choices=served.SHAPES, help="of load"
     )
@@ -137,6 +145,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--python", default=sys.executable, help="interpreter with transformers[serving] and torch"
     )
     parser.add_argument("--llama_server", default="llama-server", help="llama.cpp's program")
+    parser.add_argument("--guidellm", default="guidellm", help="the load generator's program")
     parser.add_argument("--overload_seconds", type=float, default=60.0)
     parser.add_argument("--queries", type=int, default=2000, help="of rate, at each target")
     parser.add_argument("--requests", type=int, default=10_000, help="of fuzz")

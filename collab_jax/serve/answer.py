@@ -49,7 +49,7 @@ class Outcome:
     margins: list[float] = field(default_factory=list)
     decided_at: int | None = None
     spelt: list[str] = field(default_factory=list)
-    prompt_tokens: int = 0  # of who answered
+    prompt_tokens: int = 0  # of who answers, as far as it has
     completion_tokens: int = 0
     device_tokens: int = 0
     cloud_tokens: int = 0
@@ -146,8 +146,6 @@ class Service:
             await say(said)
         outcome.answered_by, outcome.model, outcome.reason = "device", self.model, reason
         outcome.finish = "length" if response.end == "length" else "stop"
-        outcome.prompt_tokens = len(response.prompt)
-        outcome.completion_tokens = outcome.device_tokens
 
     # ------------------------------------------------------------------------- decisions
 
@@ -234,12 +232,13 @@ class Service:
         )
         begin = time.monotonic()
         self.engine.submit(job)
-        response.end = ""
+        response.end, outcome.prompt_tokens = "", len(response.prompt)
         try:
             while not response.end:
                 emission = await emissions.get()
                 outcome.margins += emission.margins
                 outcome.device_tokens += len(emission.margins)
+                outcome.completion_tokens = outcome.device_tokens
                 if emission.end == "call":
                     outcome.decided_at = len(outcome.margins) - 1
                 for said in response.read(emission):
@@ -267,6 +266,7 @@ class Service:
         outcome.cloud_prompt = query.messages if self.keep_prompts else None
         stops, held, end = Stops(ask.stops), [], None
         outcome.answered_by, outcome.model, outcome.reason = "cloud", model, reason
+        outcome.prompt_tokens = outcome.completion_tokens = 0  # until it has told them
         try:
             async with contextlib.aclosing(self.upstream.ask(query)) as answer:
                 async for item in answer:

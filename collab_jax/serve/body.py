@@ -85,7 +85,7 @@ COMMON: dict[str, Schema] = {
         "description": f"an object of at most {LOGIT_BIASES} token ids and numbers, -100 to 100",
     },
     "stream": BOOL,
-    "stream_options": fields({"include_usage": BOOL}),
+    "stream_options": fields({"include_usage": BOOL, "continuous_usage_stats": BOOL}),
     "user": TEXT,  # clients name theirs; nothing is done with it
     "collab": COLLAB,
     "frequency_penalty": only(0),
@@ -122,10 +122,10 @@ class Ask:
 
     choices: responses to it, each of which is computed and decided on its own. logprobs: whether
     the device's text comes with them. limit: tokens of a device response, None: as many as the
-    server gives. threshold: the margin above which the cloud is called; rate: the share of such
-    requests that shall be; at most one of the two. max_usd: the most that this answer may cost.
-    strict: a stream sends content only when no more can go wrong. trace: the device's tokens and
-    margins come with the answer.
+    server gives. usage_so_far: each chunk of a stream has it, as vLLM's do. threshold: the margin
+    above which the cloud is called; rate: the share of such requests that shall be; at most one of
+    the two. max_usd: the most that this answer may cost. strict: a stream sends content only when
+    no more can go wrong. trace: the device's tokens and margins come with the answer.
     """
 
     model: str
@@ -135,6 +135,7 @@ class Ask:
     logprobs: bool
     stream: bool
     include_usage: bool
+    usage_so_far: bool
     limit: int | None
     temperature: float
     top_p: float
@@ -205,7 +206,7 @@ def _ask(body: dict[str, Any], messages: Messages, logprobs: bool) -> Ask:
             "logprobs",
             "unsupported",
         )
-    stops = body.get("stop", [])
+    stops, options = body.get("stop", []), body.get("stream_options", {})
     return Ask(
         model=model,
         messages=messages,
@@ -213,7 +214,8 @@ def _ask(body: dict[str, Any], messages: Messages, logprobs: bool) -> Ask:
         choices=body.get("n", 1),
         logprobs=logprobs,
         stream=body.get("stream", False),
-        include_usage=body.get("stream_options", {}).get("include_usage", False),
+        include_usage=options.get("include_usage", False),
+        usage_so_far=options.get("continuous_usage_stats", False),
         limit=min(
             (body[name] for name in ("max_completion_tokens", "max_tokens") if name in body),
             default=None,

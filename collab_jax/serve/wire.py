@@ -148,7 +148,10 @@ class Format:
         else:
             return ""
         self._begun.add(index)
-        return event(self._frame(said.model, [choice], chunk=True))
+        frame = self._frame(said.model, [choice], chunk=True)
+        if self._outcomes[index].ask.usage_so_far:
+            frame["usage"] = usage(self._outcomes)
+        return event(frame)
 
     def end(self, index: int, budget: dict[str, Any]) -> str:
         """The event that ends a choice of a stream."""
