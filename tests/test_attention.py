@@ -1,5 +1,7 @@
 """Attention: masks by hand, and long rows against all scores at once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,12 @@ B, R, K, n, H, L = 4, 2, 2, 3, 8, 5  # two rows of prompts, each for two rows of
 
 
 def test_a_sight_by_hand():
-    """Two documents beside each other, and a column of nobody's."""
-    document, order = jnp.array([[0, 0, 1, 1]]), jnp.array([[0, 1, 0, 1]])
-    columns = jnp.array([[0, 1, -1]]), jnp.array([[1, 0, 0]])
-    mask = Sight(document, order, *columns).mask()[0].astype(int).tolist()
-    assert mask == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    """Two documents beside each other, behind the columns of their prompts and one of nobody's."""
+    sight = Sight(jnp.array([[0, 0, 1]]), jnp.array([[1, -1, 0, 0, 0, 1]]))
+    mask = sight.mask()[0].astype(int).tolist()
+    assert mask == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 1]]
+    second = sight.mask_of(jnp.array([[0]]), jnp.array([1]))[0].astype(int).tolist()
+    assert second == mask[1:2]
 
 
 def inputs(t, dtype):
@@ -30,27 +33,32 @@ def inputs(t, dtype):
     ]
     half = rng.integers(1, t, (B, 1))
     document = (np.arange(t) >= half).astype(np.int32)
-    order = np.arange(t) - document * half + 1
     of_prompts = np.where(np.arange(L) >= rng.integers(0, L, (B, 1)), np.arange(L) % 2, -1)
-    columns = np.concatenate([of_prompts, document], 1), np.concatenate([0 * of_prompts, order], 1)
-    return q, pieces, Sight(*(jnp.asarray(x, jnp.int32) for x in (document, order, *columns)))
+    columns = np.concatenate([of_prompts, document], 1)
+    return q, pieces, Sight(jnp.asarray(document, jnp.int32), jnp.asarray(columns, jnp.int32))
+
+
+BY_KERNEL = functools.partial(attention.splash, interpret=True)
 
 
 @pytest.mark.parametrize(
-    "t, dtype, atol",
+    "attend, t, dtype, atol",
     [
-        (300, "float32", 1e-5),  # two blocks and a part
-        (256, "float32", 1e-5),
-        (300, "bfloat16", 2e-2),
+        (attention.attend, 300, "float32", 1e-5),  # two blocks and a part
+        (attention.attend, 256, "float32", 1e-5),
+        (attention.attend, 300, "bfloat16", 2e-2),
+        (BY_KERNEL, 300, "float32", 1e-5),
+        (BY_KERNEL, 128, "float32", 1e-5),
+        (BY_KERNEL, 200, "bfloat16", 2e-2),
     ],
 )
-def test_blocks_of_scores_equal_all_at_once(t, dtype, atol):
+def test_no_way_differs_from_all_scores_at_once(attend, t, dtype, atol):
     """The sum and its gradients by queries, keys and values."""
     q, pieces, sight = inputs(t, dtype)
 
     def outcome(mask, q, pieces):
         def loss(q, pieces):
-            y = attention.attend(q, pieces, mask)
+            y = (attend if isinstance(mask, Sight) else attention.attend)(q, pieces, mask)
             return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(q, pieces)
@@ -108,3 +116,24 @@ def test_long_rows_never_hold_all_scores(monkeypatch):
 
     monkeypatch.setattr(attention, "BLOCK", 32)
     assert largest(512) < 2.5 * largest(256)
+
+
+@pytest.mark.parametrize("heads, width, dtype", [(2, 64, "bfloat16"), (6, 128, "float32")])
+def test_a_long_program_for_a_tpu_has_its_kernel_and_no_other_does(heads, width, dtype):
+    """Forward and backward, lowered for real."""
+
+    def loss(q, k, v, sight, platform):
+        return jnp.sum(attention.attend(q, [(k, v)], sight, platform).astype(jnp.float32) ** 2)
+
+    def exported(t, platform):
+        q = jnp.zeros((1, t, heads // 2, 2, width), dtype)
+        k, v = (
+            jnp.zeros((1, heads // 2, width, t), dtype),
+            jnp.zeros((1, heads // 2, t, width), dtype),
+        )
+        sight = attention.causal(jnp.ones((1, t), bool))
+        grad = jax.jit(jax.grad(functools.partial(loss, platform=platform), argnums=(0, 1, 2)))
+        return jax.export.export(grad, platforms=[platform])(q, k, v, sight).mlir_module()
+
+    assert exported(1024, "tpu").count("tpu_custom_call") == 3  # the sum, and its two gradients
+    assert "tpu_custom_call" not in exported(1024, "cpu")

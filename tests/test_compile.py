@@ -148,7 +148,7 @@ def test_what_cannot_be_compiled_is_refused(small, monkeypatch):
 
 def test_no_program_grows_with_the_number_of_blocks(small):
     def lines(layers):
-        cfg = dataclasses.replace(decoder_of(config, layers), looped=True)
+        cfg = dataclasses.replace(decoder_of(config, layers), platform="gpu")
         programs = compile.lower_run(cfg, config, jax.local_devices())
         return {program.name: program.lines for program in programs}
 

@@ -148,17 +148,29 @@ def test_blocks_in_a_loop_equal_straight_code(remat):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    def of(looped):
-        cfg = dataclasses.replace(QWEN2, num_layers=3, remat=remat, looped=looped)
+    def of(platform):
+        cfg = dataclasses.replace(QWEN2, num_layers=3, remat=remat, platform=platform)
         (_, (hidden, cached, keys)), grads = jit(functools.partial(outcome, cfg=cfg))(
-            random_params(dataclasses.replace(cfg, looped=None, remat=False))
+            random_params(dataclasses.replace(cfg, platform=None, remat=False))
         )
         np.testing.assert_allclose(cached, hidden, atol=2e-5)
         return np.stack(keys), hidden, grads
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), of(True), of(False)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), of("gpu"), of("cpu")
     )
+
+
+@pytest.mark.parametrize(
+    "platform, t, kernels",
+    [("tpu", attention.LONG, 0), ("tpu", attention.LONG + 1, 1), ("gpu", 600, 0)],
+)
+def test_long_rows_on_a_tpu_take_the_kernel(platform, t, kernels):
+    """One in the program, whatever the number of blocks."""
+    cfg = dataclasses.replace(QWEN2, num_layers=3, platform=platform)
+    real = jnp.ones((1, t), bool)
+    program = jax.make_jaxpr(lambda params: decoder.prefill(params, cfg, real * 1, real))
+    assert str(program(random_params(cfg))).count("pallas_call[") == kernels
 
 
 def test_padding_never_matters():
@@ -240,7 +252,9 @@ def test_a_turned_head_changes_neither_logits_nor_gradients():
     """It is made on a CPU that computes in bf16 with tied embeddings, and only there."""
     half = dataclasses.replace(LLAMA, dtype="bfloat16")
     params = random_params(LLAMA)
-    looped, untied = (dataclasses.replace(half, **x) for x in ({"looped": True}, {"tied": False}))
+    looped, untied = (
+        dataclasses.replace(half, **x) for x in ({"platform": "gpu"}, {"tied": False})
+    )
     for cfg in (LLAMA, looped, untied):
         assert decoder.TURNED not in decoder.with_ends(params, cfg)
     hidden = np.random.default_rng(3).standard_normal((2, 3, LLAMA.hidden_size))

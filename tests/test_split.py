@@ -81,7 +81,7 @@ def test_norms_and_sums_are_of_whole_arrays():
 @pytest.mark.parametrize("remat", [False, True])
 def test_no_gathered_matrix_is_kept_for_the_backward_pass(remat):
     """Each of a block's seven is gathered on the way forward and again on the way back."""
-    cfg = dataclasses.replace(CFG, looped=True, remat=remat)
+    cfg = dataclasses.replace(CFG, platform="gpu", remat=remat)
     params = parallel.replicate(blocks.divided(start().params, D, parallel.AXIS))
     tokens = jnp.ones((D, 2, 3), jnp.int32)
 
@@ -116,7 +116,7 @@ def stepped(sharded, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"looped": True}, {"looped": True, "remat": True}])
+@pytest.mark.parametrize("changes", [{}, {"platform": "gpu"}, {"platform": "gpu", "remat": True}])
 def test_a_step_with_divided_parameters_equals_one_with_whole_ones(changes):
     (want, want_metrics), (got, metrics) = stepped(sharded=False), stepped(sharded=True, **changes)
     assert_close(got.params, want.params, rtol=1e-3, atol=2e-5)

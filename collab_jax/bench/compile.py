@@ -217,8 +217,7 @@ def compile_programs(config: ConfigDict, topology: str | None, layers: int | Non
     architecture = rehearse.architecture_of(config, layers)
     cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
     cfg = lora.configure(cfg, config.lora, CALL)
-    # The default is for the devices that are there.
-    cfg = dataclasses.replace(cfg, looped=devices[0].platform != "cpu")
+    cfg = dataclasses.replace(cfg, platform=devices[0].platform)
     plan = memory_plan.plan(cfg, config, len(devices), devices[0].platform == "cpu")
     chips = f"{len(devices)} x {devices[0].device_kind}"
     programs = [compile_one(lowered) for lowered in lower_run(cfg, config, devices)]

@@ -1,58 +1,77 @@
 """Attention: what a token sees, and the weighted sum over it.
 
-Up to LONG tokens all scores are made at once. Beyond that they are made for BLOCK tokens at a time,
-and again in the backward pass, so that memory grows with the number of columns and not with its
-square; what each token sees is said by a `Sight` then, whose mask is made by blocks as well. Axis
-letters: see `gapg.py`; n query heads share a kv head, R rows of keys serve B rows of queries.
+Up to LONG tokens all scores are made at once. Beyond that memory grows with the number of columns
+and not with its square, and what each token sees is said by a `Sight`: on a TPU the kernel that jax
+ships takes over (splash attention); elsewhere scores are made for BLOCK tokens at a time, and again
+in the backward pass, and so are masks. (cuDNN's kernel knows of no documents in a row, but by a
+bias as large as all scores.) Axis letters: see `gapg.py`; n query heads share a kv head, R rows of
+keys serve B rows of queries.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 
 KV = tuple[jax.Array, jax.Array]  # k [R, K, H, S] and v [R, K, S, H] of one layer, of one segment
 LONG, BLOCK = 512, 128  # tokens
+LANES, MOST_LANES = 128, 512  # tokens and columns of a block of the kernel, at least and at most
 
 
 class Sight(NamedTuple):
-    """The columns that t tokens see: those of their own document, as early as they or earlier.
+    """The columns that t tokens see: those of their own document, and none behind themselves.
 
-    A document is what a row holds beside others; its number is -1 for columns that nobody sees.
+    The last t columns are the tokens' own. A document is what a row holds beside others; its number
+    is -1 for columns that nobody sees.
     """
 
     document: jax.Array  # i32[B, t], of the tokens
-    order: jax.Array  # i32[B, t]
-    column_document: jax.Array  # i32[B, S], of what they look at
-    column_order: jax.Array  # i32[B, S]
+    columns: jax.Array  # i32[B, S], the documents of what they look at
 
     def mask(self) -> jax.Array:
         """bool[B, t, S]: whether a token sees a column."""
-        own = self.document[:, :, None] == self.column_document[:, None]
-        return own & (self.column_order[:, None] <= self.order[:, :, None])
+        return self.mask_of(self.document, jnp.arange(self.document.shape[1]))
+
+    def mask_of(self, document: jax.Array, number: jax.Array) -> jax.Array:
+        """`mask` of some of the tokens, by their documents i32[B, b] and their numbers i32[b]."""
+        before = self.columns.shape[1] - self.document.shape[1]
+        reached = jnp.arange(self.columns.shape[1]) <= before + number[:, None]
+        return (document[:, :, None] == self.columns[:, None]) & reached
 
 
 def causal(real: jax.Array) -> Sight:
     """That of columns real bool[B, S]: a column sees itself and the real columns before it."""
     document = real.astype(jnp.int32) - 1
-    order = jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape)
-    return Sight(document, order, document, order)
+    return Sight(document, document)
 
 
-def attend(q: jax.Array, pieces: Sequence[KV], mask: jax.Array | Sight) -> jax.Array:
+def attend(
+    q: jax.Array, pieces: Sequence[KV], mask: jax.Array | Sight, platform: str = "cpu"
+) -> jax.Array:
     """Softmax attention of q [B, t, K, n, H] over all columns of `pieces` -> [B, t, K, n, H].
 
     A piece with fewer than B rows R serves B / R rows with each; of one with more, each row looks
     at R / B beside each other. mask: bool[B, t, S] or bool[1, t, S] over the columns of the pieces
-    in order; or a Sight, for which not all scores are in memory at once.
+    in order; or a Sight, for which not all scores are in memory at once. platform: for what devices
+    the program is, as jax calls them.
     """
     pieces = [(_beside(k, len(q), -1), _beside(v, len(q), -2)) for k, v in pieces]
     if not isinstance(mask, Sight):
         return _at_once(q, pieces, mask)
-    sight, t = mask, q.shape[1]
+    return (splash if platform == "tpu" else _by_blocks)(q, pieces, mask)
+
+
+def _by_blocks(q: jax.Array, pieces: Sequence[KV], sight: Sight) -> jax.Array:
+    """`attend` for BLOCK tokens at a time."""
+    t = q.shape[1]
 
     def blocks(x: jax.Array) -> jax.Array:  # [B, t, ...] -> [blocks, B, BLOCK, ...]
         x = jnp.pad(x, ((0, 0), (0, -t % BLOCK), *((0, 0),) * (x.ndim - 2)))
@@ -62,14 +81,48 @@ def attend(q: jax.Array, pieces: Sequence[KV], mask: jax.Array | Sight) -> jax.A
     wide = [(k.astype(jnp.float32), v.astype(jnp.float32)) for k, v in pieces]
 
     def one(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        own, document, order = block
-        seen = sight._replace(document=document, order=order).mask()
-        return _at_once(own, wide, seen)
+        own, document, number = block
+        return _at_once(own, wide, sight.mask_of(document, number))
 
     # Nothing outside a loop's body can take the place of what is computed in it again.
     again = jax.checkpoint(one, prevent_cse=False)
-    y = jax.lax.map(again, (blocks(q), blocks(sight.document), blocks(sight.order)))
+    number = jnp.arange(t + -t % BLOCK).reshape(-1, BLOCK)
+    y = jax.lax.map(again, (blocks(q), blocks(sight.document), number))
     return jnp.moveaxis(y, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :t]
+
+
+def splash(q: jax.Array, pieces: Sequence[KV], sight: Sight, interpret: bool = False) -> jax.Array:
+    """`attend` by the kernel for TPUs. interpret: step by step on any device, for tests."""
+    B, t, K, n, H = q.shape
+    S = sight.columns.shape[1]
+    for_each = lambda x: jnp.repeat(x, B // len(x), axis=0)  # noqa: E731
+    k = jnp.concatenate([for_each(k) for k, _ in pieces], axis=-1).swapaxes(-1, -2)
+    v = jnp.concatenate([for_each(v) for _, v in pieces], axis=-2)
+    rows, columns = -(-t // LANES) * LANES, -(-S // LANES) * LANES
+    # Of one kv head after the other; what fills up a block is seen by nobody.
+    heads = jnp.moveaxis((q * H**-0.5).reshape(B, t, K * n, H), 1, 2)
+    heads = jnp.pad(heads, ((0, 0), (0, 0), (0, rows - t), (0, 0)))
+    k, v = (jnp.pad(x.astype(q.dtype), ((0, 0), (0, 0), (0, columns - S), (0, 0))) for x in (k, v))
+    documents = splash_attention_kernel.SegmentIds(
+        jnp.pad(sight.document, ((0, 0), (0, rows - t)), constant_values=-1),
+        jnp.pad(sight.columns, ((0, 0), (0, columns - S)), constant_values=-1),
+    )
+    seen = splash_attention_mask.CausalMask((rows, columns), offset=S - t)
+    b, c = math.gcd(rows, MOST_LANES), math.gcd(columns, MOST_LANES)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([seen] * (K * n)),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=b,
+            block_kv=c,
+            block_q_dkv=b,
+            block_kv_dkv=c,
+            block_q_dq=b,
+            block_kv_dq=c,
+        ),
+        interpret=interpret,
+    )
+    y = jax.vmap(kernel)(heads, k, v, segment_ids=documents)
+    return jnp.moveaxis(y[:, :, :t], 1, 2).reshape(q.shape)
 
 
 def _beside(x: jax.Array, B: int, axis: int) -> jax.Array:

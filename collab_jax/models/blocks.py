@@ -27,9 +27,14 @@ Layers = Any  # a tree whose leaves are stacked, [layers, ...]; or a tuple with 
 # --------------------------------------------------------------------------- in a program
 
 
+def platform(cfg: DecoderConfig) -> str:
+    """For what devices programs are: cpu, gpu or tpu."""
+    return cfg.platform or jax.default_backend()
+
+
 def is_looped(cfg: DecoderConfig) -> bool:
     """Whether the blocks are one loop of the program, or straight code."""
-    return jax.default_backend() != "cpu" if cfg.looped is None else cfg.looped
+    return platform(cfg) != "cpu"
 
 
 def unfolded(cfg: DecoderConfig, params: Params) -> Params:

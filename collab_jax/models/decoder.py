@@ -139,7 +139,8 @@ class Attention(nn.Module):
             k, all_k = blocks.written(open.k, layer, k, index, axis=-1)
             v, all_v = blocks.written(open.v, layer, v, index, axis=-2)
             open = Segment(k=all_k, v=all_v)
-        y = attention.attend(q.reshape(B, t, K, N // K, H), (*past, (k, v)), mask)
+        q = q.reshape(B, t, K, N // K, H)
+        y = attention.attend(q, (*past, (k, v)), mask, blocks.platform(cfg))
         y = y.reshape(B, t, N * H)
         return Dense(cfg, cfg.hidden_size, cfg.output_bias, name="o_proj")(y), (
             k,

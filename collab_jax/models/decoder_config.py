@@ -20,10 +20,10 @@ class RopeScaling:
 class DecoderConfig:
     """Shape and constants of a decoder; hashable, to be a static argument of jitted functions.
 
-    dtype is that of the computation and the cache; params keep the type they come in. looped:
-    whether a program has one loop over the blocks; None: unless it is for a CPU. lora_scale =
-    alpha / rank multiplies the product of an adapter's matrices, and lora_token is the token whose
-    embedding it moves, where params have these (lora.py).
+    dtype is that of the computation and the cache; params keep the type they come in.
+    platform: for what devices programs are, as jax calls them; None: for those that are there.
+    lora_scale = alpha / rank multiplies the product of an adapter's matrices, and lora_token is the
+    token whose embedding it moves, where params have these (lora.py).
     """
 
     vocab_size: int
@@ -44,6 +44,6 @@ class DecoderConfig:
     initializer_range: float = 0.02
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"
-    looped: bool | None = None
+    platform: str | None = None
     lora_scale: float = 1.0
     lora_token: int | None = None

@@ -136,14 +136,8 @@ def continued_hidden(
         return hidden
     t = T - 1
     positions = seen.sum(1, keepdims=True) + jnp.arange(t)
-    document, order = jnp.zeros((B, t), jnp.int32), jnp.broadcast_to(jnp.arange(t), (B, t))
-    prompt_document = jnp.where(seen, 0, -1)
-    sight = Sight(
-        document,
-        order,
-        jnp.concatenate([prompt_document, document], axis=1),
-        jnp.concatenate([jnp.zeros_like(prompt_document), order], axis=1),
-    )
+    document = jnp.zeros((B, t), jnp.int32)
+    sight = Sight(document, jnp.concatenate([jnp.where(seen, 0, -1), document], axis=1))
     body, _ = decoder.forward(params, cfg, responses[:, :-1], positions, sight, (prompt,))
     return jnp.concatenate([hidden, body], axis=1)
 

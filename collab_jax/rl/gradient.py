@@ -271,12 +271,7 @@ def packed_hidden(
     # which the first of a response has not.
     of_prompts = jnp.where(prompt_mask, jnp.arange(C)[:, None], -1).reshape(m, C * L)
     of_inputs = jnp.where(at.real & (at.token >= 1), at.place, -1)
-    sight = Sight(
-        at.place,
-        at.token,
-        jnp.concatenate([of_prompts, of_inputs], axis=1),
-        jnp.concatenate([jnp.zeros_like(of_prompts), at.token], axis=1),
-    )
+    sight = Sight(at.place, jnp.concatenate([of_prompts, of_inputs], axis=1))
     lengths = jnp.take_along_axis(prompt_mask.sum(2), at.place, axis=1)
     positions = lengths + jnp.maximum(at.token - 1, 0)
     body, _ = decoder.forward(params, cfg, inputs, positions, sight, (segment,))

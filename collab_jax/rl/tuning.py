@@ -69,7 +69,7 @@ def loss(
     to state by as much as the margin does with how sure the model is.
     """
     whole = decoder.with_ends(lora.join(frozen, params), cfg)
-    sight = Sight(rows.segment, rows.positions, rows.segment, rows.positions)
+    sight = Sight(rows.segment, rows.segment)
     hidden, _ = decoder.forward(whole, cfg, rows.tokens, rows.positions, sight)
     hidden = jnp.take_along_axis(hidden, rows.at[..., None], axis=1)
     if not chance:
