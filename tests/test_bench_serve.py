@@ -186,7 +186,7 @@ values = dict(arg.split("=", 1) for arg in ",".join(sys.argv[1:]).split(",") if 
 if values["streams"] == "3":
     sys.exit("no such data")
 first = {{"successful": {{"percentiles": {{"p50": 20.0, "p95": 40.0}}}}}}
-tokens = {{"successful": {{"total_sum": 300.0}}}}
+tokens = {{"total": {{"total_sum": 300.0}}}}
 totals = {{"successful": int(values["streams"]), "errored": 1, "incomplete": 2}}
 metrics = {{"request_totals": totals, "output_token_count": tokens}}
 metrics["time_to_first_token_ms"] = first

@@ -105,6 +105,15 @@ def test_a_response_without_an_answer_goes_to_the_cloud_or_stays_empty(start):
         assert reply["choices"][0]["finish_reason"] == "length"
 
 
+def test_tokens_without_an_answer_count_where_the_cloud_has_none_either(start):
+    server = start("http://127.0.0.1:9/v1", response="<think>49+9=58", deadline=0.5)
+    reply = server.chat()[2]
+    assert reply["collab"]["reason"] == "device_fallback"
+    usage = reply["usage"]
+    assert usage["completion_tokens"] == usage["cost_details"]["device_tokens"] > 0
+    assert usage["prompt_tokens"] > 0
+
+
 def test_stop_strings_cut_content_of_either_model(start):
     with Provider(lambda _: [("text", "on"), ("text", "e STOP two")]) as provider:
         server = start(provider)

@@ -9,8 +9,8 @@
     python -m collab_jax.bench rehearse --config configs/countdown_qwen2p5_3b.py
                                         [--layers N] [--config.KEY=VALUE ...]
                                            some steps of a real run at its full shape, with random
-                                           weights; of several hosts each runs it, with --scratch
-                                           and --hosts (docs/scale.md)
+                                           weights; on several hosts, each of them runs it, with
+                                           --scratch and --hosts (docs/scale.md)
     python -m collab_jax.bench compile --config configs/countdown_qwen2p5_3b.py
                                        [--topology v5e:2x4] [--layers N] [--config.KEY=VALUE ...]
                                            a run's programs at their full shape: seconds to compile,

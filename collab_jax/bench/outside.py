@@ -2,7 +2,8 @@
 
 guidellm (a package of the package index) measures servers that speak OpenAI's API. It runs by
 itself, from an environment of its own, since it brings torch. What it says of the same server at
-the same load shows whether our own clients measure what they claim.
+the same load shows whether our own clients measure what they claim. At its end it does not wait, as
+ours do, for the last responses; the tokens that it has seen of them count.
 """
 
 import argparse
@@ -30,8 +31,8 @@ HEADER = ("clients", "program", "answered", "tokens/s", "first token ms p50", "p
 def compare(args: argparse.Namespace, questions: Sequence[Question], scratch: pathlib.Path) -> Any:
     """Measures the embedded model's server by both programs, round by round; prints a table.
 
-    Returns every figure. Raises UserError where a request of guidellm's has failed; where it is not
-    there, says so and measures nothing.
+    Returns every figure. Raises UserError where a request has failed; where guidellm is not there,
+    says so and measures nothing.
     """
     if not shutil.which(args.guidellm):
         print(f"without guidellm: --guidellm={args.guidellm} is not there", file=sys.stderr)
@@ -61,7 +62,7 @@ def compare(args: argparse.Namespace, questions: Sequence[Question], scratch: pa
 
 
 def bodies(server: Server, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """What our clients ask: the same as guidellm, in other words."""
+    """Our clients' requests, which ask for what guidellm's do."""
     return throughput.bodies(prompts, **server.fields)
 
 
@@ -100,7 +101,7 @@ def of_guidellm(report: dict[str, Any]) -> dict[str, float]:
     [benchmark] = report["benchmarks"]
     metrics, totals = benchmark["metrics"], benchmark["metrics"]["request_totals"]
     first = metrics["time_to_first_token_ms"]["successful"]["percentiles"]
-    tokens = metrics["output_token_count"]["successful"]["total_sum"]
+    tokens = metrics["output_token_count"]["total"]["total_sum"]
     return {
         "answered": totals["successful"],
         "failed": totals["errored"],  # those that its end cut off are none

@@ -160,9 +160,10 @@ HEADER = (
 
 @contextlib.contextmanager
 def scratch_folder(where: pathlib.Path | None) -> Iterator[pathlib.Path]:
-    """A new folder that all hosts share, in `where` or among the system's own; removed at the end.
+    """A new folder that all hosts share, in `where` or among the system's own.
 
-    Raises UserError where several hosts are not told where.
+    It is removed at the end, unless this process is killed. Raises UserError where it cannot be
+    made, and where several hosts are not told where.
     """
     if hosts.count() > 1 and where is None:
         raise UserError("several hosts need --scratch, a folder that all of them share")
@@ -170,7 +171,15 @@ def scratch_folder(where: pathlib.Path | None) -> Iterator[pathlib.Path]:
         yield pathlib.Path(hosts.gathered("the folder of its files", None)[0])
         hosts.gathered("that it is done", None, hosts.FOREVER)
         return
-    with tempfile.TemporaryDirectory(dir=where) as name:
+    try:
+        if where is not None:
+            where = where.expanduser().absolute()
+            where.mkdir(parents=True, exist_ok=True)
+        # NFS keeps a file that is still open, as the run's store is.
+        made = tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"--scratch={where}: {error.strerror}") from None
+    with made as name:
         hosts.gathered("the folder of its files", name)
         yield pathlib.Path(name)
         hosts.gathered("that it is done", None, hosts.FOREVER)
@@ -190,10 +199,12 @@ def rehearse(
         cfg = hf.config_from_hf(architecture, config.model.dtype, config.train.remat)
         plan = memory_check.check_fits(cfg, config, memory_check.this_machine())
         config.model.path, config.cloud.kind = str(folder / "model"), "simulated"
-        made = ""
+        is_first = hosts.is_first()
+        made = make_folder(name, config, architecture, folder / "model") if is_first else ""
+        hosts.gathered("that the model is made", None, hosts.FOREVER)
+        if not (folder / "model").exists():
+            raise UserError(f"{folder} is not there: put --scratch where all hosts see it")
         with experiment.prepared_in_turn(config, folder / "run"):
-            if hosts.is_first():
-                made = make_folder(name, config, architecture, folder / "model")
             run = experiment.prepare(config, folder / "run")
         ceiling = measure.matmul_ceiling(config.model.dtype)
         rows = run_steps(run, steps, ceiling)

@@ -3,9 +3,9 @@
 Up to LONG tokens all scores are made at once. Beyond that memory grows with the number of columns
 and not with its square, and what each token sees is said by a `Sight`: on a TPU the kernel that jax
 ships takes over (splash attention); elsewhere scores are made for BLOCK tokens at a time, and again
-in the backward pass, and so are masks. (cuDNN's kernel knows of no documents in a row, but by a
-bias as large as all scores.) Axis letters: see `gapg.py`; n query heads share a kv head, R rows of
-keys serve B rows of queries.
+in the backward pass, and so are masks. (cuDNN's kernel wants the keys of a document in one place,
+and here those of its prompt lie apart from its own.) Axis letters: see `gapg.py`; n query heads
+share a kv head, R rows of keys serve B rows of queries.
 """
 
 import functools
@@ -16,18 +16,14 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
 
 KV = tuple[jax.Array, jax.Array]  # k [R, K, H, S] and v [R, K, S, H] of one layer, of one segment
 LONG, BLOCK = 512, 128  # tokens
-LANES, MOST_LANES = 128, 512  # tokens and columns of a block of the kernel, at least and at most
+LEAST, MOST = 256, 512  # tokens, and columns, of a block of the kernel
 
 
 class Sight(NamedTuple):
-    """The columns that t tokens see: those of their own document, and none behind themselves.
+    """The columns that t tokens see: those of their own document, and none after themselves.
 
     The last t columns are the tokens' own. A document is what a row holds beside others; its number
     is -1 for columns that nobody sees.
@@ -93,25 +89,29 @@ def _by_blocks(q: jax.Array, pieces: Sequence[KV], sight: Sight) -> jax.Array:
 
 def splash(q: jax.Array, pieces: Sequence[KV], sight: Sight, interpret: bool = False) -> jax.Array:
     """`attend` by the kernel for TPUs. interpret: step by step on any device, for tests."""
+    # jax calls it experimental: where it is not needed, nothing shall break without it.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     B, t, K, n, H = q.shape
     S = sight.columns.shape[1]
     for_each = lambda x: jnp.repeat(x, B // len(x), axis=0)  # noqa: E731
     k = jnp.concatenate([for_each(k) for k, _ in pieces], axis=-1).swapaxes(-1, -2)
     v = jnp.concatenate([for_each(v) for _, v in pieces], axis=-2)
-    rows, columns = -(-t // LANES) * LANES, -(-S // LANES) * LANES
-    # Of one kv head after the other; what fills up a block is seen by nobody.
+    rows, columns = -(-t // LEAST) * LEAST, -(-S // LEAST) * LEAST
+    # Of one kv head after the other; what fills up a block is seen by nobody. The kernel does not
+    # scale, and a scaled query in bf16 may be rounded.
     heads = jnp.moveaxis((q * H**-0.5).reshape(B, t, K * n, H), 1, 2)
     heads = jnp.pad(heads, ((0, 0), (0, 0), (0, rows - t), (0, 0)))
     k, v = (jnp.pad(x.astype(q.dtype), ((0, 0), (0, 0), (0, columns - S), (0, 0))) for x in (k, v))
-    documents = splash_attention_kernel.SegmentIds(
+    documents = splash_attention.SegmentIds(
         jnp.pad(sight.document, ((0, 0), (0, rows - t)), constant_values=-1),
         jnp.pad(sight.columns, ((0, 0), (0, columns - S)), constant_values=-1),
     )
-    seen = splash_attention_mask.CausalMask((rows, columns), offset=S - t)
-    b, c = math.gcd(rows, MOST_LANES), math.gcd(columns, MOST_LANES)
-    kernel = splash_attention_kernel.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([seen] * (K * n)),
-        block_sizes=splash_attention_kernel.BlockSizes(
+    seen = splash_attention.CausalMask((rows, columns), offset=S - t)
+    b, c = math.gcd(rows, MOST), math.gcd(columns, MOST)
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([seen] * (K * n)),
+        block_sizes=splash_attention.BlockSizes(
             block_q=b,
             block_kv=c,
             block_q_dkv=b,
@@ -121,7 +121,7 @@ def splash(q: jax.Array, pieces: Sequence[KV], sight: Sight, interpret: bool = F
         ),
         interpret=interpret,
     )
-    y = jax.vmap(kernel)(heads, k, v, segment_ids=documents)
+    y: Any = jax.vmap(kernel)(heads, k, v, segment_ids=documents)
     return jnp.moveaxis(y[:, :, :t], 1, 2).reshape(q.shape)
 
 

@@ -230,10 +230,11 @@ def forward(
 ) -> tuple[jax.Array, Segment]:
     """(hidden [B, t, E] of `tokens` after the last norm, the segment with their keys and values).
 
-    tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]) or a Sight, which columns each
-    token sees: those of `past`, in order, then those of `open`, to whose columns index ..
-    index + t - 1 this call writes; without `open`, these t themselves. The segment is `open` after
-    that, or one of the t columns. A loop that calls this takes `blocks.unfolded` params.
+    tokens, positions: i32[B, t]. mask: bool[B, t, S] (or [1, t, S]), which columns each token sees:
+    those of `past`, in order, then those of `open`, to whose columns index .. index + t - 1 this
+    call writes; without `open`, these t themselves, and then mask may be a Sight. The segment is
+    `open` after that, or one of the t columns. A loop that calls this takes `blocks.unfolded`
+    params.
     """
     params = with_ends(params, cfg)
     rope = _rope_angles(cfg, positions)

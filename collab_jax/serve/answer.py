@@ -146,6 +146,9 @@ class Service:
             await say(said)
         outcome.answered_by, outcome.model, outcome.reason = "device", self.model, reason
         outcome.finish = "length" if response.end == "length" else "stop"
+        # A cloud that failed has none to tell.
+        outcome.prompt_tokens = len(response.prompt)
+        outcome.completion_tokens = outcome.device_tokens
 
     # ------------------------------------------------------------------------- decisions
 

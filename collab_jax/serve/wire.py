@@ -148,10 +148,7 @@ class Format:
         else:
             return ""
         self._begun.add(index)
-        frame = self._frame(said.model, [choice], chunk=True)
-        if self._outcomes[index].ask.usage_so_far:
-            frame["usage"] = usage(self._outcomes)
-        return event(frame)
+        return event(self._with_usage(self._frame(said.model, [choice], chunk=True)))
 
     def end(self, index: int, budget: dict[str, Any]) -> str:
         """The event that ends a choice of a stream."""
@@ -160,7 +157,12 @@ class Format:
             {"delta": {}} if self._chat else {"text": ""}
         )
         final = self._frame(outcome.model, [choice], chunk=True)
-        return event(final | {"collab": collab(outcome, budget)})
+        return event(self._with_usage(final) | {"collab": collab(outcome, budget)})
+
+    def _with_usage(self, frame: dict[str, Any]) -> dict[str, Any]:
+        """A chunk, with the usage so far where that is asked for."""
+        asked = self._outcomes[0].ask.usage_so_far
+        return frame | {"usage": usage(self._outcomes)} if asked else frame
 
     def usage(self) -> str:
         """The event with the usage of a stream, which has ended; "" where nobody asked for it."""
