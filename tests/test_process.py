@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -26,6 +27,27 @@ no_restart_here = pytest.mark.skipif(
 def environment(**extra):
     plain = {name: value for name, value in os.environ.items() if name not in process.ALLOCATOR}
     return plain | {"PYTHONPATH": str(ROOT)} | extra
+
+
+PARENT = """
+import subprocess, sys, time
+from collab_jax.runtime import process
+child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit()); print(1, flush=True)"
+child += "; time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", child], preexec_fn=process.stop_with_parent)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it does nothing")
+def test_what_a_killed_process_has_started_is_told_to_stop():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, env=environment()
+    )
+    assert parent.stdout.readline() == b"1\n"  # the child is there, which holds the pipe as well
+    parent.kill()
+    begin = time.monotonic()
+    assert parent.stdout.read() == b"" and time.monotonic() - begin < 30
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -284,7 +284,11 @@ def _is_done_after(sweep: Sweep, job: Job, others: Sequence[Job], label: str, he
     print(f"{label}: {job.folder} ", end="", flush=True)
     with log.open("a") as file:
         child = subprocess.Popen(
-            command(sweep, job, here), stdout=file, stderr=file, start_new_session=True
+            command(sweep, job, here),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=process.stop_with_parent,
         )
         try:
             status = child.wait()

@@ -70,6 +70,17 @@ def return_free_memory() -> None:
         trim(0)
 
 
+def stop_with_parent() -> None:
+    """Sends this process SIGTERM when the one that started it ends, however that ends; on Linux.
+
+    Called between fork and exec: a run of a sweep that was killed saves itself, and is not at work
+    beside the one that the sweep's next start makes.
+    """
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def set_up(cpu_devices: int) -> None:
     """Sets the number of host devices and the folder of compiled programs, before jax is used.
 
