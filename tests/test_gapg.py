@@ -297,8 +297,8 @@ def batch_logprobs(params, batch):
     return logprobs.response_logprobs(params, CFG, *prompts, rows, 1.0, NEW).reshape(Q, G, NEW)
 
 
-def body(micro_rows=4, algorithm=gapg.GAPG, average=0.0, optimizer=SGD, axis="d", cfg=CFG):
-    settings = dict(micro_rows=micro_rows, temperature=1.0, chunk=2, average=average)
+def body(micro_rows=4, algorithm=gapg.GAPG, average=0.0, optimizer=SGD, axis="d", cfg=CFG, **more):
+    settings = dict(micro_rows=micro_rows, temperature=1.0, chunk=2, average=average) | more
     return step.make_step(cfg, optimizer, algorithm, axis=axis, **settings)
 
 

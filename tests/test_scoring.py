@@ -1,5 +1,8 @@
 """Decisions that are scored: hand numbers, the minimum, the price, and a step's gradient."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,13 +149,13 @@ def scored_rollout():
     return plain.replace(tokens=tokens, barred=barred, margin=margin, called=np.zeros((Q, G), bool))
 
 
-def reference_loss(params, batch, signal):
+def reference_loss(params, batch, signal, cfg=CFG):
     """The loss of all kept prompts, every row with a prompt of its own."""
     prompts, mask = (jnp.repeat(x, G, 0) for x in (batch.prompts, batch.prompt_mask))
     rows, barred = batch.tokens.reshape(-1, NEW), batch.barred.reshape(-1, NEW)
-    last, segment = decoder.prefill(params, CFG, prompts, mask)
-    hidden = logprobs.continued_hidden(params, CFG, last, segment, mask, rows)
-    logp, _, margins = logprobs.barred_scores(params, CFG, hidden, rows, barred, 1.0, NEW)
+    last, segment = decoder.prefill(params, cfg, prompts, mask)
+    hidden = logprobs.continued_hidden(params, cfg, last, segment, mask, rows)
+    logp, _, margins = logprobs.barred_scores(params, cfg, hidden, rows, barred, 1.0, NEW)
     taught = jnp.repeat(signal.keep, G)
     advantages = signal.A.ravel() * taught
     total = -jnp.sum(advantages * jnp.sum(logp * batch.mask.reshape(-1, NEW), axis=1))
@@ -171,6 +174,29 @@ def test_a_step_is_the_gradient_of_both_losses():
     gradient = jax.jit(jax.grad(reference_loss))(old.params, shown, signal)
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
     assert metrics["call_rate"] == pytest.approx(float((batch.margin > 0).mean()))
+
+
+@pytest.mark.slow
+def test_alone_a_decision_moves_the_call_s_row_as_its_loss_would_and_nothing_else():
+    cfg = dataclasses.replace(CFG, tied=False)
+    batch, old = scored_rollout(), start(params=decoder.init(cfg, jax.random.key(1)))
+    algorithm = algorithms.gapg.GAPG._replace(
+        prompt_filter=algorithms.no_filter, advantage=algorithms.no_advantage
+    )
+    shown = jax.tree.map(jnp.asarray, batch)
+    signal = jax.jit(learning_signal, static_argnums=0)(algorithm, old, shown, jax.random.key(5))
+    gradient = jax.jit(jax.grad(functools.partial(reference_loss, cfg=cfg)))(
+        old.params, shown, signal
+    )
+    settings = {"algorithm": algorithm, "decision_alone": True, "cfg": cfg}
+    new, _ = one_step(batch, devices=1, state=old, **settings)
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b), old.params, new.params)
+    head = moved.pop("lm_head")["kernel"]
+    row = gradient["lm_head"]["kernel"][:, CALL]
+    np.testing.assert_allclose(head[:, CALL], row, rtol=1e-3, atol=1e-6)
+    head[:, CALL] = 0
+    assert np.abs(row).max() > 1e-3 and not head.any()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(moved))
 
 
 def test_groups_of_equal_rewards_still_teach_when_to_call():

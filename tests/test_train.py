@@ -275,13 +275,22 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
         ({"prompts_per_step": 7}, "multiple of the 2 devices"),
         ({"eval__batch_size": 3}, "multiple of the 2 devices"),
         ({"reward__alpha_c": 3.0}, "alpha_a=2.0 > alpha_c=3.0"),
-        ({"algorithm__advantage": "ppo"}, r"\['dr_grpo', 'gapg', 'grpo', 'standard'\]"),
+        ({"algorithm__advantage": "ppo"}, r"\['dr_grpo', 'gapg', 'grpo', 'none', 'standard'\]"),
         ({"algorithm__filter": "d3"}, r"\['d1d2', 'mixed', 'none', 'zero_variance'\]"),
         ({"algorithm__control_rate": -1.0}, "control_rate"),
         ({"algorithm__decision": "asked"}, "algorithm.decision='asked'"),
         (
             {"algorithm__decision": "scored", "algorithm__control": "dual_alpha_c"},
             "decision=scored teaches calls, at a price",
+        ),
+        ({"algorithm__advantage": "none"}, "advantage=none leaves the decision to learn"),
+        (
+            {
+                "algorithm__advantage": "none",
+                "algorithm__decision": "scored",
+                "optim__weight_decay": 0.1,
+            },
+            "optim.weight_decay=0",
         ),
         (
             {"algorithm__decision": "scored", "text__decision_token": ""},

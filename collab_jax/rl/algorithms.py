@@ -74,6 +74,12 @@ def dr_grpo_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
     return gapg.advantage(r, mask) * ((G - 1) / (G * mask.shape[2]))
 
 
+def no_advantage(r: jax.Array, mask: jax.Array) -> jax.Array:
+    """0 f32[Q, G]: attempts teach nothing (`decision_alone`)."""
+    del mask
+    return jnp.zeros_like(r)
+
+
 # ------------------------------------------------------------------------------------------- filter
 
 
@@ -183,6 +189,7 @@ PARTS: dict[str, dict[str, Callable]] = {
         "grpo": grpo_advantage,
         "dr_grpo": dr_grpo_advantage,
         "standard": standard_advantage,
+        "none": no_advantage,
     },
     "filter": {
         "d1d2": gapg.prompt_filter,
@@ -212,6 +219,11 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
 def scores_decisions(config: ConfigDict) -> bool:
     """Whether no response of training calls, and each attempt's verdict teaches the decision."""
     return config.algorithm.decision == "scored"
+
+
+def decision_alone(config: ConfigDict) -> bool:
+    """Whether the model stays as it is but for the call's row of its head, which scores move."""
+    return config.algorithm.advantage == "none"
 
 
 def needs_cloud(config: ConfigDict) -> bool:

@@ -18,7 +18,9 @@ margin is highest. Were all states taught, by the probability that one of them c
 before the model knows anything would learn how often responses go wrong.
 
 What the attempts themselves learn is the policy gradient of their rewards, which the marker has no
-part in; the loss moves the call's logit, and not that of the token which it is compared with.
+part in; the loss moves the call's logit, and not that of the token which it is compared with. Or
+they learn nothing (`config.algorithm.advantage="none"`): then no hidden state moves, and the call's
+row of the head alone learns to read them. The model solves what it solved before, to the bit.
 
 The price is that of the budget: in each batch the one at which the loss, as a whole, moves the
 margins by how far the share of calls is from the budget (`price`). So the budget is held without a

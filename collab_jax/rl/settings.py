@@ -106,6 +106,12 @@ def _check_algorithm(config: ConfigDict) -> None:
         algorithm.decision in algorithms.DECISIONS,
         f"config.algorithm.decision={algorithm.decision!r}: use one of {algorithms.DECISIONS}",
     )
+    _need(
+        not algorithms.decision_alone(config)
+        or (algorithms.scores_decisions(config) and not config.optim.weight_decay),
+        "config.algorithm.advantage=none leaves the decision to learn: use decision=scored with "
+        "it, and config.optim.weight_decay=0, which would move the rest",
+    )
     if not algorithms.scores_decisions(config):
         return
     scored = "config.algorithm.decision=scored"

@@ -135,6 +135,7 @@ def make_step(
     temperature: float,
     chunk: int,
     average: float = 0.0,
+    decision_alone: bool = False,
 ) -> StepBody:
     """step(state, rollout, key) -> state, metrics: the body of one device, under the axis `axis`.
 
@@ -142,7 +143,8 @@ def make_step(
     Every device sees all the verdicts, so that all draw the same subset; the kept prompts that have
     a gradient are then dealt out evenly. Prompts that were dropped, or whose responses all earned
     the same, cost nothing. average: the decay of the state's `average`, where it has one, in
-    [0, 1).
+    [0, 1). decision_alone: the scored decision is all that is learnt, by the call's row of the
+    head.
     """
 
     def body(state: TrainState, rollout: Rollout, key: jax.Array):
@@ -162,6 +164,7 @@ def make_step(
             micro_rows=micro_rows,
             temperature=temperature,
             chunk=chunk,
+            decision_alone=decision_alone,
         )
         grads, drift, worst = policy_gradient(state.params, share)
         # Sums and counts travel apart and are divided once: devices hold different numbers of kept

@@ -110,6 +110,7 @@ def update_body(
         temperature=config.temperature,
         chunk=config.train.logprob_chunk,
         average=config.optim.average,
+        decision_alone=algorithms.decision_alone(config),
     )
 
     def keyed(state: TrainState, rollout: Rollout) -> tuple[TrainState, dict[str, jax.Array]]:
