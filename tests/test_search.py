@@ -103,6 +103,15 @@ def test_a_cell_that_is_like_another_is_run_with_its_value(tmp_path, monkeypatch
     assert [run for run in ran if run[0] == "c"] == [("c", 0, 2, "test")]
 
 
+def test_a_cell_may_have_values_of_its_own(tmp_path, monkeypatch):
+    ran, cells = [], SEARCHED.cells | {"c": Cell({"c": 2}, (0,), values=(10.0, 20.0))}
+    run_with(monkeypatch, lambda job: 0.9 - abs(job.changes["lr"] - 20) / 100, ran)
+    assert sweeps.run(SEARCHED._replace(cells=cells), tmp_path) == []
+    searched = [run[2] for run in ran if run[0] == "c" and run[1] == 7]
+    assert searched == [10, 20, 40]  # one beyond its own end
+    assert [run for run in ran if run[0] == "c"][-1] == ("c", 0, 20, "test")
+
+
 def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     ran = []
 

@@ -43,6 +43,7 @@ class Cell(NamedTuple):
     seeds: Sequence[int]
     like: str = ""  # the cell whose search is this one's too; "": it has its own, if there is one
     router: str = ""  # what decides in its search: see search.accuracy
+    values: Sequence[float] = ()  # that its search tries; (): those of the search
 
 
 class Sweep(NamedTuple):
@@ -243,7 +244,7 @@ def run_search(sweep: Sweep, out: pathlib.Path, here: Here) -> list[Job]:
     for cell in (name for name, cell in sweep.cells.items() if not cell.like):
         while "chosen" not in found.get(cell, {}):
             tried = search.tried(found.get(cell) or {"tried": []})
-            value = search.next_value(sweep.search.values, tried)
+            value = search.next_value(sweep.cells[cell].values or sweep.search.values, tried)
             if value is None:
                 found[cell]["chosen"] = search.best_value(tried)
                 _write_found(out, found, here)
