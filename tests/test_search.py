@@ -8,6 +8,7 @@ from collab_jax.reports import sweep as sweep_report
 from collab_jax.rl import search, sweeps
 from collab_jax.rl.search import Search
 from collab_jax.rl.sweeps import Cell, Sweep
+from collab_jax.runtime.errors import UserError
 
 
 def accuracies(of, values=(1.0, 2.0, 4.0)):
@@ -64,6 +65,7 @@ def run_with(monkeypatch, accuracy_of, ran):
         return True
 
     monkeypatch.setattr(sweeps, "_is_done_after", done)
+    monkeypatch.setattr(sweeps, "check_same", lambda *_: None)  # these runs have no config.json
 
 
 SEARCHED = Sweep(
@@ -128,6 +130,23 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     run_with(monkeypatch, lambda job: 0.5 - abs(job.changes["lr"] - 2) / 100, ran)
     sweeps.run(SEARCHED, tmp_path)
     assert len(ran) == len(set(ran)) + 1  # but the run that was stopped
+
+
+def test_what_was_found_with_other_settings_is_no_find(tmp_path, monkeypatch):
+    found = Sweep(
+        "configs/chain_tiny.py",
+        {},
+        {"a": Cell({}, (0,))},
+        search=Search("optim.learning_rate", (1e-3,), seeds=(0,)),
+    )
+    [job] = sweeps.search_jobs(found, tmp_path, "a", 1e-3)
+    job.folder.mkdir(parents=True)
+    other = sweeps.config_of(found, job.changes | {"algorithm.advantage": "gapg"})
+    (job.folder / "config.json").write_text(other.to_json_best_effort())
+    (job.folder / "report.json").write_text("{}")
+    search.write(tmp_path, {"a": search.with_row(None, 1e-3, [(0.9, 1.0)]) | {"chosen": 1e-3}})
+    with pytest.raises(UserError, match="other settings .algorithm.advantage"):
+        sweeps.run(found, tmp_path)
 
 
 def test_a_cell_whose_search_fails_has_no_runs_and_the_others_have(tmp_path, monkeypatch):

@@ -373,9 +373,9 @@ def test_refusals(tmp_path):
         load("")
     make_one = (
         "def get_sweep():\n"
-        "    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds}, {like!r})}}, {serve})"
+        "    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds}, {like!r}, '', {values})}}, {serve})"
     )
-    good = dict(config=TWO.config, name="a", seeds=(0,), like="", serve="{}")
+    good = dict(config=TWO.config, name="a", seeds=(0,), like="", values="()", serve="{}")
     assert load(make_one.format(**good)).cells["a"].seeds == (0,)
     for change, message in (
         ({"config": "configs/none.py"}, "no file configs/none.py"),
@@ -383,6 +383,7 @@ def test_refusals(tmp_path):
         ({"seeds": ()}, "seeds, each once"),
         ({"like": "b"}, "like 'b', which is no cell"),
         ({"like": "a"}, "like 'a', which is no cell with its own"),
+        ({"values": (1.0, 2.0)}, "has values, but no search"),
         ({"name": "a/b"}, "folder's name"),
         ({"name": "a: b"}, "folder's name"),
         ({"serve": '{"poor": {"cloud.eror_rate": 0.5}}'}, "cannot have .*eror_rate"),

@@ -283,7 +283,11 @@ def test_failed_cloud_calls_are_unknown_verdicts_and_stop_nothing(finished, smal
             {"algorithm__decision": "scored", "algorithm__control": "dual_alpha_c"},
             "decision=scored teaches calls, at a price",
         ),
-        ({"algorithm__advantage": "none"}, "advantage=none leaves the decision to learn"),
+        ({"algorithm__advantage": "none"}, "advantage=none leaves scored decisions alone"),
+        (
+            {"algorithm__decision": "scored", "algorithm__filter": "zero_variance"},
+            "learns from groups of equal rewards too",
+        ),
         (
             {
                 "algorithm__advantage": "none",

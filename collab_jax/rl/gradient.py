@@ -220,8 +220,9 @@ def responses_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The loss of the responses in m rows; and the drift: its sum and its maximum.
 
-    It is `gapg.loss`, and `scoring.loss` where decisions are scored; the latter without a gradient
-    by hidden states where the decision alone is learnt. kv is of the prompts of their m * C places.
+    It is `gapg.loss`, and `scoring.loss` where decisions are scored; where the decision alone is
+    learnt, the latter, and no gradient flows into hidden states. kv is of the prompts of their
+    m * C places.
     """
     batch, cfg = share.batch, share.cfg
     _, G, T = batch.tokens.shape

@@ -19,8 +19,11 @@ before the model knows anything would learn how often responses go wrong.
 
 What the attempts themselves learn is the policy gradient of their rewards, which the marker has no
 part in; the loss moves the call's logit, and not that of the token which it is compared with. Or
-they learn nothing (`config.algorithm.advantage="none"`): then no hidden state moves, and the call's
-row of the head alone learns to read them. The model solves what it solved before, to the bit.
+they learn nothing (`config.algorithm.advantage="none"`): then the call's row of the head alone
+learns, to read hidden states that stay as they are. That is a logistic regression on them, online,
+at the state where it says most. Until the answer opens no logit but the call's changes, so that the
+attempts are those of before. Where embeddings are tied the row is also how the call is read, and
+what follows a call may no longer be the rest of the marker: whoever decodes has to stop there.
 
 The price is that of the budget: in each batch the one at which the loss, as a whole, moves the
 margins by how far the share of calls is from the budget (`price`). So the budget is held without a

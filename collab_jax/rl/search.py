@@ -1,9 +1,9 @@
 """The search before a sweep: each cell's best value of one setting, chosen on validation.
 
 A comparison in which one side is tuned and the other is not shows who was tuned. So every cell is
-run with as many values of the setting (the same ones, but where what is trained is of another kind:
-`sweeps.Cell.values`), and where the best of them lies at an end, with the one beyond it.
-search.json, in the sweep's folder, has what was tried, what came of it, and its cost.
+run with the same number of values of the setting (the same ones, but where what is trained is of
+another kind: `sweeps.Cell.values`), and where the best of them lies at an end, with the one beyond
+it. search.json, in the sweep's folder, has what was tried, what came of it, and its cost.
 
 What decides is what a trained model does by itself within the budget: its natural calls, cut to
 those of highest margin where they are more than the budget. Ranked by margin up to the budget a

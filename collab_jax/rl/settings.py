@@ -109,8 +109,8 @@ def _check_algorithm(config: ConfigDict) -> None:
     _need(
         not algorithms.decision_alone(config)
         or (algorithms.scores_decisions(config) and not config.optim.weight_decay),
-        "config.algorithm.advantage=none leaves the decision to learn: use decision=scored with "
-        "it, and config.optim.weight_decay=0, which would move the rest",
+        "config.algorithm.advantage=none leaves scored decisions alone to learn: use "
+        "decision=scored with it, and config.optim.weight_decay=0, as decay would move the rest",
     )
     if not algorithms.scores_decisions(config):
         return
@@ -119,6 +119,10 @@ def _check_algorithm(config: ConfigDict) -> None:
         algorithm.reward == "hierarchical" and algorithm.control == "none",
         f"{scored} teaches calls, at a price that holds the budget: use reward=hierarchical and "
         "control=none with it",
+    )
+    _need(
+        algorithm.filter != "zero_variance",
+        f"{scored} learns from groups of equal rewards too: use another filter with it",
     )
     _need(config.temperature > 0, f"{scored} needs samples: set config.temperature above 0")
     _need(

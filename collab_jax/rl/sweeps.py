@@ -106,10 +106,18 @@ def load(path: pathlib.Path) -> Sweep:
             raise UserError(
                 f"{path}: cell {name!r} is like {cell.like!r}, which is no cell with its own search"
             )
-        searched = {sweep.search.key: sweep.search.values[0]} if sweep.search else {}
-        for changes in (searched, *sweep.serve.values()):
+        if cell.values and (cell.like or not sweep.search):
+            raise UserError(f"{path}: cell {name!r} has values, but no search of its own")
+        searched = [{sweep.search.key: v} for v in values_of(sweep, cell)] if sweep.search else [{}]
+        for changes in (*searched, *sweep.serve.values()):
             config_of(sweep, {**sweep.overrides, **cell.overrides, **changes})
     return sweep._replace(about=module.get("__doc__") or "")
+
+
+def values_of(sweep: Sweep, cell: Cell) -> Sequence[float]:
+    """The values that the search of a cell tries."""
+    assert sweep.search
+    return cell.values or sweep.search.values
 
 
 def jobs(sweep: Sweep, out: pathlib.Path) -> list[Job]:
@@ -241,10 +249,13 @@ def run_search(sweep: Sweep, out: pathlib.Path, here: Here) -> list[Job]:
         for value in search.tried(found[cell])
         for job in search_jobs(sweep, out, cell, value)
     ]
+    for job in everywhere:
+        if job.done:  # what was found for other settings says nothing
+            check_same(sweep, job)
     for cell in (name for name, cell in sweep.cells.items() if not cell.like):
         while "chosen" not in found.get(cell, {}):
             tried = search.tried(found.get(cell) or {"tried": []})
-            value = search.next_value(sweep.cells[cell].values or sweep.search.values, tried)
+            value = search.next_value(values_of(sweep, sweep.cells[cell]), tried)
             if value is None:
                 found[cell]["chosen"] = search.best_value(tried)
                 _write_found(out, found, here)

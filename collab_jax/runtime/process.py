@@ -45,6 +45,7 @@ TPU_COMPILER = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 }
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # loaded before any fork
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
@@ -65,7 +66,7 @@ def return_free_memory() -> None:
 
     A compiler leaves much of it, in pieces that no large array fits into.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = getattr(LIBC, "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
@@ -77,8 +78,7 @@ def stop_with_parent() -> None:
     beside the one that the sweep's next start makes.
     """
     if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def set_up(cpu_devices: int) -> None:
