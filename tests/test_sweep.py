@@ -373,7 +373,8 @@ def test_refusals(tmp_path):
         load("")
     make_one = (
         "def get_sweep():\n"
-        "    return Sweep({config!r}, {{}}, {{{name!r}: Cell({{}}, {seeds}, {like!r}, '', {values})}}, {serve})"
+        "    cell = Cell({{}}, {seeds}, {like!r}, '', {values})\n"
+        "    return Sweep({config!r}, {{}}, {{{name!r}: cell}}, {serve})"
     )
     good = dict(config=TWO.config, name="a", seeds=(0,), like="", values="()", serve="{}")
     assert load(make_one.format(**good)).cells["a"].seeds == (0,)
