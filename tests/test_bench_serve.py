@@ -185,6 +185,8 @@ import json, sys
 values = dict(arg.split("=", 1) for arg in ",".join(sys.argv[1:]).split(",") if "=" in arg)
 if values["streams"] == "3":
     sys.exit("no such data")
+if not sys.argv[-1].endswith(".json"):
+    sys.exit("unsupported file type")
 first = {{"successful": {{"percentiles": {{"p50": 20.0, "p95": 40.0}}}}}}
 tokens = {{"total": {{"total_sum": 300.0}}}}
 totals = {{"successful": int(values["streams"]), "errored": 1, "incomplete": 2}}
