@@ -73,7 +73,8 @@ def run(
 
     Raises UserError, with its last line, where it fails.
     """
-    target, report = f"http://{server.address[0]}:{server.address[1]}", data.with_name("report.json")
+    host, port = server.address
+    target, report = f"http://{host}:{port}", data.with_name("report.json")
     model, limit = server.fields["model"], throughput.LIMIT
     backend = f"kind=openai_http,target={target},model={model},max_tokens={limit}"
     command = [program, "run", "--disable-console"]
