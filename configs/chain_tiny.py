@@ -10,10 +10,10 @@ chains as on the shortest.
 
 Batches, temperature and averaged weights are those of configs/countdown_tiny_ours.py, which says
 why. The decision is scored, and all that is learnt: the call's row of the head moves, and nothing
-else does (collab_jax/rl/scoring.py). So the model solves what the start solves; with the policy
-gradient of the attempts, which are right three times in four here, it solved less. A row alone
-takes a higher learning rate than a model. Adam's momentum is lower than usual, since what a step
-does to calls has to be seen by the next ones. No result is published yet.
+else does (collab_jax/rl/scoring.py). So the model solves what the start solves; what the
+policy gradient of the attempts would change is for `attempts-too` in configs/sweeps/chain.py to
+show. A row alone takes a higher learning rate than a model. Adam's momentum is lower than usual,
+since what a step does to calls has to be seen by the next ones. No result is published yet.
 """
 
 import pathlib

@@ -161,8 +161,8 @@ def get_config() -> ConfigDict:
 
     config.algorithm = ConfigDict()
     config.algorithm.reward = "hierarchical"  # hierarchical | task: the cloud counts as wrong
-    # gapg (leave-one-out) | grpo | dr_grpo | standard (grpo, tokens summed) | none: attempts teach
-    # nothing, and scored decisions the call's row of the head alone
+    # gapg (leave-one-out) | grpo | dr_grpo | standard (grpo, tokens summed) | none (attempts teach
+    # nothing; scored decisions move the call's row of the head alone)
     config.algorithm.advantage = "gapg"
     # sampled: by comparing responses, of which some call | scored: by the verdict on each attempt,
     # at a price that holds the budget (rl/scoring.py)
