@@ -43,11 +43,12 @@ def compare(args: argparse.Namespace, questions: Sequence[Question], scratch: pa
     everything = []
     slots = f"--config.serve.slots={max(args.clients)}"
     with served.ours(scratch, slots) as server:
+        requests = throughput.bodies(prompts, **server.fields)
         for clients in args.clients:
-            load.run(Plan(server.address, bodies(server, prompts), clients, 60.0, count=clients))
+            plan = Plan(server.address, requests, clients, args.seconds)
+            load.run(plan._replace(count=clients))  # to settle
             found: dict[str, list[dict[str, Any]]] = {"ours": [], "guidellm": []}
             for _ in range(args.rounds):
-                plan = Plan(server.address, bodies(server, prompts), clients, args.seconds)
                 found["ours"].append(of_ours(throughput.figures(load.run(plan))))
                 report = run(args.guidellm, server, data, clients, args.seconds)
                 found["guidellm"].append(of_guidellm(report))
@@ -59,11 +60,6 @@ def compare(args: argparse.Namespace, questions: Sequence[Question], scratch: pa
     if failed := sum(r["failed"] for one in everything for r in one["rounds"]):
         raise UserError(f"{failed} requests had no whole answer")
     return everything
-
-
-def bodies(server: Server, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Our clients' requests, which ask for what guidellm's do."""
-    return throughput.bodies(prompts, **server.fields)
 
 
 def run(

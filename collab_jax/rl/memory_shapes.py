@@ -93,9 +93,9 @@ def _result_buffers(jaxpr, inputs: list) -> list:
             nothing if isinstance(v, Literal) else buffers.get(v, nothing) for v in eqn.invars
         ]
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-        if (
-            inner is not None and eqn.primitive.name != "pallas_call"
-        ):  # what is in a kernel is no buffer
+        if eqn.primitive.name == "pallas_call":
+            inner = None  # what is in a kernel is no buffer
+        if inner is not None:
             made = _result_buffers(getattr(inner, "jaxpr", inner), operands)
             if eqn.primitive.name == "scan":
                 made = _stacked(made, getattr(inner, "jaxpr", inner).outvars, eqn.outvars)
