@@ -120,7 +120,8 @@ class Rollout(flax.struct.PyTreeNode):
     """What one step learns from; `rl/rollout.py` draws its layout.
 
     barred: the token that was disallowed at each place, or -1, and margin: the call's, where it was
-    highest; both None if responses were free to call.
+    highest; both None if responses were free to call. hidden: the last hidden state there, where
+    the decision alone is learnt; else None.
     cloud_known is False only where the cloud's verdict was needed and the cloud failed. Grades are
     None where answers are right or wrong, no more.
     """
@@ -139,6 +140,7 @@ class Rollout(flax.struct.PyTreeNode):
     cloud_grade: jax.Array | None = None  # f32[Q], and the cloud's
     barred: jax.Array | None = None  # i32[Q, G, T]
     margin: jax.Array | None = None  # f32[Q, G], in logits
+    hidden: jax.Array | None = None  # [Q, G, E]
     level: jax.Array | None = None  # i32[Q], which budget a prompt shows; None: none is shown
 
 

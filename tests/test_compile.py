@@ -52,6 +52,7 @@ def test_the_rollout_has_the_shapes_of_a_runs_and_more_where_the_config_asks_for
         logp=jax.ShapeDtypeStruct((D, P, G, T), jnp.float32),
         mask=jax.ShapeDtypeStruct((D, P, G, T), bool),
         ended=jax.ShapeDtypeStruct((D, P, G), bool),
+        hidden=None,
     )
     prompts = jax.ShapeDtypeStruct((D, P, 16), jnp.int32)
     mask = jax.ShapeDtypeStruct((D, P, 16), bool)

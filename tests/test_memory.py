@@ -14,7 +14,15 @@ from collab_jax import gapg, train
 from collab_jax.bench import compile as bench_compile
 from collab_jax.bench import measure
 from collab_jax.models import decision, hf, lora, published, sampler
-from collab_jax.rl import experiment, memory_check, memory_plan, memory_shapes, optim, step
+from collab_jax.rl import (
+    experiment,
+    memory_check,
+    memory_plan,
+    memory_shapes,
+    optim,
+    sampling,
+    step,
+)
 from collab_jax.rl.memory_check import Machine
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -110,7 +118,7 @@ def sampling_bytes(cfg, config) -> int:
     P, L, array = config.prompts_per_step // 2, config.prompt_length, jax.ShapeDtypeStruct
     trained, frozen = trained_and_frozen(cfg, config)
     whole = lora.join(frozen, trained)
-    keys = jax.eval_shape(lambda: sampler.prompt_keys(0, 0, jnp.arange(P)))
+    keys = jax.eval_shape(lambda: sampling.prompt_keys(0, 0, jnp.arange(P)))
     context, state = jax.eval_shape(
         lambda *inputs: sampler.start(inputs[0], cfg, *inputs[1:], settings),
         whole,
@@ -316,6 +324,9 @@ def test_half_precision_remat_smaller_chunks_lora_and_more_devices_need_less():
 
     assert less("sampling", decode__cache_dtype="bfloat16") and less("sampling", devices=4)
     assert less("update", train__remat=True) and less("update", train__logprob_chunk=8)
+    # A decision that is learnt alone computes nothing again.
+    alone = {"algorithm__advantage": "none", "algorithm__decision": "scored"}
+    assert less("update", **alone) and less("host", **alone)
     assert less("held", lora__rank=2) and less(
         "held", model__param_dtype="bfloat16", model__dtype="bfloat16"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from collab_jax.models import attention, decision, decoder, hf, sampler
+from collab_jax.rl import sampling
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 KINDS = ("llama", "qwen2", "qwen3", "llama-untied-biases", "qwen2-tied", "qwen3-untied-biases")
@@ -64,7 +65,7 @@ def test_golden_logits_and_greedy_continuation(kind):
     assert logit_error(params, cfg, golden) <= TOLERANCE
 
     tokens, real = left_padded(golden)
-    keys = sampler.prompt_keys(0, 0, np.arange(len(tokens)))
+    keys = sampling.prompt_keys(0, 0, np.arange(len(tokens)))
     settings = sampler.SamplerSettings(
         group=1,
         max_new=golden["greedy"].shape[1],

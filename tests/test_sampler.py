@@ -3,6 +3,7 @@
 One pass with the marker disallowed holds the decision at every budget.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -16,6 +17,7 @@ from collab_jax.models.blocks import empty, unstacked
 from collab_jax.models.decision import NEVER, Marker, PlainMarker, opening
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.models.sampler import SamplerSettings
+from collab_jax.rl import sampling
 
 # Compiling is most of the time here; this halves it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -76,7 +78,7 @@ def prompts(count=8):
 
 
 def keys(count=8, seed=0, step=0, start=0):
-    return sampler.prompt_keys(seed, step, np.arange(start, start + count))
+    return sampling.prompt_keys(seed, step, np.arange(start, start + count))
 
 
 @functools.cache
@@ -413,6 +415,32 @@ def test_slots_and_segments_change_no_sample():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_hidden_state_of_the_highest_margin_is_handed_over(tied):
+    """Where slots go away too; it is the one at which the logits say that margin."""
+    cfg = dataclasses.replace(CFG, tied=tied)
+    params = random_params(cfg, 3)
+    tokens, real = prompts()
+    plain = run(params, cfg, tokens, real, keys(), DISALLOWED, **SAMPLED)
+    samples = run(params, cfg, tokens, real, keys(), DISALLOWED, **SAMPLED, keep_hidden=True)
+    assert plain.hidden is None
+    np.testing.assert_array_equal(samples.tokens, plain.tokens)
+    last, segment = decoder.prefill(params, cfg, tokens, real)
+    rows = samples.tokens.reshape(-1, T)
+    hidden = logprobs.continued_hidden(params, cfg, last, segment, real, rows)
+    at = np.asarray(samples.margins).reshape(-1, T).argmax(-1)
+    assert len(set(at.tolist())) > 3
+    np.testing.assert_allclose(
+        samples.hidden.reshape(len(rows), -1), hidden[np.arange(len(rows)), at], atol=1e-4
+    )
+    every = decoder.logits(params, cfg, samples.hidden)
+    called = decoder.token_logits(params, cfg, samples.hidden, DECISION)
+    np.testing.assert_allclose(called, every[..., DECISION], atol=1e-4)
+    best = np.delete(every, DECISION, axis=-1).max(-1)
+    np.testing.assert_allclose(called - best, samples.margins.max(-1), atol=1e-3)
+
+
+@pytest.mark.slow
 def test_half_precision_cache_is_close():
     whole, half = (
         sampled(),
@@ -682,7 +710,7 @@ def test_lowers_for_tpu_and_cuda(settings):
     s = SamplerSettings(**settings)
 
     def program(params, tokens, real, step, beta):
-        keys = sampler.prompt_keys(0, step, jnp.arange(8))
+        keys = sampling.prompt_keys(0, step, jnp.arange(8))
         context, state = sampler.start(params, CFG, tokens, real, keys, beta, s)
         context = context.replace(past=(state.open,))
         context, state = sampler.compact(context, state, 8)

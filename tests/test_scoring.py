@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 from test_gapg import CFG, NEW, G, Q, one_step, rollout, start
 
-from collab_jax.models import decoder, logprobs
+from collab_jax.models import decoder, logprobs, lora
 from collab_jax.rl import algorithms, scoring
 from collab_jax.rl.signal import learning_signal
 
@@ -176,27 +177,87 @@ def test_a_step_is_the_gradient_of_both_losses():
     assert metrics["call_rate"] == pytest.approx(float((batch.margin > 0).mean()))
 
 
+def alone(batch, params, cfg):
+    """The batch as the sampler hands it over, where the decision alone is learnt."""
+    prompts, mask = (jnp.repeat(x, G, 0) for x in (batch.prompts, batch.prompt_mask))
+    rows, barred = batch.tokens.reshape(-1, NEW), batch.barred.reshape(-1, NEW)
+    last, segment = decoder.prefill(params, cfg, prompts, mask)
+    hidden = logprobs.continued_hidden(params, cfg, last, segment, mask, rows)
+    margins = logprobs.barred_scores(params, cfg, hidden, rows, barred, 1.0, NEW).margin
+    highest = hidden[jnp.arange(Q * G), margins.argmax(-1)].reshape(Q, G, -1)
+    found = batch.replace(margin=margins.max(-1).reshape(Q, G), hidden=highest)
+    return jax.device_get(found)
+
+
+def place(tree, cfg):
+    """What a tree like the model's has for the call's row of the head."""
+    module = tree["embed_tokens" if cfg.tied else "lm_head"]
+    if "lora_row" in module:
+        return module["lora_row"]
+    return module["embedding"][CALL] if cfg.tied else module["kernel"][:, CALL]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.slow
-def test_alone_a_decision_moves_the_call_s_row_as_its_loss_would_and_nothing_else():
-    cfg = dataclasses.replace(CFG, tied=False)
-    batch, old = scored_rollout(), start(params=decoder.init(cfg, jax.random.key(1)))
+def test_alone_a_decision_moves_the_call_s_row_as_its_loss_would_and_nothing_else(
+    tied, rank, devices
+):
+    cfg = dataclasses.replace(CFG, tied=tied)
+    params = trained = decoder.init(cfg, jax.random.key(1))
+    frozen = None
+    if rank:
+        settings = ConfigDict({"rank": rank, "alpha": 4.0, "targets": ("q_proj",)})
+        cfg = lora.configure(cfg, settings, CALL)
+        frozen, trained = params, lora.init(cfg, settings, jax.random.key(2), "float32")
+        params = lora.join(frozen, trained)
+    batch = alone(scored_rollout(), params, cfg)
+    old = start(params=trained).replace(frozen=frozen)
     algorithm = algorithms.gapg.GAPG._replace(
         prompt_filter=algorithms.no_filter, advantage=algorithms.no_advantage
     )
     shown = jax.tree.map(jnp.asarray, batch)
     signal = jax.jit(learning_signal, static_argnums=0)(algorithm, old, shown, jax.random.key(5))
-    gradient = jax.jit(jax.grad(functools.partial(reference_loss, cfg=cfg)))(
-        old.params, shown, signal
-    )
-    settings = {"algorithm": algorithm, "decision_alone": True, "cfg": cfg}
-    new, _ = one_step(batch, devices=1, state=old, **settings)
-    moved = jax.tree.map(lambda a, b: np.asarray(a - b), old.params, new.params)
-    head = moved.pop("lm_head")["kernel"]
-    row = gradient["lm_head"]["kernel"][:, CALL]
-    np.testing.assert_allclose(head[:, CALL], row, rtol=1e-3, atol=1e-6)
-    head[:, CALL] = 0
-    assert np.abs(row).max() > 1e-3 and not head.any()
+
+    def head_alone(row):
+        """The loss by what is added to the call's row, hidden states as they are."""
+        logit = shown.hidden @ row
+        margins = (shown.margin + logit).reshape(-1, 1)
+        weights = (x.ravel() * jnp.repeat(signal.keep, G) for x in signal.scored)
+        every = jnp.ones_like(margins, bool)
+        return scoring.loss(margins, every, *weights) / G / signal.keep.sum()
+
+    expected = jax.grad(head_alone)(jnp.zeros(cfg.hidden_size))
+    new, metrics = one_step(batch, devices=devices, state=old, algorithm=algorithm, cfg=cfg)
+    moved = jax.tree.map(lambda a, b: np.array(a - b), old.params, new.params)
+    row = place(moved, cfg)
+    np.testing.assert_allclose(row, expected, rtol=1e-3, atol=1e-6)
+    assert metrics["drift_max"] == 0 and np.abs(row).max() > 1e-3
+    row[:] = 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(moved))
+    if not tied and not rank:  # what a gradient of the whole model has there
+        whole = jax.jit(jax.grad(functools.partial(reference_loss, cfg=cfg)))(params, shown, signal)
+        np.testing.assert_allclose(place(whole, cfg), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_response_without_a_decision_state_teaches_nothing_alone():
+    params = decoder.init(CFG, jax.random.key(1))
+    batch = alone(scored_rollout(), params, CFG)
+    nowhere = batch.replace(
+        margin=np.full((Q, G), -np.inf, np.float32), hidden=np.zeros_like(batch.hidden)
+    )
+    algorithm = algorithms.gapg.GAPG._replace(
+        prompt_filter=algorithms.no_filter, advantage=algorithms.no_advantage
+    )
+    old = start(params=params)
+    new, metrics = one_step(nowhere, state=old, algorithm=algorithm)
+    assert metrics["nonfinite_updates"] == 0
+    assert all(
+        (a == b).all()
+        for a, b in zip(jax.tree.leaves(old.params), jax.tree.leaves(new.params), strict=True)
+    )
 
 
 def test_groups_of_equal_rewards_still_teach_when_to_call():

@@ -139,6 +139,7 @@ def rollout_shapes(config: ConfigDict, samples: Samples, prompts: Any, mask: Any
         cloud_known=per_prompt,
         barred=samples.tokens if scored else None,
         margin=margin if scored else None,
+        hidden=samples.hidden,
         level=level if len(config.task.budgets) else None,
     )
 
@@ -152,6 +153,7 @@ def sampler_settings(cfg: DecoderConfig, config: ConfigDict) -> SamplerSettings:
         marker=Marker(CALL, opening(["."] * cfg.vocab_size)),
         group=config.group,
         temperature=config.temperature,
+        keep_hidden=algorithms.decision_alone(config),
     )
 
 

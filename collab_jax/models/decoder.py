@@ -303,6 +303,21 @@ def logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(out, own[..., None], cfg.lora_token, axis=-1)
 
 
+def token_logits(
+    params: Params, cfg: DecoderConfig, hidden: jax.Array, token: int | jax.Array
+) -> jax.Array:
+    """The logits f32[...] of one token, as `logits` has them, from hidden [..., E].
+
+    Where an adapter moves a token, it is that one.
+    """
+    module = params["embed_tokens" if cfg.tied else "lm_head"]
+    row = module["embedding"][token] if cfg.tied else module["kernel"][:, token]
+    out = product(hidden, row.astype(hidden.dtype))
+    if "lora_row" not in module:
+        return out
+    return out + product(hidden, module["lora_row"].astype(hidden.dtype))
+
+
 @jax.custom_vjp
 def _turned_product(hidden: jax.Array, head: jax.Array, embedding: jax.Array) -> jax.Array:
     """hidden [..., E] @ head [E, V], f32; the embedding [V, E] is the same the other way round.

@@ -55,6 +55,7 @@ class SamplerSettings(NamedTuple):
     segments: int
     slot_counts: int
     cache_dtype: str  # of keys and values
+    keep_hidden: bool = False  # of each response, where its margin was highest
 
     @property
     def columns(self) -> int:
@@ -88,6 +89,7 @@ class Samples(flax.struct.PyTreeNode):
     mask: jax.Array  # bool[P, G, T], EOS in
     ended: jax.Array  # bool[P, G], False: cut off at T
     margins: jax.Array  # f32[P, G, T], m_t; -inf off decision states
+    hidden: jax.Array | None = None  # [P, G, E], the last hidden state where m_t was highest
 
 
 class Context(flax.struct.PyTreeNode):
@@ -114,23 +116,15 @@ class SampleState(flax.struct.PyTreeNode):
 # -------------------------------------------------------------------------------- compiled programs
 
 
-def prompt_keys(seed: int | jax.Array, step: int | jax.Array, index: jax.Array) -> jax.Array:
-    """A key for each prompt, [P], from its *global* index i32[P].
-
-    So samples are the same on any number of devices and in any slot.
-    """
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-
-
 def _append(
     state: SampleState,
     context: Context,
+    hidden: jax.Array,
     logits: jax.Array,
     marker_bias: jax.Array,
     s: SamplerSettings,
 ) -> SampleState:
-    """The state after one more token, from logits f32[R, V]."""
+    """The state after one more token, from hidden [R, E] and its logits f32[R, V]."""
     opened = state.opening == decision.Opening.OPEN
     decided = decision.decide(s.marker, state.token, logits)
     bias = jnp.where(opened, 0.0, marker_bias)
@@ -143,12 +137,17 @@ def _append(
     home = context.row // s.group, context.row % s.group
     at = *home, state.t  # a row that ended writes what is there already
     samples = state.samples
+    margin = jnp.where(live & ~opened, decided.margin, -jnp.inf)
+    if (kept := samples.hidden) is not None:
+        higher = margin > samples.margins[home].max(axis=1)
+        kept = kept.at[home].set(jnp.where(higher[:, None], hidden, kept[home]))
     samples = Samples(
         tokens=samples.tokens.at[at].set(token),
         logp=samples.logp.at[at].set(jnp.where(live, logp, 0.0)),
         mask=samples.mask.at[at].set(live),
         ended=samples.ended.at[home].set(ended),
-        margins=samples.margins.at[at].set(jnp.where(live & ~opened, decided.margin, -jnp.inf)),
+        margins=samples.margins.at[at].set(margin),
+        hidden=kept,
     )
     opening = s.marker.answer_open.after(state.opening, token)
     return state.replace(t=state.t + 1, token=token, opening=opening, ended=ended, samples=samples)
@@ -169,7 +168,8 @@ def start(
     """
     P, G, T = len(prompts), s.group, s.max_new
     last, prompt = decoder.prefill(params, cfg, prompts, prompt_mask)
-    logits = jnp.repeat(decoder.logits(params, cfg, last), G, axis=0)
+    logits = decoder.logits(params, cfg, last)
+    hidden, logits = (jnp.repeat(x, G, axis=0) for x in (last, logits))
     of_group = lambda key: jax.vmap(lambda g: jax.random.fold_in(key, g))(jnp.arange(G))  # noqa: E731
     context = Context(
         row=jnp.arange(P * G),
@@ -190,9 +190,10 @@ def start(
             mask=jnp.zeros((P, G, T), bool),
             ended=jnp.zeros((P, G), bool),
             margins=jnp.full((P, G, T), -jnp.inf),
+            hidden=jnp.zeros((P, G, cfg.hidden_size), last.dtype) if s.keep_hidden else None,
         ),
     )
-    return context, _append(state, context, logits, marker_bias, s)
+    return context, _append(state, context, hidden, logits, marker_bias, s)
 
 
 def advance(
@@ -222,8 +223,9 @@ def advance(
             state.open,
             at - before,
         )
-        logits = decoder.logits(params, cfg, hidden[:, 0])
-        return _append(state.replace(open=segment), context, logits, marker_bias, s)
+        hidden = hidden[:, 0]
+        logits = decoder.logits(params, cfg, hidden)
+        return _append(state.replace(open=segment), context, hidden, logits, marker_bias, s)
 
     return jax.lax.fori_loop(state.t, stop, column, state)
 

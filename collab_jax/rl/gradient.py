@@ -44,7 +44,6 @@ class Share(NamedTuple):
     micro_rows: int  # packed rows in one backward pass
     temperature: float
     chunk: int  # columns of logits that are held at once
-    decision_alone: bool  # nothing but the scored decision is learnt, and by the head alone
 
 
 class Rows(NamedTuple):
@@ -89,8 +88,6 @@ def policy_gradient(params: Params, share: Share) -> tuple[Params, jax.Array, ja
     add = functools.partial(add_micro_batch, params=params, share=share, kv=kv, rows=rows)
     rounds = together((count + m - 1) // m, params, share)
     sums = jax.lax.fori_loop(0, rounds, add, start)
-    if share.decision_alone:  # no gradient has come to the prompts
-        return sums.grads, sums.drift, sums.worst
     grads = pull_back(sums, params, share, kv, prompt_rounds, size)
     return grads, sums.drift, sums.worst
 
@@ -220,8 +217,7 @@ def responses_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The loss of the responses in m rows; and the drift: its sum and its maximum.
 
-    It is `gapg.loss`, and `scoring.loss` where decisions are scored; where the decision alone is
-    learnt, the latter, and no gradient flows into hidden states. kv is of the prompts of their
+    It is `gapg.loss`, and `scoring.loss` where decisions are scored. kv is of the prompts of their
     m * C places.
     """
     batch, cfg = share.batch, share.cfg
@@ -234,8 +230,6 @@ def responses_loss(
     inputs = batch.tokens[of_place(prompt), of_place(member), jnp.maximum(at.token - 1, 0)]
     whole = decoder.with_ends(lora.join(share.frozen, params), cfg)
     hidden = packed_hidden(whole, cfg, kv, batch.prompt_mask[prompt], inputs, at)
-    if share.decision_alone:
-        hidden = jax.lax.stop_gradient(hidden)
 
     start = jnp.minimum(rows.start[..., None] + jnp.arange(T), T - 1).reshape(len(targets), -1)
     apart = lambda x: jnp.take_along_axis(x, start, axis=1).reshape(-1, T)  # noqa: E731
@@ -253,8 +247,7 @@ def responses_loss(
         barred = mask & (batch.barred[prompt, member].reshape(-1, T) >= 0)
         loss += scoring.loss(apart(margins), barred, call, answer) / G
     logp = apart(logp)
-    if not share.decision_alone:
-        loss += gapg.loss(logp, mask, of_response(share.A), G)
+    loss += gapg.loss(logp, mask, of_response(share.A), G)
     drift = jnp.abs(logp - batch.logp[prompt, member].reshape(-1, T)) * mask
     return loss, (drift.sum(), drift.max())
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from collab_jax.models.blocks import LAYERS
 from collab_jax.models.decoder import DecoderConfig
-from collab_jax.rl import gradient, packing
+from collab_jax.rl import algorithms, gradient, packing
 from collab_jax.rl.memory_shapes import (
     Adapter,
     adapted_width,
@@ -143,9 +143,13 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     update: Bytes = {
         "parameters": weights.gathered,
         "gradients": trained * (4 + param) / weights.shards,  # their sum, and a micro-batch's own
-        "activations": _update_activations(cfg, config, adapter, prompts) + cast,
-        "logits": _logits(cfg, config, m, T, cpu),
     }
+    # The update passes through the prompts, then back through the responses and through them; or
+    # it is of a row of the head, and computes nothing again.
+    updating = 0 if algorithms.decision_alone(config) else 1 + 2 * BACKWARD
+    if updating:
+        update["activations"] = _update_activations(cfg, config, adapter, prompts) + cast
+        update["logits"] = _logits(cfg, config, m, T, cpu)
     sampled = _sampling(cfg, config, prompts, config.group, config.decode.slot_counts)
     batch = -(-config.eval.batch_size // (devices * hosts.count())) if config.eval.prompts else 0
     evaluated = _sampling(cfg, config, batch, 1, 1)
@@ -155,8 +159,6 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     sampling["activations"] += weights.again
     sampling["parameters"] = sampling.get("parameters", 0) + weights.whole
     evaluating = 1 + config.decode.segments if config.eval.prompts else 0
-    # The update passes through the prompts, then back through the responses and through them.
-    updating = 1 + 2 * BACKWARD
     programs = _sampling_programs(config) + evaluating
     compiled = _compiled(cfg, programs + 1, programs + updating, cpu)
     # Whole ones, while they are loaded or saved.

@@ -93,6 +93,7 @@ def make_sampler(
     *,
     group: int,
     temperature: float,
+    keep_hidden: bool = False,
 ) -> Sampler:
     """Returns sampler(params, prompts, prompt_mask, seed, step, bias=marker_bias) -> Samples.
 
@@ -105,6 +106,7 @@ def make_sampler(
         marker=text.decision,
         group=group,
         temperature=temperature,
+        keep_hidden=keep_hidden,
     )
     return Sampler(cfg, settings, sampling.begin_body(cfg, settings), parallel.pmap)
 
@@ -364,6 +366,7 @@ def collect(
         mask=samples.mask,
         barred=barred_tokens(run.text, samples) if scored else None,
         margin=samples.margins.max(-1) if scored else None,
+        hidden=samples.hidden,
         correct=parallel.shard(judging.correct, D),
         called=parallel.shard(judging.called, D),
         formatted=parallel.shard(judging.formatted, D),

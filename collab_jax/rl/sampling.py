@@ -21,8 +21,12 @@ def sampler_settings(
     marker: Marker,
     group: int,
     temperature: float,
+    keep_hidden: bool = False,
 ) -> SamplerSettings:
-    """Returns how a run samples `group` responses to each prompt, with these tokens."""
+    """Returns how a run samples `group` responses to each prompt, with these tokens.
+
+    keep_hidden: whether `Samples.hidden` is wanted.
+    """
     return SamplerSettings(
         group=group,
         max_new=config.max_new_tokens,
@@ -36,7 +40,17 @@ def sampler_settings(
         # the same programs; if slots were given up at different columns, the programs would differ.
         slot_counts=config.decode.slot_counts if temperature > 0 else 1,
         cache_dtype=config.decode.cache_dtype,
+        keep_hidden=keep_hidden,
     )
+
+
+def prompt_keys(seed: int | jax.Array, step: int | jax.Array, index: jax.Array) -> jax.Array:
+    """Returns a key for each prompt, [P], from its *global* index i32[P].
+
+    So samples are the same on any number of devices and in any slot.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def begin_body(
@@ -51,7 +65,7 @@ def begin_body(
         P = prompts.shape[0]
         device = parallel.first_device() + jax.lax.axis_index(parallel.AXIS)
         index = device * P + jnp.arange(P)
-        keys = sampler.prompt_keys(seed, step, index)
+        keys = prompt_keys(seed, step, index)
         return sampler.start(params, cfg, prompts, prompt_mask, keys, marker_bias, settings)
 
     return begin

@@ -21,9 +21,10 @@ What the attempts themselves learn is the policy gradient of their rewards, whic
 part in; the loss moves the call's logit, and not that of the token which it is compared with. Or
 they learn nothing (`config.algorithm.advantage="none"`): then the call's row of the head alone
 learns, to read hidden states that stay as they are. That is a logistic regression on them, online,
-at the state where it says most. Until the answer opens no logit but the call's changes, so that the
-attempts are those of before. Where embeddings are tied the row is also how the call is read, and
-what follows a call may no longer be the rest of the marker: whoever decodes has to stop there.
+at the state where it says most, which the sampler hands over (`row_gradient`). Until the answer
+opens no logit but the call's changes, so that the attempts are those of before. Where embeddings
+are tied the row is also how the call is read, and what follows a call may no longer be the rest of
+the marker: whoever decodes has to stop there.
 
 The price is that of the budget: in each batch the one at which the loss, as a whole, moves the
 margins by how far the share of calls is from the budget (`price`). So the budget is held without a
@@ -34,6 +35,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from collab_jax.gapg import Rollout
+from collab_jax.models import decoder, lora
+from collab_jax.models.decoder import DecoderConfig, Params
 
 NOWHERE = -1e4  # the margin of a call where none can be: finite, so that gradients are
 
@@ -97,3 +102,27 @@ def loss(margins: jax.Array, barred: jax.Array, call: jax.Array, answer: jax.Arr
     """
     margin = jnp.where(barred, margins, NOWHERE).max(axis=1)
     return jnp.sum(call * jax.nn.softplus(-margin) + answer * jax.nn.softplus(margin))
+
+
+def row_gradient(
+    params: Params, frozen: Params | None, cfg: DecoderConfig, rollout: Rollout, scored: Scored
+) -> Params:
+    """The gradient, f32, of `loss` / G by the call's row of the head, the other parameters' is 0.
+
+    rollout: of P prompts, with the hidden states at which their responses' margins are highest;
+    scored: f32[P, G] each. These states were sampled by the same parameters, so nothing but the
+    call's logit is computed again.
+    """
+    assert rollout.margin is not None and rollout.hidden is not None and rollout.barred is not None
+    margin, hidden, token = rollout.margin, rollout.hidden, rollout.barred.max()
+    call, answer = (x.reshape(-1) for x in scored)
+
+    def objective(params: Params) -> jax.Array:
+        whole = decoder.with_ends(lora.join(frozen, params), cfg)
+        logit = decoder.token_logits(whole, cfg, hidden, token)
+        # Its value is known; the gradient moves the call's logit alone.
+        margins = jnp.maximum(margin, NOWHERE) + logit - jax.lax.stop_gradient(logit)
+        everywhere = jnp.ones((margins.size, 1), bool)
+        return loss(margins.reshape(-1, 1), everywhere, call, answer) / margins.shape[1]
+
+    return jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(objective)(params))

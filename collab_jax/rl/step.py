@@ -1,8 +1,9 @@
 """One training step: the gradient of the kept prompts, and the update of the whole state.
 
 `make_step` gives the body of one device. It reads from top to bottom: what is learnt from
-(`signal.py`), who computes what (`deal`), the gradient (`gradient.py`), the update (`updated`), and
-what a reader of the run sees (`step_metrics`). Axis letters: see `gapg.py`.
+(`signal.py`), who computes what (`deal`), the gradient (`gradient.py`, or that of `scoring.py`
+where the decision alone is learnt), the update (`updated`), and what a reader of the run sees
+(`step_metrics`). Axis letters: see `gapg.py`.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import optax
 from collab_jax import gapg
 from collab_jax.gapg import Algorithm, Rollout, TrainState
 from collab_jax.models.decoder import DecoderConfig, Params
+from collab_jax.rl import scoring
 from collab_jax.rl.gradient import Share, policy_gradient
+from collab_jax.rl.scoring import Scored
 from collab_jax.rl.signal import Signal, has_gradient, learning_signal
 from collab_jax.runtime import split
 
@@ -32,6 +35,12 @@ def deal(signal: Signal, batch: Rollout, axis: str) -> tuple[jax.Array, jax.Arra
     work = signal.learnable * batch.mask.sum((1, 2))
     dealt = jnp.argsort(-work, stable=True).reshape(work.shape[0] // D, D)[:, me]
     return dealt, (signal.learnable.sum() - me + D - 1) // D
+
+
+def of_device(scored: Scored, axis: str) -> Scored:
+    """What the prompts that this device sampled have of a batch's, f32[P, G] each."""
+    D, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    return Scored(*(x.reshape(D, -1, *x.shape[1:])[me] for x in scored))
 
 
 def updated(
@@ -135,7 +144,6 @@ def make_step(
     temperature: float,
     chunk: int,
     average: float = 0.0,
-    decision_alone: bool = False,
 ) -> StepBody:
     """step(state, rollout, key) -> state, metrics: the body of one device, under the axis `axis`.
 
@@ -143,30 +151,36 @@ def make_step(
     Every device sees all the verdicts, so that all draw the same subset; the kept prompts that have
     a gradient are then dealt out evenly. Prompts that were dropped, or whose responses all earned
     the same, cost nothing. average: the decay of the state's `average`, where it has one, in
-    [0, 1). decision_alone: the scored decision is all that is learnt, by the call's row of the
-    head.
+    [0, 1). A rollout that has hidden states teaches the scored decision alone, by the call's row of
+    the head.
     """
 
     def body(state: TrainState, rollout: Rollout, key: jax.Array):
         # Tokens are small beside the work they cause, so everything is gathered, and each device
         # takes what it is dealt.
-        batch: Rollout = jax.lax.all_gather(rollout, axis, tiled=True)
+        gathered = rollout.replace(hidden=None)
+        batch: Rollout = jax.lax.all_gather(gathered, axis, tiled=True)
         signal = learning_signal(algorithm, state, batch, key)
-        prompts, n_prompts = deal(signal, batch, axis)
-        share = Share(
-            cfg=cfg,
-            frozen=state.frozen,
-            batch=batch,
-            A=signal.A,
-            scored=signal.scored,
-            prompts=prompts,
-            n_prompts=n_prompts,
-            micro_rows=micro_rows,
-            temperature=temperature,
-            chunk=chunk,
-            decision_alone=decision_alone,
-        )
-        grads, drift, worst = policy_gradient(state.params, share)
+        if rollout.hidden is None:
+            prompts, n_prompts = deal(signal, batch, axis)
+            share = Share(
+                cfg=cfg,
+                frozen=state.frozen,
+                batch=batch,
+                A=signal.A,
+                scored=signal.scored,
+                prompts=prompts,
+                n_prompts=n_prompts,
+                micro_rows=micro_rows,
+                temperature=temperature,
+                chunk=chunk,
+            )
+            grads, drift, worst = policy_gradient(state.params, share)
+        else:
+            assert signal.scored is not None
+            own = of_device(signal.scored, axis)
+            grads = scoring.row_gradient(state.params, state.frozen, cfg, rollout, own)
+            drift = worst = jnp.float32(0)  # no token is computed again
         # Sums and counts travel apart and are divided once: devices hold different numbers of kept
         # prompts.
         grads, drift = split.summed(grads, axis), split.total(drift, axis)

@@ -110,7 +110,6 @@ def update_body(
         temperature=config.temperature,
         chunk=config.train.logprob_chunk,
         average=config.optim.average,
-        decision_alone=algorithms.decision_alone(config),
     )
 
     def keyed(state: TrainState, rollout: Rollout) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -152,6 +151,7 @@ class TrainingSteps:
             config,
             group=config.group,
             temperature=config.temperature,
+            keep_hidden=algorithms.decision_alone(config),
         )
         self.update: Update = compile_update(run)
         # A replay may lack answers that no step needed, and those that a step did without.
