@@ -29,7 +29,7 @@ from collab_jax.models.sampler import Sampler
 from collab_jax.records import Records
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
-from collab_jax.rl import evaluation, experiment, memory_check, rollout, training
+from collab_jax.rl import cloud_columns, evaluation, experiment, memory_check, rollout, training
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
 from collab_jax.runtime import cli, hosts, metrics, parallel
@@ -160,9 +160,9 @@ def read_or_evaluate(
     Where an earlier start left more unknown ones than are allowed now, they are asked for again.
     """
     table = read_or_make(path, make)
-    too_many = evaluation.too_many_unknown(run, table)
+    too_many = cloud_columns.too_many_unknown(run, table)
     if hosts.gathered(f"whether {path.name} lacks verdicts", too_many)[0]:
-        table = evaluation.ask_again(run, table, examples, path.stem)
+        table = cloud_columns.ask_again(run, table, examples, path.stem)
         if hosts.is_first():
             records.write(path, table)
     return table

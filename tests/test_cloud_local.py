@@ -13,7 +13,7 @@ from collab_jax.cloud.share import with_attempt
 from collab_jax.models import hf
 from collab_jax.models import text as text_lib
 from collab_jax.reports import summary
-from collab_jax.rl import evaluation
+from collab_jax.rl import cloud_columns, evaluation
 from collab_jax.tasks import Example, make_task
 
 QUESTIONS = [prompt("25 7 3=21"), prompt("9 2=11"), prompt("4 5 6=15")]
@@ -118,7 +118,7 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
     cloud = CachedCloud(Listening(), Store(tmp_path / "s.db"))
     attempts = evaluation._attempts(text, 2, natural)
     assert attempts == [thought, None]
-    rows = evaluation.shared_answers(task, cloud, examples, attempts)
+    rows = cloud_columns.shared_answers(task, cloud, examples, attempts)
     alone = task.cloud_prompt(examples[0])
     extra = len(with_attempt(alone, thought)[-1]["content"]) - len(alone[-1]["content"])
     assert rows[0] == {

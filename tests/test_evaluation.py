@@ -13,8 +13,9 @@ from collab_jax.models.sampler import Samples
 from collab_jax.reports import comparison, summary
 from collab_jax.reports import run as run_report
 from collab_jax.reports.comparison import Model
-from collab_jax.rl import evaluation, experiment
+from collab_jax.rl import cloud_columns, evaluation, experiment, rollout
 from collab_jax.rl.rollout import Verdicts
+from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 
 
@@ -52,7 +53,7 @@ def faulty(run: experiment.Run, failures: float, tmp_path) -> experiment.Run:
 
 def asked(run: experiment.Run, examples) -> records.Records:
     """Records of `examples` with the cloud's verdicts after one round of questions."""
-    rows = evaluation.cloud_answers(run.task, run.cloud, examples)
+    rows = cloud_columns.cloud_answers(run.task, run.cloud, examples)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return records.check(
         columns | {"id": [e.id for e in examples], "local_correct": [False] * len(examples)}, "x"
@@ -66,8 +67,8 @@ def test_unknown_verdicts_are_asked_again_until_they_are_known(run, tmp_path):
     broken = faulty(run, 30, tmp_path)  # all 24 fail, and 6 of the next round
     table = asked(broken, examples)
     assert not table["cloud_known"].any()
-    mended = evaluation.ask_again(broken, table, examples, "before")
-    for column in evaluation.UNKNOWN:
+    mended = cloud_columns.ask_again(broken, table, examples, "before")
+    for column in cloud_columns.UNKNOWN:
         np.testing.assert_array_equal(mended[column], healthy[column])
     assert not table["cloud_known"].any()  # the argument is left as it was
 
@@ -76,7 +77,7 @@ def test_too_many_unknown_verdicts_stop_with_one_line_that_says_what_to_do(run, 
     examples = evaluation.held_out(run, "validation")
     broken = faulty(run, float("inf"), tmp_path)
     with pytest.raises(UserError) as caught:
-        evaluation.ask_again(broken, asked(broken, examples), examples, "before")
+        cloud_columns.ask_again(broken, asked(broken, examples), examples, "before")
     message = str(caught.value)
     assert "unknown on 24 of 24 prompts (24 without an answer: HTTP 503)" in message
     assert "config.eval.max_unknown=0.02" in message and "the same command goes on" in message
@@ -92,19 +93,19 @@ def test_answers_that_cannot_be_judged_are_told_from_failed_calls(run):
     run = run._replace(task=dataclasses.replace(run.task, verify=undecided))
     examples = evaluation.held_out(run, "validation")
     with pytest.raises(UserError, match=r"\(24 with an answer that could not be judged\)"):
-        evaluation.ask_again(run, asked(run, examples), examples, "before")
+        cloud_columns.ask_again(run, asked(run, examples), examples, "before")
     run.config.unlock()
     run.config.eval.max_unknown = 0.99
     few = examples[:1]  # one of one is still more than 99 %
     with pytest.raises(UserError, match="1 of 1"):
-        evaluation.ask_again(run, asked(run, few), few, "before")
+        cloud_columns.ask_again(run, asked(run, few), few, "before")
 
 
 def test_records_of_an_earlier_start_are_mended_above_the_limit_alone(run, tmp_path):
     examples = evaluation.held_out(run, "validation")
     healthy, path = asked(run, examples), tmp_path / "before.parquet"
-    holes = healthy | {name: healthy[name].copy() for name in evaluation.UNKNOWN}
-    for name, value in evaluation.UNKNOWN.items():
+    holes = healthy | {name: healthy[name].copy() for name in cloud_columns.UNKNOWN}
+    for name, value in cloud_columns.UNKNOWN.items():
         holes[name][:3] = value
     records.write(path, holes)
     run.config.unlock()
@@ -136,6 +137,72 @@ def test_an_evaluation_writes_nothing_while_the_cloud_is_down_and_then_goes_on(
     assert (table["lenient_correct"] | ~table["local_correct"]).all()
 
 
+# ---- the natural pass
+
+
+def calling_half(run, prompts):
+    """Parameters with which about half of the greedy responses call."""
+    params = experiment.load_state(run).params
+    looking = rollout.make_sampler(
+        run.cfg, run.text, run.config, group=1, temperature=0.0, keep_hidden=True
+    )
+    samples = rollout.draw(
+        looking,
+        parallel.replicate(params),
+        *run.text.prompt_batch(prompts, run.config.prompt_length),
+        seed=0,
+        step=0,
+        bias=-np.inf,
+    )
+    hidden = np.asarray(samples.hidden).reshape(len(prompts), -1).mean(0)
+    lacking = -np.median(np.asarray(samples.margins).max(-1))
+    head = np.array(params["embed_tokens"]["embedding"])
+    head[run.text.decision_id] += lacking * hidden / (hidden @ hidden)
+    return parallel.replicate(params | {"embed_tokens": {"embedding": head}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_natural_pass_is_over_responses_that_may_differ_from_those_without_the_marker(
+    small, tmp_path, monkeypatch, seed
+):
+    """All that it says is what a pass over every prompt says; greedy ones that call are few."""
+    run = experiment.prepare(small(eval__prompts=24, eval__batch_size=8), tmp_path)
+    sampler = evaluation.greedy_sampler(run)
+    if seed:
+        sampler = rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=1.0)
+    examples = evaluation.held_out(run, "validation")
+    params = calling_half(run, [run.task.prompt(e) for e in examples])
+    size, drawn, draw = 8, [], rollout.draw
+
+    def counting(*args, **settings):
+        drawn.append(settings["bias"])
+        return draw(*args, **settings)
+
+    monkeypatch.setattr(rollout, "draw", counting)
+    table = evaluation.evaluate(run, sampler, params, examples, "x", seed=seed)
+    called, batches = table["natural_called"], 3
+    assert 0 < called.sum() <= 16
+    again = len(examples) if seed else called.sum()
+    assert drawn == [-np.inf] * batches + [0.0] * -(-again // size)
+    texts, completed = [], []
+    for number in range(batches):
+        batch = examples[number * size : (number + 1) * size]
+        prompts = run.text.prompt_batch([run.task.prompt(e) for e in batch], 16)
+        samples = parallel.gather(
+            draw(sampler, params, *prompts, seed=seed or 0, step=number, bias=0.0)
+        )
+        parts = (x[:, 0] for x in (samples.tokens, samples.mask, samples.ended))
+        verdicts = rollout.judge(run.task, run.text, batch, *parts)
+        texts += verdicts.texts
+        completed += verdicts.called.tolist()
+    assert table["natural_text"].tolist() == texts
+    assert table["natural_completed"].tolist() == completed
+    same = ~called if seed is None else np.zeros(len(called), bool)
+    assert (table["natural_text"] == table["text"])[same].all()
+    assert (table["natural_tokens"] == table["tokens"])[same].all()
+
+
 # ---- rows
 
 
@@ -164,7 +231,7 @@ def test_what_follows_the_opening_is_the_answer(run, opens, margins, first, last
         samples, Verdicts(["<answer>1</answer>"], ~no, no, ~no, no, no, np.ones(1, np.float32))
     )
     example = evaluation.held_out(run, "validation")[0]
-    row = evaluation._row(run, example, 0, {"local": local}, drawn=False)
+    row = evaluation._row(run, example, 0, local, natural=False)
     assert row["answer_logp"] == pytest.approx(answer) and row["logp"] == pytest.approx(-10.45)
     assert (row["first_margin"], row["last_margin"]) == (first, last)
     assert row["split"] == "validation"

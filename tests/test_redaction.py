@@ -17,7 +17,7 @@ from collab_jax.cloud.redaction import PLACEHOLDER, Restorer, as_it_is, redact
 from collab_jax.cloud.share import with_attempt
 from collab_jax.evaluate import in_words
 from collab_jax.reports import summary
-from collab_jax.rl import evaluation
+from collab_jax.rl import cloud_columns
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import make_task
 from collab_jax.tasks.base import Example, Verdict
@@ -280,12 +280,12 @@ def test_evaluation_says_what_redaction_costs_and_sends_nothing_for_it(tmp_path)
     store = Store(tmp_path / "s.db")
     plain = CachedCloud(Careful(), store)
     redacting = CachedCloud(Careful(), store, redact=lambda messages: redact(messages, find))
-    before = evaluation.plain_answers(task, redacting, examples)
+    before = cloud_columns.plain_answers(task, redacting, examples)
     assert [row["plain_known"] for row in before] == [False] * 4
     assert not store.query("SELECT * FROM answers")
-    evaluation.cloud_answers(task, plain, examples)
-    answers = evaluation.cloud_answers(task, redacting, examples)
-    rows = evaluation.plain_answers(task, redacting, examples)
+    cloud_columns.cloud_answers(task, plain, examples)
+    answers = cloud_columns.cloud_answers(task, redacting, examples)
+    rows = cloud_columns.plain_answers(task, redacting, examples)
     assert [row["redacted"] for row in rows] == [False, True, True, True]
 
     def figures(rows):

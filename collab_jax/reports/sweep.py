@@ -18,7 +18,7 @@ from collab_jax.reports import comparison, figures, findings, page
 from collab_jax.reports import run as run_report
 from collab_jax.reports.comparison import Model
 from collab_jax.reports.findings import BUDGET
-from collab_jax.rl import evaluation, experiment, search, sweeps
+from collab_jax.rl import cloud_columns, experiment, search, sweeps
 from collab_jax.rl.search import Search
 from collab_jax.rl.sweeps import Job, Sweep
 from collab_jax.routing.routers import ROUTERS
@@ -124,7 +124,7 @@ def served(
     config = sweeps.config_of(sweep, {**job.changes, **changes})
     task, cloud = experiment.task_and_cloud(config, store)
     examples = {e.id: e for e in task.load(config.eval.split)}
-    rows = evaluation.cloud_answers(task, cloud, [examples[key] for key in table["id"]])
+    rows = cloud_columns.cloud_answers(task, cloud, [examples[key] for key in table["id"]])
     answers = {column: [row[column] for row in rows] for column in rows[0]}
     return records.check(table | answers, str(job.folder))
 
