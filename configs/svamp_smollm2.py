@@ -23,15 +23,16 @@ takes the place of the template's own, to save tokens. Products are in bfloat16,
 bf16 instructions compute about twice as fast. The cloud is simulated: wrong on 6 % of the prompts,
 with odds that are 20 times as high on the hardest problem as on the easiest.
 
-Training has no filter and averages weights, as configs/countdown_tiny_ours.py does and explains,
-but samples at temperature 1. The decision is scored: no response of training calls, and the verdict
-on each attempt says whether it should have, at the price of a call that holds the budget
-(collab_jax/rl/scoring.py). Where calls were sampled they died out within a few steps, or, with
-alpha_c moved to hold them, swung between almost none and half of the responses: this model is right
-nearly half the time on problems like those that it was tuned on, and a call pays only where it is
-right less than one time in seven. Lengths follow from the data, batches from the time that they
-take. Adam's momentum is lower than usual, since what a step does to calls has to be seen by the
-next ones.
+Training is of the decision alone (collab_jax/rl/scoring.py): no response calls, the verdict on each
+attempt says whether it should have, at the price of a call that holds the budget, and nothing moves
+but the call's row of the head. So the model solves what the warm start solves, and a step costs
+what sampling costs. Where calls were sampled they died out within a few steps, or, with alpha_c
+moved to hold them, swung between almost none and half of the responses: this model is right nearly
+half the time on problems like those that it was tuned on, and a call pays only where it is right
+less than one time in seven. There is no filter, weights are averaged, as
+configs/countdown_tiny_ours.py explains, and the learning rate falls to 0. Lengths follow from the
+data, batches from the time that they take. Adam's momentum is lower than usual, since what a step
+does to calls has to be seen by the next ones.
 
 Results: docs/results/svamp.md. The adapter that came of it is bundled, as smollm2-svamp.
 """
@@ -68,18 +69,20 @@ def get_config() -> ConfigDict:
 
     config.algorithm.filter = "none"
     config.algorithm.decision = "scored"
-    config.optim.learning_rate = 1e-4
+    config.algorithm.advantage = "none"
+    config.optim.learning_rate = 1e-3
+    config.optim.decay = True
     config.optim.momentum = 0.5
     config.optim.average = 0.95
-    config.train.steps = 24
+    config.train.steps = 96
     config.train.micro_rows = 16
     config.train.checkpoint_every = 10
     config.eval.prompts = 1000
-    config.eval.batch_size = 250
+    config.eval.batch_size = 128
 
     config.sft.call_chance = 0.05
     config.sft.steps = 1600
-    config.sft.batch_size = 8
+    config.sft.batch_size = 10
     config.sft.micro_rows = 1
     config.sft.checkpoint_every = 40
     config.sft.learning_rate = 1e-3

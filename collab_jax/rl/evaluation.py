@@ -90,9 +90,9 @@ def evaluate(
             said = _by_cloud(run, batch, shared) if hosts.is_first() else None
             of_cloud = hosts.gathered("what the cloud said", said, hosts.FOREVER)[0]
         rows += [c | a for c, a in zip(columns, of_cloud, strict=True)]
-    # A greedy response that never crosses is that of the first pass.
-    again = [i for i, row in enumerate(rows) if seed is not None or row["natural_called"]]
-    if natural and again:
+    if natural:
+        # A greedy response that never crosses is that of the first pass.
+        again = [i for i, row in enumerate(rows) if seed is not None or row["natural_called"]]
         calls = _natural(run, sampler, params, [examples[i] for i in again], f"{name}, calls", seed)
         for i, columns in zip(again, calls, strict=True):
             rows[i] = rows[i] | columns
@@ -110,7 +110,7 @@ def _batches(
         desc=f"evaluate {name}",
         unit="prompt",
         mininterval=1,
-        disable=not hosts.is_first(),
+        disable=not (examples and hosts.is_first()),
     ) as bar:
         for number, start in enumerate(range(0, len(examples), size)):
             batch = examples[start : start + size]
