@@ -1,15 +1,15 @@
-"""Evaluation: two greedy passes over held-out prompts, as records (one row a prompt) and a summary.
+"""Evaluation: greedy passes over held-out prompts, as records (one row a prompt) and a summary.
 
     python -m collab_jax.evaluate --config configs/countdown_tiny.py --workdir RUN
 
 evaluates the last checkpoint of a run (or, in an empty workdir, the model of the config) on the
 validation split, and writes `validation.parquet` and `validation.json`. Where nothing is chosen any
 more, `--split test` evaluates on the test prompts, and writes `test.parquet` and `test.json`. One
-pass decodes naturally, one with the marker disallowed; the second one's margin trace holds the call
-decision at every budget (`sampler.py`). With `--suite` the model is evaluated on other benchmarks'
-test prompts (`reports/suite.py`). `records.py` documents the columns. Routers that run the model
-once more (`config.routers.record`) are recorded by training only. Several hosts evaluate as they
-train (docs/scale.md).
+pass has the marker disallowed, and its margin trace holds the call decision at every budget
+(`sampler.py`); responses that call are decoded once more with it allowed. With `--suite` the model
+is evaluated on other benchmarks' test prompts (`reports/suite.py`). `records.py` documents the
+columns. Routers that run the model once more (`config.routers.record`) are recorded by training
+only. Several hosts evaluate as they train (docs/scale.md).
 """
 
 from collab_jax.runtime import process

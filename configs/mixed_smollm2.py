@@ -12,7 +12,7 @@ how hard a problem is. Of five training prompts two are Countdown's, two SVAMP's
 prompt is the problem and no more, `23 46 8=31` in Countdown; the warm start teaches what to do with
 each. MBPP needs bubblewrap (docs/tasks.md). The report tells the tasks apart. An evaluation has 440
 prompts: beyond, MBPP's 90 for validation run out, and the shares would be others. Measured is a run
-that was cut to half an hour alone (docs/results.md).
+that was cut to half an hour alone, in which attempts were learnt too (docs/results.md).
 """
 
 import pathlib

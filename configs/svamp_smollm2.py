@@ -30,9 +30,9 @@ what sampling costs. Where calls were sampled they died out within a few steps, 
 moved to hold them, swung between almost none and half of the responses: this model is right nearly
 half the time on problems like those that it was tuned on, and a call pays only where it is right
 less than one time in seven. There is no filter, weights are averaged, as
-configs/countdown_tiny_ours.py explains, and the learning rate falls to 0. Lengths follow from the
-data, batches from the time that they take. Adam's momentum is lower than usual, since what a step
-does to calls has to be seen by the next ones.
+configs/countdown_tiny_ours.py explains, the temperature is 1, and the learning rate falls to 0.
+Lengths follow from the data, batches from the time that they take. Adam's momentum is lower than
+usual, since what a step does to calls has to be seen by the next ones.
 
 Results: docs/results/svamp.md. The adapter that came of it is bundled, as smollm2-svamp.
 """

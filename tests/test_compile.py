@@ -74,7 +74,9 @@ def test_the_rollout_has_the_shapes_of_a_runs_and_more_where_the_config_asks_for
     config = small(**FEW, algorithm__decision="scored", task__budgets=(0.1, 0.3))
     more = compile.rollout_shapes(config, samples, prompts, mask)
     assert of(more.barred) == of(real.tokens) and of(more.level)[0] == (D, P)
-    assert of(more.margin) == ((D, P, G), np.float32)
+    assert of(more.margin) == ((D, P, G), np.float32) and more.hidden is None
+    samples.hidden = jax.ShapeDtypeStruct((D, P, G, 8), jnp.float32)
+    assert compile.rollout_shapes(config, samples, prompts, mask).hidden is samples.hidden
 
 
 def test_a_program_is_measured_by_hand_numbers():

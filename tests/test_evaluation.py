@@ -185,22 +185,26 @@ def test_the_natural_pass_is_over_responses_that_may_differ_from_those_without_t
     assert 0 < called.sum() <= 16
     again = len(examples) if seed else called.sum()
     assert drawn == [-np.inf] * batches + [0.0] * -(-again // size)
-    texts, completed = [], []
+    whole = {name: [] for name in ("text", "completed", "correct", "ended", "called", "tokens")}
     for number in range(batches):
         batch = examples[number * size : (number + 1) * size]
         prompts = run.text.prompt_batch([run.task.prompt(e) for e in batch], 16)
         samples = parallel.gather(
             draw(sampler, params, *prompts, seed=seed or 0, step=number, bias=0.0)
         )
-        parts = (x[:, 0] for x in (samples.tokens, samples.mask, samples.ended))
+        parts = [x[:, 0] for x in (samples.tokens, samples.mask, samples.ended)]
         verdicts = rollout.judge(run.task, run.text, batch, *parts)
-        texts += verdicts.texts
-        completed += verdicts.called.tolist()
-    assert table["natural_text"].tolist() == texts
-    assert table["natural_completed"].tolist() == completed
-    same = ~called if seed is None else np.zeros(len(called), bool)
-    assert (table["natural_text"] == table["text"])[same].all()
-    assert (table["natural_tokens"] == table["tokens"])[same].all()
+        margins, (tokens, mask, ended) = np.asarray(samples.margins)[:, 0], map(np.asarray, parts)
+        calls = margins > 0 if seed is None else (tokens == run.text.decision_id) & mask
+        whole["text"] += verdicts.texts
+        whole["completed"] += verdicts.called.tolist()
+        whole["correct"] += verdicts.correct.tolist()
+        whole["ended"] += ended.tolist()
+        whole["called"] += calls.any(1).tolist()
+        length = np.where(calls.any(1), calls.argmax(1) + 1, mask.sum(1))
+        whole["tokens"] += length.tolist()
+    for name, column in whole.items():
+        assert table[f"natural_{name}"].tolist() == column, name
 
 
 # ---- rows

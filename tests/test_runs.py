@@ -93,6 +93,7 @@ SMOLLM2 = {
     "max_new_tokens": 32,
     "prompts_per_step": 2,
     "algorithm.filter": "none",  # each step has a gradient, unless all rewards are alike
+    "algorithm.advantage": "gapg",  # by all that an adapter has
     "decode.slot_counts": 1,  # fewer programs to compile
     "eval.prompts": 0,
     "sft.steps": 12,

@@ -241,25 +241,6 @@ def test_alone_a_decision_moves_the_call_s_row_as_its_loss_would_and_nothing_els
         np.testing.assert_allclose(place(whole, cfg), expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_response_without_a_decision_state_teaches_nothing_alone():
-    params = decoder.init(CFG, jax.random.key(1))
-    batch = alone(scored_rollout(), params, CFG)
-    nowhere = batch.replace(
-        margin=np.full((Q, G), -np.inf, np.float32), hidden=np.zeros_like(batch.hidden)
-    )
-    algorithm = algorithms.gapg.GAPG._replace(
-        prompt_filter=algorithms.no_filter, advantage=algorithms.no_advantage
-    )
-    old = start(params=params)
-    new, metrics = one_step(nowhere, state=old, algorithm=algorithm)
-    assert metrics["nonfinite_updates"] == 0
-    assert all(
-        (a == b).all()
-        for a, b in zip(jax.tree.leaves(old.params), jax.tree.leaves(new.params), strict=True)
-    )
-
-
 def test_groups_of_equal_rewards_still_teach_when_to_call():
     batch = scored_rollout()
     batch = batch.replace(correct=np.ones((Q, G), bool), formatted=np.ones((Q, G), bool))

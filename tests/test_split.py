@@ -125,10 +125,14 @@ def test_a_step_with_divided_parameters_equals_one_with_whole_ones(changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 2])
-def test_a_run_with_divided_parameters_equals_one_with_whole_ones(small, tmp_path, rank):
-    """Its checkpoints too: each goes on from the other's."""
+@pytest.mark.parametrize(
+    ("rank", "alone"), [pytest.param(0, False, marks=pytest.mark.long), (2, False), (0, True)]
+)
+def test_a_run_with_divided_parameters_equals_one_with_whole_ones(small, tmp_path, rank, alone):
+    """Its checkpoints too: each goes on from the other's. alone: it learns the decision alone."""
     fewer = {"train__checkpoint_every": 1, "eval__prompts": 0, "decode__slot_counts": 1}
+    if alone:
+        fewer |= {"algorithm__decision": "scored", "algorithm__advantage": "none"}
     config = {
         sharded: small(train__sharded=sharded, train__steps=2, lora__rank=rank, **fewer)
         for sharded in (False, True)
@@ -142,6 +146,12 @@ def test_a_run_with_divided_parameters_equals_one_with_whole_ones(small, tmp_pat
 
     want, got = (trained(sharded, tmp_path / str(sharded)) for sharded in (False, True))
     assert_close(got, want, rtol=1e-3, atol=1e-5)
+    if alone:
+        begun = experiment.load_state(experiment.prepare(config[False], tmp_path / "begun")).params
+        moved = np.asarray(want["embed_tokens"]["embedding"] != begun["embed_tokens"]["embedding"])
+        assert moved.any(axis=1).sum() == 1  # the call's row
+        others = [dict(tree, embed_tokens=None) for tree in (want, begun)]
+        jax.tree.map(np.testing.assert_array_equal, *others)
     for sharded in (False, True):
         workdir = tmp_path / str(sharded)
         shutil.rmtree(workdir / "checkpoints" / "2")

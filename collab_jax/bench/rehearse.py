@@ -25,7 +25,7 @@ from collab_jax import gapg
 from collab_jax.bench import measure, work
 from collab_jax.models import hf
 from collab_jax.models.special_tokens import is_auto
-from collab_jax.rl import experiment, memory_check, shares, training
+from collab_jax.rl import algorithms, experiment, memory_check, shares, training
 from collab_jax.rl.memory_plan import GIB
 from collab_jax.runtime import cli, hosts, markdown, process
 from collab_jax.runtime.errors import UserError
@@ -235,13 +235,16 @@ def run_steps(run: experiment.Run, count: int, ceiling: float) -> list[tuple[str
         rollout_s, update_s = sampled - started, ended - sampled
         with_gradient = (row["kept"] - row["no_signal"]) / run.config.prompts_per_step
         forward = measure.rollout_flop(run.cfg, jax.tree.map(np.asarray, collected.rollout))
+        # Where the decision alone is learnt, nothing is computed again.
+        passes = 0 if algorithms.decision_alone(run.config) else 3
+        share = passes * with_gradient * forward / update_s / ceiling
         rows.append(
             (
                 f"{i + 1}{' (compiles)' * (i == 0)}",
                 f"{rollout_s:.2f}",
                 f"{forward / rollout_s / ceiling:.1%}",
                 f"{update_s:.2f}",
-                f"{3 * with_gradient * forward / update_s / ceiling:.1%}",
+                f"{share:.1%}" if share else "-",
                 measure.number(row["tokens"]),
                 measure.number(row["tokens"] / (rollout_s + update_s)),
                 str(row["cloud_asked"]),

@@ -70,8 +70,9 @@ def evaluate(
 ) -> Records:
     """Returns the records of `examples` under `params` (with axis D); `name` is for messages.
 
-    sampler: of group 1; greedy, or with a temperature and a `seed`. In a drawn response a call is a
-    marker that was written to its end, in a greedy one a crossing of the margin.
+    sampler: of group 1; greedy, or with a temperature and a `seed`. In a drawn response a call is
+    the decision token at a decision state (a marker in plain text: all of it), in a greedy one a
+    crossing of the margin.
     natural: with the natural pass and its columns.
     ask_cloud: with the cloud's verdicts; without, none is bought and none is known.
 
@@ -93,8 +94,9 @@ def evaluate(
     if natural:
         # A greedy response that never crosses is that of the first pass.
         again = [i for i, row in enumerate(rows) if seed is not None or row["natural_called"]]
-        calls = _natural(run, sampler, params, [examples[i] for i in again], f"{name}, calls", seed)
-        for i, columns in zip(again, calls, strict=True):
+        chosen = [examples[i] for i in again]
+        natural_rows = _natural(run, sampler, params, chosen, f"{name}, natural", seed)
+        for i, columns in zip(again, natural_rows, strict=True):
             rows[i] = rows[i] | columns
     table = records.check({column: [row[column] for row in rows] for column in rows[0]}, name)
     return cloud_columns.ask_again(run, table, examples, name) if ask_cloud else table
@@ -152,7 +154,7 @@ def _natural(
     rows: list[Row] = []
     for number, batch in _batches(run, examples, name):
         own, passed = _pass(run, sampler, params, batch, number, 0.0, seed)
-        told = [_natural_row(run.task, i, passed, seed is not None) for i, _ in enumerate(own)]
+        told = [_natural_row(run, i, passed, seed is not None) for i, _ in enumerate(own)]
         rows += hosts.joined("what it called", told, hosts.FOREVER)
     return rows
 
@@ -243,20 +245,27 @@ def _row(run: Run, example: Example, i: int, passed: Pass, natural: bool) -> Row
     }
 
 
-def _natural_row(task: Task, i: int, passed: Pass, drawn: bool) -> Row:
+def _natural_row(run: Run, i: int, passed: Pass, drawn: bool) -> Row:
     """Returns what row `i` of the natural pass says; of a greedy one, the crossing is known."""
     natural, verdicts = passed
-    called = bool(verdicts.called[i])
     row = {
         "natural_text": verdicts.texts[i],
-        "natural_completed": called,
+        "natural_completed": bool(verdicts.called[i]),
         "natural_correct": bool(verdicts.correct[i]),
-        **({"natural_grade": float(verdicts.grade[i])} if task.graded else {}),
+        **({"natural_grade": float(verdicts.grade[i])} if run.task.graded else {}),
         "natural_ended": bool(natural.ended[i]),
     }
-    if drawn:
-        row |= {"natural_called": called, "natural_tokens": int(natural.mask[i].sum())}
-    return row
+    if not drawn:
+        return row
+    token, length = run.text.decision_id, int(natural.mask[i].sum())
+    if token is None:
+        return row | {"natural_called": row["natural_completed"], "natural_tokens": length}
+    calls = (natural.tokens[i] == token) & (natural.margins[i] > -np.inf)
+    called = bool(calls.any())
+    return row | {
+        "natural_called": called,
+        "natural_tokens": int(calls.argmax()) + 1 if called else length,
+    }
 
 
 def _lenient(task: Task, batch: Sequence[Example], local: Pass) -> list[Row]:

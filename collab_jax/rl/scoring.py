@@ -100,7 +100,11 @@ def loss(margins: jax.Array, barred: jax.Array, call: jax.Array, answer: jax.Arr
     margins f32[m, T]: the call's at each token; barred bool[m, T]: the decision states. call,
     answer f32[m]: the weights of a `Scored`.
     """
-    margin = jnp.where(barred, margins, NOWHERE).max(axis=1)
+    return logistic(jnp.where(barred, margins, NOWHERE).max(axis=1), call, answer)
+
+
+def logistic(margin: jax.Array, call: jax.Array, answer: jax.Array) -> jax.Array:
+    """The same from the highest margin of each response; f32 of any one shape."""
     return jnp.sum(call * jax.nn.softplus(-margin) + answer * jax.nn.softplus(margin))
 
 
@@ -115,14 +119,12 @@ def row_gradient(
     """
     assert rollout.margin is not None and rollout.hidden is not None and rollout.barred is not None
     margin, hidden, token = rollout.margin, rollout.hidden, rollout.barred.max()
-    call, answer = (x.reshape(-1) for x in scored)
 
     def objective(params: Params) -> jax.Array:
         whole = decoder.with_ends(lora.join(frozen, params), cfg)
         logit = decoder.token_logits(whole, cfg, hidden, token)
         # Its value is known; the gradient moves the call's logit alone.
-        margins = jnp.maximum(margin, NOWHERE) + logit - jax.lax.stop_gradient(logit)
-        everywhere = jnp.ones((margins.size, 1), bool)
-        return loss(margins.reshape(-1, 1), everywhere, call, answer) / margins.shape[1]
+        known = margin + (logit - jax.lax.stop_gradient(logit))
+        return logistic(known, scored.call, scored.answer) / margin.shape[1]
 
     return jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(objective)(params))

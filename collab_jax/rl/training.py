@@ -113,6 +113,7 @@ def update_body(
     )
 
     def keyed(state: TrainState, rollout: Rollout) -> tuple[TrainState, dict[str, jax.Array]]:
+        assert (rollout.hidden is not None) == algorithms.decision_alone(config)
         # The filter's key is a function of (seed, step), differs from the samples' keys, and is the
         # same on all devices.
         key = jax.random.fold_in(
