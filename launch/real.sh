@@ -11,9 +11,9 @@ set -- configs/svamp_smollm2.py "$@"
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 . launch/stages.sh
 takes=(
-  [collab_jax.sft]="some 90 minutes on two cores; each part says when it will end"
-  [collab_jax.train]="some 25 minutes, two evaluations among them"
-  [collab_jax.evaluate]="8 minutes"
+  [collab_jax.sft]="some 105 minutes on two cores; each part says when it will end"
+  [collab_jax.train]="some 18 minutes, two evaluations among them"
+  [collab_jax.evaluate]="5 minutes"
   [collab_jax.export]="half a minute"
   [collab_jax.calibrate]="10 seconds"
 )
