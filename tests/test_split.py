@@ -126,7 +126,8 @@ def test_a_step_with_divided_parameters_equals_one_with_whole_ones(changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "alone"), [pytest.param(0, False, marks=pytest.mark.long), (2, False), (0, True)]
+    ("rank", "alone"),
+    [pytest.param(r, False, marks=pytest.mark.long) for r in (0, 2)] + [(0, True)],
 )
 def test_a_run_with_divided_parameters_equals_one_with_whole_ones(small, tmp_path, rank, alone):
     """Its checkpoints too: each goes on from the other's. alone: it learns the decision alone."""
