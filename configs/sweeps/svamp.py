@@ -13,8 +13,7 @@ they have 24 steps where `ours` has 96, at a constant learning rate, 1e-4 of 1e-
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
   model.
 - `gapg`: the paper's method, with its filter. `grpo`: GRPO's advantage without a filter, the
-  paper's Collaboration-Aware Tuning. `moved`: the paper's gradient without a filter, with a control
-  of what a right call earns that keeps calls about the budget.
+  paper's Collaboration-Aware Tuning.
 """
 
 from collab_jax.rl.sweeps import Cell, Sweep
@@ -29,12 +28,6 @@ SAMPLED = {
 }
 # On prompts that training does not use, which `ours` leaves none of.
 ROUTED = {"eval.fit_prompts": 512, "routers.record": ("hidden",)}
-MOVED = {
-    "algorithm.control": "dual_alpha_c",
-    "algorithm.control_rate": 0.05,
-    "algorithm.control_gain": 2.0,
-    "reward.alpha_c": 1.15,  # to begin with
-}
 
 
 def get_sweep() -> Sweep:
@@ -46,7 +39,6 @@ def get_sweep() -> Sweep:
             "task-tuning": Cell(SAMPLED | {"algorithm.reward": "task"} | ROUTED, THREE),
             "gapg": Cell(SAMPLED | {"algorithm.filter": "d1d2"}, ONE),
             "grpo": Cell(SAMPLED | {"algorithm.advantage": "grpo"}, ONE),
-            "moved": Cell(SAMPLED | MOVED, ONE),
         },
         prompts=False,
     )
