@@ -37,6 +37,19 @@ def test_problems_are_of_their_split_in_whatever_order_and_none_is_in_two():
     assert [e.problem for e in make_task(config(test_examples=90)).load("test")][:60] == of["test"]
 
 
+def test_no_more_problems_are_drawn_than_a_split_needs(monkeypatch):
+    drawn = []
+
+    def generate(*_):
+        for i in itertools.count():
+            drawn.append(i)
+            yield f"1+{i // 2}"  # each twice
+
+    monkeypatch.setattr(chain, "generate", generate)
+    assert len(chain.load("train", config(train_examples=10).task)) == 10
+    assert len(drawn) == 19
+
+
 def test_lengths_are_equally_likely_and_difficulties_spread_evenly():
     problems = take(2_000, chain.generate("train", 0, config().task))
     lengths = Counter(len(chain.steps(problem)) for problem in problems)

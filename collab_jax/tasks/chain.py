@@ -71,8 +71,12 @@ def load(split: str, task: ConfigDict) -> list[Example]:
     """
     wanted = task.train_examples if split == "train" else task.test_examples
     # Another stream than that of the demonstrations.
-    stream = itertools.islice(generate(split, f"data {task.data_seed}", task), 20 * wanted)
-    found = list(itertools.islice(dict.fromkeys(stream), wanted))
+    stream = generate(split, f"data {task.data_seed}", task)
+    found: dict[str, None] = {}  # in their order, none twice
+    for problem in itertools.islice(stream, 20 * wanted):
+        found.setdefault(problem)
+        if len(found) == wanted:
+            break
     if len(found) < wanted:
         raise TaskError(
             f"only {len(found)} different {split} problems of {wanted}: widen config.task.numbers "
