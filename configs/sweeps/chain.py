@@ -6,22 +6,21 @@ warm start (docs/results/chain/start, by `configs/chain_tiny_sft.py`); budget 30
 the learning rate with which its model does best by itself within the budget, on validation;
 `task-tuning`, which never calls, the one with which its log-probability gate does best there. The
 cloud is simulated: wrong on 6 % of the problems, more often on long chains. Five seeds of `ours`,
-`attempts-too`, `gapg` and `task-tuning`, two of the others.
+`gapg`, `grpo` and `task-tuning`, two of the others.
 
 - `ours`: the decision is scored by the verdict on every attempt, and all that is learnt, by the
   call's row of the head. `attempts-too`: the same, and the policy gradient of the attempts moves
   the whole model.
-- advantage x filter, calls sampled: `gapg` (the paper's method: leave-one-out, D1 and D2),
-  `gapg-no-filter`, from which `attempts-too` differs by its decision alone; `grpo-filter`, `grpo`
-  (the paper's Collaboration-Aware Tuning). Dr. GRPO would be the same as leave-one-out: gradients
-  have unit norm.
-- with a control of the share of calls, without a filter: `gapg-dual` moves what a right call earns,
-  `da-grpo` (arXiv 2602.00166) puts a price on calls.
+- Calls sampled, as other tokens are: `gapg` (the paper's method: leave-one-out, D1 and D2),
+  `gapg-no-filter`, from which `attempts-too` differs by its decision alone, `grpo` (the paper's
+  Collaboration-Aware Tuning). Dr. GRPO would be the same as leave-one-out: gradients have unit
+  norm.
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
   model.
-- one setting of `ours` at a time: `temperature-1`, `32x8`, `last-weights`.
 - `ours` at other budgets, with the learning rate chosen at 30 %: `budget-10` to `budget-50`. How
   often does the model call by itself?
+
+One setting of `ours` at a time, and controls of the share of calls: chain_settings.py.
 """
 
 from typing import Any
@@ -47,19 +46,13 @@ def get_sweep() -> Sweep:
         {"eval.split": "test"},
         {
             "ours": Cell(ROUTED, FIVE, values=OF_A_ROW),
-            "attempts-too": Cell({"algorithm.advantage": "gapg"}, FIVE),
+            "attempts-too": Cell({"algorithm.advantage": "gapg"}, TWO),
             "gapg": Cell(sampled(filter="d1d2"), FIVE),
             "gapg-no-filter": Cell(sampled(), TWO),
-            "grpo": Cell(sampled(advantage="grpo"), TWO),
+            "grpo": Cell(sampled(advantage="grpo"), FIVE),
             "task-tuning": Cell(
                 sampled(advantage="grpo", reward="task") | ROUTED, FIVE, router="logprob"
             ),
-            "grpo-filter": Cell(sampled(advantage="grpo", filter="d1d2"), TWO),
-            "gapg-dual": Cell(sampled(control="dual_alpha_c"), TWO),
-            "da-grpo": Cell(sampled(advantage="grpo", control="lagrangian"), TWO),
-            "temperature-1": Cell({"temperature": 1.0}, TWO, values=OF_A_ROW),
-            "32x8": Cell({"prompts_per_step": 32, "group": 8}, TWO, values=OF_A_ROW),
-            "last-weights": Cell({"optim.average": 0.0}, TWO, values=OF_A_ROW),
         }
         | {f"budget-{b}": Cell({"budget": b / 100}, TWO, like="ours") for b in (10, 20, 40, 50)},
         search=Search("optim.learning_rate", (2.5e-5, 5e-5, 1e-4)),
