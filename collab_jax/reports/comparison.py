@@ -17,6 +17,8 @@ from collab_jax.runtime import files, markdown
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent, points
 
+RIVALS = ("margin", "logprob")  # routers that a model's own decisions are compared with
+
 
 class Model(NamedTuple):
     """A model's records, one table for each seed, and what its learned routers are fitted on."""
@@ -170,7 +172,26 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     return alone | {
         "natural_call_rate": estimate(curves.mean(called, resamples)),
         "natural_accuracy": estimate(curves.mean(right, resamples)),
+        # What its own decisions bring beyond a router that makes as many calls.
+        "natural_minus": {
+            router: estimate(curves.mean(_beyond(router, model, called, right), resamples))
+            for router in RIVALS
+            if all(router in routers.possible(table) for table in model.seeds)
+        },
     }
+
+
+def _beyond(
+    router: str, model: Model, called: Sequence[np.ndarray], right: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """How much likelier a prompt ends up right than with a router that calls as often: f64[n] each.
+
+    called, right: by prompt, of each seed.
+    """
+    return [
+        r - measures.replay(table, routers.score(router, table), float(c.mean()))
+        for table, c, r in zip(model.seeds, called, right, strict=True)
+    ]
 
 
 def _costs(

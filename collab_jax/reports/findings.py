@@ -81,14 +81,26 @@ def _reached(result: dict[str, Any], task_tuned: str | None) -> str:
 
 
 def _natural(result: dict[str, Any], budgets: Mapping[str, float]) -> str:
-    """The share of calls that models make of themselves, by their budget."""
+    """The share of calls that models make of themselves, by their budget; what that is worth."""
     said: dict[float, list[str]] = {}
     for name, model in result["models"].items():
         if name in budgets and "natural_call_rate" in model:
             rate = f"`{name}` on {_share(model['natural_call_rate'])}"
             said.setdefault(budgets[name], []).append(rate)
+    if not said:
+        return ""
     parts = [f"at a budget of {100 * b:g} %, {', '.join(rates)}" for b, rates in said.items()]
-    return f"Left to themselves they call, {'; '.join(parts)}." if parts else ""
+    text = f"Left to themselves they call, {'; '.join(parts)}."
+    name = result["reference"].partition(": ")[0]
+    model = result["models"][name]
+    beside = [
+        f"{verdict(lead)} what its *{_title(router)}* brings at that share ({points(lead)})"
+        for router, lead in model.get("natural_minus", {}).items()
+    ]
+    if not beside:
+        return text
+    right = _share(model["natural_accuracy"])
+    return f"{text} `{name}` has {right} right then, {' and '.join(beside)}, in points."
 
 
 def _against_cells(result: dict[str, Any]) -> str:
@@ -113,18 +125,24 @@ def _against_cells(result: dict[str, Any]) -> str:
 
 
 def headline_table(result: dict[str, Any]) -> str:
-    """A row a model, short enough for a front page: everything at BUDGET."""
+    """A row a model, short enough for a front page: alone, by itself, and routed at BUDGET.
+
+    The last column is of the margins at BUDGET. Raises KeyError for records without a natural pass.
+    """
     budget = f"{100 * BUDGET:g} % calls"
     head = [
         "",
         "seeds",
         "device alone",
+        "by itself: calls",
+        "by itself: right",
         f"{budget}: margin",
-        f"{budget}: log-probability gate",
+        f"{budget}: gate",
         f"{result['reference'].partition(': ')[0]} ahead by",
     ]
     rows = []
     for name in models_with_margin(result):
+        model = result["models"][name]
         margin, gate = (
             result["methods"][f"{name}: {router}"]["at_budget"][str(BUDGET)]
             for router in ("margin", "logprob")
@@ -134,7 +152,8 @@ def headline_table(result: dict[str, Any]) -> str:
             [
                 name,
                 str(result["seeds"][name]),
-                percent(result["models"][name]["local_accuracy"]),
+                percent(model["local_accuracy"]),
+                *(percent(model[key]) for key in ("natural_call_rate", "natural_accuracy")),
                 percent(margin["accuracy"]),
                 percent(gate["accuracy"]),
                 "" if is_reference else points(margin["reference_minus_this"]),
