@@ -1,6 +1,6 @@
 """Sweeps: many training runs from one file, one after the other; no finished run is repeated.
 
-    python -m collab_jax.sweep --config configs/sweeps/paper_table.py --out runs/paper_table
+    python -m collab_jax.sweep --config configs/sweeps/chain.py --out runs/chain
 
 Every cell runs with each of its seeds in OUT/CELL/seed-S, all cells' first seeds before any second,
 so that a sweep that is stopped has a report of what there is. The same command continues, also in

@@ -10,10 +10,11 @@ chains as on the shortest.
 
 Batches, temperature and averaged weights are those of configs/countdown_tiny_ours.py, which says
 why. The decision is scored, and all that is learnt: the call's row of the head moves, and nothing
-else does (collab_jax/rl/scoring.py). So the model solves what the start solves; what the
-policy gradient of the attempts would change is for `attempts-too` in configs/sweeps/chain.py to
-show. A row alone takes a higher learning rate than a model. Adam's momentum is lower than usual,
-since what a step does to calls has to be seen by the next ones. No result is published yet.
+else does (collab_jax/rl/scoring.py). So the model solves what the start solves. A row alone takes a
+higher learning rate than a model. Adam's momentum is lower than usual, since what a step does to
+calls has to be seen by the next ones.
+
+Results: docs/results.md, and docs/results/chain, whose search the learning rate comes from.
 """
 
 import pathlib
@@ -37,5 +38,5 @@ def get_config() -> ConfigDict:
     config.algorithm.decision = "scored"
     config.algorithm.advantage = "none"
     config.optim.momentum = 0.5
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 5e-4
     return config

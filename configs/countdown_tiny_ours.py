@@ -19,8 +19,8 @@ the same. A larger batch of prompts needs no filter, as enough of them are solve
 learnt from those that only the cloud solves. The averaged weights remove the noise of the last
 steps.
 
-Results: docs/results/paper_table, cell `ours` (`many-prompts` is the same at temperature 1);
-docs/results/ablation_temperature and ablation_group change one part of the recipe at a time.
+The task shows its answer: a demonstration ends an attempt with `ok` or `no`, and so the trained model
+calls where it has written `no`. What it takes to decide where nothing shows is chain_tiny.py's.
 """
 
 import pathlib

@@ -18,7 +18,7 @@ from fakes import write_rows
 
 from collab_jax import cloud, records, tasks
 from collab_jax.bench import peers
-from collab_jax.reports import findings
+from collab_jax.reports import quote
 from collab_jax.rl import algorithms, sweeps
 from collab_jax.routing import routers
 from collab_jax.tasks import Example, Verdict
@@ -120,7 +120,7 @@ def test_every_other_command_runs(tmp_path, data_dir):
         assert line.startswith("python -m collab_jax."), f"a command that no test runs: {line}"
         words = shlex.split(line.replace("runs/", f"{tmp_path}/"))[1:]
         if "collab_jax.sweep" in words:  # hours of work: test_sweep.py runs sweeps
-            assert sweeps.jobs(sweeps.load(ROOT / words[words.index("--config") + 1]), tmp_path)
+            assert sweeps.load(ROOT / words[words.index("--config") + 1]).cells
             continue
         if "peers" in words and set(peers.PACKAGES) - set(peers.versions()):
             continue
@@ -192,10 +192,10 @@ def test_the_seams_are_those_of_the_code():
     assert [x for x in found if not defines(*x)] == []
 
 
-def test_the_headline_is_that_of_the_published_results():
-    results = ROOT / "docs" / "results" / "paper_table" / "compare.json"
-    headline = findings.headline_table(json.loads(results.read_text()))
-    assert headline in TEXTS[README] and headline in TEXTS[ROOT / "docs" / "results.md"]
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "results.md"], ids=lambda p: p.name)
+def test_figures_are_those_of_the_published_reports(page):
+    assert "<!-- headline of docs/results/chain -->" in TEXTS[README]
+    assert quote.quoted(TEXTS[page]) == TEXTS[page], f"python -m collab_jax.reports.quote {page}"
 
 
 def test_the_four_rows_are_of_the_whole_table():

@@ -135,7 +135,7 @@ def test_one_step_by_hand_has_the_numbers_that_it_tells(run_notebook):
 
 def test_results_are_read_as_they_were_published(run_notebook):
     out = run_notebook(NOTEBOOK.parent / "03_read_results.ipynb")
-    result = json.loads((ROOT / "docs" / "results" / "paper_table" / "compare.json").read_text())
+    result = json.loads((ROOT / "docs" / "results" / "chain" / "compare.json").read_text())
     assert [row[0] for row in rows(out["table"])[::2]] == list(result["models"])
     by_hand, replayed = re.search(
         r"calls: ([\d.]+)%, by measures.replay ([\d.]+)%", out["replay"][0]

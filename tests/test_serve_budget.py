@@ -21,8 +21,8 @@ QUERIES = 2000
 
 @pytest.fixture(scope="module")
 def table():
-    """Held-out records of the embedded model: margins, and which responses have an answer."""
-    file = ROOT / "docs" / "results" / "paper_table" / "ours" / "seed-0" / "after.parquet"
+    """Test records of a trained model: margins, and which responses have an answer."""
+    file = ROOT / "docs" / "results" / "chain" / "ours" / "seed-0" / "after.parquet"
     return records.read(file)
 
 

@@ -4,7 +4,7 @@
 
 replaces what stands between the lines
 
-    <!-- headline of docs/results/paper_table -->
+    <!-- headline of docs/results/chain -->
     <!-- end -->
 
 in each document. After `<!--` stands which part of the published report is quoted, one of PARTS;
