@@ -13,14 +13,16 @@ cloud is simulated: wrong on 6 % of the problems, more often on long chains. Fiv
   the whole model.
 - Calls sampled, as other tokens are: `gapg` (the paper's method: leave-one-out, D1 and D2),
   `gapg-no-filter`, from which `attempts-too` differs by its decision alone, `grpo` (the paper's
-  Collaboration-Aware Tuning). Dr. GRPO would be the same as leave-one-out: gradients have unit
-  norm.
+  Collaboration-Aware Tuning). Dr. GRPO would be the same as leave-one-out, since gradients have
+  unit norm, and DA-GRPO (arXiv 2602.00166) the same as GRPO, since its price on calls rises only
+  while they exceed the budget. `gapg-dual`: as `gapg-no-filter`, with a control of what a right
+  call earns that is to bring calls to the budget, from below as well.
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
   model.
 - `ours` at other budgets, with the learning rate chosen at 30 %: `budget-10` to `budget-50`. How
   often does the model call by itself?
 
-One setting of `ours` at a time, and controls of the share of calls: chain_settings.py.
+One setting of `ours` at a time: chain_settings.py.
 """
 
 from typing import Any
@@ -31,6 +33,7 @@ from collab_jax.rl.sweeps import Cell, Sweep
 FIVE, TWO = range(5), range(2)
 ROUTERS = ("classifier", "agreement", "hidden", "token_margin", "policy_logprob")
 ROUTED = {"eval.fit_prompts": 4096, "routers.record": ROUTERS}
+BRISK = {"algorithm.control_rate": 0.05, "algorithm.control_gain": 2.0}  # it has 160 steps
 OF_A_ROW = (5e-4, 1e-3, 2e-3)  # learning rates
 
 
@@ -50,6 +53,7 @@ def get_sweep() -> Sweep:
             "gapg": Cell(sampled(filter="d1d2"), FIVE),
             "gapg-no-filter": Cell(sampled(), TWO),
             "grpo": Cell(sampled(advantage="grpo"), FIVE),
+            "gapg-dual": Cell(sampled(control="dual_alpha_c") | BRISK, TWO),
             "task-tuning": Cell(
                 sampled(advantage="grpo", reward="task") | ROUTED, FIVE, router="logprob"
             ),
