@@ -19,8 +19,8 @@ the same. A larger batch of prompts needs no filter, as enough of them are solve
 learnt from those that only the cloud solves. The averaged weights remove the noise of the last
 steps.
 
-The task shows its answer: a demonstration ends an attempt with `ok` or `no`, and so the trained model
-calls where it has written `no`. What it takes to decide where nothing shows is chain_tiny.py's.
+The task shows its answer: a demonstration ends an attempt with `ok` or `no`, and so the trained
+model calls where it has written `no`. chain_tiny.py has a task where nothing shows.
 """
 
 import pathlib
