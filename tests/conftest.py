@@ -32,6 +32,7 @@ if not _WORKER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="collab_jax-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of what small tests take
+os.environ["OMP_NUM_THREADS"] = "1"  # scikit-learn's threads wait for each other on busy cores
 
 import jax  # noqa: E402
 

@@ -127,6 +127,7 @@ def command(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_command_line_writes_a_table_and_json(tmp_path):
     sizes = [
         "--prompts",

@@ -348,6 +348,7 @@ def test_the_simulated_cloud_solves_it(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_warm_starts_with_and_without_relabelling_then_training(small, tmp_path, capsys):
     """A model of characters, made from nothing: what it writes is nonsense, and is judged."""
     write_rows(

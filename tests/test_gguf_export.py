@@ -514,6 +514,7 @@ def test_what_cannot_be_exported_as_gguf_is_told(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_is_written_as_llama_cpp_wrote_it(smollm2_file, tmp_path):
     """Its file was made by llama.cpp's own converter: each value, and all that is said of it."""
     folder = hf.locate("smollm2-135m")

@@ -183,6 +183,7 @@ def test_two_hosts_evaluate_as_one_does(alone, data_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_hosts_make_the_warm_start_of_one(data_dir, tmp_path):
     """With relabelling: two tunings, the samples of each, and the last one."""
     models = []
@@ -401,6 +402,7 @@ def test_a_job_whose_network_is_cut_ends_and_goes_on(alone, data_dir, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_on_two_hosts_takes_each_its_share_and_leaves_nothing(data_dir, tmp_path):
     (scratch := tmp_path / "scratch").mkdir()
     settings = SMALL | {"task.data_dir": str(data_dir), "decode.slot_counts": 1}

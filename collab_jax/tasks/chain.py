@@ -8,6 +8,7 @@ Problems are drawn where they are needed, and nothing is on disk. A hash of the 
 split (`splits.py`), whatever the seed or the size of a split.
 """
 
+import functools
 import itertools
 import operator
 import random
@@ -137,7 +138,7 @@ def make_task(config: ConfigDict) -> Task:
         raise TaskError("config.task.train_examples and test_examples must be at least 1")
     return rows.make_task(
         config,
-        load=lambda split: load(split, task),
+        load=functools.cache(lambda split: load(split, task)),  # the cloud's solver loads it too
         problem=lambda example: example.problem,
         gold=lambda example: answer(example.problem),
         compare=lambda examples, responses: [

@@ -146,7 +146,7 @@ def make_task(
     in `Task`. ranked: whether examples have a difficulty.
     Raises TaskError for a prompt without {problem}.
     """
-    asked, marker, load = config.task.prompt, config.text.marker, functools.cache(load)
+    asked, marker = config.task.prompt, config.text.marker
     if "{problem}" not in asked:
         raise TaskError(f"config.task.prompt={asked!r} needs {{problem}}, where the problem goes")
 
