@@ -52,6 +52,12 @@ def test_what_a_model_decides_by_itself_beside_routers_that_call_as_often():
         assert model["natural_minus"][router]["value"] == pytest.approx(0.4 - 0.8)
 
 
+def test_a_share_of_calls_stays_a_share_however_far_its_seeds_are_apart():
+    seeds = [make(50, natural_called=[called] * 50) for called in (True, False)]
+    model = comparison.compare({"m": Model(seeds, [None] * 2)}, resamples=50)["models"]["m"]
+    assert model["natural_call_rate"] == {"value": 0.5, "low": 0, "high": 1}
+
+
 def test_a_difference_is_paired_and_a_model_with_itself_has_none():
     twice = {"a": Model([make(200), make(200, local_correct=[True] * 200)], [None] * 2)}
     both = comparison.compare({**twice, "b": twice["a"]}, resamples=50)

@@ -170,8 +170,9 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     ]
     resamples = len(curve) - 1
     return alone | {
-        "natural_call_rate": estimate(curves.mean(called, resamples)),
-        "natural_accuracy": estimate(curves.mean(right, resamples)),
+        # A t interval of few seeds may pass the ends of what a share can be.
+        "natural_call_rate": estimate(np.clip(curves.mean(called, resamples), 0, 1)),
+        "natural_accuracy": estimate(np.clip(curves.mean(right, resamples), 0, 1)),
         # What its own decisions bring beyond a router that makes as many calls.
         "natural_minus": {
             router: estimate(curves.mean(_beyond(router, model, called, right), resamples))
