@@ -5,8 +5,8 @@ steps of 64 prompts x 4 responses at temperature 0.5 with averaged weights for e
 warm start (docs/results/chain/start, by `configs/chain_tiny_sft.py`); budget 30 %. Every row has
 the learning rate with which its model does best by itself within the budget, on validation;
 `task-tuning`, which never calls, the one with which its log-probability gate does best there. The
-cloud is simulated: wrong on 6 % of the problems, more often on long chains. Five seeds of `ours`,
-`gapg`, `grpo` and `task-tuning`, two of the others.
+cloud is simulated: wrong on 6 % of the problems, more often on long chains. Five seeds of `ours`
+at each budget, `gapg`, `grpo` and `task-tuning`, two of the others.
 
 - `ours`: the decision is scored by the verdict on every attempt, and all that is learnt, by the
   call's row of the head. `attempts-too`: the same, and the policy gradient of the attempts moves
@@ -58,6 +58,6 @@ def get_sweep() -> Sweep:
                 sampled(advantage="grpo", reward="task") | ROUTED, FIVE, router="logprob"
             ),
         }
-        | {f"budget-{b}": Cell({"budget": b / 100}, TWO, like="ours") for b in (10, 20, 40, 50)},
+        | {f"budget-{b}": Cell({"budget": b / 100}, FIVE, like="ours") for b in (10, 20, 40, 50)},
         search=Search("optim.learning_rate", (2.5e-5, 5e-5, 1e-4)),
     )
