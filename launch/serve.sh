@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serves the embedded model and a simulated cloud at http://127.0.0.1:8000, where a browser finds the playground. Arguments go
 # to collab_jax.serve and win over the ones here, e.g.
-#   launch/serve.sh --model runs/ours-hf --config configs/countdown_tiny_ours.py --port 8080
+#   launch/serve.sh --model runs/countdown-hf --config configs/countdown_tiny_ours.py --port 8080
 # Relative paths are meant from the root of the repository. COLLAB_OPERATOR_KEY is the key to the budget; where it is not set,
 # one is made; empty: nobody has it.
 set -euo pipefail

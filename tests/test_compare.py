@@ -41,15 +41,13 @@ def test_compare_by_hand():
     )
 
 
-def test_what_a_model_decides_by_itself_beside_routers_that_call_as_often():
+def test_what_a_model_decides_by_itself_beside_a_gate_that_calls_as_often():
     table = make(natural_called=[True, False, False, False, True], natural_correct=[False] * 5)
     model = comparison.compare({"m": Model([table], [None])}, resamples=20)["models"]["m"]
     assert model["natural_call_rate"]["value"] == pytest.approx(0.4)
     assert model["natural_accuracy"]["value"] == pytest.approx(0.4)  # the two that it calls on
-    # Two calls by margin are 4, without an answer, and 1; by log-probability as well: 4 of 5 right.
-    assert model["natural_minus"].keys() == {"margin", "logprob"}
-    for router in ("margin", "logprob"):
-        assert model["natural_minus"][router]["value"] == pytest.approx(0.4 - 0.8)
+    # Two calls by log-probability are 4, without an answer, and 1: 4 of 5 right.
+    assert model["natural_minus_gate"]["value"] == pytest.approx(0.4 - 0.8)
 
 
 def test_a_share_of_calls_stays_a_share_however_far_its_seeds_are_apart():

@@ -31,7 +31,7 @@ RESULT = {
             "reference_minus_this": rate(0, 0, 0),
             "natural_call_rate": rate(0.4, 0.38, 0.42),
             "natural_accuracy": rate(0.85, 0.84, 0.86),
-            "natural_minus": {"margin": rate(*NONE), "logprob": rate(*BEHIND)},
+            "natural_minus_gate": rate(*BEHIND),
         },
         "task": {
             "local_accuracy": rate(0.54, 0.5, 0.58),
@@ -70,8 +70,8 @@ def test_five_sentences_by_hand():
     assert "behind `task` (-4.0 (-6.0 to -2.0) points)" in reached
     assert "at a budget of 30 %, `ours` on 40.0 % (38.0 to 42.0)" in natural
     assert "at a budget of 20 %, `other` on 20.0 %" in natural and "`task`" not in natural
-    assert "`ours` has 85.0 % (84.0 to 86.0) right then, not told apart from what its" in natural
-    assert "behind what its *log-probability gate* brings at that share (-4.0" in natural
+    assert "`ours` has 85.0 % (84.0 to 86.0) right then, behind what its *log-prob" in natural
+    assert natural.endswith("brings at that share (-4.0 (-6.0 to -2.0) points).")
     assert "ahead of `task` (+5.0" in cells and "behind `other` (-4.0" in cells
     assert "These are 2 comparisons" in cells
 

@@ -17,8 +17,6 @@ from collab_jax.runtime import files, markdown
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.markdown import percent, points
 
-RIVALS = ("margin", "logprob")  # routers that a model's own decisions are compared with
-
 
 class Model(NamedTuple):
     """A model's records, one table for each seed, and what its learned routers are fitted on."""
@@ -169,30 +167,19 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
         for table in model.seeds
     ]
     resamples = len(curve) - 1
-    return alone | {
+    figures = alone | {
         # A t interval of few seeds may pass the ends of what a share can be.
         "natural_call_rate": estimate(np.clip(curves.mean(called, resamples), 0, 1)),
         "natural_accuracy": estimate(np.clip(curves.mean(right, resamples), 0, 1)),
-        # What its own decisions bring beyond a router that makes as many calls.
-        "natural_minus": {
-            router: estimate(curves.mean(_beyond(router, model, called, right), resamples))
-            for router in RIVALS
-            if all(router in routers.possible(table) for table in model.seeds)
-        },
     }
-
-
-def _beyond(
-    router: str, model: Model, called: Sequence[np.ndarray], right: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """How much likelier a prompt ends up right than with a router that calls as often: f64[n] each.
-
-    called, right: by prompt, of each seed.
-    """
-    return [
-        r - measures.replay(table, routers.score(router, table), float(c.mean()))
+    if not all("logprob" in routers.possible(table) for table in model.seeds):
+        return figures
+    # Beside the margin there is nothing to compare: its calls are the natural ones.
+    beyond = [
+        r - measures.replay(table, routers.score("logprob", table), float(c.mean()))
         for table, c, r in zip(model.seeds, called, right, strict=True)
     ]
+    return figures | {"natural_minus_gate": estimate(curves.mean(beyond, resamples))}
 
 
 def _costs(

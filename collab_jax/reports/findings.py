@@ -93,14 +93,12 @@ def _natural(result: dict[str, Any], budgets: Mapping[str, float]) -> str:
     text = f"Left to themselves they call, {'; '.join(parts)}."
     name = result["reference"].partition(": ")[0]
     model = result["models"][name]
-    beside = [
-        f"{verdict(lead)} what its *{_title(router)}* brings at that share ({points(lead)})"
-        for router, lead in model.get("natural_minus", {}).items()
-    ]
-    if not beside:
+    if not (lead := model.get("natural_minus_gate")):
         return text
-    right = _share(model["natural_accuracy"])
-    return f"{text} `{name}` has {right} right then, {' and '.join(beside)}, in points."
+    return (
+        f"{text} `{name}` has {_share(model['natural_accuracy'])} right then, {verdict(lead)} what "
+        f"its *{_title('logprob')}* brings at that share ({points(lead)} points)."
+    )
 
 
 def _against_cells(result: dict[str, Any]) -> str:
