@@ -5,14 +5,13 @@
 It starts from docs/results/chain/start, which configs/chain_tiny_sft.py made. A response is a step
 a line and the last result as the answer, so that the decision to call can only come from the
 model's own uncertainty, and the log-probability of a response is the rival (`tasks/chain.py`). The
-simulated cloud errs on 6 % of the problems, with odds that are 20 times as high on the longest
+simulated cloud errs on 6 % of the problems, with odds that are nine times as high on the longest
 chains as on the shortest.
 
-Batches, temperature and averaged weights are those of configs/countdown_tiny_ours.py, which says
-why. The decision is scored, and all that is learnt: the call's row of the head moves, and nothing
-else does (collab_jax/rl/scoring.py). So the model solves what the start solves. A row alone takes a
-higher learning rate than a model. Adam's momentum is lower than usual, since what a step does to
-calls has to be seen by the next ones.
+Batches, temperature, momentum and averaged weights are those of configs/countdown_tiny_ours.py,
+which says why. The decision is scored, and all that is learnt: the call's row of the head moves,
+and nothing else does (collab_jax/rl/scoring.py). So the model solves what the start solves. A row
+alone takes a higher learning rate than a model.
 
 Results: docs/results.md, and docs/results/chain, whose search the learning rate comes from.
 """
@@ -34,9 +33,6 @@ def get_config() -> ConfigDict:
     config.task.prompt = "{problem}"
     config.task.numbers = (1, 50)
     config.task.steps = (2, 5)
-    config.cloud.error_skew = 3.0
-    config.algorithm.decision = "scored"
     config.algorithm.advantage = "none"
-    config.optim.momentum = 0.5
     config.optim.learning_rate = 5e-4
     return config

@@ -29,7 +29,7 @@ here = pathlib.Path(__file__)
 chain = runpy.run_path(str(here.with_name("chain_tiny.py")))
 countdown = runpy.run_path(str(here.with_name("countdown_tiny_sft.py")))
 
-NOT_IN_CHAINS = {"/", "(", ")", ",", " ", " ok", " no"}  # of Countdown's words
+NOT_IN_CHAINS = {"/", "(", ")", ",", " "}  # of Countdown's words
 
 
 def get_config() -> ConfigDict:

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.group = 8  # G, responses for each prompt, at least 2
     config.prompts_per_step = 32  # Q, prompts in the global batch; a multiple of the devices
     config.prompt_length = 16  # L, tokens; a longer prompt is left out
-    config.max_new_tokens = 56  # T, tokens of a response, EOS included
+    config.max_new_tokens = 96  # T, tokens of a response, EOS included
     config.temperature = 1.0  # of training rollouts; the gradient is that of this distribution
     config.cpu_devices = 2  # host devices where there is no accelerator; they share the batch
 
@@ -97,9 +97,9 @@ def get_config() -> ConfigDict:
     config.task.train_examples = 16384  # size of the training split
     config.task.test_examples = 8192  # size of the validation split, and of the test split
     config.task.data_seed = 0  # of the data set, not of a run
-    config.task.demo_length = 56  # longest demonstration, in tokens of the tiny vocabulary
+    config.task.demo_length = 96  # longest demonstration, in tokens of the tiny vocabulary
     config.task.demo_give_up = 0.15  # share of demonstrations that end with the marker
-    # share that answer with an attempt that failed, and call it right where it came near
+    # share whose last attempt fails as well, and is answered all the same
     config.task.demo_guess = 0.2
 
     config.cloud = ConfigDict()
@@ -133,7 +133,7 @@ def get_config() -> ConfigDict:
     # simulated: share that it gets wrong, by a hash (DeepSeek-R1 had 93.8 % right in the paper)
     config.cloud.error_rate = 0.062
     # simulated: log of the odds of an error on the hardest problem over those on the easiest, the
-    # mean being the error_rate; 0: all alike. The task must say how hard a problem is (svamp does)
+    # mean being the error_rate; 0: all alike. The task must say how hard a problem is
     config.cloud.error_skew = 0.0
     config.cloud.seconds = 8.0  # simulated: latency of a call; it is booked, not waited for
     config.cloud.usd_per_million_input = 0.55  # simulated: price

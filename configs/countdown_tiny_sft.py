@@ -2,11 +2,13 @@ r"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from 
 
     python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir runs/countdown-tiny
 
-Expected after 1,200 steps (20 to 35 minutes on two cores, before demonstrations were packed): last
-loss 0.175 nats a token. Greedy, with the marker disallowed, it solves 65 % of the prompts with
-three numbers and 30 % of those with four. In natural decoding it calls on 9 % of the prompts and
-answers half of them wrong: on 35 % it says itself that its answer is wrong (`no`), on 16 % that it
-is right (`ok`).
+1,200 steps took 10 minutes on two cores of an AMD EPYC (2026-11-28). Of 4,096 validation prompts of
+configs/countdown_tiny.py, seed 0, it solves 47.1 % in greedy decoding with the marker disallowed
+(45.6 to 48.7), and calls on 2.7 % in natural decoding (2.2 to 3.2). No word says whether an attempt
+reached the target (`tasks/countdown.py`), and the call may follow any of them: what to do about a
+miss is left to what comes after. It makes up to three attempts and then answers with the last,
+right or wrong; in 39 % of the responses an attempt that failed is made again, which demonstrations
+never show: a model of this size does not learn to look back and do otherwise.
 """
 
 import pathlib
@@ -18,8 +20,6 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
 _WORDS = [
     *"0123456789+-*/()=, \n",
-    " ok",
-    " no",
     "<think>",
     "</think>",
     "<answer>",

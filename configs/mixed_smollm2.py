@@ -7,12 +7,12 @@ r"""Numbers, word problems and code in one run: a mix on SmolLM2-135M-Instruct, 
         --workdir runs/mixed/run --config.lora.start=runs/mixed/start
 
 The settings are those of configs/svamp_smollm2.py, which explains them, but for lengths, which
-follow from MBPP, and the cloud's errors, which do not depend on difficulty: Countdown does not say
-how hard a problem is. Of five training prompts two are Countdown's, two SVAMP's and one MBPP's. The
-prompt is the problem and no more, `23 46 8=31` in Countdown; the warm start teaches what to do with
-each. MBPP needs bubblewrap (docs/tasks.md). The report tells the tasks apart. An evaluation has 440
-prompts: beyond, MBPP's 90 for validation run out, and the shares would be others. Measured is a run
-that was cut to half an hour alone, in which attempts were learnt too (docs/results.md).
+follow from MBPP, and the cloud's errors, which do not depend on difficulty. Of five training
+prompts two are Countdown's, two SVAMP's and one MBPP's. The prompt is the problem and no more,
+`23 46 8=31` in Countdown; the warm start teaches what to do with each. MBPP needs bubblewrap
+(docs/tasks.md). The report tells the tasks apart. An evaluation has 440 prompts: beyond, MBPP's 90
+for validation run out, and the shares would be others. Measured is a run that was cut to half an
+hour alone, in which attempts were learnt too (docs/results.md).
 """
 
 import pathlib

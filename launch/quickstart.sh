@@ -6,5 +6,5 @@ set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 prepare
-say "training configs/countdown_tiny.py"
-exec .venv/bin/python -m collab_jax.train --config configs/countdown_tiny.py --workdir runs/quickstart "$@"
+say "training configs/countdown_tiny_ours.py"
+exec .venv/bin/python -m collab_jax.train --config configs/countdown_tiny_ours.py --workdir runs/quickstart "$@"

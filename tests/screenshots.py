@@ -18,7 +18,7 @@ from serving import Server  # noqa: E402
 
 from collab_jax.serve.__main__ import CONFIG, make_service  # noqa: E402
 
-QUESTION = "3 19 51=73"  # at which the embedded model calls
+QUESTION = "25 14 28=50"  # at which the embedded model calls
 # name: width and height of the window, colours
 SHOTS = {
     "playground-desktop": (1240, 860, "light"),

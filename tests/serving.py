@@ -26,7 +26,7 @@ from collab_jax.serve.upstream import Upstream
 from collab_jax.tasks import make_task
 
 KEY = "operator's"
-RESPONSE = "<think>49+9=58,58+37=95 ok</think><answer> 49+9+37 </answer>"
+RESPONSE = "<think>49+9=58,58+37=95</think><answer> 49+9+37 </answer>"
 PRICE = (10 * 1.0 + 3 * 2.0) / 1e6  # of an answer of Provider, by the prices below
 
 

@@ -20,10 +20,10 @@ EXAMPLES = [
     Example("b", "4 numbers", ((6, 10, 2, 7), 25)),
     Example("c", "3 numbers", ((20, 30, 40), 50)),
 ]
-RIGHT = "<think>4+3=7,7+5=12 ok</think><answer>3+4+5</answer>"
-BROKEN = "4+3=7,7+5=12 ok</think><answer>3+4+5</answer>"
-WRONG = "<think>4*3=12,12+5=17 no</think><answer>3*4+5</answer>"
-CALL = "<think>4*3=12,12+5=17 no\n<unknown> I need external assistance </unknown>"
+RIGHT = "<think>4+3=7,7+5=12</think><answer>3+4+5</answer>"
+BROKEN = "4+3=7,7+5=12</think><answer>3+4+5</answer>"
+WRONG = "<think>4*3=12,12+5=17</think><answer>3*4+5</answer>"
+CALL = "<think>4*3=12,12+5=17\n<unknown> I need external assistance </unknown>"
 
 
 @dataclasses.dataclass
@@ -56,11 +56,11 @@ def test_versions_are_of_what_is_installed():
 
 def test_rewards_are_the_methods(parts):
     text, task, weights = parts.text, parts.task, parts.config.reward
-    rows = [text.response_ids(r) for r in (RIGHT, BROKEN, CALL, WRONG, "ok ok", CALL)]
+    rows = [text.response_ids(r) for r in (RIGHT, BROKEN, CALL, WRONG, "3+3", CALL)]
     rows[-1] = rows[-1][:-1]  # cut off
     got = peers.rewards(task, text, weights, EXAMPLES[:1] * len(rows), rows)
 
-    found = task.verify(EXAMPLES[:1] * 5, (RIGHT, BROKEN, CALL, WRONG, "ok ok"))
+    found = task.verify(EXAMPLES[:1] * 5, (RIGHT, BROKEN, CALL, WRONG, "3+3"))
     verdicts = [[[getattr(v, name) for v in found]] for name in ("correct", "called", "formatted")]
     state = gapg.init_reward(weights.alpha_a, weights.alpha_c, weights.alpha_f)
     wanted, _ = gapg.reward(state, *jnp.array(verdicts), jnp.array([True]))

@@ -100,7 +100,7 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
     config = small()
     task, text = make_task(config), text_lib.load(hf.locate(config.model.path), config.text)
     examples = [Example(name, "3 numbers", ((3, 4, 5), 12)) for name in ("calls", "answers")]
-    thought = "<think>4*3=12,12+5=17 no\n"
+    thought = "<think>4*3=12,12+5=17\n"
     written = [
         text.response_ids(thought + config.text.marker),
         text.response_ids("<think>1</think><answer>3</answer>"),
@@ -128,7 +128,7 @@ def test_the_attempt_up_to_the_call_goes_along_and_both_ways_are_reported(small,
     } and extra > len(thought)
     assert rows[1] == {"shared_known": False, "shared_correct": False, "shared_extra_tokens": 0}
     stored = [content for (content,) in cloud.store.query("SELECT prompt FROM answers")]
-    assert len(stored) == 2 and sum("12+5=17 no" in content for content in stored) == 1
+    assert len(stored) == 2 and sum("12+5=17" in content for content in stored) == 1
     assert not any("unknown" in content for content in stored)  # the call itself is not handed over
 
     columns = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from streams import take, tiny_config, within
 
-from collab_jax.cloud import SimulatedCloud
+from collab_jax.cloud import SimulatedCloud, simulated
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, TaskError, base, countdown, make_task
 from collab_jax.tasks.base import SPLITS
@@ -139,6 +139,7 @@ def test_rows(built):
             assert all(type(n) is int and 1 <= n <= 50 for n in numbers)
             assert type(target) is int and 10 <= target <= 99
             assert example.stratum == f"{len(numbers)} numbers" and len(numbers) in (3, 4)
+            assert example.difficulty == (0.25 if len(numbers) == 3 else 0.75)
             assert split_of(numbers, target) == split
         problems = {e.problem for e in examples}
         stream = take(len(examples), generate(split, "data 0", config, set()))
@@ -308,6 +309,30 @@ def test_cloud_prompt_tells_what_is_needed():
     [message] = make_task(tiny_config()).cloud_prompt(Example("", "", ((12, 7, 30), 51)))
     assert message["role"] == "user"
     assert all(part in message["content"] for part in ("12 7 30", "51", "<answer>"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_difficulty_is_the_mean_rank_of_the_stratum(share):
+    task = make_task(tiny_config(share_of_three=share))
+    ranks = {3: share / 2, 4: share + (1 - share) / 2}  # the easy ones, and what lies above them
+    assert ranks[3] * share + ranks[4] * (1 - share) == pytest.approx(0.5)
+    for numbers, target in (((1, 2, 3), 6), ((1, 2, 3, 4), 10)):
+        prompt = task.cloud_prompt(Example("", "", (numbers, target)))
+        assert task.difficulty(prompt) == pytest.approx(ranks[len(numbers)])
+    with pytest.raises(TaskError, match="not a Countdown prompt"):
+        task.difficulty([{"role": "user", "content": "What is the capital of France?"}])
+
+
+def test_the_simulated_cloud_errs_more_often_with_four_numbers():
+    config = tiny_config(share_of_three=0.3)
+    config.cloud.update(error_rate=0.3, error_skew=3.0)
+    task, stream = make_task(config), take(900, generate("test", 8, config.task))
+    cloud = simulated.from_config(config.cloud, task)
+    for count, rank in ((3, 0.15), (4, 0.65)):
+        problems = [problem for *problem, _ in stream if len(problem[0]) == count]
+        replies = cloud.answer([task.cloud_prompt(Example("", "", p)) for p in problems])
+        wrong = sum(reply.text == cloud.wrong for reply in replies)
+        assert within(wrong, len(problems), simulated.skewed_rate(0.3, 3.0, rank))
 
 
 def test_foreign_prompts():

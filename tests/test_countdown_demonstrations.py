@@ -1,4 +1,4 @@
-"""Countdown's demonstrations for the warm start: right, wrong and given up as their words say."""
+"""Countdown's demonstrations for the warm start: what they show, and what they do not."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ import pytest
 from streams import take, tiny_config, within
 
 from collab_jax.models.text import word_tokenizer
-from collab_jax.tasks import Example, countdown, make_task
+from collab_jax.tasks import Example, make_task
 from collab_jax.tasks.countdown import demonstrations, split_of
 from collab_jax.tasks.expressions import is_solution
 
@@ -44,7 +44,7 @@ def thoughts(response):
 
 def value_of(line):
     """Where an attempt's steps end."""
-    return int(re.search(r"=(\d+) \w+$", line)[1])
+    return int(line.rpartition("=")[2])
 
 
 def eval_exact(after):
@@ -54,7 +54,7 @@ def eval_exact(after):
     return next(value for value in range(1, 10**6) if is_solution(numbers, value, expression))
 
 
-def test_every_demonstration_is_what_its_verdicts_and_its_value_say():
+def test_every_demonstration_is_what_its_last_result_says():
     task = make_task(tiny_config())
     verify = lambda example, response: task.verify([example], [response])[0]  # noqa: E731
     kinds = Counter()
@@ -62,8 +62,8 @@ def test_every_demonstration_is_what_its_verdicts_and_its_value_say():
         called, (lines, _) = response.endswith(MARKER), thoughts(response)
         right = not called and value_of(lines[-1]) == example.problem[1]
         assert verify(example, response)[:3] == (right, called, not called), response
-        kinds["call" if called else "right" if right else lines[-1][-2:]] += 1
-    assert kinds["right"] > kinds["call"] > 200 and min(kinds["ok"], kinds["no"]) > 100
+        kinds["call" if called else "right" if right else "wrong"] += 1
+    assert kinds["right"] > kinds["call"] > 200 and kinds["wrong"] > 200
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
@@ -84,7 +84,18 @@ def test_give_ups_and_guesses_do_not_depend_on_the_problem():
         assert within(sum(MARKER in r for _, r in found), len(found), task.demo_give_up)
         answers = [(e, r) for e, r in found if MARKER not in r]
         wrong = sum(value_of(thoughts(r)[0][-1]) != e.problem[1] for e, r in answers)
-        assert 0.6 < wrong / len(found) / task.demo_guess < 1.1
+        assert 0.6 < wrong / len(answers) / task.demo_guess < 1.1
+
+
+def test_a_call_follows_a_solution_too():
+    # Of the solutions that come first, half call in this setting, in half of these before it: so
+    # that of those that are written 1/2 / (1/2 + 1) are followed by the call.
+    called = []
+    for example, response in demonstrated(n=6_000, demo_give_up=0.5, demo_guess=0.0):
+        lines, after = thoughts(response)
+        if len(lines) == 1 and value_of(lines[0]) == example.problem[1]:
+            called.append(after == MARKER)
+    assert len(called) > 1_500 and within(sum(called), len(called), 1 / 3)
 
 
 SIGNS = {
@@ -96,38 +107,37 @@ SIGNS = {
 
 
 def test_arithmetic_of_every_step():
-    verdicts = Counter()
+    hits = Counter()
     for example, response in demonstrated():
         numbers, target = example.problem
         lines, after = thoughts(response)
         for line in lines:
-            steps, verdict = line.rsplit(" ", 1)
             left = Counter(numbers)
-            for step in steps.split(","):
+            for step in line.split(","):
                 a, sign, b, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
                 assert SIGNS[sign](int(a), int(b)) == int(result) > 0, response
                 left.subtract((int(a), int(b)))
                 assert min(left.values()) >= 0, response  # only what is given or made
                 left[int(result)] += 1
             assert left.total() == 1  # all of it
-            last = line is lines[-1]
-            assert verdict == "ok" if left[target] else verdict == "no" or last, response
-            verdicts[verdict] += 1
-            if verdict == "ok":  # followed by the answer, right or not far from it
-                assert last and after != MARKER and abs(value_of(line) - target) <= countdown.NEAR
-        if after != MARKER and lines[-1].endswith("no"):  # a guess that owns up
-            assert abs(value_of(lines[-1]) - target) > countdown.NEAR
+            hit = value_of(line) == target
+            assert line is lines[-1] or not hit, response  # no attempt follows a solution
+            hits[hit] += 1
+        assert len(set(lines)) == len(lines) <= 3, response  # none is made twice
         assert after == MARKER or eval_exact(after) == value_of(lines[-1]), response
-    assert min(verdicts.values()) > 500
+    assert min(hits.values()) > 500
 
 
 def test_calls_and_answers_come_with_and_without_failures():
     kinds = Counter()
-    for _, response in demonstrated():
+    for example, response in demonstrated():
         lines, after = thoughts(response)
-        kinds[after == MARKER, sum(line.endswith("no") for line in lines)] += 1
+        kinds[after == MARKER, sum(value_of(line) != example.problem[1] for line in lines)] += 1
     assert min(kinds[called, n] for called in (False, True) for n in (0, 1)) > 50
-    assert kinds[True, 2] > 50
+    assert min(kinds[True, 2], kinds[False, 2]) > 20
+    # Room for a second attempt with four numbers, and for an answer after it.
+    second = [r for e, r in demonstrated() if len(e.problem[0]) == 4 and len(thoughts(r)[0]) > 1]
+    assert sum(MARKER not in response for response in second) > 300
 
 
 def test_all_fit_the_token_limit():
@@ -162,4 +172,4 @@ def test_demonstrations_are_fixed_by_the_seed():
     assert len({response for _, response in again} & others) < 20
     # the embedded model is made from this stream: a new stream needs a new model
     text = "\n".join(f"{example.problem}{response}" for example, response in again)
-    assert hashlib.sha256(text.encode()).hexdigest().startswith("896397433a9b6405ab7854ca25404cb0")
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("e435f3967d30678582f4fb3e9605393c")

@@ -14,10 +14,10 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, make_task, splits
 
 MARKER = "<unknown> I need external assistance </unknown>"
-RIGHT = "<think>3+4=7,7+5=12 ok</think><answer>3+4+5</answer>"
-OTHER = "<think>4+5=9,9+3=12 ok</think><answer>4+5+3</answer>"
-WRONG = "<think>3*4=12,12+5=17 no\n</think><answer>3*4+5</answer>"
-LONG = "<think>3*4=12,12+5=17 no\n3*5=15,15-4=11 no\n</think><answer>3*5-4</answer>"
+RIGHT = "<think>3+4=7,7+5=12</think><answer>3+4+5</answer>"
+OTHER = "<think>4+5=9,9+3=12</think><answer>4+5+3</answer>"
+WRONG = "<think>3*4=12,12+5=17\n</think><answer>3*4+5</answer>"
+LONG = "<think>3*4=12,12+5=17\n3*5=15,15-4=11\n</think><answer>3*5-4</answer>"
 EXAMPLE = Example("x", "3 numbers", ((3, 4, 5), 12))
 USER = [{"role": "user", "content": "3 4 5=12"}]
 
@@ -110,7 +110,9 @@ def test_a_call_without_the_marker_is_refused(tmp_path):
 def test_space_after_the_marker_is_no_part_of_a_call(parts):
     _, _, text = parts
     plain, spaced = (
-        demonstrations.encode(Demonstration(USER, f"<think>no\n</think>{MARKER}{end}", True), text)
+        demonstrations.encode(
+            Demonstration(USER, f"<think>3+4=7\n</think>{MARKER}{end}", True), text
+        )
         for end in ("", "\n")
     )
     assert plain == spaced and plain.response.count(text.marker_ids[0]) == 1
@@ -120,7 +122,7 @@ def test_a_filter_that_nothing_passes_is_an_error_not_an_endless_search():
     given = demonstrations.Given(
         lambda: itertools.cycle([Demonstration(USER, RIGHT)]), [Demonstration(USER, RIGHT)], {}
     )
-    kept = given.only(lambda one: "ok" in one.response, "is ok")
+    kept = given.only(lambda one: "3+" in one.response, "is right")
     assert next(kept()) == Demonstration(USER, RIGHT)
     with pytest.raises(UserError, match="no demonstration of half 1: give more of them"):
         given.only(lambda one: False, "of half 1")
@@ -153,7 +155,7 @@ def test_files_that_are_not_there_or_cut_short(tmp_path):
 
 def test_what_is_too_long_is_counted_and_left_out(parts, capsys):
     config, _, text = parts
-    call = f"<think>3*4=12,12+5=17 no\n{MARKER}"
+    call = f"<think>3*4=12,12+5=17\n{MARKER}"
     long_prompt = [{"role": "user", "content": "1 2 3 4 5 6 7 8 9=12"}]
     found = [
         Demonstration(prompt, response)
@@ -162,7 +164,7 @@ def test_what_is_too_long_is_counted_and_left_out(parts, capsys):
             (USER, call),
             (USER, "12"),
             (long_prompt, RIGHT),
-            (USER, LONG * 2),
+            (USER, LONG * 3),
         )
     ]
     assert demonstrations.drop_too_long(found, text, config) == found[:3]

@@ -192,10 +192,14 @@ def test_the_seams_are_those_of_the_code():
     assert [x for x in found if not defines(*x)] == []
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "results.md"], ids=lambda p: p.name)
+RESULTS = ROOT / "docs" / "results.md", ROOT / "docs" / "results" / "svamp.md"
+
+
+@pytest.mark.parametrize("page", [README, *RESULTS], ids=lambda page: page.name)
 def test_figures_are_those_of_the_published_reports(page):
     assert "<!-- headline of docs/results/chain -->" in TEXTS[README]
-    assert quote.quoted(TEXTS[page]) == TEXTS[page], f"python -m collab_jax.reports.quote {page}"
+    text = page.read_text()
+    assert quote.quoted(text) == text, f"python -m collab_jax.reports.quote {page}"
 
 
 def test_style_is_shown_by_real_code():

@@ -124,6 +124,14 @@ def test_fingerprints_do_not_count_as_settings(config, rows, tmp_path):
     assert claims.differences(file, config(group=8)) == "group=4 then, 8 now"
 
 
+def test_a_run_goes_on_whatever_a_warm_start_or_a_server_would_do(config, rows, tmp_path):
+    file = tmp_path / "run" / "config.json"
+    experiment.prepare(config(), tmp_path / "run")
+    other = config(sft__steps=7, task__demo_length=40, task__demo_guess=0.5, serve__slots=2)
+    assert claims.differences(file, other) == ""
+    assert "task.demo_length=96 then, 40 now" in claims.differences(file, other, unread=())
+
+
 def test_special_tokens_left_to_be_found_are_kept(config, rows, tmp_path):
     workdir, file = tmp_path / "run", tmp_path / "run" / "config.json"
     given = config()

@@ -420,7 +420,7 @@ def longest_first(text, words):
 
 
 def test_a_word_tokenizer_is_a_vocabulary_of_user_defined_tokens(tmp_path):
-    words = [*text_lib.TAGS, "<unknown>", " I need external assistance ", "</unknown>", " ok", "="]
+    words = [*text_lib.TAGS, "<unknown>", " I need external assistance ", "</unknown>", "="]
     words += [" ", "\n", "+", *"0123456789"]
     tokenizer = text_lib.word_tokenizer(words, "<pad>", "<eos>", "<unk>")
     settings = dict(decision_token="<unknown>", pad="<pad>", eos=("<eos>",))
@@ -477,7 +477,7 @@ def test_a_run_is_exported_merged_and_its_card_has_the_calibrated_bias(small, tm
     difference = want["layers"]["self_attn"]["q_proj"]["kernel"]
     assert (difference != state.frozen["layers"]["self_attn"]["q_proj"]["kernel"]).all()
     card = (out / "tiny.md").read_text()
-    assert f'"logit_bias": {{"29": {bias}}}' in card and f"The bias {bias} is that of" in card
+    assert f'"logit_bias": {{"27": {bias}}}' in card and f"The bias {bias} is that of" in card
     assert "llama-server -m tiny.gguf --jinja\n" in card and "FROM ./tiny.gguf\n" in card
     calibrated(out, "<another>")
     export.export_gguf(run, out / "tiny.gguf", "q4_0")
@@ -495,7 +495,7 @@ def test_the_adapter_that_a_run_would_begin_with_is_exported_with_its_bias(small
     config = small(**chosen, lora__start=str(given))
     assert export.main_gguf(config, tmp_path / "empty", tmp_path / "b.gguf", "f16") == 0
     card = (tmp_path / "b.md").read_text()
-    assert f'"logit_bias": {{"29": {bias}}}' in card and "as it was given" in card
+    assert f'"logit_bias": {{"27": {bias}}}' in card and "as it was given" in card
 
 
 def test_what_cannot_be_exported_as_gguf_is_told(small, tmp_path):

@@ -146,7 +146,7 @@ def test_quickstart_lets_later_arguments_win(tree):
     done, calls = tree.run("launch/quickstart.sh", "--workdir", "runs/mine")
     assert done.returncode == 0 and installs(calls) == ["."]
     assert calls[-1].endswith(
-        "--config configs/countdown_tiny.py --workdir runs/quickstart --workdir runs/mine"
+        "--config configs/countdown_tiny_ours.py --workdir runs/quickstart --workdir runs/mine"
     )
 
     _, calls = tree.run("launch/test.sh")  # adds to the same .venv

@@ -356,7 +356,7 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
         ["q_proj", "up_proj"],
     )
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert len(weights) == 17 and said["trainable_token_indices"] == {"embed_tokens": [29]}
+    assert len(weights) == 17 and said["trainable_token_indices"] == {"embed_tokens": [27]}
     b = weights["base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"]
     np.testing.assert_array_equal(b, state.final_params["layers"]["mlp"]["up_proj"]["lora_b"][3].T)
     files = {p.name for p in (tmp_path / "adapter").iterdir()}

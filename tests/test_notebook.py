@@ -44,7 +44,7 @@ def test_is_committed_without_outputs(path):
 
 def test_its_settings_are_those_of_the_config():
     ours = execute("settings")
-    config = runpy.run_path(str(ROOT / "configs" / "countdown_tiny.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / "countdown_tiny_ours.py"))["get_config"]()
     assert (ours.STEPS, ours.BUDGET, ours.DATA_DIR) == (
         config.train.steps,
         config.budget,
@@ -196,7 +196,7 @@ def test_runs_the_checkout_around_it_and_shows_the_command(executed):
     )
     printed = texts["train"][0]
     assert printed.startswith(
-        "$ python -m collab_jax.train --config configs/countdown_tiny.py --workdir "
+        "$ python -m collab_jax.train --config configs/countdown_tiny_ours.py --workdir "
     )
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == SMALL["train.steps"]
 

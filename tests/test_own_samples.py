@@ -14,10 +14,10 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Verdict, make_task
 
 MARKER = "<unknown> I need external assistance </unknown>"
-RIGHT = "<think>3+4=7,7+5=12 ok</think><answer>3+4+5</answer>"
-OTHER = "<think>4+5=9,9+3=12 ok</think><answer>4+5+3</answer>"
-WRONG = "<think>3*4=12,12+5=17 no\n</think><answer>3*4+5</answer>"
-LONG = "<think>3*4=12,12+5=17 no\n3*5=15,15-4=11 no\n</think><answer>3*5-4</answer>"
+RIGHT = "<think>3+4=7,7+5=12</think><answer>3+4+5</answer>"
+OTHER = "<think>4+5=9,9+3=12</think><answer>4+5+3</answer>"
+WRONG = "<think>3*4=12,12+5=17\n</think><answer>3*4+5</answer>"
+LONG = "<think>3*4=12,12+5=17\n3*5=15,15-4=11\n</think><answer>3*5-4</answer>"
 EXAMPLE = Example("x", "3 numbers", ((3, 4, 5), 12))
 
 
@@ -40,7 +40,7 @@ BOXED = "We add.\nSo the answer is $\\boxed{12}$."
 @pytest.mark.parametrize(
     ("response", "opening", "whole"),
     [
-        (RIGHT, "<think>3+4=7,7+5=12 ok</think>", RIGHT),
+        (RIGHT, "<think>3+4=7,7+5=12</think>", RIGHT),
         (
             "<think> a </think>\n\n<answer> 5 </answer>\n",
             "<think> a </think>\n\n",
@@ -106,7 +106,7 @@ def test_right_responses_are_kept_once_each_and_a_failure_to_where_it_would_answ
     _, task, text = parts
     groups = [
         [RIGHT, WRONG, RIGHT, OTHER],
-        [["3+4=7\n"], "1 ok", LONG, WRONG],
+        [["3+4=7\n"], "1", LONG, WRONG],
         [["4+5=9\n"]] * 4,
         [RIGHT.replace("answer>", "think>")] * 4,
     ]
@@ -118,11 +118,11 @@ def test_right_responses_are_kept_once_each_and_a_failure_to_where_it_would_answ
     cut, short, long, wrong = judged[1].failed
     lines = cut.removeprefix("<think>").removesuffix("</think>\n").split("\n")
     assert lines == ["3+4=7"] * len(lines) and 2 <= len(lines) <= 5
-    assert short == "<think>1 ok</think>\n"
+    assert short == "<think>1</think>\n"
     assert long == LONG[: LONG.index("<answer>")] and wrong == WRONG[: WRONG.index("<answer>")]
     assert len(judged[2].failed) == 1
     # None has an answer.
-    assert judged[3].failed == [f"<think>{RIGHT[7:22]}3+4+5</think>\n"]
+    assert judged[3].failed == [f"<think>{RIGHT[7:19]}3+4+5</think>\n"]
     few = own_samples.judge_batch(text, task, [EXAMPLE], samples_of(text, groups[:1]), keep=1)
     assert few[0].right == [RIGHT]
 

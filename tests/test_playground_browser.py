@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(bool(browsing.missing()), reason=browsing.missin
 
 QUESTION = "49 9 37=95"
 CALLS = {6: 2.0}  # a margin after "<think>49+9="
-STEPS = 31  # of RESPONSE, with the end
+STEPS = 30  # of RESPONSE, with the end
 ATTACK = "<img src=x onerror=hacked=1><script>hacked=1</script>"
 
 
@@ -116,7 +116,7 @@ def test_three_columns_answer_the_same_question(open_page):
         thinking = column(page, "Device").locator("details")
         assert thinking.get_attribute("open") is None
         thinking.locator("summary").click()
-        assert "49+9=58,58+37=95 ok" in thinking.inner_text()
+        assert "49+9=58,58+37=95" in thinking.inner_text()
         assert ledger(page) == {
             "Device": ["1", "0", "0"], "Cloud": ["1", "1", "0.000016"], "Collab": ["1", "0", "0"],
         }  # fmt: skip

@@ -10,9 +10,9 @@ from collab_jax.rl import rollout
 from collab_jax.tasks import Example, make_task
 
 EXAMPLE = Example("x", "3 numbers", ((3, 4, 5), 12))
-RIGHT = "<think>4+3=7,7+5=12 ok</think><answer>3+4+5</answer>"
-WRONG = "<think>4*3=12,12+5=17 no</think><answer>3*4+5</answer>"
-CALL = "<think>4*3=12,12+5=17 no\n<unknown> I need external assistance </unknown>"
+RIGHT = "<think>4+3=7,7+5=12</think><answer>3+4+5</answer>"
+WRONG = "<think>4*3=12,12+5=17</think><answer>3*4+5</answer>"
+CALL = "<think>4*3=12,12+5=17\n<unknown> I need external assistance </unknown>"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def verdicts(parts, responses, ended=True, change=lambda ids: ids):
 
 
 def test_verdicts_of_finished_responses(parts):
-    got, texts = verdicts(parts, [RIGHT, WRONG, CALL, "ok ok"])
+    got, texts = verdicts(parts, [RIGHT, WRONG, CALL, "3+3"])
     assert got == [
         (True, False, True),
         (False, False, True),

@@ -29,8 +29,8 @@ def scene(small, tmp_path_factory):
         routers__epochs=40,
         routers__samples=3,
         routers__verify_prompt="{response}",
-        routers__yes=" ok",
-        routers__no=" no",
+        routers__yes="1",
+        routers__no="0",
     )
     run = experiment.prepare(config, tmp_path_factory.mktemp("routers"))
     state, sample = parallel.replicate(experiment.load_state(run)), evaluation.greedy_sampler(run)
@@ -114,7 +114,7 @@ def test_verification_is_the_odds_of_no_against_yes(scene):
     ids = np.array([text.prompt_ids([{"role": "user", "content": table["text"][3]}])])
     last, _ = decoder.prefill(params, cfg, ids, np.ones(ids.shape, bool))
     logits = decoder.logits(params, cfg, last)[0]
-    no, yes = (text.tokenizer.convert_tokens_to_ids(word) for word in (" no", " ok"))
+    no, yes = (text.tokenizer.convert_tokens_to_ids(word) for word in ("0", "1"))
     assert (
         score[3] == pytest.approx(float(logits[no] - logits[yes]), abs=1e-4)
         and tokens[3] == ids.size + 1
@@ -166,8 +166,8 @@ def test_a_router_that_fails_costs_itself_alone(scene, monkeypatch, capsys):
             {
                 "routers__record": ("verification",),
                 "routers__verify_prompt": "{response}",
-                "routers__yes": " ok",
-                "routers__no": " ok",
+                "routers__yes": "1",
+                "routers__no": "1",
             },
             "different tokens",
         ),

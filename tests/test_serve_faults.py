@@ -12,7 +12,7 @@ from serving import KEY, PRICE, Provider, told
 from collab_jax.cloud import attempts, ledger
 
 CALLS = {6: 2.0}  # a margin after "<think>49+9="
-THOUGHT, ANSWER = "49+9=58,58+37=95 ok", "49+9+37"
+THOUGHT, ANSWER = "49+9=58,58+37=95", "49+9+37"
 
 
 # ------------------------------------------------------------------------------- who answers

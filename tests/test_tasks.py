@@ -36,7 +36,7 @@ CALLED = Verdict(correct=False, called=True, formatted=False)
 FAILED = Verdict(correct=False, called=False, formatted=True)
 NOTHING = Verdict(correct=False, called=False, formatted=False)
 
-GOOD = "<think>1+2=3,3+3=6 ok</think><answer>1+2+3</answer>"
+GOOD = "<think>1+2=3,3+3=6</think><answer>1+2+3</answer>"
 
 
 # ---------------------------------------------------------------- the table
@@ -98,7 +98,7 @@ def test_correct_in_a_broken_format(response):
     [
         MARKER,  # at once
         f"<think>{MARKER}",  # early exit
-        f"<think>1+2=3,3*3=9 no\n{MARKER}",
+        f"<think>1+2=3,3*3=9\n{MARKER}",
         f"<think>hard</think>{MARKER}",
         f"<think>hard</think>\n\n{MARKER} \n\t\n",  # white space after it
         f"<think>{MARKER} is what I would say</think>{MARKER}",  # quoted, then meant
@@ -114,7 +114,7 @@ def test_called(response):
 @pytest.mark.parametrize(
     "response",
     [
-        "<think>1+2=3,3*3=9 no</think><answer>(1+2)*3</answer>",
+        "<think>1+2=3,3*3=9</think><answer>(1+2)*3</answer>",
         "<think>so</think><answer></answer>",
         "<think>so</think><answer>6</answer>",
         "<think>so</think><answer>1+2+3=6</answer>",

@@ -75,8 +75,8 @@ def finished(small, tmp_path_factory):
             optim__average=0.9,
             routers__record=("verification",),  # test_routers_recorded.py has them all
             routers__verify_prompt="{response}",
-            routers__yes=" ok",
-            routers__no=" no",
+            routers__yes="1",
+            routers__no="0",
         )
     )
     compiled = []

@@ -25,14 +25,14 @@ from collab_jax.runtime.process import STOPPED, GracefulStop
 FOLDER = ROOT / "collab_jax" / "assets" / "countdown-tiny"
 MARKER = "<unknown> I need external assistance </unknown>"
 SHOWN = [
-    ("3 4 5=12", "<think>3+4=7,7+5=12 ok</think><answer>3+4+5</answer>"),
-    ("1 2 3 4=10", "<think>1+2=3,3+3=6,6+4=10 ok</think><answer>1+2+3+4</answer>"),
-    ("6 7=42", "<think>6*7=42 ok</think><answer>6*7</answer>"),
-    ("9 8 7=24", "<think>9+8=17,17+7=24 ok</think><answer>9+8+7</answer>"),
-    ("50 2=25", "<think>50/2=25 ok</think><answer>50/2</answer>"),
+    ("3 4 5=12", "<think>3+4=7,7+5=12</think><answer>3+4+5</answer>"),
+    ("1 2 3 4=10", "<think>1+2=3,3+3=6,6+4=10</think><answer>1+2+3+4</answer>"),
+    ("6 7=42", "<think>6*7=42</think><answer>6*7</answer>"),
+    ("9 8 7=24", "<think>9+8=17,17+7=24</think><answer>9+8+7</answer>"),
+    ("50 2=25", "<think>50/2=25</think><answer>50/2</answer>"),
 ]
 GIVEN = [Demonstration([{"role": "user", "content": p}], r) for p, r in SHOWN]
-CALL = Demonstration(GIVEN[0].prompt, f"<think>3*4=12,12+5=17 no\n</think>{MARKER}", True)
+CALL = Demonstration(GIVEN[0].prompt, f"<think>3*4=12,12+5=17\n</think>{MARKER}", True)
 
 
 class Stop(GracefulStop):
@@ -114,7 +114,7 @@ def test_of_a_call_the_marker_alone_is_taught(make):
 def test_decision_states_end_where_the_answer_opens_or_the_call_begins(make):
     _, _, text, _, _ = make()
     count = lambda one: demonstrations.encode(one, text).states  # noqa: E731
-    told = "<think>3+4=7,7+5=12 ok</think>"
+    told = "<think>3+4=7,7+5=12</think>"
     assert count(GIVEN[0]) == len(text.response_ids(told + "<answer>")) - 1  # less EOS
     called = Demonstration(GIVEN[0].prompt, told + MARKER)
     assert count(called) == len(text.response_ids(told)) - 1 + 1
@@ -147,7 +147,8 @@ def odds_and_losses(params, cfg, text, one):
 
 def test_the_chance_of_a_call_is_taught_by_itself(make):
     """One demonstration that answers and one that calls, of which the marker's rest is taught."""
-    config, cfg, text, params, _ = make(sft__call_chance=CHANCE)
+    chance = 0.0005  # which the model is near at some states
+    config, cfg, text, params, _ = make(sft__call_chance=chance)
     tuner = Tuner(cfg, None, text, config, Stop())
     shown = [GIVEN[0], CALLED]
     (rows,) = tuner.micro_batches([demonstrations.encode(one, text) for one in shown])
@@ -155,7 +156,7 @@ def test_the_chance_of_a_call_is_taught_by_itself(make):
         tuner._zero(parallel.replicate(params)), parallel.replicate(params), None, rows
     )
     parts = [odds_and_losses(params, cfg, text, one) for one in shown]
-    off = np.abs(np.concatenate([odds for odds, _ in parts]) - np.log(CHANCE / (1 - CHANCE)))
+    off = np.abs(np.concatenate([odds for odds, _ in parts]) - np.log(chance / (1 - chance)))
     huber = np.where(off < 1, off**2 / 2, off - 0.5)
     assert (off < 1).any() and (off > 1).any()
     want = huber.sum() + sum(losses.sum() for _, losses in parts)

@@ -15,8 +15,8 @@ from collab_jax.bench.load import Plan, Report
 from collab_jax.bench.served import Server
 from collab_jax.runtime import markdown
 
-LIMIT = 56  # tokens of a response, at most: what the embedded model was trained for
-COLUMNS = 96  # of a peer's slot: a prompt and a response, and some that its template may add
+LIMIT = 96  # tokens of a response, at most: what the embedded model was trained for
+COLUMNS = 136  # of a peer's slot: a prompt and a response, and some that its template may add
 HEADER = (
     "model",
     "clients",

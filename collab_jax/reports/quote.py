@@ -1,6 +1,6 @@
 """Figures of published sweeps in other documents, copied by a command and never by hand.
 
-    python -m collab_jax.reports.quote README.md docs/results.md
+    python -m collab_jax.reports.quote README.md docs/results.md docs/results/svamp.md
 
 replaces what stands between the lines
 

@@ -37,7 +37,8 @@ MAY_DIFFER_ON_RESUME = {
     "eval.max_unknown",
     "train.sharded",
 }
-UNREAD = ("sft.", "serve.")  # settings of the warm start and of a server, which no run reads
+# Settings of the warm start and its demonstrations, and of a server, which no run reads.
+UNREAD = ("sft.", "task.demo_", "serve.")
 DATA = "data"  # the entry of config.json, beside the settings, that says what data the run has seen
 REWARD = "reward"  # in it, the file of `config.task.reward` or `rubric`; the other names are splits
 BASE = "base"  # the entry that says which model the run began with: its `identity.fingerprint`

@@ -22,7 +22,7 @@ class Example:
     id: unique in its split. stratum: the difficulty class. problem: the task's own data.
     task: the name of its task, in a mix the part's. split: one of SPLITS. seen: the training task
     that holds the same problem, if one does. difficulty: how hard it is among the task's problems,
-    from 0 to 1, spread evenly over them; None where the task does not say. budget: the share of
+    as a rank from 0 to 1 whose mean is 1/2; None where the task does not say. budget: the share of
     calls that the prompt shows (`budgets.py`), if it does.
     """
 

@@ -13,7 +13,7 @@ import itertools
 import pathlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -179,58 +179,69 @@ def load(split: str, task: ConfigDict) -> list[Example]:
             f"cannot read the data set in {folder} ({cause}): delete the folder to rebuild it"
         ) from error
     return [
-        Example(f"{split}-{i}", f"{len(problem[0])} numbers", problem)
-        for i, problem in enumerate(problems)
+        _example(f"{split}-{i}", numbers, target, task)
+        for i, (numbers, target) in enumerate(problems)
     ]
+
+
+def _example(name: str, numbers: tuple[int, ...], target: int, task: ConfigDict) -> Example:
+    stratum, difficulty = f"{len(numbers)} numbers", _difficulty(numbers, task)
+    return Example(name, stratum, (numbers, target), difficulty=difficulty)
+
+
+def _difficulty(numbers: tuple[int, ...], task: ConfigDict) -> float:
+    """The mean rank of the problems with so many numbers, among those of `task`."""
+    of_three = task.share_of_three
+    return of_three / 2 if len(numbers) == 3 else (1 + of_three) / 2
 
 
 # ---- demonstrations
 
-NEAR = 10  # how far from the target a demonstrator that guesses still takes its result for right
 
+def _failed_attempt(
+    rng: random.Random, numbers: tuple[int, ...], target: int, before: Sequence[str]
+) -> Attempt | None:
+    """The best of three random attempts, a fair try.
 
-def _failed_attempt(rng: random.Random, numbers: tuple[int, ...], target: int) -> Attempt | None:
-    """The best of three random attempts, a fair try; None where it reaches the target."""
+    None where it reaches the target, or is one of those before, by their steps.
+    """
     attempts = [random_attempt(rng, numbers) for _ in range(3)]
     best = min(attempts, key=lambda attempt: abs(attempt.value - target))
-    return best if best.value != target else None
+    return best if best.value != target and best.steps not in before else None
 
 
 def demonstrations(seed: int, task: ConfigDict, marker: str) -> Iterator[tuple[Example, str]]:
-    """Endless (example, response) of the train side: a solution, the marker or a guess at the end.
+    """Endless (example, response) of the train side: attempts, a line each, and how they end.
 
-    Failed attempts come first. A demonstrator gives up or guesses (`task.demo_give_up`,
-    `demo_guess`: shares of demonstrations) without a look at the problem, and how many attempts
-    fail before is drawn so too, as far as they fit: with four numbers a failure leaves no room for
-    a solution. A guess answers with an attempt that failed, and claims that it is right where it
-    came within NEAR of the target: so a model that imitates is wrong at times without a word of
-    doubt, as real ones are. `task.demo_length` bounds the length of a response (in characters; a
-    tag, a verdict or a part of the marker counts one).
+    Up to two attempts fail, none of them made twice, as many as fit beside the last one, which is a
+    solution; or, in a share `task.demo_guess`, one that failed as well and is answered all the
+    same. No word says which of them reached the target: its result stands there, and the reader has
+    to compare. A share `task.demo_give_up` stops before or after some attempt, be it the solution,
+    and calls. All of this is drawn without a look at the problem or at what was reached, so that
+    demonstrations bring a call within reach, and do not say when it pays. `task.demo_length` bounds
+    the length of a response (in characters; a tag or a part of the marker counts one).
     """
     rng = random.Random(f"demonstrations {seed}")
     for i, (numbers, target, solution) in enumerate(generate("train", seed, task)):
-        example = Example(f"demonstration-{i}", f"{len(numbers)} numbers", (numbers, target))
-        draw = rng.random()
-        gives_up = draw < task.demo_give_up
-        guesses = 0 <= draw - task.demo_give_up < task.demo_guess
+        example = _example(f"demonstration-{i}", numbers, target, task)
         last = solution
-        if guesses:  # a guess may hit
-            last = _failed_attempt(rng, numbers, target) or solution
-        claims = abs(last.value - target) <= NEAR
-        ending = 0 if gives_up else len(last.steps) + 2 + len(last.expression) + (not claims)
-        room = task.demo_length - 5 - ending
+        if rng.random() < task.demo_guess:  # it may hit
+            last = _failed_attempt(rng, numbers, target, ()) or solution
         lines = []
-        for _ in range(rng.choice((0, 1, 2, 2) if gives_up else (0, 0, 0, 1))):
-            failed = _failed_attempt(rng, numbers, target)
-            room -= len(failed.steps) + 2 if failed else 0
+        room = task.demo_length - 5 - len(last.steps) - len(last.expression)  # four tags and EOS
+        for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
+            failed = _failed_attempt(rng, numbers, target, [*lines, last.steps])
+            room -= len(failed.steps) + 1 if failed else 0
             if room < 0:
                 break
             if failed:
-                lines.append(f"{failed.steps} no")
-        if gives_up:
-            yield example, "<think>" + "\n".join([*lines, ""]) + marker
+                lines.append(failed.steps)
+        lines.append(last.steps)
+        if rng.random() < task.demo_give_up:
+            lines = lines[: rng.randrange(len(lines) + 1)]
+            yield example, "<think>" + "".join(f"{line}\n" for line in lines) + marker
         else:
-            thought = "\n".join([*lines, last.steps + (" ok" if claims else " no\n")])
+            thought = "\n".join(lines)
             yield example, f"<think>{thought}</think><answer>{last.expression}</answer>"
 
 
@@ -247,17 +258,24 @@ _CLOUD_PATTERN = re.compile(
 _DEVICE_PATTERN = re.compile(r"([0-9 ]+)=([0-9]+)\s*")  # as the embedded model is asked
 
 
-def solve_prompt(messages: Messages) -> str:
-    """The right response to a prompt of this task, by the exact solver.
+def _problem_of(messages: Messages) -> tuple[tuple[int, ...], int]:
+    """(numbers, target) of a prompt of this task; raises TaskError for any other.
 
     It may be worded for the cloud or for the embedded model, whose questions a server passes on.
-    Raises TaskError for any other prompt, and where no expression reaches the target.
     """
     content = messages[-1]["content"]
     match = _CLOUD_PATTERN.fullmatch(content) or _DEVICE_PATTERN.fullmatch(content)
     if not match:
         raise TaskError("not a Countdown prompt")
-    numbers, target = tuple(map(int, match[1].split())), int(match[2])
+    return tuple(map(int, match[1].split())), int(match[2])
+
+
+def solve_prompt(messages: Messages) -> str:
+    """The right response to a prompt of this task, by the exact solver.
+
+    Raises TaskError for any other prompt, and where no expression reaches the target.
+    """
+    numbers, target = _problem_of(messages)
     expression = solve(numbers, target)
     if expression is None:
         raise TaskError(f"no expression of {numbers} equals {target}")
@@ -322,6 +340,7 @@ def make_task(config: ConfigDict) -> Task:
             for example, response in zip(examples, responses, strict=True)
         ],
         solve_prompt=solve_prompt,
+        difficulty=lambda messages: _difficulty(_problem_of(messages)[0], task),
         read_answer=_last_expression,
         demonstrations=lambda seed: demonstrations(seed, task, marker),
     )
