@@ -255,6 +255,7 @@ def test_a_sweep_continues_from_what_is_published_with_the_same_figures(
     result = json.loads((to / "compare.json").read_text())
     assert "a: features_trees" in result["methods"]  # fitted on prompts that "b" alone has
     said = (out / "report.md").read_text().replace(str(out), str(to))
+    assert "## Examples" in said
     assert (to / "report.md").read_text() == said
 
 
@@ -293,6 +294,7 @@ def test_prompts_that_are_not_to_be_copied_are_read_from_the_data_again(
     flags = ["--config", "x.py", "--out"]
     assert sweep.main([*flags, str(out), "--publish", str(to)]) == 0
     assert not any("prompt" in columns for columns in columns_of(to, "after").values())
+    assert "## Training" in (report := (to / "report.md").read_text()) and "## Exam" not in report
     tables = [records.read(path) for path in sorted(out.rglob("*.parquet"))]
     prompts = {k: p for table in tables for k, p in zip(table["id"], table["prompt"], strict=True)}
     monkeypatch.setattr(sweep_report, "_prompts_of", lambda sweep: prompts)

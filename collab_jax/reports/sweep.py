@@ -146,7 +146,7 @@ def write_report(sweep: Sweep, out: pathlib.Path, config_file: pathlib.Path) -> 
     command = f"python -m collab_jax.sweep --config {config_file} --out {out}"
     searched = search_section(sweep.search, search.read(out)) if sweep.search else ""
     learnt = findings.findings(result, task_tuned(sweep, done), budgets(sweep, done))
-    write(out, sweep.about, command, result, runs, learnt, searched)
+    write(out, sweep.about, command, result, runs, learnt, searched, sweep.prompts)
     print(f"report: {out / 'report.html'}")
     return True
 
@@ -179,17 +179,18 @@ def write(
     cells: Mapping[str, Sequence[Finished]],
     learnt: str = "",
     searched: str = "",
+    prompts: bool = True,
 ) -> None:
     """Writes the report of `cells` to `out`, where frontier.png must be already.
 
     about: what the sweep is, in Markdown. result: from `comparison.compare`. The first cell is the
     one that the others are compared with. learnt: from `findings`. searched: the section about the
-    search, if there was one.
+    search, if there was one. prompts: whether to show some, with what was answered.
     """
     figures.sweep_training(
         out / "training.png", {name: [run.rows for run in runs] for name, runs in cells.items()}
     )
-    page.save(out, "report", render(about, command, result, cells, learnt, searched))
+    page.save(out, "report", render(about, command, result, cells, learnt, searched, prompts))
 
 
 def render(
@@ -199,6 +200,7 @@ def render(
     cells: Mapping[str, Sequence[Finished]],
     learnt: str = "",
     searched: str = "",
+    prompts: bool = True,
 ) -> str:
     """report.md, from the same arguments as `write`."""
     machines = {
@@ -235,7 +237,7 @@ def render(
     ]
     first_cell, first_runs = next(iter(cells.items()))
     after = records.read(first_runs[0].folder / "after.parquet")
-    if {"prompt", "natural_text"} <= after.keys():
+    if prompts and {"prompt", "natural_text"} <= after.keys():
         sections += [
             f"## Examples: {first_cell}, its first seed, natural decoding",
             run_report.examples_list(after),
