@@ -6,9 +6,9 @@ r"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from 
 configs/countdown_tiny.py, seed 0, it solves 47.1 % in greedy decoding with the marker disallowed
 (45.6 to 48.7), and calls on 2.7 % in natural decoding (2.2 to 3.2). No word says whether an attempt
 reached the target (`tasks/countdown.py`), and the call may follow any of them: what to do about a
-miss is left to what comes after. It makes up to three attempts and then answers with the last,
-right or wrong; in 39 % of the responses an attempt that failed is made again, which demonstrations
-never show: a model of this size does not learn to look back and do otherwise.
+miss is left to what comes after. It makes up to three attempts, few more, and then answers with the
+last, right or wrong. In 39 % of the responses an attempt that failed is made again, which
+demonstrations never show: a model of this size does not learn to look back and do otherwise.
 """
 
 import pathlib
