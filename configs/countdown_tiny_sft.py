@@ -2,13 +2,16 @@ r"""Warm start of the embedded model `countdown-tiny` (0.79 M parameters), from 
 
     python -m collab_jax.sft --config configs/countdown_tiny_sft.py --workdir runs/countdown-tiny
 
-1,200 steps took 10 minutes on two cores of an AMD EPYC (2026-11-28). Of 4,096 validation prompts of
-configs/countdown_tiny.py, seed 0, it solves 47.1 % in greedy decoding with the marker disallowed
-(45.6 to 48.7), and calls on 2.7 % in natural decoding (2.2 to 3.2). No word says whether an attempt
-reached the target (`tasks/countdown.py`), and the call may follow any of them: what to do about a
-miss is left to what comes after. It makes up to three attempts, few more, and then answers with the
-last, right or wrong. In 39 % of the responses an attempt that failed is made again, which
-demonstrations never show: a model of this size does not learn to look back and do otherwise.
+1,200 steps took 10 minutes on two cores of an AMD EPYC (2026-11-28). Of 4,096 validation prompts,
+seed 0, it solves 47.1 % in greedy decoding with the marker disallowed (45.6 to 48.7), and calls on
+2.7 % in natural decoding (2.2 to 3.2):
+
+    python -m collab_jax.evaluate --config configs/countdown_tiny.py --workdir runs/as-started
+
+No word says whether an attempt reached the target (`tasks/countdown.py`), and the call may follow
+any of them: what to do about a miss is left to what comes after. It makes up to three attempts, few
+more, and then answers with the last, right or wrong. Often an attempt that failed is made again,
+which demonstrations never show: a model of this size does not learn to look back and do otherwise.
 """
 
 import pathlib
