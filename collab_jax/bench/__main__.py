@@ -20,6 +20,8 @@
                                            (cloud.py)
     python -m collab_jax.bench serve       the server under load, beside transformers' and
                                            llama.cpp's, and against odd clients (serve.py)
+    python -m collab_jax.bench gguf        the exported model in llama.cpp: what rounding does to
+                                           responses, margins and calls (llamacpp.py)
     python -m collab_jax.bench code        verdicts on code a second, in the sandbox (code.py)
 
 prints a table; with --json FILE it also writes every figure. Whatever is compared runs in turn,
@@ -53,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar=f"{{{','.join(timed)},{REHEARSE},{COMPILE},cloud,serve,code}}",
+        metavar=f"{{{','.join(timed)},{REHEARSE},{COMPILE},cloud,serve,gguf,code}}",
     )
     for name in (REHEARSE, COMPILE):
         p = commands.add_parser(name)
@@ -125,6 +127,10 @@ def main(argv: list[str]) -> int:
         # Its servers must not outlive it.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
         return serve.run_serve_bench(argv[1:])
+    if argv[:1] == ["gguf"]:
+        from collab_jax.bench import llamacpp
+
+        return llamacpp.run_gguf_bench(argv[1:])
     if argv[:1] == ["code"]:
         from collab_jax.bench import code
 

@@ -5,7 +5,7 @@ budget (`sampler.py`). The natural pass leaves the marker allowed; of greedy res
 those alone that call.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,8 +59,8 @@ def held_out(run: Run, split: str) -> list[Example]:
 
 def evaluate(
     run: Run,
-    sampler: Sampler,
-    params: Params,
+    sampler: Callable[..., Samples],
+    params: Params | None,
     examples: Sequence[Example],
     name: str,
     *,
@@ -70,9 +70,10 @@ def evaluate(
 ) -> Records:
     """Returns the records of `examples` under `params` (with axis D); `name` is for messages.
 
-    sampler: of group 1; greedy, or with a temperature and a `seed`. In a drawn response a call is
-    the decision token at a decision state (a marker in plain text: all of it), in a greedy one a
-    crossing of the margin.
+    sampler: a Sampler of group 1, or another program that is called as one, which may do without
+    params; greedy, or with a temperature and a `seed`. In a drawn response a call is the decision
+    token at a decision state (a marker in plain text: all of it), in a greedy one a crossing of the
+    margin.
     natural: with the natural pass and its columns.
     ask_cloud: with the cloud's verdicts; without, none is bought and none is known.
 
@@ -122,8 +123,8 @@ def _batches(
 
 def _by_device(
     run: Run,
-    sampler: Sampler,
-    params: Params,
+    sampler: Callable[..., Samples],
+    params: Params | None,
     batch: Sequence[Example],
     number: int,
     natural: bool,
@@ -144,8 +145,8 @@ def _by_device(
 
 def _natural(
     run: Run,
-    sampler: Sampler,
-    params: Params,
+    sampler: Callable[..., Samples],
+    params: Params | None,
     examples: Sequence[Example],
     name: str,
     seed: int | None,
@@ -176,8 +177,8 @@ def _by_cloud(
 
 def _pass(
     run: Run,
-    sampler: Sampler,
-    params: Params,
+    sampler: Callable[..., Samples],
+    params: Params | None,
     batch: Sequence[Example],
     number: int,
     bias: float,

@@ -112,8 +112,8 @@ def make_sampler(
 
 
 def draw(
-    sampler: Sampler,
-    params: Params,
+    sampler: Callable[..., Samples],
+    params: Params | None,
     prompts: np.ndarray,
     prompt_mask: np.ndarray,
     *,
