@@ -37,7 +37,7 @@ def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
     or no adapter, or `out` cannot be written.
     """
     config = run.config
-    step = _last_step(run)
+    step = last_step(run)
     if adapter and not config.lora.rank:
         raise UserError(
             "--adapter: this run trained the whole model (config.lora.rank=0): "
@@ -77,7 +77,7 @@ def export_gguf(run: Run, file: pathlib.Path, kind: str) -> int:
     kind: of `gguf_export.TYPES`. Raises UserError as `export_checkpoint` does, and where llama.cpp
     could not run the model.
     """
-    step = _last_step(run)
+    step = last_step(run)
     params = _whole_model(run)
     name = pathlib.Path(hf.split_revision(run.config.model.path)[0]).stem
     try:
@@ -85,7 +85,9 @@ def export_gguf(run: Run, file: pathlib.Path, kind: str) -> int:
         gguf_export.write(
             file, params, run.cfg, hf.read_config(run.folder), run.text, kind=kind, name=name
         )
-        calibration = lora.folder_of(run.config.lora.start) if not step else file.parent
+        calibration = file.parent
+        if not step and not (calibration / collab_config.NAME).is_file():
+            calibration = lora.folder_of(run.config.lora.start)
         card = cards.gguf_card(run, step, file.name, kind, calibration)
         files.write_text(file.with_suffix(".md"), card)
     except OSError as error:
@@ -95,7 +97,7 @@ def export_gguf(run: Run, file: pathlib.Path, kind: str) -> int:
     return step
 
 
-def _last_step(run: Run) -> int:
+def last_step(run: Run) -> int:
     """Returns the step of the last checkpoint, 0 where the adapter to start from is exported."""
     step = run.checkpoints.latest() or 0
     if not step and not run.config.lora.start:

@@ -11,8 +11,7 @@ own attempts teach it when to call (`rl/warm_start.py`).
 
 The same command resumes, bit for bit on a CPU, whatever stopped it; SIGTERM or Ctrl-C saves and
 exits with status 75. Several hosts tune as they train (docs/scale.md). The last file is sft.json:
-what the tuned model does on prompts of the validation split, or, where the task has none, on the
-last training prompts.
+what the tuned model does on `config.sft.check_prompts` prompts of the validation split.
 """
 
 from collab_jax.runtime import process

@@ -1,7 +1,7 @@
 """Every configuration key once, with its default: the tiny Countdown model on two CPU cores.
 
 The other files here start from this one and say only what differs. On the command line a key is set
-by `--config.KEY=VALUE`.
+by `--config.KEY=VALUE`, all but `sft.architecture`.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +43,8 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # of the adapter; 0: no adapter
     config.lora.alpha = 32.0  # the adapter's product is scaled by alpha / rank
-    # folder of an adapter to begin with, as the warm start writes it; "": a new one
+    # adapter to begin with: a folder, as the warm start writes it, or smollm2-svamp, which is
+    # bundled; "": a new one
     config.lora.start = ""
     # which projections of each block have an adapter
     config.lora.targets = (

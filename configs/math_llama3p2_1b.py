@@ -17,9 +17,9 @@ this model, but its figures are not known here: the only target is the routers o
         --delta 0.05 --hold_out 0.5 --decision_token "<|reserved_special_token_0|>" \
         --out runs/math_llama1b/model
 
-`launch/gpu.sh configs/math_llama3p2_1b.py runs/math_llama1b` (or tpu_vm.sh) does all of this. The
-weights are gated: accept their licence on the hub and log in (`hf auth login`, or HF_TOKEN), or
-give `--config.model.path=FOLDER` to the first command. Not run yet.
+`launch/gpu.sh configs/math_llama3p2_1b.py runs/math_llama1b` (or tpu_vm.sh) does all of this but
+the suite. The weights are gated: accept their licence on the hub and log in (`hf auth login`, or
+HF_TOKEN), or give `--config.model.path=FOLDER` to the first command. Not run yet.
 
 Memory, as `python -m collab_jax.memory --config configs/math_llama3p2_1b.py --devices N --gib SIZE`
 plans it: 30.0 GiB, on one GPU of 80 or 140 GB. It does not fit on a v5e-8 (27.8 GiB on each

@@ -19,9 +19,9 @@ benchmarks (task tuning alone 51.2, naive offloading 65.1, collaboration-aware t
         --delta 0.05 --hold_out 0.5 --decision_token "<|reserved_special_token_0|>" \
         --out runs/math_llama3b/model
 
-`launch/gpu.sh configs/math_llama3p2_3b.py runs/math_llama3b` (or tpu_vm.sh) does all of this. The
-weights are gated: accept their licence on the hub and log in (`hf auth login`, or HF_TOKEN), or
-give `--config.model.path=FOLDER` to the first command. Not run yet.
+`launch/gpu.sh configs/math_llama3p2_3b.py runs/math_llama3b` (or tpu_vm.sh) does all of this but
+the suite. The weights are gated: accept their licence on the hub and log in (`hf auth login`, or
+HF_TOKEN), or give `--config.model.path=FOLDER` to the first command. Not run yet.
 
 Memory, as `python -m collab_jax.memory --config configs/math_llama3p2_3b.py --devices N --gib SIZE`
 plans it: 90.5 GiB, on one GPU of 140 GB. It fits on one of 80 GB with

@@ -19,10 +19,11 @@ tuning alone 56.1, naive offloading 67.2, collaboration-aware tuning 61.5, a rou
         --delta 0.05 --hold_out 0.5 --decision_token "<|quad_start|>" \
         --out runs/math_qwen/model
 
-`launch/gpu.sh configs/math_qwen2p5_1p5b.py runs/math_qwen` (or tpu_vm.sh) does all of this, and
-installs and resumes too. The first command fetches the weights from the hub; math_train.jsonl and
-math_test.jsonl (or .gz) are read from `data`, or, where they are not there, MATH is downloaded and
-built there. The cloud is simulated from the right answers until you name yours (docs/cloud.md).
+`launch/gpu.sh configs/math_qwen2p5_1p5b.py runs/math_qwen` (or tpu_vm.sh) does all of this but
+the suite, and installs and resumes too. The first command fetches the weights from the hub;
+math_train.jsonl and math_test.jsonl (or .gz) are read from `data`, or, where they are not there,
+MATH is downloaded and built there. The cloud is simulated from the right answers until you name
+yours (docs/cloud.md).
 
 From the paper, as far as it is known here: model, data, budget; G = 8, 32 prompts a step, learning
 rate 5e-6 and the rewards are those of its Countdown run. Ours: prompt, lengths, number of steps,

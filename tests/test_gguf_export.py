@@ -479,6 +479,9 @@ def test_a_run_is_exported_merged_and_its_card_has_the_calibrated_bias(small, tm
     card = (out / "tiny.md").read_text()
     assert f'"logit_bias": {{"27": {bias}}}' in card and f"The bias {bias} is that of" in card
     assert "llama-server -m tiny.gguf --jinja\n" in card and "FROM ./tiny.gguf\n" in card
+    calibrated(out, None)  # as `calibrate` writes it where it is not told the token
+    export.export_gguf(run, out / "tiny.gguf", "q4_0")
+    assert f'"logit_bias": {{"27": {bias}}}' in (out / "tiny.md").read_text()
     calibrated(out, "<another>")
     export.export_gguf(run, out / "tiny.gguf", "q4_0")
     card = (out / "tiny.md").read_text()
@@ -496,6 +499,10 @@ def test_the_adapter_that_a_run_would_begin_with_is_exported_with_its_bias(small
     assert export.main_gguf(config, tmp_path / "empty", tmp_path / "b.gguf", "f16") == 0
     card = (tmp_path / "b.md").read_text()
     assert f'"logit_bias": {{"27": {bias}}}' in card and "as it was given" in card
+    own = tmp_path / collab_config.NAME  # found by this file's records
+    own.write_text((given / collab_config.NAME).read_text().replace(f"{bias}", "-1.25", 1))
+    assert export.main_gguf(config, tmp_path / "empty", tmp_path / "b.gguf", "f16") == 0
+    assert '"logit_bias": {"27": -1.25}' in (tmp_path / "b.md").read_text()
 
 
 def test_what_cannot_be_exported_as_gguf_is_told(small, tmp_path):

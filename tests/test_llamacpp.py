@@ -48,6 +48,9 @@ class Llama:
         self.ids, self.n_tokens = np.zeros((1, n_ctx), np.int32), 0
         self.ctx = self
 
+    def close(self):
+        self.params = None
+
     def n_vocab(self):
         return self.cfg.vocab_size
 
@@ -89,6 +92,8 @@ def program(monkeypatch, run):
         llama_sampler_init_logit_bias=lambda n_vocab, n, biases: biases,
         llama_sampler_init_greedy=lambda: None,
         llama_sampler_sample=sample,
+        llama_sampler_free=lambda chain: chain.clear(),
+        __version__="0",
     )
     made = lambda text: encode(text, add_special_tokens=False).ids  # noqa: E731
     monkeypatch.setitem(sys.modules, "llama_cpp", lib)
@@ -112,19 +117,21 @@ def test_a_program_that_computes_the_same_has_our_responses_and_margins(run, pro
     for column in ("margin", "first_margin", "last_margin", "logp", "answer_logp"):
         np.testing.assert_allclose(theirs[column], ours[column], atol=5e-4, rtol=5e-4)
     for a, b in zip(ours["margins"], theirs["margins"], strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-4)  # -inf at the same places
-    assert rows["f32"][1] == "100.0" and rows["f32"][3:6] == rows["ours, f32"][3:6]
-    assert float(rows["q4_0"][0]) < float(rows["f32"][0]) / 5
+        np.testing.assert_allclose(b, a, atol=5e-4)  # -inf at the same places
+    for column in ("cloud_correct", "cloud_known", "cloud_usd"):
+        assert (ours[column] == theirs[column]).all()
+    mine, f32 = rows["ours, float32"], rows["f32"]
+    assert f32[1] == mine[1] == "100.0" and f32[3:6] == mine[3:6] and f32[7:] == mine[7:]
+    assert float(rows["q4_0"][0]) < float(f32[0]) / 5
     assert np.abs(tables["q4_0"]["margin"] - ours["margin"]).max() > 0.01
 
 
-def test_the_share_sent_is_that_of_the_margins_and_the_bias(run, program, tmp_path):
+def test_what_is_sent_is_what_the_margins_and_the_bias_say(run, program, tmp_path):
     rows, tables = table(run, tmp_path / "out")
-    first, held_out = llamacpp.split(tables["f32"], 0.5)
-    answered = llamacpp.answered(held_out, False)
-    sent = calls(float(rows["f32"][6]), held_out["margin"], answered)
+    _, half = llamacpp.split(tables["f32"], 0.5)
+    sent = calls(float(rows["f32"][6]), half["margin"], llamacpp.answered(half, False))
     assert rows["f32"][7].split()[0] == f"{100 * sent.mean():.1f}"
-    right = np.where(sent, held_out["cloud_correct"], held_out["local_correct"])
+    right = np.where(sent, half["cloud_correct"], half["local_correct"])
     assert rows["f32"][8].split()[0] == f"{100 * right.mean():.1f}"
 
 
@@ -139,6 +146,29 @@ def test_without_the_package_it_says_what_to_install(run, monkeypatch, tmp_path)
     with pytest.raises(UserError, match="pip install"):
         table(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "prompts, rate, says",
+    [(PROMPTS, 0.0, "between 0 and 1"), (PROMPTS, 2.0, "between 0 and 1"), (-5, 0.5, "at least 4")]
+    + [(PROMPTS, 0.1, "at least 20"), (1000, 0.1, "at least 20")],
+)
+def test_what_cannot_be_compared_is_told_first(run, program, tmp_path, prompts, rate, says):
+    with pytest.raises(UserError, match=says):
+        llamacpp.compare(run.config, run.workdir, tmp_path / "out", ["f32"], prompts, rate)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_checkpoint_is_told_first(run, program, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint: train first"):
+        llamacpp.compare(run.config, tmp_path / "empty", tmp_path / "out", ["f32"], PROMPTS, 0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(run, program, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match="choose another --out"):
+        table(run, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@
                                            responses, margins and calls (llamacpp.py)
     python -m collab_jax.bench code        verdicts on code a second, in the sandbox (code.py)
 
-prints a table; with --json FILE it also writes every figure. Whatever is compared runs in turn,
-round by round.
+prints a table. Those that time something write every figure with --json FILE; programs that are
+compared for speed run in turn, round by round.
 """
 
 from collab_jax.runtime import process

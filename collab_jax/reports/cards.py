@@ -106,7 +106,8 @@ def _bias(run: Run, folder: pathlib.Path) -> float | None:
     if run.text.decision_id is None or not (folder / collab_config.NAME).is_file():
         return None
     calibration = collab_config.read(folder)
-    same = calibration["decision_token"] == run.text.special.decision_token
+    of_token = calibration["decision_token"]  # None where `calibrate` was not told
+    same = of_token in (None, run.text.special.decision_token)
     return calibration["bias"] if same else None
 
 
@@ -124,8 +125,8 @@ def _about_bias(run: Run, bias: float | None, kind: str) -> str:
             "collab_config.json that it writes beside this file, another export has it here."
         )
     return (
-        f"{shown} The bias {bias} is that of collab_config.json, calibrated on the model as it\n"
-        f"was trained. Rounding to {kind} moves margins: check the share of calls."
+        f"{shown} The bias {bias} is that of collab_config.json. Rounding to {kind} moves\n"
+        "margins: unless it was found by this file's own records, check the share of calls."
     )
 
 

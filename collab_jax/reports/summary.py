@@ -1,4 +1,4 @@
-"""The figures of one evaluation, as report.json and eval.json hold them. No jax.
+"""The figures of one evaluation, as report.json and validation.json have them. No jax.
 
 Intervals are of 95 %: Wilson's, or a bootstrap's. Figures that depend on the cloud's verdict are
 over the prompts on which it is known; the others are over all prompts. Where answers have grades,
