@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.cloud.error_skew = 3.0
     config.algorithm.filter = "none"
     config.algorithm.decision = "scored"
-    config.optim.learning_rate = 1e-4
+    config.optim.learning_rate = 5e-5
     config.optim.momentum = 0.5
     config.optim.average = 0.95
     return config

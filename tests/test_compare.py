@@ -21,6 +21,7 @@ def test_compare_by_hand():
         result["reference"] == "m: margin"
         and result["prompts"] == 5
         and result["models"]["m"]["local_accuracy"]["value"] == 0.4
+        and result["models"]["m"]["no_answer"]["value"] == 0.2
     )
     at = {name: method["at_budget"] for name, method in result["methods"].items()}
     assert at["m: margin"]["0.2"]["accuracy"]["value"] == pytest.approx(0.6)

@@ -28,6 +28,7 @@ RESULT = {
     "models": {
         "ours": {
             "local_accuracy": rate(0.5, 0.48, 0.52),
+            "no_answer": rate(0.02, 0.01, 0.03),
             "reference_minus_this": rate(0, 0, 0),
             "natural_call_rate": rate(0.4, 0.38, 0.42),
             "natural_accuracy": rate(0.85, 0.84, 0.86),
@@ -35,11 +36,13 @@ RESULT = {
         },
         "task": {
             "local_accuracy": rate(0.54, 0.5, 0.58),
+            "no_answer": rate(0.0, 0.0, 0.0),
             "reference_minus_this": rate(*BEHIND),
             "natural_call_rate": rate(0.1, 0.08, 0.12),
         },
         "other": {
             "local_accuracy": rate(0.49, 0.47, 0.51),
+            "no_answer": rate(0.1, 0.08, 0.12),
             "reference_minus_this": rate(*NONE),
             "natural_call_rate": rate(0.2, 0.18, 0.22),
         },
@@ -74,6 +77,14 @@ def test_five_sentences_by_hand():
     assert natural.endswith("brings at that share (-4.0 (-6.0 to -2.0) points).")
     assert "ahead of `task` (+5.0" in cells and "behind `other` (-4.0" in cells
     assert "These are 2 comparisons" in cells
+
+
+def test_that_a_model_answers_little_is_said():
+    other = RESULT["models"]["other"] | {"no_answer": rate(0.37, 0.35, 0.39)}
+    result = RESULT | {"models": RESULT["models"] | {"other": other}}
+    *_, last = findings.findings(result, "task", {}).splitlines()
+    assert last.startswith("5. With the call barred they give no answer, so that")
+    assert last.endswith("whatever the router: `other` on 37.0 % (35.0 to 39.0).")
 
 
 def test_without_a_task_tuned_model_its_sentences_are_left_out():

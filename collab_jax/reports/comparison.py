@@ -11,7 +11,7 @@ from collab_jax import records
 from collab_jax.records import Records
 from collab_jax.reports import figures, page
 from collab_jax.reports.summary import BUDGETS
-from collab_jax.routing import costs, curves, measures, routers
+from collab_jax.routing import costs, curves, measures, response, routers
 from collab_jax.routing.curves import Frontiers, Runs, estimate
 from collab_jax.runtime import files, markdown
 from collab_jax.runtime.errors import UserError
@@ -149,11 +149,13 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
 
     These are the device alone, the cloud alone, and the natural pass where it is recorded.
     """
+    resamples = len(frontiers.accuracy[reference]) - 1
     curve, reference_curve = frontiers.accuracy[f"{name}: random"], frontiers.accuracy[reference]
     alone = {
         "local_accuracy": estimate(curve[:, 0]),
         "cloud_accuracy": estimate(curve[:, -1]),
         "reference_minus_this": estimate(reference_curve[:, 0] - curve[:, 0]),  # local accuracies
+        "no_answer": _share([response.no_answer(table) for table in model.seeds], resamples),
     }
     if not all("natural_called" in table for table in model.seeds):
         return alone
@@ -166,11 +168,9 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
         )
         for table in model.seeds
     ]
-    resamples = len(curve) - 1
     figures = alone | {
-        # A t interval of few seeds may pass the ends of what a share can be.
-        "natural_call_rate": estimate(np.clip(curves.mean(called, resamples), 0, 1)),
-        "natural_accuracy": estimate(np.clip(curves.mean(right, resamples), 0, 1)),
+        "natural_call_rate": _share(called, resamples),
+        "natural_accuracy": _share(right, resamples),
     }
     if not all("logprob" in routers.possible(table) for table in model.seeds):
         return figures
@@ -180,6 +180,12 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
         for table, c, r in zip(model.seeds, called, right, strict=True)
     ]
     return figures | {"natural_minus_gate": estimate(curves.mean(beyond, resamples))}
+
+
+def _share(values: Sequence[np.ndarray], resamples: int) -> dict[str, float]:
+    """The mean of values [n] in [0, 1] of each seed, with its interval."""
+    # A t interval of few seeds may pass the ends of what a share can be.
+    return estimate(np.clip(curves.mean(values, resamples), 0, 1))
 
 
 def _costs(

@@ -1,4 +1,4 @@
-"""What a comparison has shown: five sentences with intervals, the bad too, and a table. No jax.
+"""What a comparison has shown: some sentences with intervals, the bad too, and a table. No jax.
 
 Both are written from the figures of `comparison.compare`, so that none is typed by hand; `quote.py`
 puts them into other documents.
@@ -12,12 +12,15 @@ from collab_jax.runtime import markdown
 from collab_jax.runtime.markdown import percent, points
 
 BUDGET = 0.3  # at which routers are compared in one figure each
+MANY = 0.1  # a share of responses without an answer that a reader has to know of
 BOUNDS = ("reachable", "perfect")  # routers that nobody can have
 CONTROLS = ("last_result", "logprob")  # rivals that need no training of the marker
 
 
 def findings(result: dict[str, Any], task_tuned: str | None, budgets: Mapping[str, float]) -> str:
-    """A Markdown list of five sentences, or fewer where the records do not allow one.
+    """A Markdown list of five sentences, fewer where the records do not allow one.
+
+    There is a sixth where models leave prompts without an answer.
 
     result: from `comparison.compare`; its reference is a trained marker. task_tuned: the model that
     was never rewarded for a call, None where there is none. budgets: that of each model's training.
@@ -28,6 +31,7 @@ def findings(result: dict[str, Any], task_tuned: str | None, budgets: Mapping[st
         _reached(result, task_tuned),
         _natural(result, budgets),
         _against_cells(result),
+        _unanswered(result),
     ]
     return "\n".join(f"{i}. {text}" for i, text in enumerate(filter(None, found), 1))
 
@@ -119,6 +123,22 @@ def _against_cells(result: dict[str, Any]) -> str:
     return (
         f"At {_budget()} calls by {router} it is {said}. These are {len(others)} comparisons, each "
         f"with an interval of 95 %: where nothing differs, one in twenty still excludes 0."
+    )
+
+
+def _unanswered(result: dict[str, Any]) -> str:
+    """The models that leave many prompts without an answer when the call is barred."""
+    many = {
+        name: model["no_answer"]
+        for name, model in result["models"].items()
+        if model["no_answer"]["value"] > MANY
+    }
+    if not many:
+        return ""
+    said = ", ".join(f"`{name}` on {_share(share)}" for name, share in many.items())
+    return (
+        "With the call barred they give no answer, so that the prompt goes to the cloud first, "
+        f"whatever the router: {said}."
     )
 
 
