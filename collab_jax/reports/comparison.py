@@ -182,7 +182,7 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     return figures | {"natural_minus_gate": estimate(curves.mean(beyond, resamples))}
 
 
-def _share(values: Sequence[np.ndarray], resamples: int) -> dict[str, float]:
+def _share(values: Sequence[np.ndarray], resamples: int) -> dict[str, float | None]:
     """The mean of values [n] in [0, 1] of each seed, with its interval."""
     # A t interval of few seeds may pass the ends of what a share can be.
     return estimate(np.clip(curves.mean(values, resamples), 0, 1))
