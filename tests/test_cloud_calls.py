@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -32,8 +33,12 @@ from collab_jax.cloud import (
     leases,
     ledger,
     make_cloud,
+    openai,
+    streaming,
 )
 from collab_jax.cloud.budget import Budget
+from collab_jax.cloud.store import StoreError
+from collab_jax.cloud.streaming import Delta
 from collab_jax.runtime.errors import UserError
 
 SECRET = "sk-very-secret"
@@ -450,6 +455,36 @@ def test_a_lease_runs_out(tmp_path, monkeypatch):
     assert heir.take(["a", "b"]) == {"a", "b"} and dead.take(["c"]) == set()
     heir.release(["a", "b", "c"])
     assert dead.take(["a", "b", "c"]) == {"a", "b", "c"}
+
+
+def test_a_lease_that_could_not_be_given_back_runs_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
+    held, heir = leases.Leases(Store(tmp_path / "s.db")), leases.Leases(Store(tmp_path / "s.db"))
+    assert held.take(["a", "b"]) == {"a", "b"}
+    with monkeypatch.context() as broken:
+        broken.setattr(held.store, "transaction", mock.Mock(side_effect=StoreError("full")))
+        with pytest.raises(StoreError):
+            held.release(["a"])
+    time.sleep(0.15)
+    held.renew()
+    time.sleep(0.1)
+    assert heir.take(["a", "b"]) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("3", 3.0), ("-1", 0.0), ("inf", None), ("nan", None), ("1e400", None), ("soon", None)],
+)
+def test_the_seconds_of_a_retry_after_header_are_finite(value, seconds):
+    assert openai._retry_after(value) == seconds
+
+
+def test_halves_of_characters_are_put_together():
+    halves, said = Delta("", ""), []
+    for content in ("a\ud83d", "\ude00b", "\ud83d", "c", "\ude00"):
+        delta, halves = streaming._whole(halves, Delta("", content))
+        said.append(delta.content)
+    assert said == ["a", "\U0001f600b", "", "\ufffdc", "\ufffd"] and halves == ("", "")
 
 
 @dataclass

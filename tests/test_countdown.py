@@ -355,6 +355,7 @@ def test_foreign_prompts():
         text.replace("equals 6", "equals 6.5"),
         text.partition(" equals")[0],
         "Using the numbers " + "1 " * 100_000,
+        "7 11 13 17 19 23=999983",  # would take half a minute
     ]
     for content in foreign:
         with pytest.raises(TaskError):
@@ -372,6 +373,13 @@ def test_prompt_without_a_solution():
         task.solve_prompt(prompt)
     cloud = SimulatedCloud("sim", task.solve_prompt, 0.0, 1, 1, 1)
     assert cloud.answer([prompt])[0].text == SimulatedCloud.wrong
+
+
+def test_prices_that_nobody_pays_are_not_kept_for_ever():
+    cloud = SimulatedCloud("sim", lambda _: "x", 0.0, 1, 1, 1, batch=8)
+    for n in range(50):
+        assert cloud.highest_usd([{"role": "user", "content": f"{n}"}]) > 0
+    assert len(cloud._priced) <= 8
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,20 @@ def test_too_many_waiting_prompt_tokens_are_refused_but_never_a_single_prompt():
     engine.close()
 
 
+def test_the_rest_of_a_response_that_called_at_once_is_let_in_and_comes_first():
+    engine = Engine(PARAMS, CFG, ENDLESS, Limits(requests=1, tokens=100))
+    first = Heard(engine, [6, 7], limit=10**6)
+    assert first.started.wait(900)
+    waiting = Heard(engine, [6], limit=1)
+    with pytest.raises(Busy):
+        Heard(engine, [6], limit=1)
+    rest = Heard(engine, [7], limit=1, resumed=True)
+    assert engine._waiting[0] is rest.job
+    engine.cancel(first.job)
+    assert {heard.wait().end for heard in (waiting, rest)} == {"length"}
+    engine.close()
+
+
 def test_a_failure_of_the_devices_ends_every_job(monkeypatch):
     engine = Engine(PARAMS, CFG, SETTINGS, Limits(requests=9, tokens=100))
     assert engine.ready.wait(900)

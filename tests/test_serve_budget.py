@@ -14,7 +14,15 @@ from collab_jax.routing import collab_config
 from collab_jax.routing.calibration import bias_for_rate
 from collab_jax.runtime.errors import UserError
 from collab_jax.serve import budget
-from collab_jax.serve.budget import BURST, Controller, decide, retarget, start, take_back
+from collab_jax.serve.budget import (
+    BURST,
+    Controller,
+    Ticket,
+    decide,
+    retarget,
+    start,
+    take_back,
+)
 
 QUERIES = 2000
 
@@ -111,11 +119,36 @@ def test_a_call_that_failed_is_as_if_it_had_not_been(calibration):
         state, _ = decide(state, wanted)
     after, granted = decide(state, True)
     assert granted
-    back = take_back(after)
+    back = take_back(after, Ticket(0, 0.3))
     assert back.tracker.bias == pytest.approx(state.tracker.bias)
     assert back.debt == pytest.approx(state.debt)
     assert (back.queries, back.calls) == (state.queries, state.calls)
     assert back.bucket == pytest.approx(state.bucket)
+
+
+def test_a_call_that_failed_after_the_target_changed_gives_its_token_back_and_no_more(calibration):
+    state = start(calibration, 0.9)
+    for _ in range(10):
+        state, granted = decide(state, True)
+        assert granted
+    lowered = retarget(state, budget.points(calibration), 0.1)
+    after = lowered
+    for _ in range(10):
+        after = take_back(after, Ticket(0, 0.9))
+    assert after == lowered._replace(bucket=pytest.approx(BURST))
+    assert (after.queries, after.calls, after.debt) == (0, 0, 0.0)
+
+
+def test_a_target_of_all_or_nothing_and_back_keeps_what_was_learnt(tmp_path, calibration):
+    controller = Controller(tmp_path / "budget.json", "m", calibration, 0.3)
+    for wanted in (True, False, False, True):
+        controller.decide(wanted)
+    bias = controller.bias
+    for target, said in ((1, budget.LIMIT), (0, -math.inf)):
+        controller.set_target(target)
+        assert controller.bias == said
+        controller.set_target(0.3)
+        assert controller.bias == bias
 
 
 def test_biases_lie_on_lines_between_calibrated_ones():
@@ -131,12 +164,14 @@ def test_the_state_survives_a_restart(tmp_path, calibration):
     path = tmp_path / "budget.json"
     controller = Controller(path, "m", calibration, 0.3)
     controller.set_target(0.2)
-    for wanted in (True, True, False):
-        controller.decide(wanted)
-    controller.take_back()
+    tickets = [controller.decide(wanted) for wanted in (True, True, False)]
+    assert tickets == [Ticket(1, 0.2), Ticket(1, 0.2), None]
+    controller.take_back(Ticket(1, 0.2))
     controller.save()
     assert Controller(path, "m", calibration, 0.3).state == controller.state
     assert Controller(path, "other", calibration, 0.3).state == start(calibration, 0.3)
+    again = calibration | {"bias": calibration["bias"] + 1}  # the same name, calibrated once more
+    assert Controller(path, "m", again, 0.3).state == start(again, 0.3)
     controller.set_target(0)
     assert controller.bias == -math.inf and not controller.decide(True)
     assert controller.report()["achieved_call_rate"] == 0

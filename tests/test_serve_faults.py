@@ -5,6 +5,7 @@ import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 from serving import KEY, PRICE, Provider, told
@@ -195,12 +196,47 @@ def test_while_the_cloud_is_down_the_budget_stands_still(start):
         before = server.service.controller.state
         for _ in range(20):
             assert server.chat()[2]["collab"]["reason"] == "device_fallback"
-        assert server.service.controller.state == before
+        after = server.service.controller.state  # probes were wanted, and taken back
+        assert (after.queries, after.calls) == (before.queries, before.calls)
+        assert after.bucket == pytest.approx(before.bucket)
+        assert after.tracker.bias == pytest.approx(before.tracker.bias)
         provider.steps = lambda _: [("text", "back")]
         end = time.monotonic() + 20
         while server.chat()[2]["collab"]["answered_by"] != "cloud" and time.monotonic() < end:
             time.sleep(0.05)
         assert not server.service.upstream.down
+
+
+def test_a_cloud_that_is_back_is_found_by_queries_that_would_not_call(start):
+    """While it is down the bias stands still; else nothing would raise it to the next call."""
+    with Provider(lambda _: [("status", 503)]) as provider:
+        server = start(provider, {0: -3.0})  # no query calls by the bias that there is
+        for _ in range(attempts.OUTAGE_FAILURES):
+            server.chat(collab={"mode": "only_cloud"})
+        assert server.service.upstream.down
+        provider.steps = lambda _: [("text", "back")]
+        end = time.monotonic() + 30
+        while server.chat()[2]["collab"]["answered_by"] != "cloud" and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not server.service.upstream.down
+
+
+def test_a_stream_that_is_too_slow_is_no_outage(start):
+    steps = [("text", "The answer"), ("wait", 2.0), ("text", " is late")]
+    with Provider(lambda _: steps) as provider:
+        server = start(provider, CALLS, deadline=0.3)
+        for _ in range(attempts.OUTAGE_FAILURES + 1):
+            server.chat(collab={"mode": "only_cloud"})
+        assert not server.service.upstream.down
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(start):
+    server = start(None)
+    text = server.service.text
+    most = server.service.prompt_length * text.longest_piece
+    with mock.patch.object(type(text), "prompt_ids", side_effect=AssertionError):
+        status, _, body = server.chat("7" * (most + 1))
+    assert status == 400 and body["error"]["code"] == "context_length_exceeded"
 
 
 def test_64_clients_and_a_dead_cloud(start):

@@ -52,12 +52,11 @@ class Leases:
 
     def renew(self) -> None:
         """Extends every lease of this object; to be called a few times in `seconds`."""
-        if self._held:
+        with self._lock:
+            held = list(self._held)  # not all of its rows: one may have failed to be given back
+        if held:
             with self.store.transaction(durable=False) as db:
-                db.execute(
-                    "UPDATE leases SET expires = ? WHERE owner = ?",
-                    (time.time() + self.seconds, self.owner),
-                )
+                self.extend(db, held)
 
     def release(self, keys: Iterable[str]) -> None:
         """Gives keys back, bought or not."""

@@ -35,6 +35,7 @@ async def stream(
 
     start = time.monotonic()
     message, usage, reason = {"content": "", "reasoning_content": ""}, None, None
+    halves = Delta("", "")
     try:
         async with asyncio.timeout(min(seconds, cloud.timeouts[2])):
             create: Any = client.chat.completions.create
@@ -49,7 +50,7 @@ async def stream(
                     data = chunk.to_dict()
                     usage = data.get("usage") or usage
                     for choice in (data.get("choices") or [])[:1]:
-                        delta = _delta(choice)
+                        delta, halves = _whole(halves, _delta(choice))
                         message["content"] += delta.content
                         message["reasoning_content"] += delta.reasoning
                         reason = choice.get("finish_reason") or reason
@@ -66,6 +67,19 @@ async def stream(
         return
     data = {"choices": [{"message": message, "finish_reason": reason}], "usage": usage}
     yield cloud.reply(messages, data, time.monotonic() - start)
+
+
+def _whole(halves: Delta, delta: Delta) -> tuple[Delta, Delta]:
+    """(a delta in whole characters, the halves of characters whose rest is to come).
+
+    halves: those of the deltas before. Some providers cut an emoji in the middle of its UTF-16
+    form. What has no other half becomes U+FFFD.
+    """
+    joined = [half + text for half, text in zip(halves, delta, strict=True)]
+    open_ = [text[-1] if "\ud800" <= text[-1:] <= "\udbff" else "" for text in joined]
+    ready = [text[: len(text) - len(half)] for text, half in zip(joined, open_, strict=True)]
+    paired = [text.encode("utf-16-le", "surrogatepass") for text in ready]
+    return Delta(*(text.decode("utf-16-le", "replace") for text in paired)), Delta(*open_)
 
 
 def _delta(choice: dict[str, Any]) -> Delta:

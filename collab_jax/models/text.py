@@ -60,6 +60,11 @@ class Text:
         return _marker_written(self.marker, self.special.decision_token)
 
     @functools.cached_property
+    def longest_piece(self) -> int:
+        """The characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @functools.cached_property
     def _vocabulary(self) -> frozenset[int]:
         """Every id that is a token: a model may have more rows than its tokenizer has tokens."""
         return frozenset(self.tokenizer.get_vocab().values())

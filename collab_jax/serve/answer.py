@@ -17,7 +17,7 @@ from collab_jax.cloud.redaction import Redacted
 from collab_jax.cloud.share import with_attempt
 from collab_jax.models.text import Messages, Text
 from collab_jax.serve.body import CLOUD_FIRST, Ask
-from collab_jax.serve.budget import Controller
+from collab_jax.serve.budget import Controller, Ticket
 from collab_jax.serve.engine import Emission, Engine, Job
 from collab_jax.serve.reader import Stops, spell
 from collab_jax.serve.response import Response, Said
@@ -123,7 +123,7 @@ class Service:
         outcome.bias = bias if math.isfinite(bias) else None
         await self._device(outcome, response, bias, say)
         wanted = self._wants_cloud(ask, response)
-        granted, counted = self._count(ask, wanted)
+        granted, ticket = self._count(ask, wanted)
         if wanted:
             called = "margin" if response.end == "call" else "unanswered"
             try:
@@ -136,12 +136,12 @@ class Service:
                 if not _may_stand_in(outcome):
                     raise
             finally:
-                if counted and reason:
-                    self.controller.take_back()
+                if ticket and reason:
+                    self.controller.take_back(ticket)
             if response.end == "call":
                 outcome.margins.pop()  # that step is computed once more
                 outcome.device_tokens -= 1
-                await self._device(outcome, response, DISALLOWED, say)
+                await self._device(outcome, response, DISALLOWED, say, resumed=True)
         for said in response.held:
             await say(said)
         outcome.answered_by, outcome.model, outcome.reason = "device", self.model, reason
@@ -182,17 +182,18 @@ class Service:
             return ""
         return "max_usd"
 
-    def _count(self, ask: Ask, wanted: bool) -> tuple[bool, bool]:
-        """(whether a call may be made, whether the budget has booked it); only the budget's own.
+    def _count(self, ask: Ask, wanted: bool) -> tuple[bool, Ticket | None]:
+        """(whether a call may be made, the ticket where the budget has booked it).
 
-        While the cloud is down the budget stands still, and what may be tried is the breaker's.
+        Only the budget's own count. While no call is admitted, since the cloud is down, the budget
+        stands still; once one is, to see whether it is back, somebody has to want it.
         """
         if ask.mode != "prefer_device" or ask.threshold is not None or ask.rate is not None:
-            return True, False
-        if self.upstream.down:
-            return True, False
-        granted = self.controller.decide(wanted)
-        return granted, granted
+            return True, None
+        if self.upstream.barred:
+            return True, None
+        ticket = self.controller.decide(wanted)
+        return ticket is not None, ticket
 
     # ------------------------------------------------------------------------- the two models
 
@@ -201,6 +202,7 @@ class Service:
         messages = ask.messages
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
+        self._check_size(messages)
         try:
             prompt = self.text.prompt_ids(messages)
         except Exception as error:  # of the template, which may want roles to alternate
@@ -218,13 +220,30 @@ class Service:
             raise Refused("logit_bias may not move the decision to call: use collab", "logit_bias")
         return Response(self.model, self.text, tuple(prompt), ask.stops, ask.logprobs)
 
-    async def _device(self, outcome: Outcome, response: Response, bias: float, say: Say) -> None:
-        """Says what the device writes, from what it has written before, until it ends."""
+    def _check_size(self, messages: Messages) -> None:
+        """Raises Refused for a text that cannot fit, before the tokenizer takes long for it."""
+        size = sum(len(message["content"]) for message in messages)
+        if size > (most := self.prompt_length * self.text.longest_piece):
+            raise Refused(
+                f"messages have {size} characters; {self.prompt_length} tokens, all that this "
+                f"server takes, have at most {most}",
+                "messages",
+                "context_length_exceeded",
+            )
+
+    async def _device(
+        self, outcome: Outcome, response: Response, bias: float, say: Say, resumed: bool = False
+    ) -> None:
+        """Says what the device writes, from what it has written before, until it ends.
+
+        resumed: this is the rest of a response that called.
+        """
         ask, loop = outcome.ask, asyncio.get_running_loop()
         emissions: asyncio.Queue[Emission] = asyncio.Queue()
         job = Job(
             prompt=response.prompt,
             written=tuple(response.written),
+            resumed=resumed,
             emit=lambda emission: loop.call_soon_threadsafe(emissions.put_nowait, emission),
             limit=min(ask.limit or self.limit, self.limit),
             bias=bias,

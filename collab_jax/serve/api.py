@@ -78,8 +78,8 @@ class Api:
         finally:
             saving.cancel()
             await asyncio.to_thread(self.service.engine.close)
-            await self.service.upstream.close()
             self.service.controller.save()
+            await self.service.upstream.close()
 
     async def _save(self) -> None:
         while True:

@@ -11,6 +11,7 @@ Only what the device decided counts: neither a query whose client chose for itse
 came while the cloud was down (the controller is frozen then).
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -47,6 +48,14 @@ class State(NamedTuple):
     debt: float = 0.0  # calls too few that were wanted, since the target was set
     queries: int = 0  # since the target was set
     calls: int = 0  # of these
+    epoch: int = 0  # how often it was set
+
+
+class Ticket(NamedTuple):
+    """A call that was granted: the epoch and the target of that moment."""
+
+    epoch: int
+    target: float
 
 
 def start(calibration: dict[str, Any] | None, target: float) -> State:
@@ -98,6 +107,7 @@ def decide(state: State, wanted: bool) -> tuple[State, bool]:
         debt=debt,
         queries=state.queries + 1,
         calls=state.calls + granted,
+        epoch=state.epoch,
     )
     return after, granted
 
@@ -108,13 +118,18 @@ def _moved(tracker: Tracker, steps: float) -> Tracker:
     return tracker._replace(bias=bias)
 
 
-def take_back(state: State) -> State:
-    """The state as if a query that was granted its call, which failed, had not been."""
-    undone = 1 - state.tracker.budget
-    return State(
+def take_back(state: State, ticket: Ticket) -> State:
+    """The state as if a query that was granted its call, which failed, had not been.
+
+    Where another target was set meanwhile, its token alone comes back.
+    """
+    undone = 1 - ticket.target
+    state = state._replace(bucket=min(CAPACITY, state.bucket + undone))
+    if ticket.epoch != state.epoch:
+        return state
+    return state._replace(
         tracker=_moved(state.tracker, undone - LEARN * state.debt),
-        bucket=min(CAPACITY, state.bucket + undone),
-        debt=state.debt + undone,
+        debt=min(state.debt + undone, MOST_DEBT),
         queries=state.queries - 1,
         calls=state.calls - 1,
     )
@@ -124,20 +139,20 @@ def retarget(state: State, table: Sequence[Point], target: float) -> State:
     """The state with another target in [0, 1].
 
     The bias moves by what lies between the two calibrated ones, and so keeps what it has learned of
-    the traffic.
+    the traffic. Nothing and everything need no bias: there it stays what it was.
     """
-    old = state.tracker
+    old, bias = state.tracker, state.tracker.bias
     before, after = bias_for(table, old.budget), bias_for(table, target)
-    bias = old.bias
-    if before is not None and after is not None and math.isfinite(before) and math.isfinite(after):
+    if before is not None and after is not None and not {old.budget, target} & {0, 1}:
         bias = min(max(bias + after - before, old.low), old.high)
-    return State(old._replace(budget=target, bias=bias), state.bucket)
+    return State(old._replace(budget=target, bias=bias), state.bucket, epoch=state.epoch + 1)
 
 
 class Controller:
     """The state of a server, kept in a file. To be used by one thread.
 
-    path: of the state, a small JSON file; it holds for one model, and another's is not read.
+    path: of the state, a small JSON file; it holds for one model with one calibration, and that of
+    another is not read.
     frozen: whether the cloud is down. Raises UserError for a file that is not a state.
     """
 
@@ -145,6 +160,7 @@ class Controller:
         self, path: pathlib.Path, model: str, calibration: dict[str, Any] | None, target: float
     ):
         self.path, self.model, self.table = path, model, points(calibration)
+        self._calibration = hashlib.sha256(json.dumps(calibration).encode()).hexdigest()
         self.state = start(calibration, target)
         self._saved: State | None = None
         if path.exists():
@@ -153,16 +169,19 @@ class Controller:
     @property
     def bias(self) -> float:
         """The bias of the next query."""
-        return self.state.tracker.bias if self.state.tracker.budget > 0 else -math.inf
+        target = self.state.tracker.budget
+        if target in (0, 1):
+            return -math.inf if target == 0 else LIMIT
+        return self.state.tracker.bias
 
-    def decide(self, wanted: bool) -> bool:
-        """Counts a query; returns whether it may go to the cloud."""
+    def decide(self, wanted: bool) -> Ticket | None:
+        """Counts a query; returns a ticket where it may go to the cloud."""
         self.state, granted = decide(self.state, wanted)
-        return granted
+        return Ticket(self.state.epoch, self.state.tracker.budget) if granted else None
 
-    def take_back(self) -> None:
+    def take_back(self, ticket: Ticket) -> None:
         """Forgets a query whose call failed."""
-        self.state = take_back(self.state)
+        self.state = take_back(self.state, ticket)
 
     def set_target(self, target: float) -> None:
         """Sets the share of queries that may go to the cloud, in [0, 1]."""
@@ -186,20 +205,22 @@ class Controller:
 
     def save(self) -> None:
         """Writes the state, if it has changed."""
-        if self.state == self._saved:
+        state = self.state
+        if state == self._saved:
             return
-        self._saved = self.state
-        contents = {"model": self.model, **self.state._asdict()}
-        contents["tracker"] = self.state.tracker._asdict()
+        contents = {"model": self.model, "calibration": self._calibration, **state._asdict()}
+        contents["tracker"] = state.tracker._asdict()
         files.write_text(self.path, json.dumps(contents, indent=2) + "\n")
+        self._saved = state
 
     def _restore(self) -> None:
         try:
             contents = json.loads(self.path.read_text())
-            if contents.pop("model") != self.model:
-                return
+            of = contents.pop("model"), contents.pop("calibration", None)
             tracker = Tracker(**contents.pop("tracker"))
-            self.state = State(tracker=tracker, **contents)
+            state = State(tracker=tracker, **contents)
+            if of == (self.model, self._calibration):
+                self.state = state
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(
                 f"{self.path} is not a server's state: delete it, and the calibrated bias is the "

@@ -58,7 +58,8 @@ class Job:
     """A response to compute.
 
     prompt: its tokens. written: tokens of the response that are there already, of which the next
-    ones are the continuation. limit: tokens of the whole response. bias: see `slots.Request`.
+    ones are the continuation. resumed: another job began it, which called, maybe at once. limit:
+    tokens of the whole response. bias: see `slots.Request`.
     """
 
     prompt: tuple[int, ...]
@@ -70,6 +71,7 @@ class Job:
     seed: int = 0
     logit_bias: dict[int, float] = field(default_factory=dict)
     written: tuple[int, ...] = ()
+    resumed: bool = False
     cancelled: bool = field(default=False, init=False)
 
 
@@ -123,7 +125,7 @@ class Engine:
         with self._changed:
             if self.broken:
                 raise Broken(self.broken)
-            if job.written:  # under way: it was let in before
+            if job.resumed:  # it was let in before
                 self._waiting.appendleft(job)
             else:
                 self._check_room(len(job.prompt))

@@ -8,6 +8,7 @@ before it is made, then at what it cost, and at the highest price for good where
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -28,7 +29,9 @@ from collab_jax.tasks.base import answer_of
 
 log = logging.getLogger(__name__)
 
-THREADS = 16  # that wait for the store, or for a cloud that does not stream
+THREADS = 16  # that redact, or wait for a cloud that does not stream
+BOOK_THREADS = 4  # that read and write the store, for which nobody is to wait behind those
+LEAST_SECONDS = 0.05  # before its deadline a call is not begun any more
 # How long a call goes on for nobody: one that ends in the meantime need not be paid for again.
 GRACE_SECONDS = 1.0
 T = TypeVar("T")
@@ -110,6 +113,7 @@ class Upstream:
         self._leases = Leases(cloud.store)
         self._renewing: asyncio.Task | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="cloud")
+        self._books = ThreadPoolExecutor(BOOK_THREADS, thread_name_prefix="books")
 
     @property
     def model(self) -> str:
@@ -131,6 +135,11 @@ class Upstream:
     def down(self) -> bool:
         """Whether the cloud is taken to be out of order."""
         return self.cloud.breaker.is_open
+
+    @property
+    def barred(self) -> bool:
+        """Whether no call is admitted now, since the cloud is out of order."""
+        return self.cloud.breaker.seconds_left() > 0
 
     @property
     def pending(self) -> int:
@@ -196,7 +205,8 @@ class Upstream:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._client is not None:
             await self._client.close()
-        self._threads.shutdown()  # what was bought is stored
+        self._books.shutdown()  # what was bought is stored
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     # -------------------------------------------------------------------------- one purchase
 
@@ -250,7 +260,7 @@ class Upstream:
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew())
         while time.monotonic() < purchase.deadline:
-            lease = self._threads.submit(self._leases.take, [key])
+            lease = self._books.submit(self._leases.take, [key])
             try:
                 if await asyncio.wrap_future(lease):
                     # The last holder may have bought it.
@@ -261,7 +271,7 @@ class Upstream:
             except _LeaseLost:
                 continue
             finally:
-                self._threads.submit(self._give_back, lease, purchase)
+                self._books.submit(self._give_back, lease, purchase)
             await asyncio.sleep(POLL_SECONDS)
         raise CloudFailed("another process has not bought it in time", usd=purchase.usd)
 
@@ -276,12 +286,12 @@ class Upstream:
         while True:
             await asyncio.sleep(self._leases.seconds / 5)
             try:
-                await self._in_thread(self._leases.renew)
+                await self._in_books(self._leases.renew)
             except UserError as error:  # whoever buys will meet it
                 log.warning("leases not renewed: %s", error)
 
     async def _stored(self, key: str) -> Reply | None:
-        return (await self._in_thread(lambda: self.cloud.store.get_many([key]))).get(key)
+        return (await self._in_books(lambda: self.cloud.store.get_many([key]))).get(key)
 
     async def _streamed(
         self, purchase: _Purchase, key: str, cloud: OpenAICloud, messages: Messages
@@ -294,15 +304,19 @@ class Upstream:
             admission = breaker.admit()
             if admission is None:
                 raise CloudFailed("down", breaker.seconds_left(), purchase.usd)
+            if purchase.deadline - time.monotonic() < LEAST_SECONDS:
+                raise CloudFailed("timeout", usd=purchase.usd)
             if not await self._reserve(key, highest):
                 raise CloudFailed("the cloud's budget is spent", usd=purchase.usd)
             outcome = Failure("cut off", usd=None)
             try:
-                left = purchase.deadline - time.monotonic()
+                left = max(purchase.deadline - time.monotonic(), LEAST_SECONDS)
                 calls = stream(cloud, self._client, messages, left)
                 async with contextlib.aclosing(calls):
                     async for item in calls:
                         if isinstance(item, Delta):
+                            if not purchase.deltas:
+                                breaker.note_life()
                             purchase.deltas.append(item)
                             purchase.tell()
                         else:
@@ -310,12 +324,14 @@ class Upstream:
             finally:  # also where the last listener has left
                 usd = highest if outcome.usd is None else outcome.usd
                 purchase.usd += usd
-                purchase.booking = self._threads.submit(self._book, messages, outcome, highest, usd)
+                purchase.booking = self._books.submit(self._book, messages, outcome, highest, usd)
             # Shielded: what was bought is stored, even if the last listener leaves now.
             await asyncio.shield(asyncio.wrap_future(purchase.booking))
             if isinstance(outcome, Reply):
                 breaker.note_life()
                 return Bought(outcome, purchase.usd, attempt + 1)
+            if purchase.deltas:  # it lives, and is too slow for the deadline
+                outcome = dataclasses.replace(outcome, outage=False)
             self._note(outcome, admission == "probe")
             pause = attempts.pause(attempt, outcome.retry_after)
             last = (
@@ -343,7 +359,7 @@ class Upstream:
                 with self.cloud.store.transaction() as db:
                     settle(db, usd, 0.0, unsent=1)
 
-        booking = self._threads.submit(reserve)
+        booking = self._books.submit(reserve)
         try:
             return await asyncio.shield(asyncio.wrap_future(booking))
         except asyncio.CancelledError:  # the last listener has left; the thread goes on
@@ -371,3 +387,6 @@ class Upstream:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _in_books(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._books, work)

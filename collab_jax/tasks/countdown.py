@@ -75,6 +75,7 @@ def data_settings(task: ConfigDict) -> DataSettings:
     )
 
 
+MOST_NUMBERS = 5  # of a problem that is solved, in a third of a second at most
 MAX_TRIES = 300_000  # random attempts in a row that may miss split and targets: some ten seconds
 
 
@@ -267,7 +268,10 @@ def _problem_of(messages: Messages) -> tuple[tuple[int, ...], int]:
     match = _CLOUD_PATTERN.fullmatch(content) or _DEVICE_PATTERN.fullmatch(content)
     if not match:
         raise TaskError("not a Countdown prompt")
-    return tuple(map(int, match[1].split())), int(match[2])
+    numbers = tuple(map(int, match[1].split()))
+    if len(numbers) > MOST_NUMBERS:  # a server passes on whatever a client writes
+        raise TaskError(f"{len(numbers)} numbers: none has more than {MOST_NUMBERS}")
+    return numbers, int(match[2])
 
 
 def solve_prompt(messages: Messages) -> str:
