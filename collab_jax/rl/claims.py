@@ -35,6 +35,7 @@ MAY_DIFFER_ON_RESUME = {
     "cloud.redact_names",
     "cpu_devices",
     "eval.max_unknown",
+    "train.empty_d1_limit",
     "train.sharded",
 }
 # Settings of the warm start and its demonstrations, and of a server, which no run reads.

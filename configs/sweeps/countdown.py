@@ -40,7 +40,8 @@ ROUTED, OF_A_ROW, sampled = chain["ROUTED"], chain["OF_A_ROW"], chain["sampled"]
 def get_sweep() -> Sweep:
     return Sweep(
         "configs/countdown_tiny_ours.py",
-        {"eval.split": "test"},
+        # A rate at which a model collapses is a rate that was tried: its run goes on to the end.
+        {"eval.split": "test", "train.empty_d1_limit": 160},
         {
             "ours": Cell(ROUTED, FIVE),
             "decision-alone": Cell({"algorithm.advantage": "none"}, TWO, values=OF_A_ROW),
