@@ -42,7 +42,7 @@ RESULT = {
         },
         "other": {
             "local_accuracy": rate(0.49, 0.47, 0.51),
-            "no_answer": rate(0.1, 0.08, 0.12),
+            "no_answer": rate(0.07, 0.06, 0.08),
             "reference_minus_this": rate(*NONE),
             "natural_call_rate": rate(0.2, 0.18, 0.22),
         },
@@ -82,9 +82,13 @@ def test_five_sentences_by_hand():
 def test_that_a_model_answers_little_is_said():
     other = RESULT["models"]["other"] | {"no_answer": rate(0.37, 0.35, 0.39)}
     result = RESULT | {"models": RESULT["models"] | {"other": other}}
-    *_, last = findings.findings(result, "task", {}).splitlines()
-    assert last.startswith("5. With the call barred they give no answer, so that")
-    assert last.endswith("whatever the router: `other` on 37.0 % (35.0 to 39.0).")
+    *_, cells, last = findings.findings(result, "task", {}).splitlines()
+    assert last.startswith("5. With the call barred they give no answer, and")
+    assert last.endswith("sends such a prompt first: `other` on 37.0 % (35.0 to 39.0).")
+    assert "`other` (-4.0" in cells
+    result = result | {"seeds": RESULT["seeds"] | {"other": 1}}
+    *_, cells, _ = findings.findings(result, "task", {}).splitlines()
+    assert "`other` (one seed, -4.0" in cells
 
 
 def test_without_a_task_tuned_model_its_sentences_are_left_out():

@@ -12,7 +12,7 @@ from collab_jax.runtime import markdown
 from collab_jax.runtime.markdown import percent, points
 
 BUDGET = 0.3  # at which routers are compared in one figure each
-MANY = 0.1  # a share of responses without an answer that a reader has to know of
+MANY = BUDGET / 4  # a share of responses without an answer that a reader has to know of
 BOUNDS = ("reachable", "perfect")  # routers that nobody can have
 CONTROLS = ("last_result", "logprob")  # rivals that need no training of the marker
 
@@ -118,7 +118,8 @@ def _against_cells(result: dict[str, Any]) -> str:
     groups: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
     for name in others:
         lead = _at(result, name, router)["reference_minus_this"]
-        groups[verdict(lead)].append(f"`{name}` ({points(lead)})")
+        alone = "one seed, " if result["seeds"][name] == 1 else ""
+        groups[verdict(lead)].append(f"`{name}` ({alone}{points(lead)})")
     said = "; ".join(f"{how} {', '.join(names)}" for how, names in groups.items() if names)
     return (
         f"At {_budget()} calls by {router} it is {said}. These are {len(others)} comparisons, each "
@@ -137,8 +138,8 @@ def _unanswered(result: dict[str, Any]) -> str:
         return ""
     said = ", ".join(f"`{name}` on {_share(share)}" for name, share in many.items())
     return (
-        "With the call barred they give no answer, so that the prompt goes to the cloud first, "
-        f"whatever the router: {said}."
+        "With the call barred they give no answer, and every router that reads the response sends "
+        f"such a prompt first: {said}."
     )
 
 

@@ -12,10 +12,14 @@ call's price lambda in [0, 1], a response adds the logistic loss
     -(1 - lambda) wrong log sigmoid(M) - lambda right log sigmoid(-M)
 
 What is lost by a bad decision are the weights: an answer that a call would have given, less its
-price, or the price. It is least where M > 0 exactly if P(wrong) > lambda, the best decision at that
-price, and M ranks responses by P(wrong) at any other. A response is taught at one state, where its
-margin is highest. Were all states taught, by the probability that one of them calls, then those
-before the model knows anything would learn how often responses go wrong.
+price, or the price. It is least where M > 0 exactly if P(wrong) > lambda, and M ranks responses by
+P(wrong) at any other price. That is the best decision where the cloud is right. One that is wrong
+teaches no call, but a right answer does not count more for it: with a weak cloud the best decision,
+to call where P(cloud right) - P(right) > lambda, is another.
+
+A response is taught at one state, where its margin is highest. Were all states taught, by the
+probability that one of them calls, then those before the model knows anything would learn how often
+responses go wrong.
 
 What the attempts themselves learn is the policy gradient of their rewards, which the marker has no
 part in; the loss moves the call's logit, and not that of the token which it is compared with. Or
@@ -28,7 +32,9 @@ the marker: whoever decodes has to stop there.
 
 The price is that of the budget: in each batch the one at which the loss, as a whole, moves the
 margins by how far the share of calls is from the budget (`price`). So the budget is held without a
-state that could swing, and what is learnt is which responses call.
+state that could swing, and what is learnt is which responses call. Where the model is wrong on few
+prompts the price meets its limits: margins can then be moved down further than up, and calls stay
+below a large budget.
 """
 
 from typing import NamedTuple
