@@ -406,9 +406,12 @@ def test_shipped_sweeps_have_known_keys_and_names(path):
         experiment.check_config(config)
 
 
-def test_the_config_of_chains_has_the_learning_rate_that_was_found():
-    found = search.read(ROOT / "docs" / "results" / "chain")["ours"]["chosen"]
-    config = runpy.run_path(str(ROOT / "configs" / "chain_tiny.py"))["get_config"]()
+@pytest.mark.parametrize(
+    ("sweep", "file"), [("chain", "chain_tiny.py"), ("countdown", "countdown_tiny_ours.py")]
+)
+def test_a_config_has_the_learning_rate_that_its_sweep_has_found(sweep, file):
+    found = search.read(ROOT / "docs" / "results" / sweep)["ours"]["chosen"]
+    config = runpy.run_path(str(ROOT / "configs" / file))["get_config"]()
     assert config.optim.learning_rate == found
 
 
