@@ -22,7 +22,7 @@ ATTACK = "<img src=x onerror=hacked=1><script>hacked=1</script>"
 class Pieces:
     """A Text whose tokens are pieces of eight characters, so that a device can write anything."""
 
-    marker, decision_id = "<unknown> help </unknown>", -1
+    marker, decision_id, longest_piece = "<unknown> help </unknown>", -1, 8
 
     def __init__(self):
         self.tokenizer, self._pieces = self, []

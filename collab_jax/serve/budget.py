@@ -8,7 +8,7 @@ with each query and gives a token for each call: whatever the margins do, the fi
 at most target * n + BURST calls, and any n of them at most target * n + CAPACITY.
 
 Only what the device decided counts: neither a query whose client chose for itself, nor one that
-came while the cloud was down (the controller is frozen then).
+came while no call was admitted, as the cloud was down (the controller is frozen then).
 """
 
 import hashlib
@@ -153,7 +153,7 @@ class Controller:
 
     path: of the state, a small JSON file; it holds for one model with one calibration, and that of
     another is not read.
-    frozen: whether the cloud is down. Raises UserError for a file that is not a state.
+    Raises UserError for a file that is not a state.
     """
 
     def __init__(
