@@ -301,11 +301,11 @@ class Upstream:
             self._client = cloud.make_client()
         breaker, highest = self.cloud.breaker, cloud.highest_usd(messages)
         for attempt in range(self.cloud.policy.retries + 1):
-            admission = breaker.admit()
-            if admission is None:
-                raise CloudFailed("down", breaker.seconds_left(), purchase.usd)
             if purchase.deadline - time.monotonic() < LEAST_SECONDS:
                 raise CloudFailed("timeout", usd=purchase.usd)
+            admission = breaker.admit()  # a probe that is granted has to be made
+            if admission is None:
+                raise CloudFailed("down", breaker.seconds_left(), purchase.usd)
             if not await self._reserve(key, highest):
                 raise CloudFailed("the cloud's budget is spent", usd=purchase.usd)
             outcome = Failure("cut off", usd=None)
