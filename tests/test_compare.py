@@ -57,6 +57,14 @@ def test_a_share_of_calls_stays_a_share_however_far_its_seeds_are_apart():
     assert model["natural_call_rate"] == {"value": 0.5, "low": 0, "high": 1}
 
 
+def test_what_no_prompt_has_is_not_known_to_be_nothing():
+    seeds = [make(100, natural_called=[False] * 100) for _ in range(2)]
+    model = comparison.compare({"m": Model(seeds, [None] * 2)}, resamples=50)["models"]["m"]
+    z = 1.959964  # Wilson's interval of 0 in n is 0 to z^2 / (n + z^2)
+    high = pytest.approx(z**2 / (100 + z**2), abs=1e-6)
+    assert model["natural_call_rate"] == {"value": 0, "low": 0, "high": high}
+
+
 def test_a_difference_is_paired_and_a_model_with_itself_has_none():
     twice = {"a": Model([make(200), make(200, local_correct=[True] * 200)], [None] * 2)}
     both = comparison.compare({**twice, "b": twice["a"]}, resamples=50)

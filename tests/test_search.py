@@ -1,6 +1,7 @@
 """The search before a sweep: which value comes next, by hand; resumed, reported, on validation."""
 
 import json
+import re
 
 import pytest
 
@@ -46,8 +47,8 @@ def write_report(folder, calls, natural, margin):
 @pytest.mark.parametrize(("calls", "decides"), [(0.0, 0.5), (0.3, 0.5), (0.31, 0.7)])
 def test_natural_calls_decide_within_the_budget(calls, decides, tmp_path):
     write_report(tmp_path, calls, natural=0.5, margin=0.7)
-    assert search.accuracy(Search("lr", (1.0,)), tmp_path) == (decides, 60)
-    assert search.accuracy(Search("lr", (1.0,)), tmp_path, router="margin") == (0.7, 60)
+    assert search.outcome(Search("lr", (1.0,)), tmp_path) == (decides, calls, 60)
+    assert search.outcome(Search("lr", (1.0,)), tmp_path, router="margin") == (0.7, calls, 60)
 
 
 def run_with(monkeypatch, accuracy_of, ran):
@@ -94,8 +95,19 @@ def test_every_cell_is_tuned_on_validation_and_then_run_with_its_own_best(tmp_pa
     assert sweeps.run(SEARCHED, tmp_path) == [] and len(ran) == before  # nothing again
     section = sweep_report.search_section(SEARCHED.search, search.read(tmp_path))
     assert "## Search: lr" in section and "7 values, 14 minutes" in section
-    assert "| a | 89.0 | 90.0 | 88.0 |      | 2      |" in section
-    assert "| b | 87.0 | 88.0 | 90.0 | 86.0 | 4      |" in section
+    assert re.search(r"\| a \| 89.0 \| 90.0 \| 88.0 \| +\| 2 +\| +\|", section)
+    assert re.search(r"\| b \| 87.0 \| 88.0 \| 90.0 \| 86.0 \| 4 +\| +\|", section)
+
+
+def test_a_best_value_with_nothing_tried_beyond_it_is_marked():
+    runs = {1.0: 0.9, 2.0: 0.8, 4.0: 0.7}
+    found = None
+    for value, accuracy in runs.items():
+        found = search.with_row(found, value, [search.Outcome(accuracy, 0.25, 60)])
+    assert found["tried"][0] == {"value": 1.0, "accuracy": 0.9, "call_rate": 0.25, "seconds": 60}
+    for chosen, said in ((1.0, "the smallest tried"), (2.0, " "), (4.0, "the largest tried")):
+        section = sweep_report.search_section(SEARCHED.search, {"a": found | {"chosen": chosen}})
+        assert re.search(rf"\| {chosen:g} +\| {said}", section)
 
 
 def test_a_cell_that_is_like_another_is_run_with_its_value(tmp_path, monkeypatch):
@@ -144,7 +156,10 @@ def test_what_was_found_with_other_settings_is_no_find(tmp_path, monkeypatch):
     other = sweeps.config_of(found, job.changes | {"algorithm.advantage": "gapg"})
     (job.folder / "config.json").write_text(other.to_json_best_effort())
     (job.folder / "report.json").write_text("{}")
-    search.write(tmp_path, {"a": search.with_row(None, 1e-3, [(0.9, 1.0)]) | {"chosen": 1e-3}})
+    search.write(
+        tmp_path,
+        {"a": search.with_row(None, 1e-3, [search.Outcome(0.9, 0.3, 1.0)]) | {"chosen": 1e-3}},
+    )
     with pytest.raises(UserError, match="other settings .algorithm.advantage"):
         sweeps.run(found, tmp_path)
 

@@ -185,7 +185,11 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
 def _share(values: Sequence[np.ndarray], resamples: int) -> dict[str, float | None]:
     """The mean of values [n] in [0, 1] of each seed, with its interval."""
     # A t interval of few seeds may pass the ends of what a share can be.
-    return estimate(np.clip(curves.mean(values, resamples), 0, 1))
+    interval = estimate(np.clip(curves.mean(values, resamples), 0, 1))
+    if interval["value"] in (0, 1):
+        # What no prompt has shows no spread when drawn again, and may yet be had by others.
+        return measures.rate(np.array(values[0], bool))
+    return interval
 
 
 def _costs(

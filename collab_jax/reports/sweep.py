@@ -255,7 +255,7 @@ def search_section(searched: Search, found: Mapping[str, search.Found]) -> str:
     for name, cell in found.items():
         of = search.tried(cell)
         shown = [f"{100 * of[value]:.1f}" if value in of else "" for value in values]
-        rows.append([name, *shown, f"{cell['chosen']:g}" if "chosen" in cell else "-"])
+        rows.append([name, *shown, f"{cell['chosen']:g}" if "chosen" in cell else "-", _end(cell)])
     tried = [row for cell in found.values() for row in cell["tried"]]
     minutes = sum(row["seconds"] for row in tried) / 60
     return "\n\n".join(
@@ -266,9 +266,18 @@ def search_section(searched: Search, found: Mapping[str, search.Found]) -> str:
             f"{len(searched.seeds)} seed(s); of a cell that stands for a router, by that router at "
             "this share. The best value of each cell is the one of its runs above. "
             f"{len(tried)} values, {minutes:.0f} minutes of training.",
-            markdown.table(["", *(f"{value:g}" for value in values), "chosen"], rows),
+            markdown.table(["", *(f"{value:g}" for value in values), "chosen", ""], rows),
         ]
     )
+
+
+def _end(cell: search.Found) -> str:
+    """Says so where nothing beyond the chosen value was tried; "" where both sides were."""
+    values = search.tried(cell)
+    if len(values) < 2 or "chosen" not in cell:
+        return ""
+    ends = {min(values): "the smallest tried", max(values): "the largest tried"}
+    return ends.get(cell["chosen"], "")
 
 
 def cell_table(result: dict[str, Any]) -> str:

@@ -32,9 +32,10 @@ the marker: whoever decodes has to stop there.
 
 The price is that of the budget: in each batch the one at which the loss, as a whole, moves the
 margins by how far the share of calls is from the budget (`price`). So the budget is held without a
-state that could swing, and what is learnt is which responses call. Where the model is wrong on few
-prompts the price meets its limits: margins can then be moved down further than up, and calls stay
-below a large budget.
+state that could swing, and what is learnt is which responses call. It is held on what training
+samples. Greedy decoding is wrong less often than samples are, and where a budget is larger than the
+share of wrong answers, its end falls among answers that are right and margins that lie close
+together: there greedy decoding calls less than the samples did.
 """
 
 from typing import NamedTuple

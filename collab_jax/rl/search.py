@@ -23,7 +23,15 @@ FILE = "search.json"
 FACTOR = 2.0  # from an end to the value beyond it
 BEYOND = 1  # how many values may be tried beyond either end
 
-Found = dict[str, Any]  # of a cell: "tried", a list of {value, accuracy, seconds}, and "chosen"
+Found = dict[str, Any]  # of a cell: "tried", a list of rows (`with_row`), and "chosen"
+
+
+class Outcome(NamedTuple):
+    """What came of a run."""
+
+    accuracy: float  # within the budget
+    call_rate: float  # of natural decoding, whatever the budget
+    seconds: float  # of training
 
 
 class Search(NamedTuple):
@@ -56,16 +64,17 @@ def best_value(tried: Mapping[float, float]) -> float:
     return min(tried, key=lambda value: (-tried[value], value))
 
 
-def accuracy(search: Search, folder: pathlib.Path, router: str = "") -> tuple[float, float]:
-    """(accuracy within the budget, seconds of training) of a run, by its report.json.
+def outcome(search: Search, folder: pathlib.Path, router: str = "") -> Outcome:
+    """The Outcome of the run in `folder`, by its report.json.
 
     router: "margin" or "logprob", which routes the model; "": the model decides by itself.
     """
     report = json.loads((folder / "report.json").read_text())
     natural, within = report["after"]["natural"], report["after"]["at_budget"][str(search.budget)]
-    few = not router and natural["call_rate"]["value"] <= search.budget
+    call_rate = float(natural["call_rate"]["value"])
+    few = not router and call_rate <= search.budget
     decides = natural["overall_accuracy"] if few else within[router or "margin"]
-    return float(decides["value"]), float(report["seconds"])
+    return Outcome(float(decides["value"]), call_rate, float(report["seconds"]))
 
 
 def tried(found: Found) -> dict[float, float]:
@@ -73,13 +82,13 @@ def tried(found: Found) -> dict[float, float]:
     return {row["value"]: row["accuracy"] for row in found["tried"]}
 
 
-def with_row(found: Found | None, value: float, of_seeds: Sequence[tuple[float, float]]) -> Found:
-    """`found` with a value that was tried; of_seeds: (accuracy, seconds) of each seed."""
-    accuracies, seconds = zip(*of_seeds, strict=True)
+def with_row(found: Found | None, value: float, of_seeds: Sequence[Outcome]) -> Found:
+    """`found` with a value that was tried: means over seeds, and the seconds of all of them."""
     row = {
         "value": value,
-        "accuracy": math.fsum(accuracies) / len(accuracies),
-        "seconds": round(math.fsum(seconds), 1),
+        "accuracy": math.fsum(run.accuracy for run in of_seeds) / len(of_seeds),
+        "call_rate": math.fsum(run.call_rate for run in of_seeds) / len(of_seeds),
+        "seconds": round(math.fsum(run.seconds for run in of_seeds), 1),
     }
     rows = [*(found or {"tried": []})["tried"], row]
     return {"tried": sorted(rows, key=lambda row: row["value"])}

@@ -42,7 +42,7 @@ class Cell(NamedTuple):
     overrides: Mapping[str, Any]  # by key of the config
     seeds: Sequence[int]
     like: str = ""  # the cell whose search is this one's too; "": it has its own, if there is one
-    router: str = ""  # what decides in its search: see search.accuracy
+    router: str = ""  # what decides in its search: see search.outcome
     values: Sequence[float] = ()  # that its search tries; (): those of the search
 
 
@@ -268,7 +268,7 @@ def run_search(sweep: Sweep, out: pathlib.Path, here: Here) -> list[Job]:
                 failed += broken
                 break
             router = sweep.cells[cell].router
-            of_seeds = [search.accuracy(sweep.search, job.folder, router) for job in new]
+            of_seeds = [search.outcome(sweep.search, job.folder, router) for job in new]
             found[cell] = search.with_row(found.get(cell), value, of_seeds)
             _write_found(out, found, here)
     return failed
