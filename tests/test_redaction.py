@@ -192,6 +192,21 @@ def test_a_value_has_one_placeholder_in_a_conversation_and_its_next_turns():
 # ------------------------------------------------------------------------------- names of one's own
 
 
+@pytest.mark.parametrize(
+    ("text", "parts", "at"),
+    [
+        ("Ann, Anna, Ann", {"Ann"}, [(0, 3), (11, 14)]),
+        ("Ann Lee", {"Ann", "Ann Lee", "Lee", "n Lee"}, [(0, 3), (0, 7), (4, 7)]),
+        ("+++", {"+", "++"}, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)]),
+        ("12 123 é1 1", {"12", "1"}, [(0, 2), (10, 11)]),
+        ("Ann", {""}, []),
+        ("Ann", set(), []),
+    ],
+)
+def test_parts_are_found_wherever_they_are_no_part_of_a_word(text, parts, at):
+    assert sorted(personal.occurrences(text, parts)) == at
+
+
 def test_names_come_from_a_file_or_a_function(tmp_path):
     (tmp_path / "names.txt").write_text("Anna Schmidt\n\n  Bob  \n", encoding="utf-8")
     (tmp_path / "mine.py").write_text(

@@ -17,9 +17,9 @@ from serving import KEY, Server
 
 from collab_jax.bench.serve import run_serve_bench
 from collab_jax.rl import evaluation, experiment
-from collab_jax.runtime import parallel
+from collab_jax.runtime import files, parallel
 from collab_jax.runtime.errors import UserError
-from collab_jax.serve.__main__ import KEY_ENV, make_service
+from collab_jax.serve.__main__ import KEY_ENV, main, make_service
 from collab_jax.tasks.base import answer_of
 from collab_jax.tasks.expressions import is_solution
 
@@ -140,6 +140,12 @@ def test_every_setting_of_a_server_is_read(small):
     source = (ROOT / "collab_jax" / "serve" / "__main__.py").read_text()
     read = set(re.findall(r"\b(?:s|config\.serve)\.(\w+)", source))
     assert set(small().serve) <= read
+
+
+def test_a_second_server_in_a_workdir_is_refused_before_it_computes(small, tmp_path):
+    with files.held(tmp_path), pytest.raises(UserError, match="another process is at work in"):
+        main(small(**SERVING), tmp_path, "127.0.0.1", 0)
+    assert [path.name for path in tmp_path.iterdir()] == [files.LOCK]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import itertools
 import pathlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from collab_jax.runtime import functions
@@ -193,6 +193,7 @@ def phones(text: str) -> Iterator[Span]:
 # ------------------------------------------------------------------------- names
 
 WORD = re.compile(rf"[{SYLLABLE}]|{LETTER}+")
+HEAD = 4  # characters by which it is told what may stand here
 
 
 def listed(names: Iterable[str]) -> Find:
@@ -236,20 +237,31 @@ def returned(spec: str) -> Find:
             ) from None
         if not all(isinstance(name, str) for name in names):
             raise UserError(f"{SETTING}={spec} must return strings of the text, and nothing else")
-        for name in names:
-            yield from (Span(start, end, "NAME") for start, end in occurrences(text, name))
+        yield from (Span(start, end, "NAME") for start, end in occurrences(text, names))
 
     return find
 
 
-def occurrences(text: str, part: str) -> Iterator[tuple[int, int]]:
-    """Yields where a part stands in `text`, but not inside a longer word or number."""
-    start = text.find(part) if part else -1
-    while start >= 0:
-        end = start + len(part)
-        if not (_inside_word(text, start) or _inside_word(text, end)):
-            yield start, end
-        start = text.find(part, start + 1)
+def occurrences(text: str, parts: Collection[str]) -> Iterator[tuple[int, int]]:
+    """Yields where one of the parts stands in `text`, but not inside a longer word or number.
+
+    In one pass, since a long text may have as many parts as words.
+    """
+    lengths: dict[str, set[int]] = {}  # of the parts that begin so
+    for part in filter(None, parts):
+        lengths.setdefault(part[:HEAD], set()).add(len(part))
+    heads, parts = sorted({len(head) for head in lengths}), frozenset(parts)
+    for start in range(len(text)):
+        ends = (
+            start + length
+            for head in heads
+            if start + head <= len(text)
+            for length in lengths.get(text[start : start + head], ())
+            if text[start : start + length] in parts
+        )
+        for end in ends:
+            if not (_inside_word(text, start) or _inside_word(text, end)):
+                yield start, end
 
 
 def _inside_word(text: str, at: int) -> bool:

@@ -85,9 +85,7 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 def _again(text: str, kinds: Mapping[str, str]) -> list[Span]:
     """Returns where values that are known by now stand in `text`, in whatever surroundings."""
     return [
-        Span(start, end, kind)
-        for value, kind in kinds.items()
-        for start, end in personal.occurrences(text, value)
+        Span(start, end, kinds[text[start:end]]) for start, end in personal.occurrences(text, kinds)
     ]
 
 

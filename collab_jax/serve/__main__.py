@@ -27,7 +27,7 @@ from collab_jax.models import hf
 from collab_jax.models.text import Text
 from collab_jax.rl import experiment
 from collab_jax.routing import collab_config
-from collab_jax.runtime import cli
+from collab_jax.runtime import cli, files
 from collab_jax.runtime.errors import UserError
 from collab_jax.serve.answer import Service
 from collab_jax.serve.budget import Controller
@@ -51,7 +51,6 @@ def make_service(config: ConfigDict, workdir: pathlib.Path) -> Service:
     _check(config)
     config = config.copy_and_resolve_references()
     config.lora.update(rank=0, start="")  # an export holds the whole model
-    workdir.mkdir(parents=True, exist_ok=True)
     base = experiment.base_model(config, workdir)
     calibration = _calibration(base.folder, base.text)
     name, s = pathlib.Path(config.model.path).name, config.serve
@@ -159,7 +158,8 @@ def main(config: ConfigDict, workdir: pathlib.Path, host: str, port: int) -> int
         raise UserError(
             f"cannot listen at {host}:{port} ({error.strerror}): choose another --port or --host"
         ) from None
-    with listening:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with listening, files.held(workdir):  # its state is that of one server
         service = make_service(config, workdir)
         address = f"http://{host}:{listening.getsockname()[1]}"
         print(f"collab_jax: {service.model} and {service.upstream.model} at {address}")

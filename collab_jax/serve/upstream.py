@@ -122,7 +122,7 @@ class Upstream:
     async def redact(self, messages: Messages) -> Redacted:
         """What leaves the device of a query. Raises CloudFailed where nothing can leave."""
         try:
-            return await self._in_thread(lambda: self.cloud.redact(messages))
+            return await _in(self._threads, lambda: self.cloud.redact(messages))
         except UserError as error:  # a function of whoever runs the server
             log.error("nothing is sent: %s", error)
             raise CloudFailed("not configured") from None
@@ -235,9 +235,9 @@ class Upstream:
 
     async def _in_one_piece(self, purchase: _Purchase, messages: Messages) -> Bought:
         """Buys from a cloud that does not stream."""
-        pending = await self._in_thread(lambda: self.cloud.order([as_it_is(messages)]))
+        pending = await _in(self._threads, lambda: self.cloud.order([as_it_is(messages)]))
         left = purchase.deadline - time.monotonic()
-        answers = await self._in_thread(lambda: pending.answers(left))
+        answers = await _in(self._threads, lambda: pending.answers(left))
         [reply] = answers.replies
         if reply is None:
             reasons = self.cloud.reasons.most_common(1)
@@ -286,12 +286,12 @@ class Upstream:
         while True:
             await asyncio.sleep(self._leases.seconds / 5)
             try:
-                await self._in_books(self._leases.renew)
+                await _in(self._books, self._leases.renew)
             except UserError as error:  # whoever buys will meet it
                 log.warning("leases not renewed: %s", error)
 
     async def _stored(self, key: str) -> Reply | None:
-        return (await self._in_books(lambda: self.cloud.store.get_many([key]))).get(key)
+        return (await _in(self._books, lambda: self.cloud.store.get_many([key]))).get(key)
 
     async def _streamed(
         self, purchase: _Purchase, key: str, cloud: OpenAICloud, messages: Messages
@@ -385,8 +385,7 @@ class Upstream:
         else:
             self.cloud.breaker.note_life()
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def _in_books(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._books, work)
+async def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    """Waits for what `work` returns in a thread of the pool."""
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
