@@ -341,6 +341,7 @@ def test_published_shapes_have_the_sizes_of_their_names():
         "smollm2-135m": 0.135,
         "Llama-3.2-1B": 1.236,
         "Llama-3.2-3B": 3.213,
+        "Llama-3.1-8B": 8.030,
         "Qwen2.5-0.5B": 0.494,
         "Qwen2.5-1.5B": 1.544,
         "Qwen2.5-3B": 3.086,

@@ -71,6 +71,13 @@ CONFIGS = {
     "smollm2-135m": _SMOLLM2 | _sizes(30, 576, 1536, 9, 3),
     "meta-llama/Llama-3.2-1B-Instruct": _LLAMA | _sizes(16, 2048, 8192, 32, 8),
     "meta-llama/Llama-3.2-3B-Instruct": _LLAMA | _sizes(28, 3072, 8192, 24, 8) | {"head_dim": 128},
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA
+    | _sizes(32, 4096, 14336, 32, 8)
+    | {
+        "head_dim": 128,
+        "rope_scaling": _LLAMA["rope_scaling"] | {"factor": 8.0},
+        "tie_word_embeddings": False,
+    },
     "Qwen/Qwen2.5-0.5B-Instruct": _QWEN | _sizes(24, 896, 4864, 14, 2),
     "Qwen/Qwen2.5-1.5B-Instruct": _QWEN | _sizes(28, 1536, 8960, 12, 2),
     "Qwen/Qwen2.5-3B-Instruct": _QWEN | _sizes(36, 2048, 11008, 16, 2),
