@@ -37,8 +37,8 @@
                                          config.text.decide_after_answer)
     margins            f32 list  logits  the trace m_t, one a token, -inf off decision states
     natural_text       str               of the pass with the marker allowed: the response
-    natural_called     bool              the decision token came at a decision state; for a marker
-                                         of several tokens, the whole marker came
+    natural_called     bool              the decision token came at a decision state; in a drawn
+                                         response with a marker of several tokens, all of it
     natural_completed  bool              and free decoding finished the marker
     natural_correct    bool              the answer is right
     natural_grade      float             how right it is, 0 to 1

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from fakes import make_table as make
 from PIL import Image
@@ -55,6 +56,26 @@ def test_a_share_of_calls_stays_a_share_however_far_its_seeds_are_apart():
     seeds = [make(50, natural_called=[called] * 50) for called in (True, False)]
     model = comparison.compare({"m": Model(seeds, [None] * 2)}, resamples=50)["models"]["m"]
     assert model["natural_call_rate"] == {"value": 0.5, "low": 0, "high": 1}
+
+
+def test_an_accuracy_stays_one_however_far_its_seeds_are_apart():
+    right = lambda share: np.arange(50) < share * 50  # noqa: E731
+    seeds = [make(50, local_correct=right(share)) for share in (0.02, 0.06)]
+    result = comparison.compare({"m": Model(seeds, [None] * 2)}, resamples=50)
+    assert result["models"]["m"]["local_accuracy"]["low"] == 0
+    at_budget = result["methods"]["m: random"]["at_budget"]["0.1"]
+    assert 0 <= at_budget["accuracy"]["low"] < at_budget["accuracy"]["high"] <= 1
+
+
+def test_rows_in_another_order_change_nothing():
+    called = np.arange(50) % 3 == 0
+    table = make(50, natural_called=called, natural_correct=~called)
+    mixed = {key: values[::-1] for key, values in table.items()}
+    same, other = (
+        comparison.compare({"m": Model([table, second], [None] * 2)}, resamples=50)
+        for second in (table, mixed)
+    )
+    assert same == other
 
 
 def test_what_no_prompt_has_is_not_known_to_be_nothing():

@@ -76,7 +76,7 @@ def test_five_sentences_by_hand():
     assert "`ours` has 85.0 % (84.0 to 86.0) right then, behind what its *log-prob" in natural
     assert natural.endswith("brings at that share (-4.0 (-6.0 to -2.0) points).")
     assert "ahead of `task` (+5.0" in cells and "behind `other` (-4.0" in cells
-    assert "These are 2 comparisons" in cells
+    assert "These are 2 comparisons" in cells and cells.endswith("still excludes 0.")
 
 
 def test_that_a_model_answers_little_is_said():
@@ -84,11 +84,14 @@ def test_that_a_model_answers_little_is_said():
     result = RESULT | {"models": RESULT["models"] | {"other": other}}
     *_, cells, last = findings.findings(result, "task", {}).splitlines()
     assert last.startswith("5. With the call barred they give no answer, and")
-    assert last.endswith("sends such a prompt first: `other` on 37.0 % (35.0 to 39.0).")
+    assert last.endswith("send such a prompt first: `other` on 37.0 % (35.0 to 39.0).")
     assert "`other` (-4.0" in cells
     result = result | {"seeds": RESULT["seeds"] | {"other": 1}}
     *_, cells, _ = findings.findings(result, "task", {}).splitlines()
     assert "`other` (one seed, -4.0" in cells
+    assert cells.endswith("; with one seed, whose interval is over prompts alone, more of them do.")
+    result = result | {"seeds": {"ours": 1, "task": 1, "other": 1}}
+    assert "`ours: margin` (one seed) has 80.0 %" in findings.findings(result, "task", {})
 
 
 def test_without_a_task_tuned_model_its_sentences_are_left_out():

@@ -1,7 +1,10 @@
 """Routers that run the model: each against what it must be, on the embedded model."""
 
+import types
+
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from collab_jax.models import attention, blocks, decoder
 from collab_jax.reports import comparison
@@ -19,6 +22,7 @@ from collab_jax.routing import (
 from collab_jax.routing.device import Device, batches
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
+from collab_jax.tasks.base import Example
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,13 @@ def scene(small, tmp_path_factory):
         for examples in (fit, held)
     ]
     return device, *tables
+
+
+def test_rows_that_may_be_of_either_of_two_examples_are_not_scored(capsys):
+    run = types.SimpleNamespace(config=ConfigDict({"routers": {"record": ("hidden",)}}))
+    examples = [Example("7", "", None, split=split) for split in ("test", "train")]
+    assert recorded.with_routers(run, None, {}, examples, None) == {}
+    assert "share an id; give each of its own" in capsys.readouterr().err
 
 
 def test_batches_go_through_all_rows_once():

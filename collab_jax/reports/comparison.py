@@ -25,19 +25,31 @@ class Model(NamedTuple):
     fit_on: Sequence[Records | None]  # one for each seed
 
 
+def aligned(models: Mapping[str, Model]) -> dict[str, Model]:
+    """The models with their prompts in the order of the first table.
+
+    Raises UserError where the prompts are others.
+    """
+    first = next(iter(models.values())).seeds[0]
+    return {
+        name: model._replace(
+            seeds=[
+                records.align(first, table, "the first table", f"{name}, seed {i}")
+                for i, table in enumerate(model.seeds)
+            ]
+        )
+        for name, model in models.items()
+    }
+
+
 def score_all(models: Mapping[str, Model]) -> dict[str, Runs]:
-    """(records, score) of each seed by "MODEL: ROUTER".
+    """(records, score) of each seed by "MODEL: ROUTER", of models that are aligned.
 
     A router is among them where all seeds of the model have the columns that it needs.
     """
-    first = next(iter(models.values())).seeds[0]
     methods: dict[str, Runs] = {}
     for name, model in models.items():
-        tables = [
-            records.align(first, table, "the first table", f"{name}, seed {i}")
-            for i, table in enumerate(model.seeds)
-        ]
-        pairs = list(zip(tables, model.fit_on, strict=True))
+        pairs = list(zip(model.seeds, model.fit_on, strict=True))
         possible = [routers.possible(table, fit_on) for table, fit_on in pairs]
         for router in possible[0]:
             if all(router in others for others in possible):
@@ -67,6 +79,7 @@ def compare(
         name: model._replace(seeds=[records.known(table, also=tables) for table in model.seeds])
         for name, model in models.items()
     }
+    models = aligned(models)
     methods = score_all(models)
     default = f"{next(iter(models))}: margin"
     reference = reference or (default if default in methods else next(iter(methods)))
@@ -109,7 +122,7 @@ def method_figures(
         lead = frontiers.at(reference, budget) - frontiers.at(name, budget)
         counts = [measures.sent_counts(table, score, budget) for table, score in runs]
         at_budget[str(budget)] = {
-            "accuracy": estimate(frontiers.at(name, budget)),
+            "accuracy": _share(frontiers.at(name, budget)),
             "reference_minus_this": estimate(lead),
             "reachable_share": estimate(share[:, frontiers.column(budget)]),
             **{key: float(np.mean([count[key] for count in counts])) for key in counts[0]},
@@ -152,10 +165,10 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     resamples = len(frontiers.accuracy[reference]) - 1
     curve, reference_curve = frontiers.accuracy[f"{name}: random"], frontiers.accuracy[reference]
     alone = {
-        "local_accuracy": estimate(curve[:, 0]),
-        "cloud_accuracy": estimate(curve[:, -1]),
+        "local_accuracy": _share(curve[:, 0]),
+        "cloud_accuracy": _share(curve[:, -1]),
         "reference_minus_this": estimate(reference_curve[:, 0] - curve[:, 0]),  # local accuracies
-        "no_answer": _share([response.no_answer(table) for table in model.seeds], resamples),
+        "no_answer": _share_of([response.no_answer(table) for table in model.seeds], resamples),
     }
     if not all("natural_called" in table for table in model.seeds):
         return alone
@@ -169,8 +182,8 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
         for table in model.seeds
     ]
     figures = alone | {
-        "natural_call_rate": _share(called, resamples),
-        "natural_accuracy": _share(right, resamples),
+        "natural_call_rate": _share_of(called, resamples),
+        "natural_accuracy": _share_of(right, resamples),
     }
     if not all("logprob" in routers.possible(table) for table in model.seeds):
         return figures
@@ -182,10 +195,15 @@ def model_figures(name: str, model: Model, frontiers: Frontiers, reference: str)
     return figures | {"natural_minus_gate": estimate(curves.mean(beyond, resamples))}
 
 
-def _share(values: Sequence[np.ndarray], resamples: int) -> dict[str, float | None]:
-    """The mean of values [n] in [0, 1] of each seed, with its interval."""
+def _share(values: np.ndarray) -> dict[str, float | None]:
+    """A share f64[1 + R] with its interval."""
     # A t interval of few seeds may pass the ends of what a share can be.
-    interval = estimate(np.clip(curves.mean(values, resamples), 0, 1))
+    return estimate(np.clip(values, 0, 1))
+
+
+def _share_of(values: Sequence[np.ndarray], resamples: int) -> dict[str, float | None]:
+    """The mean of values [n] in [0, 1] of each seed, with its interval."""
+    interval = _share(curves.mean(values, resamples))
     if interval["value"] in (0, 1):
         # What no prompt has shows no spread when drawn again, and may yet be had by others.
         return measures.rate(np.array(values[0], bool))

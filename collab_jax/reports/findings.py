@@ -52,8 +52,9 @@ def _against_best_router(result: dict[str, Any], task_tuned: str | None) -> str:
     best = max(rivals, key=lambda name: _at(result, task_tuned, name)["accuracy"]["value"])
     rival, own = _at(result, task_tuned, best), _own(result)
     lead = rival["reference_minus_this"]
+    alone = " (one seed)" if _has_one_seed(result, result["reference"].partition(": ")[0]) else ""
     return (
-        f"At {_budget()} calls `{result['reference']}` has {_share(own['accuracy'])} of the "
+        f"At {_budget()} calls `{result['reference']}`{alone} has {_share(own['accuracy'])} of the "
         f"prompts right. It is {verdict(lead)} the best router on `{task_tuned}`, {_title(best)} "
         f"with {_share(rival['accuracy'])} ({points(lead)} points); that one was chosen out of "
         f"{len(rivals)} on these very prompts, which favours it."
@@ -74,8 +75,9 @@ def _against_controls(result: dict[str, Any]) -> str:
 def _reached(result: dict[str, Any], task_tuned: str | None) -> str:
     model, share = result["reference"].partition(": ")[0], _own(result)["reachable_share"]
     text = (
-        f"It takes {_share(share)} of the gain over random that can be reached without knowing "
-        f"the cloud's errors; the device alone has "
+        f"It takes {_share(share)} of the gain over random that can be reached by knowing where "
+        f"the device is wrong, and of the cloud how often it is right in a stratum; the device "
+        f"alone has "
         f"{_share(result['models'][model]['local_accuracy'])} right"
     )
     if not task_tuned:
@@ -118,12 +120,14 @@ def _against_cells(result: dict[str, Any]) -> str:
     groups: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
     for name in others:
         lead = _at(result, name, router)["reference_minus_this"]
-        alone = "one seed, " if result["seeds"][name] == 1 else ""
+        alone = "one seed, " if _has_one_seed(result, name) else ""
         groups[verdict(lead)].append(f"`{name}` ({alone}{points(lead)})")
     said = "; ".join(f"{how} {', '.join(names)}" for how, names in groups.items() if names)
+    luck = "; with one seed, whose interval is over prompts alone, more of them do"
     return (
         f"At {_budget()} calls by {router} it is {said}. These are {len(others)} comparisons, each "
-        f"with an interval of 95 %: where nothing differs, one in twenty still excludes 0."
+        f"with an interval of 95 %: where nothing differs, one in twenty still excludes 0"
+        f"{luck if any(_has_one_seed(result, name) for name in (own, *others)) else ''}."
     )
 
 
@@ -138,8 +142,8 @@ def _unanswered(result: dict[str, Any]) -> str:
         return ""
     said = ", ".join(f"`{name}` on {_share(share)}" for name, share in many.items())
     return (
-        "With the call barred they give no answer, and every router that reads the response sends "
-        f"such a prompt first: {said}."
+        "With the call barred they give no answer, and margin and log-probability gates send such "
+        f"a prompt first: {said}."
     )
 
 
@@ -198,6 +202,10 @@ def _at(result: dict[str, Any], model: str, router: str) -> dict[str, Any]:
 
 def _own(result: dict[str, Any]) -> dict[str, Any]:
     return result["methods"][result["reference"]]["at_budget"][str(BUDGET)]
+
+
+def _has_one_seed(result: dict[str, Any], model: str) -> bool:
+    return result["seeds"][model] == 1
 
 
 def _share(rate: Mapping[str, float | None]) -> str:

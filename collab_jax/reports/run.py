@@ -127,10 +127,11 @@ def closing(report: Mapping[str, Any]) -> str:
     gain, at_budget = report["gain"], report["after"]["at_budget"]["0.3"]
     share = at_budget["reachable_gain_share"]["value"]
     no_answer = report["after"]["no_answer"]["value"]
+    reached = "there is no gain" if share is None else f"{share:.0%} of the gain"
     lines = [
         f"At 30 % calls by margin: {points(gain['margin_at_0.3'])} points over the start; "
         f"{points(at_budget['margin_over_random'])} over random; "
-        f"{'all' if share is None else format(share, '.0%')} of the gain that can be reached.",
+        f"{reached} that can be reached.",
         f"On the device alone: {points(gain['local_accuracy'])} points.",
         f"{report['steps']} steps in {report['seconds']:.0f} s; "
         f"the filter dropped {report['filter_dropped']:.1%} of the prompts; "

@@ -74,7 +74,8 @@ def chooser(run: Run, examples: list[Example]) -> Callable[[int, int], np.ndarra
 def fit_examples(run: Run) -> list[Example]:
     """Returns training prompts that no step of this run uses, for routers that are learned.
 
-    As many as `config.eval.fit_prompts`. Raises UserError where training leaves fewer.
+    As many as `config.eval.fit_prompts`; a warm start before it may have learnt from them. Raises
+    UserError where training leaves fewer.
     """
     config = run.config
     if not config.eval.fit_prompts:

@@ -120,8 +120,8 @@ def reachable_score(records: Records) -> np.ndarray:
     """The reachable router's score f64[n]: it knows where the device is wrong, and the strata.
 
     What sending a prompt gains on average: the share that the cloud gets right in the prompt's
-    stratum, less the device's own verdict. No router that does not know the cloud's verdicts can
-    expect more.
+    stratum, less the device's own verdict. No router that knows no more of the cloud can expect
+    more; one that tells within a stratum what the cloud gets right may.
     """
     _, stratum = np.unique(records["stratum"].astype(str), return_inverse=True)
     right = np.bincount(stratum, outcomes(records, "cloud")) / np.bincount(stratum)

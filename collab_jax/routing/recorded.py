@@ -77,7 +77,18 @@ def with_routers(
 ) -> Records:
     """`table` with the columns of `config.routers.record` under `state`, which has the axis D.
 
-    examples: those of both tables.
+    examples: those of both tables. Where two of them share an id a row could be either's, and
+    nothing is recorded.
     """
-    device = Device(run, state.final_model, {example.id: example for example in examples})
+    by_id = {example.id: example for example in examples}
+    if run.config.routers.record and any(
+        by_id[example.id].split != example.split for example in examples
+    ):
+        print(
+            "warning: routers are left out: examples of two splits share an id; give each of its "
+            "own",
+            file=sys.stderr,
+        )
+        return table
+    device = Device(run, state.final_model, by_id)
     return record(run.config.routers.record, device, fit_on, table)

@@ -1,4 +1,7 @@
-"""Routers that read the device's finished response: log-probability, marker, last result."""
+"""Routers by what one pass of the device has recorded: log-probability, marker, last result.
+
+All but `first_margin` read the finished response.
+"""
 
 import re
 
@@ -40,8 +43,11 @@ def margin(records: Records) -> np.ndarray:
 
 
 def first_margin(records: Records) -> np.ndarray:
-    """The decision before any attempt, f64[n]: m_t at the first decision state; as `margin`."""
-    return _no_answer_first(records, records["first_margin"])
+    """The decision before any attempt, f64[n]: m_t at the first decision state.
+
+    Nothing is known then of how the response will end, so that one without an answer is no reason.
+    """
+    return records["first_margin"].astype(float)
 
 
 def last_margin(records: Records) -> np.ndarray:

@@ -14,9 +14,9 @@ at each budget, `gapg`, `grpo` and `task-tuning`, two of the others.
 - Calls sampled, as other tokens are: `gapg` (the paper's method: leave-one-out, D1 and D2),
   `gapg-no-filter`, from which `attempts-too` differs by its decision alone, `grpo` (the paper's
   Collaboration-Aware Tuning). Dr. GRPO would be the same as leave-one-out, since gradients have
-  unit norm, and DA-GRPO (arXiv 2602.00166) the same as GRPO, since its price on calls rises only
-  while they exceed the budget. `gapg-dual`: as `gapg-no-filter`, with a control of what a right
-  call earns that is to bring calls to the budget, from below as well.
+  unit norm, and DA-GRPO (arXiv 2602.00166) nearly the same as GRPO: its price on calls rises only
+  while they exceed the budget, as they do in few steps. `gapg-dual`: as `gapg-no-filter`, with a
+  control of what a right call earns that is to bring calls to the budget, from below as well.
 - `task-tuning`: never rewarded for a call; the routers that the paper compares with route this
   model.
 - `ours` at other budgets, with the learning rate chosen at 30 %: `budget-10` to `budget-50`. How

@@ -26,7 +26,7 @@ SAMPLED = {
     "optim.decay": False,
     "train.steps": 24,
 }
-# On prompts that training does not use, which `ours` leaves none of.
+# On prompts that these steps do not use, which `ours` leaves none of. The warm start did use them.
 ROUTED = {"eval.fit_prompts": 512, "routers.record": ("hidden",)}
 
 
