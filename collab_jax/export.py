@@ -38,6 +38,8 @@ def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
     """
     config = run.config
     step = last_step(run)
+    if out.resolve() == run.workdir.resolve():
+        raise UserError(f"--out={out} is the run's own folder, whose files it needs: give another")
     if adapter and not config.lora.rank:
         raise UserError(
             "--adapter: this run trained the whole model (config.lora.rank=0): "
@@ -61,10 +63,14 @@ def export_checkpoint(run: Run, out: pathlib.Path, *, adapter: bool) -> int:
         else:
             params = _whole_model(run)
             hf.save(out, params, hf.read_config(run.folder), config.model.param_dtype, run.folder)
-        if not (run.folder / hf.GENERATION).is_file():
-            hf.save_generation_config(out, run.text.eos_ids, run.text.pad_id)
+        hf.save_generation_config(out, run.text.eos_ids, run.text.pad_id)
         if not step:
             _copy_calibration(lora.folder_of(config.lora.start), out)
+        elif (out / collab_config.NAME).is_file():
+            print(
+                f"{out / collab_config.NAME} was there before: if the model is another now, "
+                "calibrate again"
+            )
         files.write_text(out / "README.md", cards.model_card(run, step, adapter=adapter))
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
@@ -79,7 +85,7 @@ def export_gguf(run: Run, file: pathlib.Path, kind: str) -> int:
     """
     step = last_step(run)
     params = _whole_model(run)
-    name = pathlib.Path(hf.split_revision(run.config.model.path)[0]).stem
+    name = pathlib.Path(hf.split_revision(run.config.model.path)[0]).name.removesuffix(".gguf")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         gguf_export.write(
@@ -97,14 +103,31 @@ def export_gguf(run: Run, file: pathlib.Path, kind: str) -> int:
     return step
 
 
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
+    """Returns the run in `workdir`. Raises UserError where there is nothing to export.
+
+    A workdir in which nothing was trained is left as it is: claimed, it would refuse the settings
+    that were forgotten.
+    """
+    if not config.lora.start and not (workdir / experiment.CHECKPOINTS).is_dir():
+        raise _untrained(workdir)
+    run = experiment.prepare(config, workdir)
+    last_step(run)
+    return run
+
+
 def last_step(run: Run) -> int:
     """Returns the step of the last checkpoint, 0 where the adapter to start from is exported."""
     step = run.checkpoints.latest() or 0
     if not step and not run.config.lora.start:
-        raise UserError(
-            f"{run.workdir} holds no checkpoint: train first, with this --workdir and settings"
-        )
+        raise _untrained(run.workdir)
     return step
+
+
+def _untrained(workdir: pathlib.Path) -> UserError:
+    return UserError(
+        f"{workdir} holds no checkpoint: train first, with this --workdir and settings"
+    )
 
 
 def _whole_model(run: Run) -> Params:
@@ -125,7 +148,7 @@ def _copy_calibration(adapter: pathlib.Path, out: pathlib.Path) -> None:
 
 def main(config: ConfigDict, workdir: pathlib.Path, out: pathlib.Path, adapter: bool) -> int:
     """Exports the run in `workdir` to the folder `out`: a model, or its adapter alone."""
-    step = export_checkpoint(experiment.prepare(config, workdir), out, adapter=adapter)
+    step = export_checkpoint(prepare(config, workdir), out, adapter=adapter)
     print(f"wrote step {step} to {out}")
     return 0
 
@@ -134,7 +157,7 @@ def main_gguf(config: ConfigDict, workdir: pathlib.Path, file: pathlib.Path, kin
     """Exports the run in `workdir` to the GGUF file, its matrices in the type `kind`."""
     if file.suffix != ".gguf":
         raise UserError(f"--gguf={file} does not end in .gguf, by which programs know such a file")
-    step = export_gguf(experiment.prepare(config, workdir), file, kind)
+    step = export_gguf(prepare(config, workdir), file, kind)
     print(f"wrote step {step} to {file}, and how to run it to {file.with_suffix('.md')}")
     return 0
 

@@ -34,7 +34,8 @@ stages() {
   # Under LoRA the warm start is an adapter, and the model stays what it was.
   local adapter="" from="--config.model.path=$work/start"
   if [ -e "$work/start/adapter_config.json" ]; then adapter=1 from="--config.lora.start=$work/start"; fi
-  local rest=(--workdir "$work/run" --config "$config" "$from" "$@")
+  # After the flags, which may name what the warm start itself began with.
+  local rest=(--workdir "$work/run" --config "$config" "$@" "$from")
   stage "$work/run/report.json" collab_jax.train "${rest[@]}"
   stage "$work/run/test.json" collab_jax.evaluate --split test "${rest[@]}"
   stage "$work/model/README.md" collab_jax.export --out "$work/model" "${rest[@]}"

@@ -296,3 +296,9 @@ def test_the_report_shows_the_unknown_share_where_there_is_one():
     sides["after"] = summary.summary(with_unknown(make(), [1]))
     (line,) = [x for x in run_report.markdown_table(sides).splitlines() if "unknown" in x]
     assert "| 0.0 (" in line and "| 20.0 (" in line
+
+
+def test_a_small_test_split_is_evaluated_whole_and_told_of(small, tmp_path, capsys):
+    run = experiment.prepare(small(task__test_examples=5, eval__prompts=8), tmp_path)
+    assert len(evaluation.held_out(run, "test")) == 5
+    assert "has 5 prompts that fit, fewer than config.eval.prompts=8" in capsys.readouterr().out

@@ -138,6 +138,24 @@ def test_float16_weights_are_read(folder):
     )
 
 
+def test_a_generation_config_of_the_base_keeps_what_else_it_says(tmp_path):
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": 1, "temperature": 0.6}')
+    hf.save_generation_config(tmp_path, (7, 9), 3)
+    assert json.loads(file.read_text()) == {
+        "eos_token_id": [7, 9],
+        "pad_token_id": 3,
+        "temperature": 0.6,
+    }
+
+
+def test_the_name_of_an_adapter_is_no_models(tmp_path):
+    with pytest.raises(hf.FolderError, match="is an adapter and no model: name it in config.lora"):
+        hf.locate("smollm2-svamp")
+    with pytest.raises(hf.FolderError, match=r"or one of \['countdown-tiny', 'smollm2-135m'\]"):
+        hf.locate("nothing")
+
+
 def test_a_generation_config_names_every_token_that_ends_a_response(tmp_path):
     hf.save_generation_config(tmp_path, (7, 9), 3)
     read = GenerationConfig.from_pretrained(tmp_path)

@@ -342,7 +342,7 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
     assert installs(calls) == [f".[{MACHINES[script]}]"] and modules(calls) == STAGES
     sft, train, evaluate, export, calibrate = calls[-5:]
     assert sft == "-m collab_jax.sft --workdir runs/a b/start --config configs/x.py --config.seed=3"
-    flags = "--config configs/x.py --config.model.path=runs/a b/start --config.seed=3"
+    flags = "--config configs/x.py --config.seed=3 --config.model.path=runs/a b/start"
     same = f"--workdir runs/a b/run {flags}"
     assert train.endswith(f"train {same}") and evaluate.endswith(f"evaluate --split test {same}")
     assert export.endswith(f"export --out runs/a b/model {same}")
@@ -356,7 +356,7 @@ def test_all_stages_run_in_turn_and_what_is_there_is_not_made_again(tree, script
     (tree.root / "runs/a b/run/test.json").unlink()
     _, calls = tree.run(script, *arguments, **machine)
     assert calls[-1].endswith(
-        "--config configs/x.py --config.lora.start=runs/a b/start --config.seed=3"
+        "--config configs/x.py --config.seed=3 --config.lora.start=runs/a b/start"
     )
     (tree.root / "runs/a b/start/adapter_config.json").unlink()
 
@@ -417,7 +417,7 @@ def test_a_pretrained_model_is_installed_without_what_would_run_it_and_goes_all_
     (tree.root / "runs/svamp/run/report.json").unlink()
     done, calls = tree.run("launch/real.sh", "--config.seed=1", BEFORE=there, ON_MODULE=ADAPTER)
     assert done.returncode == 0 and modules(calls) == ["collab_jax.train"]
-    assert calls[-1].endswith("--config.lora.start=runs/svamp/start --config.seed=1")
+    assert calls[-1].endswith("--config.seed=1 --config.lora.start=runs/svamp/start")
     done, calls = tree.run("launch/real.sh", "runs/other", BEFORE=there, ON_MODULE=ADAPTER)
     assert done.returncode == 0 and "--workdir runs/other/start" in calls[-6]
 

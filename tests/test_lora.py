@@ -269,6 +269,24 @@ def test_an_adapter_is_saved_in_the_type_that_it_is_computed_in(tmp_path):
             np.testing.assert_array_equal(value, computed)
 
 
+@pytest.mark.parametrize("key", ["use_rslora", "use_dora", "alpha_pattern"])
+def test_an_adapter_that_computes_otherwise_is_refused(tmp_path, key):
+    chosen = settings()
+    cfg, base = read("llama", chosen)
+    lora.save(tmp_path, random_adapter(cfg, chosen), cfg, base, chosen, name="base")
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    value = {"q_proj": 8} if key == "alpha_pattern" else True
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {key: value}))
+    with pytest.raises(UserError, match=f"has {key}, which is not known here"):
+        lora.load(str(tmp_path), cfg, base, chosen, "float32")
+
+
+def test_an_adapter_without_a_rank_is_no_setting(small, tmp_path):
+    with pytest.raises(UserError, match="lora.rank=0 trains none: set the rank to its own"):
+        experiment.prepare(small(lora__start="smollm2-svamp"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_begins_with_the_adapter_that_is_named(small, tmp_path):
     targets = ("q_proj", "up_proj")
     config = small(lora__rank=2, lora__targets=targets)
@@ -369,10 +387,15 @@ def test_export_writes_the_merged_model_or_the_adapter(trained, tmp_path):
 
 
 def test_an_adapter_of_a_run_without_one_is_refused(small, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        export.main(small(), tmp_path / "none", tmp_path / "out", adapter=True)
+    assert not list(tmp_path.iterdir())  # settings that were forgotten may follow
     run = experiment.prepare(small(), tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         export.export_checkpoint(run, tmp_path / "out", adapter=True)
     monkeypatch.setattr(run.checkpoints, "latest", lambda: 1)
+    with pytest.raises(UserError, match="is the run's own folder"):
+        export.export_checkpoint(run, tmp_path / "out" / "..", adapter=False)
     with pytest.raises(UserError, match="lora.rank=0"):
         export.export_checkpoint(run, tmp_path / "out", adapter=True)
 

@@ -205,8 +205,7 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path, prompts: int, rate: floa
     llama_cpp()
     if not 0 < rate < 1:
         raise UserError(f"--rate={rate:g} must lie between 0 and 1, both excluded")
-    run = experiment.prepare(config, workdir)
-    export.last_step(run)
+    run = export.prepare(config, workdir)
     if run.text.decision_id is None:
         raise UserError("a marker in plain text has no logit_bias: set config.text.decision_token")
     least = 2 * math.ceil(1 / rate)

@@ -72,7 +72,14 @@ def locate(
             f"{path!r} has no config.json: it is neither a Hugging Face model folder nor a .gguf"
         )
     if not HUB_NAME.fullmatch(path):
-        known = sorted({p.name for p in ASSETS.glob("*") if p.is_dir()} | {*published.PACKAGES})
+        if (ASSETS / path / "adapter_config.json").is_file():
+            raise FolderError(
+                f"{path!r} is an adapter and no model: name it in config.lora.start, with its "
+                "config"
+            )
+        known = sorted(
+            {p.parent.name for p in ASSETS.glob("*/config.json")} | {*published.PACKAGES}
+        )
         raise FolderError(
             f"no model at {path!r}: give a folder with config.json, a .gguf file, a hub name, "
             f"or one of {known}"
@@ -323,7 +330,9 @@ def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
 def save_generation_config(folder: pathlib.Path, eos_ids: Sequence[int], pad_id: int) -> None:
     """Writes generation_config.json, which names every token that ends a response.
 
-    Without it servers run on to their limit.
+    Without it servers run on to their limit. One that is there keeps what else it says.
     """
-    generation = {"do_sample": False, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
+    file = folder / GENERATION
+    said = json.loads(file.read_text()) if file.is_file() else {"do_sample": False}
+    generation = said | {"eos_token_id": list(eos_ids), "pad_token_id": pad_id}
     write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")

@@ -181,6 +181,12 @@ def load(path: str, cfg: DecoderConfig, base: Params, settings: ConfigDict, dtyp
         }
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read the adapter in {folder} ({error}): fetch it again") from None
+    for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+        if said.get(key):
+            raise UserError(
+                f"the adapter in {folder} has {key}, which is not known here: merge it into its "
+                "model with PEFT, and start from that"
+            )
     tokens = _moved_tokens(cfg)
     if said.get(TOKENS) and said[TOKENS] != tokens:
         raise UserError(

@@ -29,6 +29,8 @@ from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
 
+CHECKPOINTS = "checkpoints"  # the folder of a run's states
+
 
 class Run(NamedTuple):
     """The parts of a run. `folder` is the Hugging Face folder that it starts from."""
@@ -134,7 +136,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         task=task,
         cloud=cloud,
         optimizer=make_optimizer(config),
-        checkpoints=Checkpoints(workdir / "checkpoints"),
+        checkpoints=Checkpoints(workdir / CHECKPOINTS),
     )
 
 

@@ -28,6 +28,7 @@ def check_config(config: ConfigDict, devices: int | None = None) -> None:
     _check_train(config)
     _check_eval(config)
     _check_routers(config)
+    _check_adapter(config)
     _check_number_types(config)
     _check_batches(config, jax.device_count() if devices is None else devices)
 
@@ -35,6 +36,14 @@ def check_config(config: ConfigDict, devices: int | None = None) -> None:
 def _need(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+def _check_adapter(config: ConfigDict) -> None:
+    _need(
+        config.lora.rank > 0 or not config.lora.start,
+        f"config.lora.start={config.lora.start!r} is an adapter, and config.lora.rank=0 trains "
+        "none: set the rank to its own",
+    )
 
 
 def _check_hosts(config: ConfigDict) -> None:

@@ -4,7 +4,7 @@ The cloud is simulated: wrong on 6 % of the problems, more often on hard ones. S
 with an adapter of rank 8; budget 30 %; evaluated on SVAMP's 1,000 test problems. All start from one
 warm start, the adapter in docs/results/svamp/start, with batches of 32 prompts x 4 responses,
 temperature 1 and averaged weights. `ours` has the config's settings, chosen of three on validation.
-The other rows differentiate the whole model, and a step takes them three to four times as long:
+The other rows differentiate the whole model, and a step takes them two to four times as long:
 they have 24 steps where `ours` has 96, at a constant learning rate, 1e-4 of 1e-4 and 3e-4 for
 `task-tuning` on validation (docs/results/svamp.md).
 
