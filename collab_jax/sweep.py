@@ -53,12 +53,12 @@ def main(argv: list[str]) -> int:
             print("stopped and saved; the same command continues")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        # The other hosts wait: one that has ended is not waited for without end.
+        reported = not here.host and sweep_report.write_report(sweep, args.out, args.config)
+        if reported and args.publish:
+            publish.publish(sweep, args.out, args.publish)
         if status == process.STOPPED and here.flags:
             sys.exit(status)  # which the other hosts are told
-    if here.host:
-        return status
-    if sweep_report.write_report(sweep, args.out, args.config) and args.publish:
-        publish.publish(sweep, args.out, args.publish)
     return status
 
 

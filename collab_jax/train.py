@@ -70,6 +70,10 @@ def train(
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
         return False
+    # A signal may have come since it was asked, during the last update or its save.
+    if any(hosts.gathered("whether it is to stop", stop.requested)):
+        print("stopped and saved; the same command evaluates what is trained")
+        return False
     if before is None:
         return True
     after = evaluate_after(run, sampler, state, held_out, fit_examples)
@@ -144,7 +148,8 @@ def read_or_make(path: pathlib.Path, make: Callable[[], Records]) -> Records:
 
     All hosts make them; the first one looks, and writes.
     """
-    if not hosts.gathered(f"whether {path.name} is there", path.exists())[0]:
+    there = hosts.gathered(f"whether {path.name} is there", path.exists(), hosts.FOREVER)[0]
+    if not there:
         table = make()
         if not hosts.is_first():
             return table
@@ -161,7 +166,8 @@ def read_or_evaluate(
     """
     table = read_or_make(path, make)
     too_many = cloud_columns.too_many_unknown(run, table)
-    if hosts.gathered(f"whether {path.name} lacks verdicts", too_many)[0]:
+    # Host 0 may have run the model for its routers meanwhile.
+    if hosts.gathered(f"whether {path.name} lacks verdicts", too_many, hosts.FOREVER)[0]:
         table = cloud_columns.ask_again(run, table, examples, path.stem)
         if hosts.is_first():
             records.write(path, table)

@@ -2,7 +2,8 @@
 # Training on all hosts of a TPU slice, from your own machine, by gcloud:
 #   launch/tpu_slice.sh NAME ZONE CONFIG WORKDIR [--config.KEY=VALUE ...]
 # copies the last commit to the hosts, installs it there and starts a process on each, which stays when the connection ends and
-# starts again where it was asked to stop. WORKDIR lies on a file system that the hosts share (Filestore, a bucket by gcsfuse).
+# starts again where it was asked to stop. WORKDIR lies on a file system that the hosts share (Filestore;
+# no bucket: the store of answers is a database, which gcsfuse cannot hold).
 # Each host has a collab_jax.log at home; that of host 0 tells how the run stands. To stop it, with its state saved:
 #   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command="pkill -f collab_jax.train"
 set -euo pipefail

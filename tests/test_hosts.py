@@ -17,9 +17,10 @@ from fakes import comparable_metrics, saved_state
 
 from collab_jax.cloud import far, protocol
 from collab_jax.rl import shares
-from collab_jax.rl.rollout import Batch
+from collab_jax.rl.rollout import make_batch
 from collab_jax.runtime import hosts, metrics
 from collab_jax.runtime.errors import UserError
+from collab_jax.tasks import Example
 
 # ---- one host, and hosts that are made up
 
@@ -74,9 +75,11 @@ def test_other_settings_are_named(second_of_two):
 
 
 def test_each_host_has_the_prompts_after_those_of_the_one_before(second_of_two):
-    batch = Batch(list("abcdef"), np.arange(12).reshape(6, 2), np.ones((6, 2), bool))
+    examples = [Example(name, "", None) for name in "abcdad"]
+    batch = make_batch(examples, np.arange(12).reshape(6, 2), np.ones((6, 2), bool))
     own = shares.own(batch)
-    assert own.examples == list("def")
+    # The response to a prompt that another host has as well is not taken for that one's.
+    assert [example.id for example in own.examples] == list("dad") and own.earlier == [0, 1, 1]
     assert own.prompts.tolist() == [[6, 7], [8, 9], [10, 11]] and own.mask.shape == (3, 2)
 
 

@@ -122,7 +122,9 @@ def test_responses_to_one_prompt_that_occurs_twice_are_told_apart(small, tmp_pat
     run = experiment.prepare(small(eval__prompts=0), tmp_path)
     once = training.TrainingSteps(run).batch(0)
     rows = [0, 1, 2, 3, 0, 1, 2, 3]
-    batch = rollout.Batch([once.examples[q] for q in rows], once.prompts[rows], once.mask[rows])
+    batch = rollout.make_batch(
+        [once.examples[q] for q in rows], once.prompts[rows], once.mask[rows]
+    )
     state, steps = experiment.load_state(run), training.TrainingSteps(run)
     params = parallel.replicate(state).sampling_model
     late = late_verifier(run, length_is_even, [])

@@ -62,8 +62,7 @@ def settle(cloud: CachedCloud | FarCloud, seconds: float | None) -> None:
     asked = cloud.take_asked() if isinstance(cloud, FarCloud) else []
     heard = hosts.gathered("what it asks the cloud", [[p.prompts, p.names] for p in asked])
     said = _bought(cloud, heard, seconds) if isinstance(cloud, CachedCloud) else None
-    patience = hosts.FOREVER if seconds is None else hosts.SECONDS + seconds
-    replies = hosts.gathered("what the cloud said", said, patience)[0]
+    replies = hosts.gathered("what the cloud said", said, hosts.FOREVER)[0]
     for pending, of_pending in zip(asked, replies[hosts.index()], strict=True):
         pending.replies = [None if reply is None else Reply(**reply) for reply in of_pending]
 

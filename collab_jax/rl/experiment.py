@@ -98,8 +98,12 @@ def prepared_in_turn(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None
 
     Raises UserError where the hosts differ in code or settings, or do not share `workdir`.
     """
-    hosts.check_same("its settings", {"code": process.code()} | claims.settings_of(config))
-    with hosts.first_alone("that its run is prepared"):
+    # It may change between two starts, and not between the hosts of one.
+    sharded = {"train.sharded": config.train.sharded}
+    hosts.check_same(
+        "its settings", {"code": process.code()} | claims.settings_of(config) | sharded
+    )
+    with hosts.first_alone("that its run is prepared", hosts.FOREVER):  # it may fetch a model
         if not hosts.is_first():
             claims.check_shared(workdir)
         yield

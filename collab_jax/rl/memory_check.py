@@ -45,12 +45,27 @@ def this_machine() -> Machine:
 
 
 def host_memory() -> float:
-    """Bytes that this process may use: those of the machine, or of its control group."""
+    """Bytes that this process may use: those of the machine, or of its control groups (v2).
+
+    Other processes of a job on the same machine are not counted.
+    """
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    group = pathlib.Path("/sys/fs/cgroup/memory.max")
-    if group.is_file() and (text := group.read_text().strip()).isdigit():
-        total = min(total, float(text))
+    for file in limits(pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")):
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            total = min(total, float(text))
     return total
+
+
+def limits(own: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
+    """The files that may limit the memory of a process: of its control group and all above it.
+
+    own: tells the groups; root: where they are mounted.
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    group = root / (paths[0] if paths else "")
+    above = [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return [folder / "memory.max" for folder in above]
 
 
 def table(plan: Plan, machine: Machine) -> str:

@@ -12,6 +12,7 @@ response was right (the filter must know D2), and where decisions are scored, wh
 other prompts the cloud is not asked.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,17 @@ class Batch(NamedTuple):
     examples: Sequence[Example]  # Q
     prompts: np.ndarray  # i32[Q, L]
     mask: np.ndarray  # bool[Q, L]
+    earlier: Sequence[int]  # Q, how often the step has the same prompt before, on whatever host
+
+
+def make_batch(examples: Sequence[Example], prompts: np.ndarray, mask: np.ndarray) -> Batch:
+    """The batch of a whole step."""
+    seen: Counter[str] = Counter()
+    earlier = []
+    for example in examples:
+        earlier.append(seen[example.id])
+        seen[example.id] += 1
+    return Batch(examples, prompts, mask, earlier)
 
 
 FLAGS = "correct", "called", "formatted", "timed_out", "unjudged"  # of a Verdict
@@ -212,14 +224,15 @@ class LiveJudging:
     def __init__(
         self,
         run: Run,
-        examples: Sequence[Example],
+        batch: Batch,
         group: int,
         skip: MissingVerdicts,
         while_sampling: Callable[[], None] | None,
     ):
-        Q, G = len(examples), group
+        Q, G = len(batch.examples), group
         self._while_sampling = while_sampling
-        self._task, self._text, self._examples, self._skip = run.task, run.text, examples, skip
+        self._task, self._text, self._examples = run.task, run.text, batch.examples
+        self._skip = skip
         self._scored = algorithms.scores_decisions(run.config)
         self._cloud = run.cloud if algorithms.needs_cloud(run.config) else None
         self.correct, self.called, self.formatted = (np.zeros((Q, G), bool) for _ in range(3))
@@ -230,11 +243,8 @@ class LiveJudging:
         self._open = np.full(Q, G)  # responses of each prompt that have not ended
         self._pending: list[tuple[np.ndarray, Pending]] = []  # prompts, and the cloud's answers
         self._missing: dict[tuple[str, int], Verdict] = {}  # MissingVerdicts.responses
-        seen: Counter[str] = Counter()
-        self._earlier: list[int] = []  # of each prompt, the batch's earlier responses to the same
-        for example in examples:
-            self._earlier.append(seen[example.id])
-            seen[example.id] += G
+        # Of each prompt, how many responses to the same come before its own.
+        self._earlier = [G * n for n in batch.earlier]
 
     def judge_responses(
         self, tokens: np.ndarray, mask: np.ndarray, ended: np.ndarray, now: np.ndarray
@@ -341,7 +351,7 @@ def collect(
     while_sampling: called once, when the devices have just begun.
     """
     scored = algorithms.scores_decisions(run.config)
-    judging = LiveJudging(run, batch.examples, sampler.settings.group, skip, while_sampling)
+    judging = LiveJudging(run, batch, sampler.settings.group, skip, while_sampling)
     samples = draw(
         sampler,
         params,
@@ -352,9 +362,10 @@ def collect(
         bias=-np.inf if scored else 0.0,
         finished=judging.judge_responses,
     )
+    end = time.monotonic() + (math.inf if wait is None else wait)
     if hosts.count() > 1:
         far.settle(run.cloud, wait)
-    judging.wait_for_replies(wait)
+    judging.wait_for_replies(None if wait is None else max(0.0, end - time.monotonic()))
     D = jax.local_device_count()
     prompts, prompt_mask = parallel.shard((batch.prompts, batch.mask), D)
     levels = budgets.levels(batch.examples, run.config.task.budgets)

@@ -11,7 +11,7 @@ from collab_jax.runtime import hosts
 def own(batch: Batch) -> Batch:
     """Returns the part of a step's batch that this host samples; all of it where there is one."""
     part = hosts.part(len(batch.examples))
-    return Batch(batch.examples[part], batch.prompts[part], batch.mask[part])
+    return Batch(batch.examples[part], batch.prompts[part], batch.mask[part], batch.earlier[part])
 
 
 def agreed(step: int, collected: Collected, stop: bool) -> tuple[Collected, bool]:

@@ -22,7 +22,7 @@ from collab_jax.rl.missing_verdicts import (
     MissingVerdicts,
     MissingVerdictsFile,
 )
-from collab_jax.rl.rollout import Batch, Collected
+from collab_jax.rl.rollout import Batch, Collected, make_batch
 from collab_jax.runtime import hosts, metrics, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
@@ -166,7 +166,7 @@ class TrainingSteps:
         """Returns the prompts of step number `step` (from 0)."""
         chosen = self._choose(step, self.run.config.prompts_per_step)
         examples = [self.examples[i] for i in chosen]
-        return Batch(examples, self._prompts[chosen], self._mask[chosen])
+        return make_batch(examples, self._prompts[chosen], self._mask[chosen])
 
     def collect(
         self,

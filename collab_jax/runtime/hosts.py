@@ -18,14 +18,15 @@ from typing import Any
 import jax
 from jax._src import distributed  # the service's client has no public name
 
-from collab_jax.runtime import process
+from collab_jax.runtime import parallel, process
 from collab_jax.runtime.errors import UserError
 
 JOIN_SECONDS = 120  # until all hosts have to be there
 LOST_SECONDS = 60  # without a sign of life after which a host is lost, and all others end
-LEAVE_SECONDS = 20  # that a host which ends waits for the others to end
-SECONDS = 600.0  # how long a host waits for what another one says
-FOREVER = 1e6
+# How long a host waits for what another one says, and one that ends for the others to end: they may
+# be sampling, compiling or saving. Whoever is lost or has failed is noticed sooner.
+SECONDS = 3600.0
+FOREVER = 1e6  # for what has no bound of its own, as the cloud and routers that run the model
 LOOK_SECONDS = 2.0  # between two looks whether a host that is waited for has failed
 
 _FAILED, _STOPPED = "collab_jax/failed", "collab_jax/stopped"
@@ -49,7 +50,7 @@ def join(hosts: int, host: int | None, coordinator: str | None) -> None:
             host,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=LOST_SECONDS,
-            shutdown_timeout_seconds=LEAVE_SECONDS,
+            shutdown_timeout_seconds=int(SECONDS),
         )
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
@@ -63,6 +64,7 @@ def join(hosts: int, host: int | None, coordinator: str | None) -> None:
     devices = gathered("its devices", jax.local_device_count())
     if len(set(devices)) > 1:
         raise UserError(f"the hosts have {devices} devices: give each as many")
+    parallel.connect()
 
 
 def count() -> int:

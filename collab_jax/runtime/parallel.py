@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
-from collab_jax.runtime.split import is_split
+from collab_jax.runtime.split import is_split, total
 
 AXIS = "devices"
 
@@ -128,6 +128,18 @@ class Program:
             self._compiled = self._mapped.lower(*arguments).compile()
             process.return_free_memory()
         return self._compiled(*arguments)
+
+
+def connect() -> None:
+    """Sums a number over all devices of the job, and over those at one place of each host.
+
+    On CPUs devices have 30 s to find each other when they first sum anything together. That is done
+    here, when the hosts have just met: later one of them may be compiling for minutes.
+    """
+    D = jax.local_device_count()
+    same = [[*range(place, jax.device_count(), D)] for place in range(D)]
+    both = lambda x: total(x, AXIS) + total(x, AXIS, same)  # noqa: E731
+    jax.block_until_ready(Program(both)(np.ones(D, np.float32)))
 
 
 def unreplicate(tree: Any) -> Any:

@@ -11,7 +11,8 @@ its plan says, and spends most of the gain on searching it.
 Host devices. Two devices of one core each keep both cores busy between the matrix products, which
 alone are spread over threads.
 
-Compiled programs are kept on disk, so that only the first start on a machine compiles.
+Compiled programs are kept on disk, so that only the first start on a machine compiles. Of several
+hosts jax lets host 0 alone write there.
 
 `GracefulStop` lets a command end where its work is saved.
 
