@@ -11,6 +11,7 @@ import pytest
 from serving import KEY, PRICE, Provider, told
 
 from collab_jax.cloud import attempts, ledger
+from collab_jax.cloud.redaction import as_it_is
 
 CALLS = {6: 2.0}  # a margin after "<think>49+9="
 THOUGHT, ANSWER = "49+9=58,58+37=95", "49+9+37"
@@ -147,6 +148,19 @@ def test_failures_are_tried_again_within_the_deadline(start):
         assert server.service.upstream.cloud.budget.spent().usd == pytest.approx(
             reply["usage"]["cost"]
         )
+
+
+def test_attempts_that_failed_are_within_what_a_client_allows(start):
+    for times, answered_by in ((1.5, "device"), (2.5, "cloud")):
+        faults = iter([[("garbage",)], [("text", "ok")]])
+        with Provider(lambda _, faults=faults: next(faults)) as provider:
+            server = start(provider, CALLS, retries=5)
+            query = as_it_is([{"role": "user", "content": "49 9 37=95"}])
+            most = times * server.service.upstream.highest_usd(query)
+            reply = server.chat(collab={"max_usd": most})[2]
+            assert reply["collab"]["answered_by"] == answered_by
+            assert 0 < reply["usage"]["cost"] <= most
+            assert provider.requests == (1 if answered_by == "device" else 2)
 
 
 @pytest.mark.parametrize("fault", [[("status", 503)], [("wait", 3.0)], [("cut",)], "dead"])

@@ -290,7 +290,8 @@ class Service:
         outcome.answered_by, outcome.model, outcome.reason = "cloud", model, reason
         outcome.prompt_tokens = outcome.completion_tokens = 0  # until it has told them
         try:
-            async with contextlib.aclosing(self.upstream.ask(query)) as answer:
+            most = math.inf if ask.max_usd is None else ask.max_usd
+            async with contextlib.aclosing(self.upstream.ask(query, most)) as answer:
                 async for item in answer:
                     if isinstance(item, Bought):
                         end = item

@@ -124,8 +124,9 @@ class Ask:
     the device's text comes with them. limit: tokens of a device response, None: as many as the
     server gives. usage_so_far: each chunk of a stream has it, as vLLM's do. threshold: the margin
     above which the cloud is called; rate: the share of such requests that shall be; at most one of
-    the two. max_usd: the most that one attempt may cost. strict: a stream sends content only when
-    no more can go wrong. trace: the device's tokens and margins come with the answer.
+    the two. max_usd: the most that the cloud may cost, attempts that failed included. strict: a
+    stream sends content only when no more can go wrong. trace: the device's tokens and margins come
+    with the answer.
     """
 
     model: str

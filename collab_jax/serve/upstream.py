@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -66,6 +67,7 @@ class _Purchase:
         self.end: Bought | CloudFailed | None = None
         self.listeners = 0
         self.usd = 0.0  # booked so far
+        self.most = math.inf  # that it may cost: the least of what the listeners allow
         self.paid = False  # by the first listener that hears the end, or by nobody
         self.task: asyncio.Task | None = None
         self.booking: Future[None] | None = None  # of the last call
@@ -146,17 +148,23 @@ class Upstream:
         """Answers that are on their way."""
         return len(self._purchases)
 
-    async def ask(self, query: Redacted) -> AsyncGenerator[Delta | Bought, None]:
+    async def ask(
+        self, query: Redacted, most: float = math.inf
+    ) -> AsyncGenerator[Delta | Bought, None]:
         """Yields the answer as it comes, restored, then its end. Raises CloudFailed.
 
-        The reply of the end is the stored one, with placeholders. Where the iterator is closed, and
-        nobody else waits for the answer or comes for it within GRACE_SECONDS, the call is ended.
+        most: USD that all attempts may cost; a single one's highest price is within it. The reply
+        of the end is the stored one, with placeholders. Where the iterator is closed, and nobody
+        else waits for the answer or comes for it within GRACE_SECONDS, the call is ended.
         """
         key, restoring = self.cloud.key(query.messages), _Restoring(query)
         purchase = self._purchases.get(key)
         if purchase is None:
             purchase = self._purchases[key] = _Purchase(self.seconds)
             purchase.task = asyncio.create_task(self._buy(purchase, key, query.messages))
+        elif purchase.usd + self.highest_usd(query) > most:
+            raise CloudFailed("max_usd")
+        purchase.most = min(purchase.most, most)
         purchase.listeners += 1
         seen = 0
         try:
@@ -337,6 +345,7 @@ class Upstream:
             last = (
                 attempt == self.cloud.policy.retries or time.monotonic() + pause > purchase.deadline
             )
+            last = last or purchase.usd + highest > purchase.most
             if purchase.deltas or last or not outcome.retry:
                 raise CloudFailed(outcome.reason, outcome.retry_after, purchase.usd)
             await asyncio.sleep(pause)
