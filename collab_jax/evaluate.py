@@ -40,9 +40,7 @@ def main(config: ConfigDict, workdir: pathlib.Path, split: str = "validation") -
         if config.eval.prompts < 1:
             raise UserError("config.eval.prompts must be at least 1 to evaluate")
         examples = evaluation.held_out(run, split)
-    # A run that trains meanwhile may have saved another one since the first host looked.
-    hosts.check_same("its checkpoint", {"step": run.checkpoints.latest()})
-    state = experiment.state_on_devices(run)
+    state = evaluation.state_on_all_hosts(run)
     sampler = evaluation.greedy_sampler(run)
     table = evaluation.evaluate(run, sampler, state.final_model, examples, workdir.name)
     if hosts.is_first():

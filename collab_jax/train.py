@@ -70,12 +70,12 @@ def train(
     if state is None:
         print(f"stopped and saved; the same command goes on from step {run.checkpoints.latest()}")
         return False
+    if before is None:
+        return True
     # A signal may have come since it was asked, during the last update or its save.
     if any(hosts.gathered("whether it is to stop", stop.requested)):
         print("stopped and saved; the same command evaluates what is trained")
         return False
-    if before is None:
-        return True
     after = evaluate_after(run, sampler, state, held_out, fit_examples)
     if not hosts.is_first():
         return True

@@ -269,6 +269,7 @@ import sys, time
 from collab_jax.runtime import hosts
 from collab_jax.runtime.errors import UserError
 
+hosts.LEAVE_SECONDS = 2  # after which jax ends a host that works on while another one has left
 hosts.join(2, int(sys.argv[1]), sys.argv[2])
 start = time.monotonic()
 try:
@@ -278,6 +279,7 @@ try:
             if sys.argv[4] == "stops":
                 sys.exit(75)
             raise ValueError("no more\\nmemory")
+        time.sleep(8)
         hosts.gathered("what comes next", None)
 except UserError as error:
     assert time.monotonic() - start < 60

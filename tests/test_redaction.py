@@ -199,6 +199,7 @@ def test_a_value_has_one_placeholder_in_a_conversation_and_its_next_turns():
         ("Ann Lee", {"Ann", "Ann Lee", "Lee", "n Lee"}, [(0, 3), (0, 7), (4, 7)]),
         ("+++", {"+", "++"}, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)]),
         ("12 123 é1 1", {"12", "1"}, [(0, 2), (10, 11)]),
+        ("Ask Anna", {"Anna", "Anna Lee"}, [(4, 8)]),
         ("Ann", {""}, []),
         ("Ann", set(), []),
     ],

@@ -257,7 +257,7 @@ def occurrences(text: str, parts: Collection[str]) -> Iterator[tuple[int, int]]:
             for head in heads
             if start + head <= len(text)
             for length in lengths.get(text[start : start + head], ())
-            if text[start : start + length] in parts
+            if start + length <= len(text) and text[start : start + length] in parts
         )
         for end in ends:
             if not (_inside_word(text, start) or _inside_word(text, end)):

@@ -204,9 +204,9 @@ def _share(values: np.ndarray) -> dict[str, float | None]:
 def _share_of(values: Sequence[np.ndarray], resamples: int) -> dict[str, float | None]:
     """The mean of values [n] in [0, 1] of each seed, with its interval."""
     interval = _share(curves.mean(values, resamples))
-    if interval["value"] in (0, 1):
-        # What no prompt has shows no spread when drawn again, and may yet be had by others.
-        return measures.rate(np.array(values[0], bool))
+    alike = interval["value"] in (0, 1)  # drawn again they show no spread
+    if alike or (len(values) == 1 and values[0].dtype == bool):
+        return measures.rate(values[0].astype(bool))
     return interval
 
 

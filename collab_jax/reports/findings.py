@@ -76,8 +76,7 @@ def _reached(result: dict[str, Any], task_tuned: str | None) -> str:
     model, share = result["reference"].partition(": ")[0], _own(result)["reachable_share"]
     text = (
         f"It takes {_share(share)} of the gain over random that can be reached by knowing where "
-        f"the device is wrong, and of the cloud how often it is right in a stratum; the device "
-        f"alone has "
+        f"the device is wrong, and how often the cloud is right in a stratum; the device alone has "
         f"{_share(result['models'][model]['local_accuracy'])} right"
     )
     if not task_tuned:

@@ -198,7 +198,7 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
     names = benchmarks(suite)
     with experiment.prepared_in_turn(config, workdir):
         run = experiment.prepare(config, workdir)
-    state = experiment.state_on_devices(run)
+    state = evaluation.state_on_all_hosts(run)
     greedy = evaluation.greedy_sampler(run)
     sampled = rollout.make_sampler(
         run.cfg, run.text, config, group=1, temperature=config.eval.temperature

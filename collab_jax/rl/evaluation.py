@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from collab_jax import records
+from collab_jax.gapg import TrainState
 from collab_jax.models.decision import Opening
 from collab_jax.models.decoder import Params
 from collab_jax.models.sampler import Sampler, Samples
@@ -39,10 +40,20 @@ def greedy_sampler(run: Run) -> Sampler:
     return rollout.make_sampler(run.cfg, run.text, run.config, group=1, temperature=0.0)
 
 
+def state_on_all_hosts(run: Run) -> TrainState:
+    """Returns `experiment.state_on_devices`. Raises UserError where hosts have read two of them.
+
+    A run that trains meanwhile may save another one between the first host's look and the last's.
+    """
+    state = experiment.state_on_devices(run)
+    hosts.check_same("its checkpoint", {"step": int(np.asarray(state.step)[0])})
+    return state
+
+
 def held_out(run: Run, split: str) -> list[Example]:
     """Returns the first `config.eval.prompts` prompts of a split, which may have fewer.
 
-    A test split that has is told of, as its size is in the figures' intervals alone.
+    For a test split that is said, since otherwise only the intervals would show its size.
     """
     wanted = run.config.eval.prompts
     if not wanted:

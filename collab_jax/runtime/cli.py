@@ -106,7 +106,7 @@ def joined(count: int, number: int | None, coordinator: str | None) -> Iterator[
     An error that leaves it is told to the other hosts. What is printed is host 0's alone. Raises
     UserError for flags that do not go together.
     """
-    from collab_jax.runtime import hosts  # which needs jax; some commands do without
+    from collab_jax.runtime import hosts, parallel  # which need jax; some commands do without
 
     if count < 1:
         raise UserError(f"--hosts={count} must be at least 1")
@@ -123,6 +123,7 @@ def joined(count: int, number: int | None, coordinator: str | None) -> Iterator[
     if not hosts.is_first():
         sys.stdout = open(os.devnull, "w")  # host 0 tells how the run stands
     with hosts.failure_told():
+        parallel.connect()
         yield
 
 

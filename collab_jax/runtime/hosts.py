@@ -10,6 +10,7 @@ import collections
 import contextlib
 import itertools
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,14 +19,16 @@ from typing import Any
 import jax
 from jax._src import distributed  # the service's client has no public name
 
-from collab_jax.runtime import parallel, process
+from collab_jax.runtime import process
 from collab_jax.runtime.errors import UserError
 
 JOIN_SECONDS = 120  # until all hosts have to be there
 LOST_SECONDS = 60  # without a sign of life after which a host is lost, and all others end
-# How long a host waits for what another one says, and one that ends for the others to end: they may
-# be sampling, compiling or saving. Whoever is lost or has failed is noticed sooner.
-SECONDS = 3600.0
+LEAVE_SECONDS = 20  # that a host which has nothing to tell waits for the others to end
+SECONDS = 3600.0  # that a host waits for what another one says, which may be compiling or saving
+# That a host which failed waits for the others to hear of it. One that was asked to stop waits
+# longer, but others may wait for one that failed in the middle of a sum, and would for ever.
+FAILED_SECONDS = 600.0
 FOREVER = 1e6  # for what has no bound of its own, as the cloud and routers that run the model
 LOOK_SECONDS = 2.0  # between two looks whether a host that is waited for has failed
 
@@ -50,7 +53,7 @@ def join(hosts: int, host: int | None, coordinator: str | None) -> None:
             host,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=LOST_SECONDS,
-            shutdown_timeout_seconds=int(SECONDS),
+            shutdown_timeout_seconds=LEAVE_SECONDS,
         )
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
@@ -64,7 +67,6 @@ def join(hosts: int, host: int | None, coordinator: str | None) -> None:
     devices = gathered("its devices", jax.local_device_count())
     if len(set(devices)) > 1:
         raise UserError(f"the hosts have {devices} devices: give each as many")
-    parallel.connect()
 
 
 def count() -> int:
@@ -146,18 +148,34 @@ def _awaited(place: str, host: int, what: str, end: float) -> str:
 def failure_told() -> Iterator[None]:
     """An error that leaves the body is told to the hosts that wait for this one, and ends them.
 
-    So is a stop that was asked for, by which they end as this one does.
+    So is a stop that was asked for, by which they end as this one does. They hear of it when they
+    next wait for this host, which stays until then: where one is no more, jax ends the others.
     """
     try:
         yield
     except SystemExit as stop:
         if stop.code == process.STOPPED:
             _tell(_STOPPED, "")
+            _wait_for_the_others(SECONDS)
         raise
     except Exception as error:
         problem = str(error) if isinstance(error, UserError) else repr(error)
         _tell(_FAILED, " ".join(problem.split()))
+        _wait_for_the_others(FAILED_SECONDS)
         raise
+
+
+def _wait_for_the_others(seconds: float) -> None:
+    """Waits until all hosts have told that they end; a signal ends this one at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    end = time.monotonic() + seconds
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # where host 0 is no more
+        while time.monotonic() < end:
+            told = [_client().key_value_dir_get(place) for place in (_FAILED, _STOPPED)]
+            if len({key.rpartition("/")[2] for keys in told for key, _ in keys}) == count():
+                return
+            time.sleep(LOOK_SECONDS)
 
 
 def _tell(place: str, text: str) -> None:

@@ -134,12 +134,20 @@ def connect() -> None:
     """Sums a number over all devices of the job, and over those at one place of each host.
 
     On CPUs devices have 30 s to find each other when they first sum anything together. That is done
-    here, when the hosts have just met: later one of them may be compiling for minutes.
+    here, when the hosts have just met: later one of them may be compiling for minutes. Raises
+    UserError where they do not.
     """
     D = jax.local_device_count()
     same = [[*range(place, jax.device_count(), D)] for place in range(D)]
     both = lambda x: total(x, AXIS) + total(x, AXIS, same)  # noqa: E731
-    jax.block_until_ready(Program(both)(np.ones(D, np.float32)))
+    try:
+        jax.block_until_ready(Program(both)(np.ones(D, np.float32)))
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the hosts' devices did not find each other ({reason}): the name of each host must "
+            "stand for an address that the others can reach, not for 127.0.1.1 in /etc/hosts"
+        ) from None
 
 
 def unreplicate(tree: Any) -> Any:

@@ -65,9 +65,8 @@ class _Purchase:
         self.deadline = time.monotonic() + seconds
         self.deltas: list[Delta] = []
         self.end: Bought | CloudFailed | None = None
-        self.listeners = 0
         self.usd = 0.0  # booked so far
-        self.most = math.inf  # that it may cost: the least of what the listeners allow
+        self.limits: list[float] = []  # of each listener: USD that it may cost
         self.paid = False  # by the first listener that hears the end, or by nobody
         self.task: asyncio.Task | None = None
         self.booking: Future[None] | None = None  # of the last call
@@ -164,8 +163,7 @@ class Upstream:
             purchase.task = asyncio.create_task(self._buy(purchase, key, query.messages))
         elif purchase.usd + self.highest_usd(query) > most:
             raise CloudFailed("max_usd")
-        purchase.most = min(purchase.most, most)
-        purchase.listeners += 1
+        purchase.limits.append(most)
         seen = 0
         try:
             while True:
@@ -183,8 +181,8 @@ class Upstream:
                     return
                 await purchase.change()
         finally:
-            purchase.listeners -= 1
-            if not purchase.listeners and purchase.task:
+            purchase.limits.remove(most)
+            if not purchase.limits and purchase.task:
                 if purchase.task.done():
                     self._abandon(purchase)
                 else:
@@ -193,14 +191,14 @@ class Upstream:
 
     def _end_unheard(self, key: str, purchase: _Purchase) -> None:
         """Ends a call that nobody waits for."""
-        if not purchase.listeners and purchase.task and not purchase.task.done():
+        if not purchase.limits and purchase.task and not purchase.task.done():
             if self._purchases.get(key) is purchase:
                 del self._purchases[key]
             purchase.task.cancel()
 
     def _abandon(self, purchase: _Purchase) -> None:
         """Notes what was booked for an answer whose listeners have left before its end."""
-        if not purchase.listeners and not purchase.paid:
+        if not purchase.limits and not purchase.paid:
             self.abandoned_usd += purchase.usd
             purchase.paid = True
 
@@ -345,7 +343,7 @@ class Upstream:
             last = (
                 attempt == self.cloud.policy.retries or time.monotonic() + pause > purchase.deadline
             )
-            last = last or purchase.usd + highest > purchase.most
+            last = last or purchase.usd + highest > min(purchase.limits, default=math.inf)
             if purchase.deltas or last or not outcome.retry:
                 raise CloudFailed(outcome.reason, outcome.retry_after, purchase.usd)
             await asyncio.sleep(pause)
