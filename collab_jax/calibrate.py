@@ -13,6 +13,7 @@ alone, by the bias as it is, and by one that tracks the budget, as a server's do
 
 import argparse
 import pathlib
+import re
 
 import numpy as np
 
@@ -55,6 +56,26 @@ def split(table: Records, share: float, seed: int = 0) -> tuple[Records, Records
     )
 
 
+def one_row_a_problem(table: Records, seed: int = 0) -> Records:
+    """The records, or one random row of each problem where several rows are of one.
+
+    Such are the rows of prompts that show budgets, ID@BUDGET, and of a suite's samples, ID#NUMBER.
+    Rows of one problem are no independent draws, which a calibration takes its records for.
+    """
+    ids = table["id"].astype(str)
+    if "shown_budget" in table:
+        ids = np.array([key.rpartition("@")[0] for key in ids])
+    elif all(re.fullmatch(r".*#\d+", key, re.DOTALL) for key in ids):
+        ids = np.array([key.rpartition("#")[0] for key in ids])
+    order = np.random.default_rng(seed).permutation(len(ids))
+    _, first = np.unique(ids[order], return_index=True)
+    if len(first) == len(ids):
+        return table
+    print(f"{len(ids)} rows are of {len(first)} problems: one of each, at random, is used")
+    kept = np.sort(order[first])
+    return {name: column[kept] for name, column in table.items()}
+
+
 def answered(table: Records, margin_only: bool) -> np.ndarray:
     """bool[n]: the prompts whose call the margin decides; the others always go to the cloud."""
     return (table["ended"] & table["formatted"]) | margin_only
@@ -76,6 +97,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     everything = records.read(args.records)
     records.require(everything, ["margin"], "calibration")
+    everything = one_row_a_problem(everything)
     table, held_out = split(everything, args.hold_out)
     if args.accuracy is not None:
         table = records.known(table)

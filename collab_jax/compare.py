@@ -33,9 +33,14 @@ def parse_tables(words: Sequence[str]) -> dict[str, list[pathlib.Path]]:
     collide. Raises UserError for a name that occurs twice, or that has ': ' in it.
     """
     tables: dict[str, list[pathlib.Path]] = {}
-    unnamed = [pathlib.Path(word).stem for word in words if "=" not in word]
-    for word in words:
-        name, _, paths = word.rpartition("=")
+    # A folder may have "=" in its name, as a run of a search has.
+    pairs = [word.partition("=")[::2] for word in words]
+    pairs = [
+        (name, paths) if paths and "/" not in name else ("", word)
+        for (name, paths), word in zip(pairs, words, strict=True)
+    ]
+    unnamed = [pathlib.Path(paths).stem for name, paths in pairs if not name]
+    for name, paths in pairs:
         files = [pathlib.Path(path) for path in paths.split(",")]
         if not name:
             stem = files[0].stem

@@ -222,6 +222,8 @@ def align(
     order = np.array([row[key] for key in a["id"]])
     same = {column: values[order] for column, values in b.items()}
     for column in ({"prompt", "task", "stratum"} & set(a)) & set(b):
+        if not (np.any(a[column] != "") and np.any(same[column] != "")):
+            continue  # one of the two says nothing of it
         if (differ := np.flatnonzero(a[column] != same[column])).size:
             raise UserError(
                 f"{a_name} and {b_name} have {differ.size} ids with another {column} (as "

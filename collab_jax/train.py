@@ -179,7 +179,7 @@ def cloud_costs(run: Run) -> run_report.CloudCosts:
     prompts, _ = rollout.cloud_prompts(run.task, experiment.examples(run, "train"))
     return run_report.CloudCosts(
         everything=ledger(run.cloud.store),
-        training=ledger(run.cloud.store, map(run.cloud.key, prompts)),
+        training=ledger(run.cloud.store, map(run.cloud.key_of, prompts)),
         spent=run.cloud.budget.spent(),
     )
 

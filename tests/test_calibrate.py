@@ -674,3 +674,23 @@ def test_what_is_no_parquet_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         collab_config.write(tmp_path / "file", config())
+
+
+# --- rows that are of one problem
+
+
+def test_of_rows_of_one_problem_one_is_used(capsys):
+    ids = np.array([f"{problem}@{share} %" for problem in "abc" for share in (10, 20)])
+    table = {"id": ids, "shown_budget": np.tile([0.1, 0.2], 3), "margin": np.arange(6.0)}
+    used = calibrate.one_row_a_problem(table)
+    assert [key[0] for key in used["id"]] == list("abc")
+    assert ids[used["margin"].astype(int)].tolist() == used["id"].tolist()
+    assert "6 rows are of 3 problems" in capsys.readouterr().out
+    samples = {"id": np.array(["a#1", "a#2", "b#1", "b#2"]), "margin": np.arange(4.0)}
+    assert [key[0] for key in calibrate.one_row_a_problem(samples)["id"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("ids", [["a", "b"], ["a@1", "a@2"], ["a#1", "b"]])
+def test_other_ids_are_each_a_problem(ids):
+    table = {"id": np.array(ids), "margin": np.arange(2.0)}
+    assert calibrate.one_row_a_problem(table) is table

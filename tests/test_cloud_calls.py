@@ -118,7 +118,44 @@ def test_a_reply_by_hand(tmp_path):
     assert 0 < answer.seconds < 1
 
 
-@pytest.mark.parametrize("reply", [{}, {"content": None}, {"content": ["x"]}, {"content": "мимо"}])
+def test_a_text_may_come_in_parts(tmp_path):
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    with FaultServer(lambda content: {"content": parts}) as server:
+        assert texts(make(server, tmp_path / "s.db").answer([prompt("x")])) == ["42"]
+
+
+def test_what_is_no_text_is_no_answer_and_paid_once(tmp_path):
+    with FaultServer(lambda content: {"content": ["x"]}) as server:
+        cloud = make(server, tmp_path / "s.db")
+        assert texts(cloud.answer([prompt("x")])) == [None] and server.requests == 1
+        assert cloud.budget.spent().usd == pytest.approx(1.6e-5)
+
+
+def test_what_the_provider_broke_off_is_no_answer(tmp_path):
+    cloud = make("http://127.0.0.1:9", tmp_path / "s.db").cloud
+    reply = {
+        "message": {"content": "The first st"},
+        "finish_reason": "insufficient_system_resource",
+    }
+    usage = {"prompt_tokens": 10, "completion_tokens": 3}
+    failure = cloud.reply(prompt("x"), {"choices": [reply], "usage": usage}, 0.1)
+    assert (failure.reason, failure.retry) == ("insufficient_system_resource", True)
+    assert failure.usd == pytest.approx(1.6e-5)
+    whole = cloud.reply(
+        prompt("x"), {"choices": [reply | {"finish_reason": "length"}], "usage": usage}, 0.1
+    )
+    assert whole.text == "The first st"
+
+
+def test_a_server_that_does_not_count_is_booked_at_no_less_than_our_estimate(tmp_path):
+    cloud = make("http://127.0.0.1:9", tmp_path / "s.db", parameters={}).cloud
+    choice = {"message": {"content": "x" * 40_000}, "finish_reason": "stop"}
+    assert cloud.reply(prompt("x"), {"choices": [choice]}, 0.1).usd >= cloud._usd(1, 10_001)
+    both = {"max_tokens": 8, "max_completion_tokens": 32}
+    assert make("http://127.0.0.1:9", tmp_path / "s.db", parameters=both).cloud.max_tokens == 32
+
+
+@pytest.mark.parametrize("reply", [{}, {"content": None}, {"content": "мимо"}])
 def test_a_reply_without_a_usable_answer_is_an_answer(tmp_path, reply):
     with FaultServer(lambda content: reply) as server:
         for _ in range(2):
@@ -132,6 +169,7 @@ def test_a_reply_without_a_usable_answer_is_an_answer(tmp_path, reply):
     ("status", "says"),
     [
         ("401", "key in the environment variable TEST_KEY was refused"),
+        ("402", "the account has no credit left"),
         ("403", "may not use model 'm'"),
         ("404", "no model 'm' at"),
     ],
@@ -199,6 +237,10 @@ def test_no_key_no_price_no_highest_price(tmp_path, monkeypatch):
     ) as caught:
         make("http://127.0.0.1:9", tmp_path / "s.db", key_env=SECRET)
     assert SECRET not in str(caught.value)
+    for key in ("gsk_aB3", "A" * 41):  # which are names as well
+        with pytest.raises(CloudError, match="never the key itself") as caught:
+            make("http://127.0.0.1:9", tmp_path / "s.db", key_env=key)
+        assert key not in str(caught.value)
     for prices in ((("m", 1),), (("m", 1, "x"),), (("m", 1, float("nan")),), (("m", -1, 1),)):
         with pytest.raises(CloudError, match="prices=.* must be"):
             make("http://127.0.0.1:9", tmp_path / "s.db", prices=prices)

@@ -1,6 +1,7 @@
 """The comparison from files alone: figures by hand, the reference, seeds, names, refusals."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -150,6 +151,9 @@ def test_names_of_tables():
     names = lambda *words: list(compare.parse_tables(words))  # noqa: E731
     assert names("x=a/b.csv,a/c.csv", "d/e.parquet") == ["x", "e"]
     assert names("a/after.parquet", "b/after.parquet") == ["a/after", "b/after"]
+    assert compare.parse_tables(["x=a/lr=1/b.csv", "a/lr=2/c.csv"]) == {
+        "x": [pathlib.Path("a/lr=1/b.csv")], "c": [pathlib.Path("a/lr=2/c.csv")]
+    }  # fmt: skip
     with pytest.raises(UserError, match="two tables are called 'x'"):
         names("x=a.csv", "x=b.csv")
 

@@ -91,6 +91,16 @@ CLASSES = {
             "9 more than 20",
         ],
     ),
+    "taken back": (
+        "9",
+        ["The answer is 9. It took a while."],
+        [
+            "The answer is 9. Wait, I forgot the 3. So 12 apples.",
+            "The answer is 9. Correction: 12",
+            "The answer is 9.\n\nActually, it is 12.",
+            "9. Hmm, 12",
+        ],
+    ),
     "numerals": ("20", ["twenty", "twenty apples"], ["twenty one", "twenty-one", "twenty thirds"]),
     "hedges": (
         "7",
@@ -102,6 +112,8 @@ CLASSES = {
             "The answer is 7, though 12 is possible",
             "The answer is 7. Or 12",
             "$7$, or possibly $12$",
+            "7 or twelve",
+            "The answer is 7 or twelve",
             "It is 12 if even; it is 7 if odd",
             "The result is 12 or the result is 7",
         ],

@@ -353,6 +353,7 @@ def test_a_maths_task_from_files(tmp_path):
         ([row(1), '{"id": '], "line 2 is not JSON"),
         (["[" * 100_000], "line 1 is not JSON"),
         ([r'{"id": "a", "problem": "\ud800", "answer": "1"}'], "line 1 is not JSON"),
+        (['{"id": "a", "problem": "x", "answer": NaN}'], "line 1 is not JSON .NaN is no value"),
         (["[1]"], "line 1 is not an object"),
         ([], "has no rows"),
     ],

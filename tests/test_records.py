@@ -224,6 +224,13 @@ def test_align_reorders():
     same(records.align(a, b), a)
 
 
+def test_a_table_that_says_nothing_of_strata_goes_with_one_that_does():
+    a, b = table(stratum=["x", "y", "z"]), table(stratum=[""] * 3)
+    same(records.align(a, b), b)
+    with pytest.raises(UserError, match="3 ids with another stratum"):
+        records.align(a, table(stratum=["y", "z", "x"]))
+
+
 def test_align_refuses_other_prompts():
     message = (
         r"A and B are of other prompts: 2 ids in both, 1 only in A \(as '07'\), "

@@ -128,6 +128,10 @@ class CachedCloud:
         """Returns what the answer to `messages`, as they are sent, is filed under."""
         return key(self.cloud.model, messages, self.cloud.parameters, self.cloud.provider)
 
+    def key_of(self, messages: Messages) -> str:
+        """Returns what the answer to a prompt is filed under, once that is redacted."""
+        return self.key(self.redact(messages).messages)
+
     def answer(self, prompts: Sequence[Messages], names: Sequence[str] | None = None) -> Answers:
         """Answers each prompt; waits for all of them, and raises as `Pending.answers` does.
 

@@ -29,10 +29,13 @@ from collab_jax.models.text import Messages
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
+LONGEST_NAME = 40  # characters of an environment variable that is not set; a key may be longer
 LONGEST_WAIT = 120.0  # seconds; a call whose provider asks for more has failed
 CLOSING_SECONDS = 5.0  # how long a process that ends waits for its connections to be closed
 SET_BY_CLIENT = {"model", "messages", "stream", "n"}  # fields of a request, not the user's
 RETRIED = {408, 409, 429}  # and 5xx
+# Reasons by which providers and servers say that they have broken an answer off themselves.
+BROKEN_OFF = {"insufficient_system_resource", "error", "abort", "aborted", "cancelled"}
 FRAME_TOKENS = 32  # at most, that a chat template puts around a message
 
 T = TypeVar("T")
@@ -114,7 +117,7 @@ class OpenAICloud:
     def max_tokens(self) -> int | None:
         """The most tokens of one answer, reasoning included; None: the provider's limit."""
         limits = [self.parameters.get(name) for name in ("max_tokens", "max_completion_tokens")]
-        return next((int(n) for n in limits if n), None)
+        return max((int(n) for n in limits if n), default=None)
 
     def highest_usd(self, messages: Messages) -> float:
         # A token has at least one byte.
@@ -197,14 +200,19 @@ class OpenAICloud:
         message = _get(choice, "message", dict, None)
         if message is None:
             return Failure("no choices", retry=True, usd=usd)
-        text = _get(message, "content", str, "")
+        finish_reason = _get(choice, "finish_reason", str, "")
+        text = _text(message.get("content"))
+        if text is None:  # the next one would be as unreadable
+            return Failure("an answer that is no text", usd=usd)
+        if finish_reason in BROKEN_OFF:
+            return Failure(finish_reason, retry=True, usd=usd)
         reasoning = _get(message, "reasoning_content", str, "")
         reasoning = reasoning or _get(message, "reasoning", str, "")
         if input_tokens is None or output_tokens is None or usd is None:
-            # A server that does not count: our estimate, and the highest price.
+            # A server that does not count: our estimate, and no less than the highest price.
             input_tokens = sum(len(m["content"]) for m in messages) // 4 + 1
             output_tokens = len(reasoning + text) // 4 + 1
-            usd = self.highest_usd(messages)
+            usd = max(self.highest_usd(messages), self._usd(input_tokens, output_tokens))
         return Reply(
             text=text,
             input_tokens=input_tokens,
@@ -212,7 +220,7 @@ class OpenAICloud:
             seconds=seconds,
             usd=usd,
             reasoning=reasoning,
-            finish_reason=_get(choice, "finish_reason", str, ""),
+            finish_reason=finish_reason,
         )
 
     def _refused(self, error: "APIStatusError") -> Failure:
@@ -220,6 +228,7 @@ class OpenAICloud:
         status, headers = error.status_code, error.response.headers
         where = f"model {self.model!r} at {self.base_url}"
         fixes = {
+            402: "the account has no credit left",
             401: f"the key in the environment variable {self.key_env or '(none)'} was refused",
             403: f"this key may not use {where}",
             404: f"there is no {where}: check config.cloud.model and base_url",
@@ -231,6 +240,14 @@ class OpenAICloud:
         after = _retry_after(headers.get("retry-after"))
         retry = (status in RETRIED or status >= 500) and (after or 0.0) <= LONGEST_WAIT
         return Failure(str(status), retry, after, outage=status >= 500)
+
+
+def _text(content: Any) -> str | None:
+    """What a message says, also where it comes in parts; None for what is no text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = [_get(part, "text", str, None) for part in content] if isinstance(content, list) else []
+    return None if not texts or None in texts else "".join(filter(None, texts))
 
 
 def _charge(error: Exception) -> float | None:
@@ -272,10 +289,14 @@ def from_config(config: ConfigDict, task: Any) -> OpenAICloud:
         raise CloudError(
             f"config.cloud.prices_date={config.prices_date!r} must be a date as 2026-01-31"
         ) from None
-    if not re.fullmatch(r"(?a:[A-Za-z_]\w*)?", config.key_env):  # may be the key: not shown
+    # What may be the key itself is not shown.
+    name, there = config.key_env, config.key_env in os.environ
+    if not re.fullmatch(r"(?a:[A-Za-z_]\w*)?", name) or not (
+        there or (name == name.upper() and len(name) <= LONGEST_NAME)
+    ):
         raise CloudError(
             "config.cloud.key_env must be the name of an environment variable (letters, digits, "
-            "_), never the key itself"
+            "_; capitals alone where it is not set), never the key itself"
         )
     _check_base_url(config.base_url)
     parameters = config.parameters.to_dict()

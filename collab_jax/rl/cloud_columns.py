@@ -102,7 +102,7 @@ def _asked_again(run: Run, table: Records, examples: Sequence[Example], name: st
 def _why_unknown(run: Run, examples: Sequence[Example], reasons: Counter[str]) -> str:
     """Returns how many of these calls failed and why, and how many answers were not judged."""
     prompts, _ = rollout.cloud_prompts(run.task, examples)
-    keys = [run.cloud.key(messages) for messages in prompts]
+    keys = [run.cloud.key_of(messages) for messages in prompts]
     stored = run.cloud.store.get_many(keys)
     unjudged = sum(key in stored for key in keys)
     failed = len(keys) - unjudged

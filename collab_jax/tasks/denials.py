@@ -55,6 +55,7 @@ _OPEN = re.compile(  # no "May"
 )
 _STANDALONE = re.compile(
     rf"(?<![\w.+*/^<>=-])(?<![-+*/^<>] ){_DIGITS}(?![\w^])(?! ?[-+*/^<>=] ?\S)"
+    rf"|\b(?!one\b){_NUMERAL}"  # "one" is seldom a number of its own
 )
 _QUOTED = rf"[$(]*(?:{_DIGITS}|(?-i:[A-J])\b)[$)]*"
 _ASIDES = re.compile(
@@ -64,6 +65,18 @@ _ASIDES = re.compile(
     r"|\bwho \w+(?: not|n't)\b",  # "9 children who did not go"
     re.IGNORECASE | re.DOTALL,
 )
+
+
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|actually|correction|hmm+|oops|whoops|scratch that|re-?check(?:ing)?"
+    r"|let me (?:check|see|think|correct|redo|fix))\b",
+    re.IGNORECASE,
+)
+
+
+def taken_back(text: str) -> bool:
+    """True where a text goes back on what it has said: "The answer is 9. Wait, ..."."""
+    return _TAKEN_BACK.search(_plain(text)) is not None
 
 
 def without_asides(text: str) -> str:

@@ -60,6 +60,12 @@ def _has_letters(text: str) -> bool:
     return re.search("[a-zA-Z]", _CONSTANTS.sub("", text)) is not None
 
 
+# A word, as Sunday, YES or yes; m and M, kT and Kt are other symbols, and commands have their case.
+_CASED = re.compile(
+    r"(?<![\\a-zA-Z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|[Nn]o|NO|[AaPp]m|[AP]M)(?![a-zA-Z])"
+)
+
+
 def _key(element: str) -> Fraction | str | tuple:
     """What is equal for two elements that say the same."""
     element = element.strip()
@@ -71,7 +77,8 @@ def _key(element: str) -> Fraction | str | tuple:
         return (kind, *(_key(part) for part in parts))
     if letter := re.fullmatch(r"\(?([A-Z])[).]?", element):
         element = letter[1]
-    return element.replace("\\infty", "infinity").replace("+infinity", "infinity").lower()
+    element = element.replace("\\infty", "infinity").replace("+infinity", "infinity")
+    return _CASED.sub(lambda word: word[0].lower(), element)
 
 
 def same(gold: str, prediction: str) -> bool:
@@ -141,6 +148,9 @@ _OPERATION = re.compile(
 )
 
 
+_BASE = re.compile(r"[\dA-F.]+_\{?(\d+)\}?")  # 52_8: the base of a number
+
+
 def _numbers(text: str) -> list[Fraction | None]:
     return [spelling.number(element) for element in spelling.list_of(text)[1]]
 
@@ -156,6 +166,9 @@ def differ(gold: str, prediction: str) -> bool:
     ):
         return True
     if _has_words(gold) or _has_words(prediction):
+        return True
+    bases = [_BASE.fullmatch(text) for text in (gold, prediction)]
+    if bases[1] and (bases[0] is None or bases[0][1] != bases[1][1]):
         return True
     if ("=" in gold) != ("=" in prediction) and (
         spelling.is_equation(gold) or spelling.is_equation(prediction)

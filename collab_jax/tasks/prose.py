@@ -111,6 +111,8 @@ def answer_in(text: str) -> str:
         return text
     rest = after_cue(text)
     sentence = text if rest is None else _SENTENCE_END.split(rest)[0].strip()
+    if denials.taken_back(rest or text):
+        return text
     if denials.denied(rest or text):
         return sentence if denials.denied(sentence) else text
     answer = _stated(sentence, rest is not None) if _has_words(sentence) else sentence

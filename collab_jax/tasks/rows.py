@@ -68,7 +68,7 @@ def find(folder: str | pathlib.Path, name: str) -> pathlib.Path | None:
 def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> dict:
     """The row of one line, with id, problem and answer as text. Raises TaskError."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_number)
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{path}, line {number} is not JSON ({error})") from None
@@ -89,6 +89,11 @@ def _row(path: pathlib.Path, number: int, line: str, fields: Sequence[str]) -> d
         elif value is not None and not value.strip():
             row[field] = None  # an answer that is blank is none
     return row
+
+
+def _no_number(name: str) -> None:
+    """Raises ValueError for NaN and the infinities, which JSON does not have."""
+    raise ValueError(f"{name} is no value")
 
 
 def stratum(row: dict) -> str:
