@@ -17,7 +17,7 @@ from fakes import comparable_metrics, saved_state
 
 from collab_jax.cloud import far, protocol
 from collab_jax.rl import shares
-from collab_jax.rl.rollout import make_batch
+from collab_jax.rl.batch import make_batch
 from collab_jax.runtime import hosts, metrics
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example

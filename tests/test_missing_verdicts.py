@@ -10,6 +10,7 @@ import pytest
 from fakes import comparable_metrics, saved_state
 
 from collab_jax.rl import experiment, rollout, training
+from collab_jax.rl.batch import make_batch
 from collab_jax.rl.missing_verdicts import (
     NOTHING_MISSING,
     MissingVerdicts,
@@ -122,9 +123,7 @@ def test_responses_to_one_prompt_that_occurs_twice_are_told_apart(small, tmp_pat
     run = experiment.prepare(small(eval__prompts=0), tmp_path)
     once = training.TrainingSteps(run).batch(0)
     rows = [0, 1, 2, 3, 0, 1, 2, 3]
-    batch = rollout.make_batch(
-        [once.examples[q] for q in rows], once.prompts[rows], once.mask[rows]
-    )
+    batch = make_batch([once.examples[q] for q in rows], once.prompts[rows], once.mask[rows])
     state, steps = experiment.load_state(run), training.TrainingSteps(run)
     params = parallel.replicate(state).sampling_model
     late = late_verifier(run, length_is_even, [])

@@ -14,7 +14,6 @@ other prompts the cloud is not asked.
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,30 +28,11 @@ from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, Samples
 from collab_jax.models.text import Messages, Text
 from collab_jax.rl import algorithms, sampling
+from collab_jax.rl.batch import Batch
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import NOTHING_MISSING, MissingVerdicts
 from collab_jax.runtime import hosts, parallel
 from collab_jax.tasks import Example, Task, Verdict, base, budgets
-
-
-class Batch(NamedTuple):
-    """The prompts of one step: the examples, and their tokens, padded on the left."""
-
-    examples: Sequence[Example]  # Q
-    prompts: np.ndarray  # i32[Q, L]
-    mask: np.ndarray  # bool[Q, L]
-    earlier: Sequence[int]  # Q, how often the step has the same prompt before, on whatever host
-
-
-def make_batch(examples: Sequence[Example], prompts: np.ndarray, mask: np.ndarray) -> Batch:
-    """The batch of a whole step."""
-    seen: Counter[str] = Counter()
-    earlier = []
-    for example in examples:
-        earlier.append(seen[example.id])
-        seen[example.id] += 1
-    return Batch(examples, prompts, mask, earlier)
-
 
 FLAGS = "correct", "called", "formatted", "timed_out", "unjudged"  # of a Verdict
 

@@ -3,8 +3,9 @@
 With one host the batch is its own, and it agrees with itself.
 """
 
+from collab_jax.rl.batch import Batch
 from collab_jax.rl.missing_verdicts import NOTHING_MISSING, make_row, read_row
-from collab_jax.rl.rollout import Batch, Collected
+from collab_jax.rl.rollout import Collected
 from collab_jax.runtime import hosts
 
 

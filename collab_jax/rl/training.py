@@ -16,13 +16,14 @@ from tqdm import tqdm
 from collab_jax.gapg import Rollout, TrainState
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.rl import algorithms, experiment, rollout, shares, step
+from collab_jax.rl.batch import Batch, make_batch
 from collab_jax.rl.experiment import Run
 from collab_jax.rl.missing_verdicts import (
     NOTHING_MISSING,
     MissingVerdicts,
     MissingVerdictsFile,
 )
-from collab_jax.rl.rollout import Batch, Collected, make_batch
+from collab_jax.rl.rollout import Collected
 from collab_jax.runtime import hosts, metrics, parallel
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
