@@ -125,14 +125,20 @@ class Reciter:
         self.margins, self.pause, self.wavering = margins or {}, pause, wavering
         self.ready, self.broken, self.busy, self.full = threading.Event(), "", (0, 0), False
         self.ready.set()
-        self.jobs, self.cancelled = [], []
+        self.jobs, self.cancelled, self.places = [], [], set()
 
-    def check_room(self):
+    def hold_place(self):
         if self.full:
             raise Busy(0.25)
+        self.places.add(place := object())
+        return place
+
+    def leave_place(self, place):
+        self.places.discard(place)
 
     def submit(self, job):
-        self.check_room()
+        if self.full:
+            raise Busy(0.25)
         self.jobs.append(job)
         threading.Thread(target=self._recite, args=(job,), daemon=True).start()
 

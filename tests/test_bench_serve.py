@@ -68,7 +68,7 @@ def test_refusals_and_nobody_there_are_seen(server):
 
 
 def read(*parts):
-    """(the status, the events) of a response that comes in these parts."""
+    """(the status, whether another may follow, the events) of a response in these parts."""
 
     async def feed():
         reader = asyncio.StreamReader()
@@ -77,7 +77,8 @@ def read(*parts):
         reader.feed_eof()
         response = load.Response(reader)
         await response.read_head()
-        return response.status, [event async for event in response.events()]
+        events = [event async for event in response.events()]
+        return response.status, response.kept, events
 
     return asyncio.run(feed())
 
@@ -85,8 +86,36 @@ def read(*parts):
 def test_events_are_put_together_however_they_are_cut():
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunks = b"8\r\ndata: {}\r\n" + b"b\r\n\n\ndata: [DO\r\n" + b"5\r\nNE]\n\n\r\n" + b"0\r\n\r\n"
-    assert read(head, chunks) == (200, [b"{}", b"[DONE]"])
-    assert read(b"HTTP/1.1 503 No\r\n\r\n", b'{"error": 1}') == (503, [b'{"error": 1}'])
+    assert read(head, chunks) == (200, True, [b"{}", b"[DONE]"])
+    assert read(b"HTTP/1.1 503 No\r\n\r\n", b'{"error": 1}') == (503, False, [b'{"error": 1}'])
+    head = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\n"
+    assert read(head, b"{}HTTP/1.1 200") == (429, True, [b"{}"])  # what follows is another's
+    closed = head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert read(closed, b"{}") == (429, False, [b"{}"])
+
+
+def test_clients_keep_connections_and_open_another_where_one_was_closed():
+    opened, asked = 0, 0
+
+    async def answer(reader, writer):
+        """Answers two requests, and closes the connection without a word."""
+        nonlocal opened, asked
+        opened += 1
+        for _ in range(2):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+            asked += 1
+            writer.write(b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def ask():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            address = listening.sockets[0].getsockname()
+            return await load.load(Plan(address, throughput.bodies(PROMPTS), 1, 60.0, count=5))
+
+    report = asyncio.run(ask())
+    assert [one.status for one in report.seen] == [429] * 5
+    assert (opened, asked) == (3, 5)
 
 
 def test_text_is_content_or_thinking_and_neither_a_role_nor_the_prompt():

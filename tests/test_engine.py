@@ -200,7 +200,7 @@ def test_a_cancelled_request_frees_its_slot():
         Heard(engine, [6], limit=4)
     assert refused.value.retry_after > 0
     with pytest.raises(Busy):
-        engine.check_room()
+        engine.hold_place()
     engine.cancel(dropped.job)
     engine.cancel(first.job)
     assert waiting.wait().end == "length"
@@ -212,7 +212,7 @@ def test_a_cancelled_request_frees_its_slot():
     with pytest.raises(Broken, match="closed"):
         Heard(engine, [6], limit=4)
     with pytest.raises(Broken, match="closed"):
-        engine.check_room()
+        engine.hold_place()
 
 
 def test_too_many_waiting_prompt_tokens_are_refused_but_never_a_single_prompt():

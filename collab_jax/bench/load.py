@@ -3,8 +3,9 @@
     python -m collab_jax.bench.load < PLAN
 
 PLAN is a JSON object of the fields of `Plan`; what the clients saw is one, of the fields of
-`Report`, on the standard output. Every server meets the same clients. They import nothing heavy, so
-that the cores are the server's; `Report.busy` says what share of one core they took all the same.
+`Report`, on the standard output. Every server meets the same clients, which keep their connections
+for the next request, as the clients of SDKs do. They import nothing heavy, so that the cores are
+the server's; `Report.busy` says what share of one core they took all the same.
 """
 
 import asyncio
@@ -62,17 +63,21 @@ class Report(NamedTuple):
 
 
 class Response:
-    """A response that is read off a connection."""
+    """A response that is read off a connection. `kept`: another one may follow there."""
 
     def __init__(self, reader: asyncio.StreamReader):
         self._reader = reader
-        self.status, self._chunked = 0, False
+        self.status, self.kept = 0, False
+        self._chunked, self._length = False, -1
 
     async def read_head(self) -> None:
         """Reads the status and the headers."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-        self.status = int(head.split(b" ")[1])
-        self._chunked = b"transfer-encoding: chunked" in head
+        self.status = int(head.split(b" ", 2)[1])
+        self._chunked = b"\r\ntransfer-encoding: chunked" in head
+        _, named, rest = head.partition(b"\r\ncontent-length:")
+        self._length = int(rest.split(b"\r\n", 1)[0]) if named else -1
+        self.kept = (self._chunked or bool(named)) and b"\r\nconnection: close" not in head
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yields the data of each server-sent event; of another body, its lines."""
@@ -87,12 +92,15 @@ class Response:
 
     async def _parts(self) -> AsyncIterator[bytes]:
         """Yields the body as it comes."""
-        if not self._chunked:
+        if self._chunked:
+            while size := int(await self._reader.readuntil(b"\r\n"), 16):
+                yield (await self._reader.readexactly(size + 2))[:-2]
+            await self._reader.readuntil(b"\r\n")  # no trailers
+        elif self._length >= 0:
+            yield await self._reader.readexactly(self._length)
+        else:
             while part := await self._reader.read(1 << 16):
                 yield part
-            return
-        while size := int(await self._reader.readuntil(b"\r\n"), 16):
-            yield (await self._reader.readexactly(size + 2))[:-2]
 
 
 def has_text(event: dict[str, Any], prompt: str) -> bool:
@@ -102,55 +110,94 @@ def has_text(event: dict[str, Any], prompt: str) -> bool:
     return any(text and text != prompt for text in texts)
 
 
-async def ask(plan: Plan, number: int, zero: float) -> Seen:
-    """Makes request `number`; the plan's first one began at the time `zero`."""
-    begin = time.perf_counter()
-    try:
-        async with asyncio.timeout(SECONDS):
-            return await _ask(plan, number, zero, begin)
-    except (OSError, EOFError, ValueError, TimeoutError) as error:
-        took, problem = time.perf_counter() - begin, str(error) or type(error).__name__
-        return Seen(number, 0, begin - zero, [], took, problem=problem)
+class Clients:
+    """Clients of one plan, and the connections that none of them uses at the moment."""
 
+    def __init__(self, plan: Plan):
+        self.plan, self.zero = plan, time.perf_counter()
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._opened = 0
+        self._requests = [self._request(body) for body in plan.bodies]
 
-async def _ask(plan: Plan, number: int, zero: float, begin: float) -> Seen:
-    """Makes a request. Raises what a broken connection, or a server that talks nonsense, causes."""
-    fields = plan.bodies[number % len(plan.bodies)]
-    body, prompt = json.dumps(fields).encode(), fields["messages"][-1]["content"]
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {plan.address[0]}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    # A port stays taken for a minute, and a loopback address has some 28,000: Linux has many.
-    source = (f"127.0.0.{2 + number % 8}", 0) if sys.platform == "linux" else None
-    reader, writer = await asyncio.open_connection(*plan.address, local_addr=source)
-    arrivals, tokens, about, problem, ended = [], 0, None, "", False
-    try:
-        writer.write(head.encode() + body)
-        response = Response(reader)
-        await response.read_head()
-        async for data in response.events():
-            if ended := data == b"[DONE]":
-                continue
-            event = json.loads(data)
-            if has_text(event, prompt):
-                arrivals.append(time.perf_counter() - begin)
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-            about, problem = event.get("collab", about), str(event.get("error", problem))
-    finally:
-        writer.close()
-    if response.status == 200 and not (problem or ended or tokens):
-        problem = "a stream without an end"
-    took = time.perf_counter() - begin
-    return Seen(
-        number, response.status, begin - zero, arrivals, took, tokens, about=about, problem=problem
-    )
+    def _request(self, fields: dict[str, Any]) -> bytes:
+        body = json.dumps(fields).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.plan.address[0]}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
+    async def ask(self, number: int) -> Seen:
+        """Makes request `number`."""
+        begin = time.perf_counter()
+        try:
+            async with asyncio.timeout(SECONDS):
+                return await self._ask(number, begin)
+        except (OSError, EOFError, ValueError, TimeoutError) as error:
+            took, problem = time.perf_counter() - begin, str(error) or type(error).__name__
+            return Seen(number, 0, begin - self.zero, [], took, problem=problem)
+
+    async def _ask(self, number: int, begin: float) -> Seen:
+        """Makes a request. Raises what a broken connection, or a server's nonsense, causes."""
+        which = number % len(self._requests)
+        reader, writer, response = await self._begun(self._requests[which])
+        prompt = self.plan.bodies[which]["messages"][-1]["content"]
+        arrivals, tokens, about, problem, ended = [], 0, None, "", False
+        whole = False
+        try:
+            async for data in response.events():
+                if ended := data == b"[DONE]":
+                    continue
+                event = json.loads(data)
+                if has_text(event, prompt):
+                    arrivals.append(time.perf_counter() - begin)
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                about, problem = event.get("collab", about), str(event.get("error", problem))
+            whole = True
+        finally:
+            if whole and response.kept:
+                self._idle.append((reader, writer))
+            else:
+                writer.close()
+        status, took = response.status, time.perf_counter() - begin
+        if status == 200 and not (problem or ended or tokens):
+            problem = "a stream without an end"
+        return Seen(number, status, begin - self.zero, arrivals, took, tokens, about, problem)
+
+    async def _begun(
+        self, request: bytes
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Response]:
+        """(a connection with a request sent, its response whose head is read)."""
+        while True:
+            used = bool(self._idle)
+            reader, writer = self._idle.pop() if used else await self._connected()
+            response = Response(reader)
+            try:
+                writer.write(request)
+                await response.read_head()
+                return reader, writer, response
+            except BaseException as error:
+                writer.close()
+                # A server may close what nobody used for a while: that is no fault of its own.
+                if not (used and isinstance(error, (OSError, asyncio.IncompleteReadError))):
+                    raise
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        # A port stays taken for a minute, and a loopback address has some 28,000: Linux has many.
+        self._opened += 1
+        local = (f"127.0.0.{2 + self._opened % 8}", 0) if sys.platform == "linux" else None
+        return await asyncio.open_connection(*self.plan.address, local_addr=local)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        for _, writer in self._idle:
+            writer.close()
 
 
 async def load(plan: Plan) -> Report:
     """Carries out a plan."""
-    seen: list[Seen] = []
-    zero, cpu, sent = time.perf_counter(), time.process_time(), 0
+    clients, seen = Clients(plan), list[Seen]()
+    zero, cpu, sent = clients.zero, time.process_time(), 0
 
     def may_send() -> bool:
         return time.perf_counter() - zero < plan.seconds and not 0 < plan.count <= sent
@@ -158,7 +205,7 @@ async def load(plan: Plan) -> Report:
     async def one() -> None:
         nonlocal sent
         sent += 1
-        seen.append(await ask(plan, sent - 1, zero))
+        seen.append(await clients.ask(sent - 1))
 
     async def client() -> None:
         while may_send():
@@ -171,6 +218,7 @@ async def load(plan: Plan) -> Report:
             group.create_task(one())
             await asyncio.sleep(max(0.0, zero + sent / plan.rate - time.perf_counter()))
     seconds = time.perf_counter() - zero
+    clients.close()
     return Report(seen, seconds, (time.process_time() - cpu) / seconds)
 
 
@@ -200,4 +248,8 @@ def run(plan: Plan) -> Report:
 if __name__ == "__main__":
     given = json.load(sys.stdin)
     plan = Plan(**given | {"address": tuple(given["address"])})
-    json.dump(asyncio.run(load(plan))._asdict(), sys.stdout)
+    try:
+        from uvloop import run as run_loop
+    except ImportError:  # on Windows
+        from asyncio import run as run_loop
+    json.dump(run_loop(load(plan))._asdict(), sys.stdout)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from collab_jax.cloud.redaction import Redacted
@@ -18,7 +18,7 @@ from collab_jax.cloud.share import with_attempt
 from collab_jax.models.text import Messages, Text
 from collab_jax.serve.body import CLOUD_FIRST, Ask
 from collab_jax.serve.budget import Controller, Ticket
-from collab_jax.serve.engine import Emission, Engine, Job
+from collab_jax.serve.engine import Emission, Engine, Job, Place
 from collab_jax.serve.reader import Stops, spell
 from collab_jax.serve.response import Response, Said
 from collab_jax.serve.schema import Refused
@@ -27,7 +27,7 @@ from collab_jax.serve.upstream import Bought, CloudFailed, Upstream
 DISALLOWED = -math.inf  # a bias
 
 
-Say = Callable[[Said], Awaitable[None]]  # returns once the client can take more
+Say = Callable[[Sequence[Said]], Awaitable[None]]  # returns once the client can take more
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Outcome:
 
     margins: m_t of each step of the device. decided_at: the step at which it called. bias: of the
     decision; None where the device had none to make. spelt: the device's tokens as text, where the
-    client wants a trace.
+    client wants a trace. place: in the engine's queue, until the prompt is there.
     """
 
     request_id: str
@@ -59,6 +59,7 @@ class Outcome:
     attempts: int = 0
     cloud_prompt: Messages | None = None  # what the cloud was asked, where that is kept
     error: str = ""
+    place: Place | None = None
     began: float = field(default_factory=time.time)
 
     @property
@@ -118,7 +119,8 @@ class Service:
                 if ask.mode == "only_cloud" or not _may_stand_in(outcome):
                     raise
                 reason = "device_fallback"
-        self.engine.check_room()
+        if outcome.place is None:
+            outcome.place = self.engine.hold_place()
         response = self._response(ask)
         outcome.bias = bias if math.isfinite(bias) else None
         await self._device(outcome, response, bias, say)
@@ -142,13 +144,17 @@ class Service:
                 outcome.margins.pop()  # that step is computed once more
                 outcome.device_tokens -= 1
                 await self._device(outcome, response, DISALLOWED, say, resumed=True)
-        for said in response.held:
-            await say(said)
+        await say(response.held)
         outcome.answered_by, outcome.model, outcome.reason = "device", self.model, reason
         outcome.finish = "length" if response.end == "length" else "stop"
         # A cloud that failed has none to tell.
         outcome.prompt_tokens = len(response.prompt)
         outcome.completion_tokens = outcome.device_tokens
+
+    def leave_place(self, outcome: Outcome) -> None:
+        """Gives up the place in the queue, which the prompt takes now, or never will."""
+        if outcome.place is not None:
+            self.engine.leave_place(outcome.place)
 
     # ------------------------------------------------------------------------- decisions
 
@@ -253,6 +259,7 @@ class Service:
             logit_bias=ask.logit_bias,
         )
         begin = time.monotonic()
+        self.leave_place(outcome)
         self.engine.submit(job)
         response.end, outcome.prompt_tokens = "", len(response.prompt)
         try:
@@ -263,11 +270,11 @@ class Service:
                 outcome.completion_tokens = outcome.device_tokens
                 if emission.end == "call":
                     outcome.decided_at = len(outcome.margins) - 1
+                now = []
                 for said in response.read(emission):
-                    if said.kind == "content" and ask.buffered:
-                        response.held.append(said)
-                    else:
-                        await say(said)
+                    held = said.kind == "content" and ask.buffered
+                    (response.held if held else now).append(said)
+                await say(now)
         finally:
             self.engine.cancel(job)
             outcome.device_ms += 1000 * (time.monotonic() - begin)
@@ -297,13 +304,13 @@ class Service:
                         end = item
                         break
                     if item.reasoning:
-                        await say(Said("reasoning", item.reasoning, model))
+                        await say([Said("reasoning", item.reasoning, model)])
                     if not (content := stops.feed(item.content)):
                         continue
                     held.append(Said("content", content, model))
                     if not ask.buffered:
                         outcome.finish = "error"  # until it has ended well
-                        await say(held.pop())
+                        await say([held.pop()])
         except CloudFailed as failed:
             outcome.usd += failed.usd
             outcome.answered_by = ""
@@ -319,5 +326,4 @@ class Service:
         outcome.cloud_tokens = reply.input_tokens + reply.output_tokens
         outcome.usd += end.usd
         outcome.attempts = end.attempts
-        for said in held:
-            await say(said)
+        await say(held)

@@ -101,19 +101,22 @@ class Api:
         self, request: Request, read: Callable[[bytes], Ask], *, chat: bool
     ) -> Response:
         request_id = uuid.uuid4().hex
-        raw = await read_body(request)
+        raw, place = await read_body(request), None
         try:
             # Before it is read: a flood must cost as little as it can.
             if CLOUD not in raw:
-                self.service.engine.check_room()
+                place = self.service.engine.hold_place()
             choices = outcomes(request_id, read(raw))
         except (Busy, Broken) as error:
             refused = as_refusal(error, request_id)
             self.telemetry.count_error(refused.status)
             return refusal(refused)
         except Refused as error:
+            if place is not None:
+                self.service.engine.leave_place(place)
             error.headers["x-request-id"] = request_id
             raise
+        choices[0].place = place
         format = wire.Format(choices, chat)
         if choices[0].ask.stream:
             return Stream(self, choices, format)
@@ -138,8 +141,8 @@ class Api:
         """Fills `whole` with what is said of each choice."""
 
         async def one(outcome: Outcome, said: list[Said]) -> None:
-            async def say(more: Said) -> None:
-                said.append(more)
+            async def say(more: Sequence[Said]) -> None:
+                said.extend(more)
 
             await self.service.answer(outcome, say)
 
@@ -148,6 +151,7 @@ class Api:
     def note(self, choices: Sequence[Outcome], status: int) -> None:
         """Puts a request that has ended on record."""
         for outcome in choices:
+            self.service.leave_place(outcome)
             self.telemetry.note(outcome, status)
 
     # ------------------------------------------------------------------------- everything else
@@ -209,6 +213,7 @@ class Stream(Response):
     def __init__(self, api: Api, choices: Sequence[Outcome], format: wire.Format):
         self._api, self._choices, self._format = api, choices, format
         self._begun = False  # the headers have left
+        self._unended, self._end = len(choices), ""  # choices; the end of the last one
         self._writing = asyncio.Lock()
         self.background, self.status_code = None, 200
 
@@ -226,7 +231,7 @@ class Stream(Response):
         status = 200
         try:
             await together(self._choice(index, send) for index in range(len(self._choices)))
-            last = self._format.usage()
+            last = self._end + self._format.usage()
         except Exception as error:
             refused = as_refusal(error, self._choices[0].request_id, self._choices)
             status = refused.status
@@ -240,12 +245,17 @@ class Stream(Response):
     async def _choice(self, index: int, send: Send) -> None:
         """Sends all of a choice."""
 
-        async def say(said: Said) -> None:
-            await self._write(self._format.chunk(index, said), send)
+        async def say(said: Sequence[Said]) -> None:
+            if chunks := "".join(self._format.chunk(index, one) for one in said):
+                await self._write(chunks, send)
 
         await self._api.service.answer(self._choices[index], say)
-        budget = self._api.service.controller.report()
-        await self._write(self._format.end(index, budget), send)
+        end = self._format.end(index, self._api.service.controller.report())
+        self._unended -= 1
+        if self._unended:
+            await self._write(end, send)
+        else:
+            self._end = end
 
     async def _write(self, text: str, send: Send, more: bool = True) -> None:
         """Sends events, and before the first of them the headers. more: others follow."""

@@ -39,6 +39,10 @@ class Broken(Exception):
     """The devices have failed, or the engine is closed."""
 
 
+class Place:
+    """A place in the queue, held for a prompt that is on its way there."""
+
+
 class Emission(NamedTuple):
     """What a round wrote for one request.
 
@@ -106,6 +110,7 @@ class Engine:
         self._params = jax.device_put(params)
         self._waiting: collections.deque[Job] = collections.deque()
         self._waiting_tokens = 0  # of their prompts
+        self._places: set[Place] = set()  # held
         self._changed = threading.Condition()
         self._closing = False
         self._held: list[Job | None] = [None] * settings.slots
@@ -133,16 +138,27 @@ class Engine:
             self._waiting_tokens += len(job.prompt)
             self._changed.notify()
 
-    def check_room(self) -> None:
-        """Raises Busy where no prompt may wait, before anything is done for one, and Broken."""
+    def hold_place(self) -> Place:
+        """Holds a place in the queue, before anything is done for the prompt that shall have it.
+
+        Raises Busy where no prompt may wait, and Broken.
+        """
+        place = Place()
         with self._changed:
             if self.broken:
                 raise Broken(self.broken)
             self._check_room(0)
+            self._places.add(place)
+        return place
+
+    def leave_place(self, place: Place) -> None:
+        """Gives up a place that is held: the prompt is about to be queued, or never will be."""
+        with self._changed:
+            self._places.discard(place)
 
     def _check_room(self, tokens: int) -> None:
         """Raises Busy where a prompt of so many tokens may not wait; alone, each may."""
-        waiting = len(self._waiting)
+        waiting = len(self._waiting) + len(self._places)
         tokens += self._waiting_tokens
         full = waiting >= self.limits.requests or (waiting and tokens > self.limits.tokens)
         if full or self._closing:
