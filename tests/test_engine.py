@@ -22,8 +22,9 @@ from test_sampler import (
 )  # fmt: skip
 
 from collab_jax.models import decision
+from collab_jax.serve import slots
 from collab_jax.serve.engine import Broken, Busy, Engine, Job, Limits
-from collab_jax.serve.slots import SlotSettings
+from collab_jax.serve.slots import LOGIT_BIASES, Request, Round, SlotSettings
 
 LONG = 60
 SETTINGS = SlotSettings(
@@ -213,6 +214,51 @@ def test_a_cancelled_request_frees_its_slot():
         Heard(engine, [6], limit=4)
     with pytest.raises(Broken, match="closed"):
         engine.hold_place()
+
+
+def test_a_place_that_is_held_is_taken_until_it_is_left():
+    engine = Engine(PARAMS, CFG, ENDLESS, Limits(requests=2, tokens=1000))
+    first, second = engine.hold_place(), engine.hold_place()
+    with pytest.raises(Busy):
+        engine.hold_place()
+    with pytest.raises(Busy):
+        Heard(engine, [6], limit=4)
+    engine.leave_place(first)
+    engine.leave_place(first)  # it was one, not two
+    assert Heard(engine, [6], limit=4).wait().end == "length"
+    engine.leave_place(second)
+    engine.close()
+
+
+def test_what_passes_to_the_devices_and_back_is_what_was_packed():
+    request = Request(
+        token=np.int32(7),
+        position=np.int32(-3),
+        opening=np.int8(2),
+        written=np.int32(1),
+        limit=np.int32(2**31 - 1),
+        seed=np.uint32(2**32 - 1),
+        temperature=np.float32(0.1),
+        top_p=np.float32(1 / 3),
+        bias=np.float32(-np.inf),
+        logit_ids=np.arange(LOGIT_BIASES, dtype=np.int32),
+        logit_values=np.linspace(-100, 100, LOGIT_BIASES, dtype=np.float32),
+    )
+    words = slots.pack_request(request)
+    assert words.dtype == np.int32
+    back = jax.jit(slots.unpack_request)(words)
+    jax.tree.map(np.testing.assert_array_equal, back, request)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, np.asarray(b).dtype), back, request)
+
+    draw = np.random.default_rng(0)
+    written = Round(
+        token=draw.integers(0, 100, (8, 3), np.int32),
+        logp=draw.normal(size=(8, 3)).astype(np.float32),
+        margin=np.where(draw.random((8, 3)) < 0.5, -np.inf, 1.5).astype(np.float32),
+        **{name: draw.random((8, 3)) < 0.5 for name in ("real", "called", "ended")},
+    )
+    unpacked = slots.unpack_round(np.asarray(jax.jit(slots.pack_round)(written)))
+    jax.tree.map(np.testing.assert_array_equal, unpacked, written)
 
 
 def test_too_many_waiting_prompt_tokens_are_refused_but_never_a_single_prompt():

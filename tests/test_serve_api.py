@@ -212,6 +212,7 @@ def test_odd_clients_and_clients_that_leave(start):
         address = ("127.0.0.1", server.port)
         seen = fuzz.fuzz(address, {"tiny": False, "big": True}, cases, clients=8)
         assert fuzz.verdict(server.api, books, provider, PRICE, seen) == []
+        assert not server.service.engine.places
     counts = fuzz.statuses(seen)
     assert counts["200"] > 100 and counts["400"] > 25 and counts["cut"] == 100
     assert max(provider.whole.values()) == 1 and provider.whole.total() > 10

@@ -19,7 +19,7 @@ import numpy as np
 
 from collab_jax.models.decoder import DecoderConfig, Params, empty_segment
 from collab_jax.serve import slots
-from collab_jax.serve.slots import LOGIT_BIASES, STEPS, Request, Round, SlotSettings
+from collab_jax.serve.slots import LOGIT_BIASES, STEPS, Request, SlotSettings
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +172,9 @@ class Engine:
 
     @property
     def busy(self) -> tuple[int, int]:
-        """(slots in use, jobs that wait)."""
-        return sum(job is not None for job in self._held), len(self._waiting)
+        """(slots in use, places of the queue that are taken)."""
+        waiting = len(self._waiting) + len(self._places)
+        return sum(job is not None for job in self._held), waiting
 
     def close(self) -> None:
         """Refuses new jobs, waits for those there, and ends the thread."""
@@ -229,7 +230,7 @@ class Engine:
 
     def _work(self) -> None:
         """Turns until it is closed and nothing is left."""
-        started: tuple[list[Job | None], Round] | None = None
+        started: tuple[list[Job | None], jax.Array] | None = None
         while True:
             with self._changed:
                 self._drop_cancelled()
@@ -304,9 +305,10 @@ class Engine:
             logit_ids=ids,
             logit_values=values,
         )
-        self._state = self._programs.insert(self._state, np.int32(slot), self._staging, request)
+        words = np.concatenate([[np.int32(slot)], slots.pack_request(request)])
+        self._state = self._programs.insert(self._state, self._staging, words)
 
-    def _start_round(self) -> tuple[list[Job | None], Round] | None:
+    def _start_round(self) -> tuple[list[Job | None], jax.Array] | None:
         """Starts the next steps, if anybody needs them; returns whose they are, and their result.
 
         One token at a time while prompts wait for the devices, else as many as are quick.
@@ -320,9 +322,9 @@ class Engine:
         self._state, written = self._programs.step[rows, count](self._params, self._state, keep)
         return self._held[:rows], written
 
-    def _read(self, jobs: list[Job | None], written: Round) -> None:
+    def _read(self, jobs: list[Job | None], written: jax.Array) -> None:
         """Emits what a round wrote, and frees the slots of those that have ended."""
-        token, logp, margin, real, called, ended = map(np.asarray, written)
+        token, logp, margin, real, called, ended = slots.unpack_round(np.asarray(written))
         for row, job in enumerate(jobs):
             if job is None or job.cancelled or not (n := int(real[:, row].sum())):
                 continue

@@ -12,6 +12,9 @@ more than C columns never meets its own beginning.
 The last token of a prompt is left to the first step, which computes it like any other token: no
 program but `step` has the head of the model, or chooses. How a token is chosen, and that a call is
 decided by margin + bias > 0, is the sampler's (`models/decision.py`).
+
+What passes between host and devices is one array of 32-bit words each time: with every other one
+the engine's thread would wait once more for Python's lock, which the threads of a busy server want.
 """
 
 import functools
@@ -22,6 +25,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from collab_jax.models import blocks, decision, decoder
 from collab_jax.models.decision import Marker, Opening
@@ -121,6 +125,50 @@ def idle_request(vocabulary: int) -> Request:
         bias=f32,
         logit_ids=jnp.full(LOGIT_BIASES, vocabulary, jnp.int32),
         logit_values=jnp.zeros(LOGIT_BIASES),
+    )
+
+
+def pack_request(request: Request) -> np.ndarray:
+    """One request, of numpy's values, as i32 words."""
+    as_words = lambda x: np.ravel(x if np.asarray(x).itemsize == 4 else np.int32(x)).view(np.int32)  # noqa: E731
+    return np.concatenate([as_words(x) for x in jax.tree.leaves(request)])
+
+
+def unpack_request(words: jax.Array) -> Request:
+    """The request that `pack_request` has packed."""
+    leaves, treedef = jax.tree.flatten(idle_request(0))
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    parts = jnp.split(words, ends[:-1])
+    return treedef.unflatten(
+        _from_words(part, leaf.dtype).reshape(leaf.shape)
+        for part, leaf in zip(parts, leaves, strict=True)
+    )
+
+
+def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    """Words as what they were; smaller integers are a word each."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return jax.lax.bitcast_convert_type(words, dtype)
+    return words.astype(dtype)
+
+
+def pack_round(written: Round) -> jax.Array:
+    """What K steps wrote as words i32[4, K, rows]."""
+    flags = written.real + 2 * written.called + 4 * written.ended
+    words = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (written.logp, written.margin)]
+    return jnp.stack([written.token, *words, flags.astype(jnp.int32)])
+
+
+def unpack_round(words: np.ndarray) -> Round:
+    """The round that `pack_round` has packed, of numpy's arrays."""
+    token, logp, margin, flags = words
+    return Round(
+        token=token,
+        logp=logp.view(np.float32),
+        margin=margin.view(np.float32),
+        real=flags & 1 > 0,
+        called=flags & 2 > 0,
+        ended=flags & 4 > 0,
     )
 
 
@@ -281,7 +329,11 @@ def _choose(
 
 
 class Programs(NamedTuple):
-    """The compiled programs; what they change is given to them."""
+    """The compiled programs; what they change is given to them.
+
+    insert takes the slot and its request as one array, `pack_request` after the slot; step returns
+    a round as `pack_round` has it.
+    """
 
     prefill: Callable
     insert: Callable
@@ -291,13 +343,19 @@ class Programs(NamedTuple):
 @functools.cache
 def programs(cfg: DecoderConfig, s: SlotSettings) -> Programs:
     """The programs of a model and settings; each is compiled at its first call."""
+
+    def packed_insert(state: Slots, staging: Segment, words: jax.Array) -> Slots:
+        return insert(state, words[0], staging, unpack_request(words[1:]))
+
+    def packed_step(params: Params, state: Slots, keep: jax.Array, rows: int, count: int):
+        state, written = step(params, state, keep, cfg, s, rows, count)
+        return state, pack_round(written)
+
     return Programs(
         prefill=jax.jit(partial(prefill, cfg=cfg), donate_argnums=1),
-        insert=jax.jit(insert, donate_argnums=0),
+        insert=jax.jit(packed_insert, donate_argnums=0),
         step={
-            (rows, count): jax.jit(
-                partial(step, cfg=cfg, s=s, rows=rows, count=count), donate_argnums=1
-            )
+            (rows, count): jax.jit(partial(packed_step, rows=rows, count=count), donate_argnums=1)
             for rows in s.ladder
             for count in STEPS
         },
