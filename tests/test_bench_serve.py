@@ -111,11 +111,35 @@ def test_clients_keep_connections_and_open_another_where_one_was_closed():
     async def ask():
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
             address = listening.sockets[0].getsockname()
-            return await load.load(Plan(address, throughput.bodies(PROMPTS), 1, 60.0, count=5))
+            slow = Plan(address, throughput.bodies(PROMPTS), 0, 60.0, rate=10.0, count=5)
+            return await load.load(slow)
 
     report = asyncio.run(ask())
     assert [one.status for one in report.seen] == [429] * 5
     assert (opened, asked) == (3, 5)
+
+
+def test_a_request_that_a_server_drops_is_not_made_again():
+    asked = 0
+
+    async def answer(reader, writer):
+        """Answers one request, and drops the next."""
+        nonlocal asked
+        for answers in (True, False):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+            asked += 1
+            if answers:
+                writer.write(b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def ask():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            address = listening.sockets[0].getsockname()
+            return await load.load(Plan(address, throughput.bodies(PROMPTS), 1, 60.0, count=4))
+
+    report = asyncio.run(ask())
+    assert [one.status for one in report.seen] == [429, 0, 429, 0] and asked == 4
 
 
 def test_text_is_content_or_thinking_and_neither_a_role_nor_the_prompt():

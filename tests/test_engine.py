@@ -230,6 +230,14 @@ def test_a_place_that_is_held_is_taken_until_it_is_left():
     engine.close()
 
 
+def test_places_do_not_stand_in_the_way_of_a_single_long_prompt():
+    engine = Engine(PARAMS, CFG, ENDLESS, Limits(requests=9, tokens=4))
+    place = engine.hold_place()
+    assert Heard(engine, [6] * 5, limit=1).wait().end == "length"
+    engine.leave_place(place)
+    engine.close()
+
+
 def test_what_passes_to_the_devices_and_back_is_what_was_packed():
     request = Request(
         token=np.int32(7),

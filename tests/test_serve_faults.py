@@ -360,6 +360,24 @@ def test_a_full_queue_does_not_keep_anybody_from_the_cloud(start):
         assert (status, answer["collab"]["answered_by"]) == (200, "cloud")
 
 
+def test_whoever_waits_for_the_cloud_holds_no_place_in_the_devices_queue(start):
+    held = []
+
+    def answer(_):
+        held.append(len(server.service.engine.places))
+        return [("text", "4")]
+
+    with Provider(answer) as provider:
+        server = start(provider, CALLS)
+        model = r'"model": "collab-cl\u006fud"'  # read as JSON, the same
+        for field in ('"model": "collab-cloud"', model, '"collab": {"threshold": 0}'):
+            question = f'{{"role": "user", "content": "4 9 37=9{len(held)}"}}'
+            body = f'{{"messages": [{question}], {field}}}'.encode()
+            status, _, reply = server.json("POST", "/v1/chat/completions", body)
+            assert (status, reply["collab"]["answered_by"]) == (200, "cloud")
+    assert held == [0, 0, 0] and not server.service.engine.places
+
+
 # ------------------------------------------------------------------------------- what is asked
 
 

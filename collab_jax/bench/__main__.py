@@ -2,7 +2,8 @@
 
     python -m collab_jax.bench decode      sampling, beside the same loop with a fixed batch
     python -m collab_jax.bench update      one policy-gradient update
-    python -m collab_jax.bench step        one full training step of configs/countdown_tiny.py
+    python -m collab_jax.bench step        one full training step of configs/countdown_tiny.py, or
+                                           of SmolLM2-135M (--shape smollm2-135m)
     python -m collab_jax.bench peers       all three beside transformers and TRL
                                            (pip install -e .[peers])
     python -m collab_jax.bench settings    the step with and without the settings of process.py
@@ -84,10 +85,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.add_argument("--prompts", type=int, default=32)
         p.add_argument("--group", type=int, default=8, help="responses for each prompt")
         p.add_argument("--json", type=pathlib.Path, help="file for every figure")
+        shapes = "tiny or smollm2-135m; of decode and update also 25m, qwen2.5-0.5b, qwen2.5-1.5b"
+        if name != "settings":
+            p.add_argument("--shape", default="tiny", help=shapes)
         if name in ("decode", "update", "peers"):
-            p.add_argument(
-                "--shape", default="tiny", help="tiny, 25m, qwen2.5-0.5b or qwen2.5-1.5b"
-            )
             p.add_argument("--prompt_length", type=int, default=16)
             p.add_argument("--max_new", type=int, default=56)
             p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -107,6 +108,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 nargs="+",
                 default=["decode", "update", "step"],
                 choices=["decode", "update", "step"],
+            )
+            # Of the tiny shape 128 are its fastest by a little.
+            p.add_argument(
+                "--trl_rows", type=int, default=128, help="responses of TRL's backward passes"
             )
     args, settings = parser.parse_known_args(argv)
     if settings and args.command not in (REHEARSE, COMPILE):

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 SECONDS = 120.0  # of a request, at most
+IDLE_SECONDS = 2.0  # of a connection, at most: servers close theirs after some five
 
 
 class Plan(NamedTuple):
@@ -95,7 +96,7 @@ class Response:
         if self._chunked:
             while size := int(await self._reader.readuntil(b"\r\n"), 16):
                 yield (await self._reader.readexactly(size + 2))[:-2]
-            await self._reader.readuntil(b"\r\n")  # no trailers
+            self.kept &= await self._reader.readuntil(b"\r\n") == b"\r\n"  # no trailers
         elif self._length >= 0:
             yield await self._reader.readexactly(self._length)
         else:
@@ -115,7 +116,7 @@ class Clients:
 
     def __init__(self, plan: Plan):
         self.plan, self.zero = plan, time.perf_counter()
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = []
         self._opened = 0
         self._requests = [self._request(body) for body in plan.bodies]
 
@@ -140,11 +141,14 @@ class Clients:
     async def _ask(self, number: int, begin: float) -> Seen:
         """Makes a request. Raises what a broken connection, or a server's nonsense, causes."""
         which = number % len(self._requests)
-        reader, writer, response = await self._begun(self._requests[which])
+        reader, writer = await self._connected()
+        response = Response(reader)
         prompt = self.plan.bodies[which]["messages"][-1]["content"]
         arrivals, tokens, about, problem, ended = [], 0, None, "", False
         whole = False
         try:
+            writer.write(self._requests[which])
+            await response.read_head()
             async for data in response.events():
                 if ended := data == b"[DONE]":
                     continue
@@ -156,7 +160,7 @@ class Clients:
             whole = True
         finally:
             if whole and response.kept:
-                self._idle.append((reader, writer))
+                self._idle.append((reader, writer, time.perf_counter()))
             else:
                 writer.close()
         status, took = response.status, time.perf_counter() - begin
@@ -164,25 +168,14 @@ class Clients:
             problem = "a stream without an end"
         return Seen(number, status, begin - self.zero, arrivals, took, tokens, about, problem)
 
-    async def _begun(
-        self, request: bytes
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Response]:
-        """(a connection with a request sent, its response whose head is read)."""
-        while True:
-            used = bool(self._idle)
-            reader, writer = self._idle.pop() if used else await self._connected()
-            response = Response(reader)
-            try:
-                writer.write(request)
-                await response.read_head()
-                return reader, writer, response
-            except BaseException as error:
-                writer.close()
-                # A server may close what nobody used for a while: that is no fault of its own.
-                if not (used and isinstance(error, (OSError, asyncio.IncompleteReadError))):
-                    raise
-
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection that was used lately, or a new one."""
+        while self._idle:
+            reader, writer, since = self._idle.pop()
+            lately = time.perf_counter() - since < IDLE_SECONDS
+            if lately and not (reader.at_eof() or writer.is_closing()):
+                return reader, writer
+            writer.close()
         # A port stays taken for a minute, and a loopback address has some 28,000: Linux has many.
         self._opened += 1
         local = (f"127.0.0.{2 + self._opened % 8}", 0) if sys.platform == "linux" else None
@@ -190,7 +183,7 @@ class Clients:
 
     def close(self) -> None:
         """Closes the connections."""
-        for _, writer in self._idle:
+        for _, writer, _ in self._idle:
             writer.close()
 
 

@@ -10,7 +10,6 @@ response columns.
 """
 
 import importlib.metadata
-import math
 import pathlib
 import tempfile
 import threading
@@ -298,7 +297,7 @@ def trl_step(
     prompts_per_step: int,
     group: int,
     max_new: int,
-    micro_rows: int | None = None,
+    micro_rows: int,
 ) -> HeldTrainer:
     """Returns run(), which does one full step of TRL's GRPOTrainer: sample, judge, update.
 
@@ -315,10 +314,6 @@ def trl_step(
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would report the set-up
     B = prompts_per_step * group
-    # Seconds a step of the tiny model on two cores (32 prompts x 8, 56 tokens), medians of runs:
-    # 128 rows 1.8 to 1.9, the fastest by a little; 256 rows 1.8 to 2.0; 64 rows 1.8 to 2.0; 32 rows
-    # 1.9.
-    micro_rows = micro_rows or math.gcd(B, 128)
     held = HeldTrainer()
 
     class Hold(TrainerCallback):

@@ -95,6 +95,8 @@ def overload(args: argparse.Namespace, questions: Sequence[Question], scratch: p
         flood = Plan(server.address, asked, 0, args.overload_seconds, rate=rate)
         report, memory = watched(server, flood)
         after = load.run(peak)
+    failed = sum(figures(one).failed for one in (before, after))
+    hold(failed == 0, f"whoever asks no more than can be answered is answered ({failed} are not)")
     peaks = [figures(one).tokens_per_s for one in (before, after)]
     best = statistics.mean(peaks)  # the pace of a shared machine drifts
     refused = [one for one in report.seen if one.status == 429]

@@ -1,6 +1,7 @@
 """The sub-commands of a bench that time work in turn: decode, update, step, peers, settings."""
 
 import argparse
+import math
 import os
 import pathlib
 import subprocess
@@ -16,9 +17,6 @@ from collab_jax.bench.measure import Timing
 from collab_jax.bench.work import Case, Load, Training
 from collab_jax.runtime import parallel, process
 from collab_jax.runtime.errors import UserError
-
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "countdown_tiny.py"
-
 
 HEADER = (
     "work",
@@ -137,9 +135,9 @@ class Bench:
             self.time({"ours": case}, f"update {load.shape} {lengths}")
 
     def step(self) -> None:
-        """Times one full training step of the tiny model."""
+        """Times one full training step."""
         training = make_training(self.args)
-        self.time({"ours": training.case}, "step countdown_tiny")
+        self.time({"ours": training.case}, f"step {self.args.shape}")
 
     def peers(self) -> None:
         """Times the same work through transformers, PyTorch and TRL."""
@@ -154,8 +152,8 @@ class Bench:
             for lengths in self.args.lengths:
                 if {"decode", "update"} & set(self.args.only):
                     self._beside_torch(self.load(lengths), pathlib.Path(scratch) / lengths)
-        if "step" in self.args.only:
-            self._beside_trl()
+            if "step" in self.args.only:
+                self._beside_trl(pathlib.Path(scratch) / "step")
 
     def _beside_torch(self, load: Load, folder: pathlib.Path) -> None:
         """Times sampling beside transformers', and the update beside one in PyTorch."""
@@ -197,13 +195,14 @@ class Bench:
             timings = self.time({"ours": ours, "torch": _counted(theirs, tokens)}, title)
             self.compare(timings, "ours", "torch", title)
 
-    def _beside_trl(self) -> None:
-        """Times full training steps beside TRL's."""
+    def _beside_trl(self, folder: pathlib.Path) -> None:
+        """Times full training steps beside TRL's, whose model is written to `folder`."""
         ours = make_training(self.args)
         unfiltered = make_training(self.args, {"algorithm.filter": "none"})
         config, run = ours.config, ours.run
+        work.save_of(run, folder)
         trl = peers.trl_step(
-            run.folder,
+            folder,
             run.task.load("train")[:2048],
             text=run.text,
             task=run.task,
@@ -211,8 +210,9 @@ class Bench:
             prompts_per_step=config.prompts_per_step,
             group=config.group,
             max_new=config.max_new_tokens,
+            micro_rows=math.gcd(config.prompts_per_step * config.group, self.args.trl_rows),
         )
-        title = "step countdown_tiny"
+        title = f"step {self.args.shape}"
         cases = {"ours": ours.case, "ours, no filter": unfiltered.case, "TRL": trl}
         timings = self.time(cases, title)
         trl.close()
@@ -238,7 +238,7 @@ class Bench:
             for name, (env, devices) in variants.items()
         }
         try:
-            self.time(children, "step countdown_tiny")
+            self.time(children, "step tiny")
         finally:
             for child in children.values():
                 child.close()
@@ -280,9 +280,14 @@ class Served:
 
 
 def make_training(args: argparse.Namespace, overrides: dict[str, Any] | None = None) -> Training:
-    """Returns the run of CONFIG in the command line's sizes, whose case is one full step."""
+    """Returns the run of a shape in the command line's sizes, whose case is one full step.
+
+    Raises UserError where no config is for the shape.
+    """
+    if args.shape not in work.STEPS:
+        raise UserError(f"--shape={args.shape}: a step is timed of {' or '.join(work.STEPS)}")
     sizes = {"prompts_per_step": args.prompts, "group": args.group, "cpu_devices": args.cpu_devices}
-    return work.full_step(str(CONFIG), sizes | (overrides or {}))
+    return work.full_step(args.shape, sizes | (overrides or {}))
 
 
 def serve_steps(args: argparse.Namespace) -> int:

@@ -77,6 +77,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         model_type="qwen2",
     ),
 }
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+# The run whose step is timed, by shape: its config file, and what is changed in it.
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("countdown_tiny.py", {}),
+    # Like a peer that trains all weights in float32, by the rewards of what it has sampled.
+    "smollm2-135m": (
+        "svamp_smollm2.py",
+        {
+            "model.dtype": "float32",
+            "decode.cache_dtype": "float32",
+            "lora.rank": 0,
+            "algorithm.decision": "sampled",
+            "algorithm.advantage": "gapg",
+            "max_new_tokens": 40,
+            "optim.average": 0.0,
+            "train.micro_rows": 8,
+        },
+    ),
+}
 PAD, EOS, START, FOREVER, FIRST = range(5)  # tokens of a clock; FIRST is the first that counts
 LONG_SHARE = 0.1  # rows of the mix that run to the limit
 DRAWN = 4_194_301  # a prime: no row of a matrix repeats another one
@@ -97,7 +116,9 @@ class Load(NamedTuple):
 
 def hf_config(load: Load) -> dict:
     """Returns config.json of the load's model. A clock's head is not tied to its embeddings."""
+    shape = SHAPES[load.shape]
     return {
+        "architectures": [f"{shape['model_type'].capitalize()}ForCausalLM"],
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "max_position_embeddings": 4096,
@@ -107,7 +128,7 @@ def hf_config(load: Load) -> dict:
         "pad_token_id": PAD,
         "eos_token_id": None,
         "bos_token_id": None,
-        **SHAPES[load.shape],
+        **shape,
     }
 
 
@@ -176,6 +197,12 @@ def without_blocks(params: Params) -> Params:
 def save(load: Load, params: Params, folder: pathlib.Path) -> None:
     """Writes the model as a Hugging Face folder, for the peers."""
     hf.save(folder, params, hf_config(load), load.dtype, hf.locate(TINY))
+
+
+def save_of(run: experiment.Run, folder: pathlib.Path) -> None:
+    """Writes the model that a run starts from as a Hugging Face folder, for the peers."""
+    params = hf.load(run.folder, run.cfg, "float32")
+    hf.save(folder, params, hf.read_config(run.folder), "float32", run.folder)
 
 
 def eos_ids(load: Load) -> tuple[int, ...]:
@@ -367,13 +394,14 @@ class FullStep:
         return (1 + 3 * with_gradient) * measure.rollout_flop(self._cfg, self._rollout)
 
 
-def full_step(config_file: str, overrides: dict[str, Any]) -> Training:
-    """Returns a run of the config file with these overrides, whose case is one full step.
+def full_step(shape: str, overrides: dict[str, Any]) -> Training:
+    """Returns the run of a shape in STEPS with these overrides, whose case is one full step.
 
     The run starts from the model's folder; each call of the case takes the next step.
     """
-    config = runpy.run_path(config_file)["get_config"]()
-    config.update_from_flattened_dict(overrides)
+    config_file, changes = STEPS[shape]
+    config = runpy.run_path(str(CONFIGS / config_file))["get_config"]()
+    config.update_from_flattened_dict(changes | overrides)
     folder = tempfile.TemporaryDirectory()
     run = experiment.prepare(config, pathlib.Path(folder.name))
     step = FullStep(run)

@@ -112,6 +112,7 @@ class Service:
         ask, reason = outcome.ask, "only_device" if outcome.ask.mode == "only_device" else "margin"
         bias = self._bias(ask)
         if ask.mode in CLOUD_FIRST:
+            self.leave_place(outcome)  # the device may never be asked
             try:
                 query = await self.upstream.redact(ask.messages)
                 return await self._cloud(outcome, query, ask.mode, say)
@@ -152,9 +153,10 @@ class Service:
         outcome.completion_tokens = outcome.device_tokens
 
     def leave_place(self, outcome: Outcome) -> None:
-        """Gives up the place in the queue, which the prompt takes now, or never will."""
+        """Gives up the place in the queue, which the prompt takes now, or may never take."""
         if outcome.place is not None:
             self.engine.leave_place(outcome.place)
+        outcome.place = None
 
     # ------------------------------------------------------------------------- decisions
 

@@ -101,20 +101,21 @@ class Api:
         self, request: Request, read: Callable[[bytes], Ask], *, chat: bool
     ) -> Response:
         request_id = uuid.uuid4().hex
-        raw, place = await read_body(request), None
+        raw, engine = await read_body(request), self.service.engine
         try:
             # Before it is read: a flood must cost as little as it can.
-            if CLOUD not in raw:
-                place = self.service.engine.hold_place()
-            choices = outcomes(request_id, read(raw))
+            place = None if CLOUD in raw else engine.hold_place()
         except (Busy, Broken) as error:
             refused = as_refusal(error, request_id)
             self.telemetry.count_error(refused.status)
             return refusal(refused)
-        except Refused as error:
+        try:
+            choices = outcomes(request_id, read(raw))
+        except BaseException as error:
             if place is not None:
-                self.service.engine.leave_place(place)
-            error.headers["x-request-id"] = request_id
+                engine.leave_place(place)
+            if isinstance(error, Refused):
+                error.headers["x-request-id"] = request_id
             raise
         choices[0].place = place
         format = wire.Format(choices, chat)

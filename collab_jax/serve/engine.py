@@ -160,7 +160,7 @@ class Engine:
         """Raises Busy where a prompt of so many tokens may not wait; alone, each may."""
         waiting = len(self._waiting) + len(self._places)
         tokens += self._waiting_tokens
-        full = waiting >= self.limits.requests or (waiting and tokens > self.limits.tokens)
+        full = waiting >= self.limits.requests or (self._waiting and tokens > self.limits.tokens)
         if full or self._closing:
             raise Busy(max(0.05, waiting * self._pace))
 
