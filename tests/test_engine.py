@@ -1,5 +1,6 @@
 """The engine: greedy output is the sampler's, whatever else is in the batch; slots come free."""
 
+import dataclasses
 import queue
 import threading
 
@@ -21,7 +22,7 @@ from test_sampler import (
     run,
 )  # fmt: skip
 
-from collab_jax.models import decision
+from collab_jax.models import decision, decoder
 from collab_jax.serve import slots
 from collab_jax.serve.engine import Broken, Busy, Engine, Job, Limits
 from collab_jax.serve.slots import LOGIT_BIASES, Request, Round, SlotSettings
@@ -267,6 +268,16 @@ def test_what_passes_to_the_devices_and_back_is_what_was_packed():
     )
     unpacked = slots.unpack_round(np.asarray(jax.jit(slots.pack_round)(written)))
     jax.tree.map(np.testing.assert_array_equal, unpacked, written)
+
+
+def test_a_round_copies_no_weights():
+    wide = dataclasses.replace(CFG, intermediate_size=4096)
+    params = decoder.init(wide, jax.random.key(0))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    step = slots.programs(wide, SETTINGS).step[SETTINGS.slots, 1]
+    state, keep = slots.empty(wide, SETTINGS), np.ones(SETTINGS.slots, bool)
+    program = step.lower(slots.prepared(params, wide), state, keep).compile()
+    assert program.memory_analysis().temp_size_in_bytes < weights / 4
 
 
 def test_too_many_waiting_prompt_tokens_are_refused_but_never_a_single_prompt():

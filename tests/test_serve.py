@@ -59,6 +59,13 @@ def test_settings_that_no_server_can_have_are_refused(small, tmp_path, changes, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_slow_type_of_products_is_named_at_the_start(small, tmp_path, capsys):
+    for dtype, said in (("float32", False), ("bfloat16", True)):
+        service = make_service(small(model__dtype=dtype, **SERVING), tmp_path / dtype)
+        service.engine.close()
+        assert ("--config.model.dtype=float32 answers faster" in capsys.readouterr().out) == said
+
+
 @pytest.mark.slow
 def test_the_device_says_what_evaluation_recorded(server, table):
     assert table["formatted"].sum() > 4

@@ -4,8 +4,9 @@
 
 PLAN is a JSON object of the fields of `Plan`; what the clients saw is one, of the fields of
 `Report`, on the standard output. Every server meets the same clients, which keep their connections
-for the next request, as the clients of SDKs do. They import nothing heavy, so that the cores are
-the server's; `Report.busy` says what share of one core they took all the same.
+for the next request, as the clients of SDKs do, where the server does. They import nothing heavy,
+so that the cores are the server's; `Report.busy` says what share of one core they took all the
+same.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ class Plan(NamedTuple):
     bodies: of the requests, which are streams; they are sent in turn, from the start again after
     the last. clients: each sends a request once its last one has ended; 0: requests come at `rate`
     a second, whether others have ended or not. seconds: no request begins after them. count: of
-    requests, at most; 0: as many as there is time for.
+    requests, at most; 0: as many as there is time for. keep: whether the server keeps connections.
     """
 
     address: tuple[str, int]
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     seconds: float
     rate: float = 0.0
     count: int = 0
+    keep: bool = True
 
 
 class Seen(NamedTuple):
@@ -124,7 +126,8 @@ class Clients:
         body = json.dumps(fields).encode()
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.plan.address[0]}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"Connection: {'keep-alive' if self.plan.keep else 'close'}\r\n\r\n"
         )
         return head.encode() + body
 
@@ -159,7 +162,7 @@ class Clients:
                 about, problem = event.get("collab", about), str(event.get("error", problem))
             whole = True
         finally:
-            if whole and response.kept:
+            if whole and response.kept and self.plan.keep:
                 self._idle.append((reader, writer, time.perf_counter()))
             else:
                 writer.close()

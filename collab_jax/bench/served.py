@@ -46,13 +46,14 @@ TRANSFORMERS = "import sys; from transformers.cli.transformers import main; sys.
 class Server(NamedTuple):
     """A server that is ready.
 
-    fields: what its requests have beside messages.
+    fields: what its requests have beside messages. keeps: its connections, for another request.
     """
 
     name: str
     address: tuple[str, int]
     fields: dict[str, Any]
     process: subprocess.Popen[bytes]
+    keeps: bool = True
 
     def pause(self) -> None:
         """Stops it, so that it takes nothing from another that is measured."""
@@ -76,6 +77,7 @@ def started(
     ready: str,
     fields: dict[str, Any],
     log: pathlib.Path,
+    keeps: bool = True,
 ) -> Iterator[Server]:
     """A server while its process runs. ready: the path that answers 200 once it can be asked.
 
@@ -86,7 +88,7 @@ def started(
     environment = plain | {KEY_ENV: OPERATOR_KEY, "HF_HUB_OFFLINE": "1"}
     with open(log, "wb") as out:
         child = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-    server = Server(name, (HOST, port), fields, child)
+    server = Server(name, (HOST, port), fields, child, keeps)
     try:
         end = time.monotonic() + START_SECONDS
         while not _answers(f"http://{HOST}:{port}{ready}"):
@@ -163,8 +165,9 @@ def llama(
     command = [binary, "--model", str(model / GGUF), "--host", HOST, "--port", str(port)]
     command += ["--parallel", str(slots), "--ctx-size", str(slots * columns)]
     command += ["--threads", str(os.cpu_count()), "--cache-type-k", "f32", "--cache-type-v", "f32"]
-    fields = {"model": name}
-    return started(name, command, port, "/health", fields, scratch / f"{name}-{port}.log")
+    fields, log = {"model": name}, scratch / f"{name}-{port}.log"
+    # It says that it keeps connections, and closes them after each stream.
+    return started(name, command, port, "/health", fields, log, keeps=False)
 
 
 def why_no_transformers(python: str) -> str:

@@ -145,7 +145,8 @@ def measured(
             count = 0 if number else clients
             asked = bodies(prompts, **server.fields)
             server.go_on()
-            report = load.run(Plan(server.address, asked, clients, seconds, count=count))
+            plan = Plan(server.address, asked, clients, seconds, count=count, keep=server.keeps)
+            report = load.run(plan)
             server.pause()
             if number:
                 found[server.name].append(figures(report))

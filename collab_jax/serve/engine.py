@@ -107,7 +107,7 @@ class Engine:
     def __init__(self, params: Params, cfg: DecoderConfig, settings: SlotSettings, limits: Limits):
         self.cfg, self.settings, self.limits = cfg, settings, limits
         self.ready, self.broken = threading.Event(), ""
-        self._params = jax.device_put(params)
+        self._params = slots.prepared(params, cfg)
         self._waiting: collections.deque[Job] = collections.deque()
         self._waiting_tokens = 0  # of their prompts
         self._places: set[Place] = set()  # held

@@ -183,6 +183,14 @@ def empty(cfg: DecoderConfig, s: SlotSettings) -> Slots:
     )
 
 
+def prepared(params: Params, cfg: DecoderConfig) -> Params:
+    """The parameters on the device, as the programs use them.
+
+    These would bring them into that form themselves, each time that they run.
+    """
+    return jax.jit(lambda p: blocks.unfolded(cfg, decoder.with_ends(p, cfg)))(params)
+
+
 def prefill(
     params: Params,
     staging: Segment,
