@@ -254,7 +254,7 @@ def test_what_passes_to_the_devices_and_back_is_what_was_packed():
         logit_values=np.linspace(-100, 100, LOGIT_BIASES, dtype=np.float32),
     )
     words = slots.pack_request(request)
-    assert words.dtype == np.int32
+    assert words.dtype == np.int32 and words.shape == (slots.REQUEST_WORDS,)
     back = jax.jit(slots.unpack_request)(words)
     jax.tree.map(np.testing.assert_array_equal, back, request)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, np.asarray(b).dtype), back, request)
@@ -310,7 +310,7 @@ def test_the_rest_of_a_response_that_called_at_once_is_let_in_and_comes_first():
 def test_a_failure_of_the_devices_ends_every_job(monkeypatch):
     engine = Engine(PARAMS, CFG, SETTINGS, Limits(requests=9, tokens=100))
     assert engine.ready.wait(900)
-    broken = engine._programs._replace(insert=lambda *_: 1 / 0)
+    broken = engine._programs._replace(admit=lambda *_: 1 / 0)
     monkeypatch.setattr(engine, "_programs", broken)
     assert Heard(engine, [6, 7]).wait().end == "error" and engine.broken == "ZeroDivisionError"
     with pytest.raises(Broken):

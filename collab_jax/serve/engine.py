@@ -190,13 +190,13 @@ class Engine:
         s, everybody = self.settings, np.ones(self.settings.slots, bool)
         self._state = slots.empty(self.cfg, s)
         self._staging = empty_segment(self.cfg, 1, s.staging_columns, s.cache_dtype)
-        for bucket in s.buckets:
-            tokens = np.zeros((1, bucket), np.int32)
-            self._staging = self._programs.prefill(self._params, self._staging, tokens, np.int32(0))
+        self._compute(np.zeros(s.chunk, np.int32), 0)
         never = dict.fromkeys(s.eos_ids[:LOGIT_BIASES], -1e9)
         endless = Job((0,), lambda _: None, limit=2**30, bias=-np.inf, logit_bias=never)
+        for bucket in s.buckets:
+            self._admit(endless, 0, np.zeros(bucket, np.int32), 0)
         for slot in range(s.slots):
-            self._put(endless, slot)
+            self._admit(endless, slot, np.zeros(s.buckets[0], np.int32), 0)
         for step in self._programs.step.values():
             self._state, _ = step(self._params, self._state, everybody)
         jax.block_until_ready(self._state)
@@ -258,19 +258,19 @@ class Engine:
         while self._prefill or self._next_prompt():
             prefill = self._prefill
             assert prefill is not None
-            left = prefill.tokens[prefill.done :][: self.settings.chunk]
-            if left:
-                bucket = next(b for b in self.settings.buckets if b >= len(left))
-                if bucket > room:
-                    return
-                room -= bucket
-                tokens = np.zeros((1, bucket), np.int32)
-                tokens[0, : len(left)] = left
-                start = np.int32(prefill.done)
-                self._staging = self._programs.prefill(self._params, self._staging, tokens, start)
-                prefill.done += len(left)
-            if prefill.done == len(prefill.tokens):
-                self._put(prefill.job, prefill.slot)
+            left = prefill.tokens[prefill.done :]
+            now = left[: self.settings.chunk]
+            bucket = next(b for b in self.settings.buckets if b >= len(now))
+            if bucket > room:
+                return
+            room -= bucket
+            tokens = np.zeros(bucket, np.int32)
+            tokens[: len(now)] = now
+            if len(now) < len(left):
+                self._compute(tokens, prefill.done)
+                prefill.done += len(now)
+            else:
+                self._admit(prefill.job, prefill.slot, tokens, prefill.done)
                 self._held[prefill.slot] = prefill.job
                 self._prefill = None
 
@@ -285,8 +285,14 @@ class Engine:
         self._prefill = _Prefill(job, self._held.index(None), tokens)
         return True
 
-    def _put(self, job: Job, slot: int) -> None:
-        """Inserts a job whose prompt is in the staging row."""
+    def _compute(self, tokens: np.ndarray, start: int) -> None:
+        """Computes a chunk of a prompt, which others follow, from column `start` on."""
+        self._staging = self._programs.prefill(
+            self._params, self._staging, tokens[None], np.int32(start)
+        )
+
+    def _admit(self, job: Job, slot: int, last: np.ndarray, start: int) -> None:
+        """Computes the last chunk of a job's prompt, and inserts the job."""
         ids = np.full(LOGIT_BIASES, self.cfg.vocab_size, np.int32)
         values = np.zeros(LOGIT_BIASES, np.float32)
         ids[: len(job.logit_bias)] = list(job.logit_bias)
@@ -305,8 +311,10 @@ class Engine:
             logit_ids=ids,
             logit_values=values,
         )
-        words = np.concatenate([[np.int32(slot)], slots.pack_request(request)])
-        self._state = self._programs.insert(self._state, self._staging, words)
+        words = slots.pack_last(request, slot, start, last)
+        self._state, self._staging = self._programs.admit(
+            self._params, self._state, self._staging, words
+        )
 
     def _start_round(self) -> tuple[list[Job | None], jax.Array] | None:
         """Starts the next steps, if anybody needs them; returns whose they are, and their result.

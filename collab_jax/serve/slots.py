@@ -1,7 +1,7 @@
 """The device programs of the engine, pure functions over a pytree of R slots.
 
     prefill  computes a chunk of a prompt, in a row of its own
-    insert   puts that row into a slot
+    insert   puts that row into a slot; with the last chunk of the prompt it is one program, `admit`
     step     samples K tokens for the first slots
 
 All slots share one ring of C columns of keys and values, and the column that is written next. A
@@ -13,8 +13,9 @@ The last token of a prompt is left to the first step, which computes it like any
 program but `step` has the head of the model, or chooses. How a token is chosen, and that a call is
 decided by margin + bias > 0, is the sampler's (`models/decision.py`).
 
-What passes between host and devices is one array of 32-bit words each time: with every other one
-the engine's thread would wait once more for Python's lock, which the threads of a busy server want.
+What passes between host and devices is one array of 32-bit words each time: with every other one,
+and with every program that it starts, the engine's thread would wait once more for Python's lock,
+which the threads of a busy server want.
 """
 
 import functools
@@ -33,6 +34,7 @@ from collab_jax.models.decoder import ROWS, DecoderConfig, Params, Segment
 
 LOGIT_BIASES = 32  # at most, of one request
 SMALLEST_BUCKET = 16  # columns
+REQUEST_WORDS = 9 + 2 * LOGIT_BIASES  # of a packed `Request`
 STEPS = (1, 8)  # K, tokens of one round
 Leaf = Any  # a jax.Array on the device, numpy's on the host
 
@@ -132,6 +134,12 @@ def pack_request(request: Request) -> np.ndarray:
     """One request, of numpy's values, as i32 words."""
     as_words = lambda x: np.ravel(x if np.asarray(x).itemsize == 4 else np.int32(x)).view(np.int32)  # noqa: E731
     return np.concatenate([as_words(x) for x in jax.tree.leaves(request)])
+
+
+def pack_last(request: Request, slot: int, start: int, tokens: np.ndarray) -> np.ndarray:
+    """What `admit` wants: the slot of a request, and the last tokens of its prompt from `start`."""
+    where = np.array([slot, start], np.int32)
+    return np.concatenate([where, pack_request(request), tokens.astype(np.int32)])
 
 
 def unpack_request(words: jax.Array) -> Request:
@@ -339,12 +347,12 @@ def _choose(
 class Programs(NamedTuple):
     """The compiled programs; what they change is given to them.
 
-    insert takes the slot and its request as one array, `pack_request` after the slot; step returns
-    a round as `pack_round` has it.
+    prefill: of a whole chunk. admit: the last chunk of a prompt, and its insertion, from the words
+    of `pack_last`. step returns a round as `pack_round` has it.
     """
 
     prefill: Callable
-    insert: Callable
+    admit: Callable
     step: dict[tuple[int, int], Callable]  # by rows and K
 
 
@@ -352,8 +360,11 @@ class Programs(NamedTuple):
 def programs(cfg: DecoderConfig, s: SlotSettings) -> Programs:
     """The programs of a model and settings; each is compiled at its first call."""
 
-    def packed_insert(state: Slots, staging: Segment, words: jax.Array) -> Slots:
-        return insert(state, words[0], staging, unpack_request(words[1:]))
+    def admit(params: Params, state: Slots, staging: Segment, words: jax.Array):
+        slot, start, rest = words[0], words[1], words[2:]
+        request, tokens = rest[:REQUEST_WORDS], rest[REQUEST_WORDS:]
+        staging = prefill(params, staging, tokens[None], start, cfg)
+        return insert(state, slot, staging, unpack_request(request)), staging
 
     def packed_step(params: Params, state: Slots, keep: jax.Array, rows: int, count: int):
         state, written = step(params, state, keep, cfg, s, rows, count)
@@ -361,7 +372,7 @@ def programs(cfg: DecoderConfig, s: SlotSettings) -> Programs:
 
     return Programs(
         prefill=jax.jit(partial(prefill, cfg=cfg), donate_argnums=1),
-        insert=jax.jit(packed_insert, donate_argnums=0),
+        admit=jax.jit(admit, donate_argnums=(1, 2)),
         step={
             (rows, count): jax.jit(partial(packed_step, rows=rows, count=count), donate_argnums=1)
             for rows in s.ladder
