@@ -137,7 +137,8 @@ class Clients:
         try:
             async with asyncio.timeout(SECONDS):
                 return await self._ask(number, begin)
-        except (OSError, EOFError, ValueError, TimeoutError) as error:
+        except (OSError, EOFError, ValueError, TimeoutError, RuntimeError) as error:
+            # RuntimeError: uvloop's, of a connection that was reset while nobody used it.
             took, problem = time.perf_counter() - begin, str(error) or type(error).__name__
             return Seen(number, 0, begin - self.zero, [], took, problem=problem)
 
