@@ -1,5 +1,6 @@
 """The bench: what it counts, by hand; that its models do what it says; its command line."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from collab_jax.bench import measure, rehearse, work
+from collab_jax.bench import measure, rehearse, timed, work
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.models.decoder import DecoderConfig
@@ -279,3 +280,8 @@ def test_random_models_have_the_shapes_of_their_names():
     assert counts["qwen2.5-0.5b"] == pytest.approx(494, abs=1) and counts[
         "qwen2.5-1.5b"
     ] == pytest.approx(1544, abs=1)
+
+
+def test_a_step_is_timed_of_shapes_that_have_a_run():
+    with pytest.raises(UserError, match="25m: a step is timed of tiny or smollm2-135m"):
+        timed.make_training(argparse.Namespace(shape="25m"))
