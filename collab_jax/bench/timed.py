@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from collab_jax.bench import measure, peers, work
+from collab_jax.bench import measure, peers, runs, work
 from collab_jax.bench.measure import Timing
-from collab_jax.bench.work import Case, Load, Training
+from collab_jax.bench.runs import Training
+from collab_jax.bench.work import Case, Load
 from collab_jax.runtime import parallel, process
 from collab_jax.runtime.errors import UserError
 
@@ -67,8 +68,8 @@ class Bench:
         Adds their rows and figures; returns the timings by name.
         """
         print(title, file=sys.stderr)
-        runs = {name: case.run if isinstance(case, Case) else case for name, case in cases.items()}
-        timings = measure.interleaved(runs, self.args.repeats, lambda s: print(s, file=sys.stderr))
+        calls = {name: case.run if isinstance(case, Case) else case for name, case in cases.items()}
+        timings = measure.interleaved(calls, self.args.repeats, lambda s: print(s, file=sys.stderr))
         for name, timing in timings.items():
             figures = {
                 "title": title,
@@ -199,7 +200,7 @@ class Bench:
         """Times full training steps beside TRL's, whose model is written to `folder`."""
         ours = make_training(self.args)
         config, run = ours.config, ours.run
-        work.save_of(run, folder)
+        runs.save_of(run, folder)
         trl = peers.trl_step(
             folder,
             run.task.load("train")[:2048],
@@ -286,10 +287,10 @@ def make_training(args: argparse.Namespace, overrides: dict[str, Any] | None = N
 
     Raises UserError where no config is for the shape.
     """
-    if args.shape not in work.STEPS:
-        raise UserError(f"--shape={args.shape}: a step is timed of {' or '.join(work.STEPS)}")
+    if args.shape not in runs.STEPS:
+        raise UserError(f"--shape={args.shape}: a step is timed of {' or '.join(runs.STEPS)}")
     sizes = {"prompts_per_step": args.prompts, "group": args.group, "cpu_devices": args.cpu_devices}
-    return work.full_step(args.shape, sizes | (overrides or {}))
+    return runs.full_step(args.shape, sizes | (overrides or {}))
 
 
 def serve_steps(args: argparse.Namespace) -> int:

@@ -7,14 +7,11 @@ quarter of the limit; the tenth repeats one token until the limit.
 """
 
 import pathlib
-import runpy
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from collab_jax import gapg
 from collab_jax.bench import measure
@@ -23,7 +20,7 @@ from collab_jax.models.blocks import LAYERS
 from collab_jax.models.decision import Marker, opening
 from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.sampler import Sampler, SamplerSettings
-from collab_jax.rl import algorithms, experiment, optim, rollout, sampling, step, training
+from collab_jax.rl import algorithms, optim, rollout, sampling, step
 from collab_jax.runtime import parallel
 
 TINY = "countdown-tiny"
@@ -75,25 +72,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=2,
         vocab_size=151936,
         model_type="qwen2",
-    ),
-}
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-# The run whose step is timed, by shape: its config file, and what is changed in it.
-STEPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": ("countdown_tiny.py", {}),
-    # Like a peer that trains all weights in float32, by the rewards of what it has sampled.
-    "smollm2-135m": (
-        "svamp_smollm2.py",
-        {
-            "model.dtype": "float32",
-            "decode.cache_dtype": "float32",
-            "lora.rank": 0,
-            "algorithm.decision": "sampled",
-            "algorithm.advantage": "gapg",
-            "max_new_tokens": 40,
-            "optim.average": 0.0,
-            "train.micro_rows": 8,
-        },
     ),
 }
 PAD, EOS, START, FOREVER, FIRST = range(5)  # tokens of a clock; FIRST is the first that counts
@@ -197,12 +175,6 @@ def without_blocks(params: Params) -> Params:
 def save(load: Load, params: Params, folder: pathlib.Path) -> None:
     """Writes the model as a Hugging Face folder, for the peers."""
     hf.save(folder, params, hf_config(load), load.dtype, hf.locate(TINY))
-
-
-def save_of(run: experiment.Run, folder: pathlib.Path) -> None:
-    """Writes the model that a run starts from as a Hugging Face folder, for the peers."""
-    params = hf.load(run.folder, run.cfg, "float32")
-    hf.save(folder, params, hf.read_config(run.folder), "float32", run.folder)
 
 
 def eos_ids(load: Load) -> tuple[int, ...]:
@@ -359,50 +331,3 @@ def update(load: Load, cfg: DecoderConfig, params: Params) -> Case:
     """Returns one update as a case; params on the host."""
     work = Update(load, cfg, params)
     return Case(work, work.flop)
-
-
-class Training(NamedTuple):
-    """The run that `python -m collab_jax.train` would have, in a scratch folder, as a case."""
-
-    case: Case
-    config: ConfigDict
-    run: experiment.Run
-    folder: tempfile.TemporaryDirectory  # is removed when nothing refers to it any more
-
-
-class FullStep:
-    """Full steps of a run, one at each call: sampling, verdicts, cloud answers and the update."""
-
-    def __init__(self, run: experiment.Run):
-        self._steps = training.TrainingSteps(run)
-        self._state = experiment.state_on_devices(run)
-        self._cfg, self._step = run.cfg, 0
-        self._prompts_per_step = run.config.prompts_per_step
-
-    def __call__(self) -> float:
-        """Takes one step; returns the tokens that it sampled."""
-        collected = self._steps.collect(self._state.sampling_model, self._step)
-        self._rollout = jax.tree.map(np.asarray, collected.rollout)
-        self._state, metrics = self._steps.update(self._state, collected.rollout)
-        self._row = self._steps.row(self._step, metrics, collected)
-        self._step += 1
-        return float(self._row["tokens"])
-
-    def flop(self) -> float:
-        """Returns the useful FLOP of the latest step: sampling, and the update's prompts."""
-        with_gradient = (self._row["kept"] - self._row["no_signal"]) / self._prompts_per_step
-        return (1 + 3 * with_gradient) * measure.rollout_flop(self._cfg, self._rollout)
-
-
-def full_step(shape: str, overrides: dict[str, Any]) -> Training:
-    """Returns the run of a shape in STEPS with these overrides, whose case is one full step.
-
-    The run starts from the model's folder; each call of the case takes the next step.
-    """
-    config_file, changes = STEPS[shape]
-    config = runpy.run_path(str(CONFIGS / config_file))["get_config"]()
-    config.update_from_flattened_dict(changes | overrides)
-    folder = tempfile.TemporaryDirectory()
-    run = experiment.prepare(config, pathlib.Path(folder.name))
-    step = FullStep(run)
-    return Training(Case(step, step.flop), config, run, folder)
