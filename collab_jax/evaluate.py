@@ -42,7 +42,8 @@ def main(config: ConfigDict, workdir: pathlib.Path, split: str = "validation") -
         examples = evaluation.held_out(run, split)
     state = evaluation.state_on_all_hosts(run)
     sampler = evaluation.greedy_sampler(run)
-    table = evaluation.evaluate(run, sampler, state.final_model, examples, workdir.name)
+    model = experiment.gathering(run.cfg)(state.final_model)
+    table = evaluation.evaluate(run, sampler, model, examples, workdir.name)
     if hosts.is_first():
         write(run, int(state.step[0]), split, table)
     hosts.gathered("that it is done", None, hosts.FOREVER)

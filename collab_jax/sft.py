@@ -54,8 +54,7 @@ def make(start: warm_start.WarmStart, stop: process.GracefulStop) -> None:
     """Tunes and tries the model; the first host writes what comes of it."""
     config, workdir = start.config, start.workdir
     params = warm_start.tuned(start, stop)
-    if hosts.is_first():
-        warm_start.write(start, params)
+    warm_start.write(start, params)
     figures: dict[str, float | None] = {"steps": config.sft.steps}
     if start.check_examples:
         figures |= reach.measure(start.respondent, start.model(params), start.check_examples)

@@ -108,7 +108,8 @@ def evaluate_before(run: Run, sampler: Sampler, held_out: Sequence[Example]) -> 
 
     def make() -> Records:
         start = experiment.state_on_devices(run)
-        return evaluation.evaluate(run, sampler, start.final_model, held_out, "before")
+        model = experiment.gathering(run.cfg)(start.final_model)
+        return evaluation.evaluate(run, sampler, model, held_out, "before")
 
     return read_or_evaluate(run, path, held_out, make)
 
@@ -125,20 +126,20 @@ def evaluate_after(
     state: with axis D. Learned routers are fitted on the device's verdicts on `fit_examples`
     (fit.parquet), for which no cloud answer is bought.
     """
-    fit_on = None
+    model, fit_on = experiment.gathering(run.cfg)(state.final_model), None
     if fit_examples:
         fit_on = read_or_make(
             run.workdir / "fit.parquet",
             lambda: evaluation.evaluate(
-                run, sampler, state.final_model, fit_examples, "fit", natural=False, ask_cloud=False
+                run, sampler, model, fit_examples, "fit", natural=False, ask_cloud=False
             ),
         )
 
     def make() -> Records:
-        table = evaluation.evaluate(run, sampler, state.final_model, held_out, "after")
+        table = evaluation.evaluate(run, sampler, model, held_out, "after")
         if not hosts.is_first():
             return table
-        return recorded.with_routers(run, state, table, [*held_out, *fit_examples], fit_on)
+        return recorded.with_routers(run, model, table, [*held_out, *fit_examples], fit_on)
 
     return read_or_evaluate(run, run.workdir / "after.parquet", held_out, make)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from collab_jax.models import attention, blocks, decoder
+from collab_jax.models import attention, decoder
 from collab_jax.reports import comparison
 from collab_jax.rl import evaluation, experiment, training
 from collab_jax.routing import (
@@ -130,16 +130,6 @@ def test_verification_is_the_odds_of_no_against_yes(scene):
         score[3] == pytest.approx(float(logits[no] - logits[yes]), abs=1e-4)
         and tokens[3] == ids.size + 1
     )
-
-
-@pytest.mark.slow
-def test_divided_parameters_give_the_same_scores(scene):
-    device, _, table = scene
-    cut = blocks.divided(parallel.unreplicate(device.params), 2, parallel.AXIS)
-    divided = device._replace(params=parallel.replicate(cut))
-    for name in ("token_margin", "policy_logprob", "verification"):
-        want, got = (recorded.RECORDED[name](d, None, table)[0] for d in (device, divided))
-        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.slow

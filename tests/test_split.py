@@ -47,6 +47,15 @@ def test_to_the_devices_and_back():
     jax.tree.map(np.testing.assert_array_equal, parallel.unreplicate(there), tree)
 
 
+def test_parts_that_hosts_have_come_together_piece_by_piece(monkeypatch):
+    """Five rows, two at a time: the last piece has one again."""
+    monkeypatch.setattr(parallel, "PIECE", 2 * D * 3 * 4)
+    part = np.arange(D * 5 * 3, dtype=np.int32).reshape(D, 5, 3)
+    np.testing.assert_array_equal(parallel._parts_of_all_hosts(jnp.asarray(part)), part)
+    assert parallel._gathered_rows.cache_info().currsize == 1
+    parallel._gathered_rows.cache_clear()
+
+
 def test_a_gradient_through_whole_is_this_devices_part_of_the_sum():
     """Each device weighs the array by its own numbers."""
     x, w = np.arange(8.0).reshape(2, 4), np.random.default_rng(0).normal(size=(D, 2, 4))
@@ -63,7 +72,7 @@ def test_a_gradient_through_whole_is_this_devices_part_of_the_sum():
 def test_norms_and_sums_are_of_whole_arrays():
     tree = {"x": np.arange(8.0, dtype=np.float32).reshape(2, 4), "y": np.ones(3, np.float32)}
     cut = blocks.divided(tree, D, "d")
-    axes = {"x": Split(0, -1, "d", D), "y": None}  # of an argument that has an axis D, or has not
+    axes = {"x": Split(0, -1, "d"), "y": None}  # of an argument that has an axis D, or has not
 
     def of_device(tree):
         scaled, _ = optim.unit_norm().update(tree, optax.EmptyState())

@@ -187,7 +187,8 @@ def compare(
     for kind in types:
         _make_folder(out / kind)
     state, sampler = experiment.state_on_devices(run), evaluation.greedy_sampler(run)
-    ours = evaluation.evaluate(run, sampler, state.final_model, examples, "ours", natural=False)
+    model = experiment.gathering(run.cfg)(state.final_model)
+    ours = evaluation.evaluate(run, sampler, model, examples, "ours", natural=False)
     records.write(out / "ours.parquet", ours)
     bias, half = _bias(ours, rate), _checked(ours)
     label = f"ours, {config.model.dtype}"

@@ -142,6 +142,6 @@ def divided(tree: Any, devices: int, over: str) -> Any:
         at = len(x.shape) + axis  # of D, when it is an axis of its own
         apart = x.reshape(*x.shape[:at], devices, -1, *x.shape[at + 1 :])
         front = at, *range(at), *range(at + 1, apart.ndim)
-        return Split(apart.transpose(front), axis, over, devices)
+        return Split(apart.transpose(front), axis, over)
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -29,7 +29,7 @@ import numpy as np
 from collab_jax.models import blocks, decision, decoder
 from collab_jax.models.decision import Marker
 from collab_jax.models.decoder import DecoderConfig, Params, Segment
-from collab_jax.runtime import process, split
+from collab_jax.runtime import process
 
 LOOKS = 8  # in T columns, at which rows that have ended may leave their slots
 MIN_SLOTS = 8  # below, a column costs what starting its operations costs
@@ -284,7 +284,6 @@ class Sampler:
         self._wrap = wrap
         self._begin = wrap(begin)
         self._advance = wrap(advance_body(cfg, settings), donate=(2,))
-        self._whole = wrap(lambda params: decoder.whole(params, cfg))
         self._programs: dict[tuple[int, ...], _Programs] = {}  # by shape of the prompts
 
     def __call__(
@@ -297,9 +296,6 @@ class Sampler:
         is reported once.
         """
         s, T, C = self.settings, self.settings.max_new, self.settings.columns
-        if split.over(params) is not None:
-            # Host devices that wait in the collectives of two programs at once can lock.
-            params = self._whole(jax.block_until_ready(params))  # for the time of this call
         context, state = self._begin(params, *inputs, bias)
         full = lambda t: np.full_like(bias, t, np.int32)  # noqa: E731
         if (shape := context.prompt_mask.shape) not in self._programs:

@@ -199,6 +199,7 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
     with experiment.prepared_in_turn(config, workdir):
         run = experiment.prepare(config, workdir)
     state = evaluation.state_on_all_hosts(run)
+    model = experiment.gathering(run.cfg)(state.final_model)
     greedy = evaluation.greedy_sampler(run)
     sampled = rollout.make_sampler(
         run.cfg, run.text, config, group=1, temperature=config.eval.temperature
@@ -209,9 +210,7 @@ def evaluate_suite(config: ConfigDict, workdir: pathlib.Path, suite: str) -> int
     counts: dict[str, dict[str, int]] = {}
     for name in names:
         samples = config.eval.samples if name in SMALL else 1
-        tables[name], counts[name] = evaluate_benchmark(
-            run, state.final_model, greedy, sampled, name, samples
-        )
+        tables[name], counts[name] = evaluate_benchmark(run, model, greedy, sampled, name, samples)
         if hosts.is_first():
             records.write(out / f"{name}.parquet", tables[name])
     if hosts.is_first():

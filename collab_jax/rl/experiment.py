@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,11 +20,11 @@ from collab_jax.cloud.far import FarCloud
 from collab_jax.gapg import TrainState
 from collab_jax.models import blocks, decoder, hf, lora
 from collab_jax.models import text as text_lib
-from collab_jax.models.decoder import Params
+from collab_jax.models.decoder import DecoderConfig, Params
 from collab_jax.models.text import Text
 from collab_jax.rl import claims, optim
 from collab_jax.rl.settings import check_config
-from collab_jax.runtime import files, hosts, parallel, process
+from collab_jax.runtime import files, hosts, parallel, process, split
 from collab_jax.runtime.checkpoint import Checkpoints
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Task, judge, make_task
@@ -243,7 +243,7 @@ def first_state(
 
 def state_on_devices(run: Run) -> TrainState:
     """Returns `load_state` with axis D."""
-    return parallel.replicate(cut_state(run.config, load_state(run), jax.local_device_count()))
+    return parallel.replicate(cut_state(run.config, load_state(run), jax.device_count()))
 
 
 def cut_state(config: ConfigDict, state: TrainState, devices: int) -> TrainState:
@@ -260,12 +260,29 @@ def cut_state(config: ConfigDict, state: TrainState, devices: int) -> TrainState
 def cut_for_devices(config: ConfigDict, tree: Any, devices: int | None = None) -> Any:
     """Returns parameters, or what has their shapes, for `parallel.replicate` to copy.
 
-    Where `config.train.sharded` says so, they are divided over so many devices, or over those that
-    are there.
+    Where `config.train.sharded` says so, they are divided over so many devices, or over all of the
+    job.
     """
     if not config.train.sharded:
         return tree
-    return blocks.divided(tree, devices or jax.local_device_count(), parallel.AXIS)
+    return blocks.divided(tree, devices or jax.device_count(), parallel.AXIS)
+
+
+def gathering(cfg: DecoderConfig) -> Callable[[Params], Params]:
+    """Returns gathered(params) -> the whole model on each device, which samples; both with axis D.
+
+    Where parameters are divided, it is in the type of the computation, and all hosts of the job
+    call it; else they are returned as they are.
+    """
+    program = parallel.Program(lambda params: decoder.whole(params, cfg))
+
+    def gathered(params: Params) -> Params:
+        if split.over(params) is None:
+            return params
+        # Host devices that wait in the collectives of two programs at once can lock.
+        return program(jax.block_until_ready(params))
+
+    return gathered
 
 
 def load_state(run: Run) -> TrainState:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from collab_jax.models.decoder import DecoderConfig
 from collab_jax.rl.memory_plan import GIB, PURPOSES, TRAINING, Plan, Work
-from collab_jax.runtime import markdown
+from collab_jax.runtime import hosts, markdown
 from collab_jax.runtime.errors import UserError
 
 # Overrides of the config by flat key, "train.micro_rows"; "devices" is the number of devices.
@@ -94,10 +94,10 @@ def table(plan: Plan, machine: Machine) -> str:
 def smaller_settings(config: ConfigDict, devices: int, work: Work) -> Iterator[Changes]:
     """Settings that need less memory: those that change fewest first, the mildest first."""
     section, key = work.micro_rows.split(".")
-    rows = config[section][key]
+    rows, several = config[section][key], devices * hosts.count() > 1
     options = {
         work.micro_rows: [n for n in (rows // 2, rows // 4, 1) if 1 <= n < rows],
-        "train.sharded": [True] if devices > 1 and not config.train.sharded else [],
+        "train.sharded": [True] if several and not config.train.sharded else [],
         "train.remat": [True],
         "train.logprob_chunk": [16],
         "decode.cache_dtype": ["bfloat16"],

@@ -100,7 +100,7 @@ def _weights(
     trained, frozen = (count(tree) for tree in plain_shapes(cfg, adapter))
     compute, kept = jnp.dtype(cfg.dtype).itemsize, jnp.dtype(stored.dtype).itemsize
     param = jnp.dtype(config.model.param_dtype).itemsize
-    shards = devices if config.train.sharded else 1
+    shards = devices * hosts.count() if config.train.sharded else 1
     held: Bytes = {
         "parameters": (trained * param + frozen * kept) / shards,
         # Two f32 moments; or the first, and what rounding owes, in bf16.
@@ -132,8 +132,8 @@ def _as_compiled(cfg: DecoderConfig, cpu: bool) -> DecoderConfig:
 def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False) -> Plan:
     """The plan of training by `config` with the model `cfg` on so many devices, of a CPU or not.
 
-    devices: of this host. Prompts are split over those of all hosts; all else is on each of
-    them, but for what `config.train.sharded` divides.
+    devices: of this host. Prompts are split over those of all hosts, and so is what
+    `config.train.sharded` divides; all else is on each of them.
     """
     stored, cfg = cfg, _as_compiled(cfg, cpu)
     weights = _weights(stored, cfg, config, devices, config.optim.average > 0, cpu)

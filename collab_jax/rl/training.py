@@ -24,7 +24,7 @@ from collab_jax.rl.missing_verdicts import (
     MissingVerdictsFile,
 )
 from collab_jax.rl.rollout import Collected
-from collab_jax.runtime import hosts, metrics, parallel
+from collab_jax.runtime import hosts, metrics, parallel, split
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
 from collab_jax.tasks import Example, mix
@@ -157,6 +157,7 @@ class TrainingSteps:
             keep_hidden=algorithms.decision_alone(config),
         )
         self.update: Update = compile_update(run)
+        self._gathered = experiment.gathering(run.cfg)
         # A replay may lack answers that no step needed, and those that a step did without.
         prefetches = algorithms.needs_cloud(config) and config.cloud.mode != "replay"
         prefetches = prefetches and hosts.is_first()
@@ -179,8 +180,10 @@ class TrainingSteps:
     ) -> Collected:
         """Returns `rollout.collect` of step number `step`; asks the cloud on coming steps first.
 
-        params has axis D. Of several hosts each collects its own share.
+        params has axis D; it is gathered where devices have parts of it. Of several hosts each
+        collects its own share.
         """
+        params = self._gathered(params)  # first: where a host fails, no other waits for it in there
         config = self.run.config
         end = min(step + self._steps_ahead, config.train.steps)
         for coming in range(max(step, self._prefetched), end):
@@ -227,10 +230,13 @@ def save_state(run: Run, step: int, state: TrainState) -> None:
     """Saves the state (with axis D) before step number `step`, without its frozen parameters.
 
     Those are in the model's folder. A step that is saved already is left as it is. Of several hosts
-    the first saves, as all have the same.
+    the first saves; where parameters are divided, all call this.
     """
-    if hosts.is_first() and not run.checkpoints.has(step):
-        run.checkpoints.save(step, parallel.unreplicate(state.replace(frozen=None)))
+    trained = state.replace(frozen=None)
+    if hosts.is_first() or split.over(trained) is not None:
+        whole = parallel.unreplicate(trained)
+        if hosts.is_first() and not run.checkpoints.has(step):
+            run.checkpoints.save(step, whole)
 
 
 def health_problem(row: dict[str, Any], run: Run) -> str | None:
@@ -310,12 +316,14 @@ class RunLog:
         """Saves the state before step number `step`, whose rollout ended with `error`.
 
         The previous step's metrics are written first, if they are not yet; where that is not
-        possible, no state is saved, since a resumed run would lack them. An error in here becomes a
-        note of `error`.
+        possible, no state is saved, since a resumed run would lack them. Nor is one of which other
+        hosts have parts: the run goes on from its last checkpoint. An error in here becomes a note
+        of `error`.
         """
+        apart = hosts.count() > 1 and split.over(state) is not None
         try:
             finish_previous()
-            if self._written == step:
+            if self._written == step and not apart:
                 save_state(self._run, step, state)
         except Exception as failure:
             error.add_note(f"the state before step {step + 1} was not saved: {failure}")

@@ -112,11 +112,12 @@ def _start(
 
 
 def _save(checkpoints: Checkpoints, state: TuningState) -> None:
-    """Saves a state that has the axis D; the first host does, as all have the same."""
-    if not hosts.is_first():
-        return
+    """Saves a state that has the axis D; all hosts call this, and the first saves."""
+    if not hosts.is_first() and split.over(state) is None:
+        return  # all have the same
     params, opt_state = parallel.unreplicate((state.params, state.opt_state))
-    checkpoints.save(int(state.step), TuningState(state.step, params, opt_state))
+    if hosts.is_first():
+        checkpoints.save(int(state.step), TuningState(state.step, params, opt_state))
 
 
 class Tuner:

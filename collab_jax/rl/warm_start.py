@@ -74,7 +74,8 @@ class WarmStart(NamedTuple):
     def model(self, params: Params) -> Params:
         """The whole model with these tuned params (on the host), with the axis D."""
         cut = experiment.cut_for_devices(self.config, params)
-        return lora.join(self.frozen, parallel.replicate(cut))
+        joined = lora.join(self.frozen, parallel.replicate(cut))
+        return experiment.gathering(self.cfg)(joined)
 
 
 def is_finished(config: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -192,12 +193,17 @@ def _from_nothing(config: ConfigDict, folder: pathlib.Path) -> experiment.BaseMo
 
 
 def write(start: WarmStart, params: Params) -> None:
-    """Writes the tuned model to the workdir, or the tuned adapter, as PEFT has it."""
+    """Writes the tuned model to the workdir, or the tuned adapter, as PEFT has it.
+
+    All hosts call this, and the first writes.
+    """
     config = start.config
+    base = parallel.unreplicate(start.frozen)
+    if not hosts.is_first():
+        return
     if config.lora.rank:
         name, _ = hf.split_revision(config.model.path)
         revision = hf.commit(start.base_folder)
-        base = parallel.unreplicate(start.frozen)
         lora.save(start.workdir, params, start.cfg, base, config.lora, name=name, revision=revision)
     else:
         hf_config, dtype = hf.read_config(start.base_folder), config.model.param_dtype

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from collab_jax.gapg import TrainState
+from collab_jax.models.decoder import Params
 from collab_jax.records import Records
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import agreement, classifier, forced, hidden, verification
@@ -73,12 +73,12 @@ def record(
 
 
 def with_routers(
-    run: Run, state: TrainState, table: Records, examples: list[Example], fit_on: Records | None
+    run: Run, params: Params, table: Records, examples: list[Example], fit_on: Records | None
 ) -> Records:
-    """`table` with the columns of `config.routers.record` under `state`, which has the axis D.
+    """`table` with the columns of `config.routers.record` under params, which have the axis D.
 
-    examples: those of both tables. Where two of them share an id a row could be either's, and
-    nothing is recorded.
+    params: of the whole model. examples: those of both tables. Where two of them share an id a row
+    could be either's, and nothing is recorded.
     """
     by_id = {example.id: example for example in examples}
     if run.config.routers.record and any(
@@ -90,5 +90,5 @@ def with_routers(
             file=sys.stderr,
         )
         return table
-    device = Device(run, state.final_model, by_id)
+    device = Device(run, params, by_id)
     return record(run.config.routers.record, device, fit_on, table)

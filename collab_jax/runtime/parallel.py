@@ -5,10 +5,13 @@ leading axis D outside the body, and so do those that are the same on all. Where
 a tree, D is that of its parts. The state is always saved without that axis, and whole.
 
 In a job of several hosts D counts the devices of this one. What `pmap` compiles runs on those
-alone; a `Program` runs on all devices of the job, and each host calls it with its own share.
+alone; a `Program` runs on all devices of the job, and each host calls it with its own share. So
+what brings the parts of a `Split` together is called by all hosts.
 """
 
+import functools
 import importlib.util
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,20 +26,27 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.split import is_split, total
 
 AXIS = "devices"
+PIECE = 2**26  # bytes that are gathered at once of an array that several hosts have parts of
 
 
 def replicate(tree: Any) -> Any:
     """Returns every leaf on every local device, [D, ...], as a pmap returns its results.
 
-    Of a Split, which has that axis already, each device gets its part.
+    Of a Split, whose axis counts all devices of the job, each device gets its part.
 
     The sharding is that of a pmap's results: with another axis name in it, as flax's `replicate`
     gives, each function would be compiled a second time.
     """
     devices = jax.local_devices()
+    D, first = len(devices), first_device()
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-    on_all = lambda x: x if is_split(x) else np.broadcast_to(x, (len(devices), *np.shape(x)))  # noqa: E731
-    return jax.device_put(jax.tree.map(on_all, tree, is_leaf=is_split), sharding)
+
+    def one(x: Any) -> Any:
+        if is_split(x):
+            return x.replace(part=x.part[first : first + D])
+        return np.broadcast_to(x, (D, *np.shape(x)))
+
+    return jax.device_put(jax.tree.map(one, tree, is_leaf=is_split), sharding)
 
 
 def pmap(body: Callable, donate: tuple[int, ...] = (), devices: Sequence[Any] | None = None) -> Any:
@@ -131,17 +141,15 @@ class Program:
 
 
 def connect() -> None:
-    """Sums a number over all devices of the job, and over those at one place of each host.
+    """Sums a number over all devices of the job.
 
     On CPUs devices have 30 s to find each other when they first sum anything together. That is done
     here, when the hosts have just met: later one of them may be compiling for minutes. Raises
     UserError where they do not.
     """
-    D = jax.local_device_count()
-    same = [[*range(place, jax.device_count(), D)] for place in range(D)]
-    both = lambda x: total(x, AXIS) + total(x, AXIS, same)  # noqa: E731
+    summed = Program(lambda x: total(x, AXIS))
     try:
-        jax.block_until_ready(Program(both)(np.ones(D, np.float32)))
+        jax.block_until_ready(summed(np.ones(jax.local_device_count(), np.float32)))
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -153,16 +161,45 @@ def connect() -> None:
 def unreplicate(tree: Any) -> Any:
     """Returns the first device's copy of every leaf, on the host; in place of a Split, all of it.
 
-    Reads that device's shard: indexing would compile a program for every shape.
+    Where a Split is in the tree and the job has several hosts, all of them call this.
     """
-    copies = lambda x: [np.asarray(shard.data)[0] for shard in x.addressable_shards]  # noqa: E731
 
     def one(x: Any) -> np.ndarray:
         if not is_split(x):
-            return np.asarray(x.addressable_shards[0].data)[0]
-        return np.concatenate(copies(x.part), axis=x.axis)
+            return _first_copy(x)
+        if jax.process_count() > 1:
+            return np.concatenate(list(_parts_of_all_hosts(x.part)), axis=x.axis)
+        parts = [np.asarray(shard.data)[0] for shard in x.part.addressable_shards]
+        return np.concatenate(parts, axis=x.axis)
 
     return jax.tree.map(one, tree, is_leaf=is_split)
+
+
+def _first_copy(x: jax.Array) -> np.ndarray:
+    # Reads that device's shard: indexing would compile a program for every shape.
+    return np.asarray(x.addressable_shards[0].data)[0]
+
+
+def _parts_of_all_hosts(part: jax.Array) -> np.ndarray:
+    """Returns the parts [devices of the job, n, ...] of [D, n, ...], some rows of n at a time.
+
+    So a device never holds another array as a whole beside its own.
+    """
+    n, devices = part.shape[1], jax.device_count()
+    row_bytes = devices * math.prod(part.shape[2:]) * part.dtype.itemsize
+    rows = min(n, max(1, PIECE // row_bytes))
+    whole = np.empty((devices, *part.shape[1:]), part.dtype)
+    for start in (*range(0, n - rows, rows), n - rows):  # the last piece may have rows again
+        at = np.full(jax.local_device_count(), start, np.int32)
+        whole[:, start : start + rows] = _first_copy(_gathered_rows(rows)(part, at))
+    return whole
+
+
+@functools.cache
+def _gathered_rows(rows: int) -> "Program":
+    """Returns program(part [D, n, ...], start i32[D]) -> rows of all parts, for several hosts."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=rows)
+    return Program(lambda part, start: jax.lax.all_gather(cut(part, start), AXIS))
 
 
 def shard(tree: Any, devices: int) -> Any:

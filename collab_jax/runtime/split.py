@@ -4,11 +4,8 @@ A `Split` in a tree stands for an array of which every device holds a part. It i
 tree, so what goes leaf by leaf (an optimizer, an average, zeros, a loop over layers) works on the
 parts and need not know. Where the array itself is needed, `whole` gathers it; the gradient comes
 back as this device's part of the sum over all devices. These functions run on a device, under the
-axis `Split.over`; `parallel.py` brings arrays there and back.
-
-An array is divided over the devices of a host. Where the axis has those of several hosts, each of
-these has the whole array, in parts: it is gathered inside of a host, and gradients are summed over
-all.
+axis `Split.over`; `parallel.py` brings arrays there and back. An array is divided over all devices
+of the job, whatever host they belong to.
 """
 
 import functools
@@ -25,7 +22,6 @@ class Split(flax.struct.PyTreeNode):
     part: Any
     axis: int = flax.struct.field(pytree_node=False)  # counted from the end, so below 0
     over: str = flax.struct.field(pytree_node=False)  # the name of the devices' axis
-    parts: int = flax.struct.field(pytree_node=False)  # how many; they lie on devices in a row
 
 
 def is_split(x: Any) -> bool:
@@ -45,38 +41,30 @@ def whole(tree: Any, dtype: str | jnp.dtype) -> Any:
     """
 
     def one(x: Any) -> Any:
-        return _gathered(x.part, x.axis, x.over, x.parts, jnp.dtype(dtype)) if is_split(x) else x
+        return _gathered(x.part, x.axis, x.over, jnp.dtype(dtype)) if is_split(x) else x
 
     return jax.tree.map(one, tree, is_leaf=is_split)
 
 
-def _hosts(over: str, parts: int) -> list[list[int]] | None:
-    """The devices of each host; None where all are of one."""
-    size = jax.lax.axis_size(over)
-    return [[*range(i, i + parts)] for i in range(0, size, parts)] if size > parts else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gathered(part: jax.Array, axis: int, over: str, parts: int, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(part: jax.Array, axis: int, over: str, dtype: jnp.dtype) -> jax.Array:
     """The array of which this device holds `part`."""
-    here, axis = part.astype(dtype), axis + part.ndim
-    return jax.lax.all_gather(
-        here, over, axis=axis, tiled=True, axis_index_groups=_hosts(over, parts)
-    )
+    return jax.lax.all_gather(part.astype(dtype), over, axis=axis + part.ndim, tiled=True)
 
 
-def _forward(part: jax.Array, axis: int, over: str, parts: int, dtype: jnp.dtype):
+def _forward(part: jax.Array, axis: int, over: str, dtype: jnp.dtype):
     # A residual that says what type the part's gradient has to have.
-    return _gathered(part, axis, over, parts, dtype), jnp.zeros(0, part.dtype)
+    return _gathered(part, axis, over, dtype), jnp.zeros(0, part.dtype)
 
 
-def _backward(axis: int, over: str, parts: int, dtype: jnp.dtype, like: jax.Array, dy: jax.Array):
-    wide, axis, hosts = dy.astype(jnp.float32), axis + dy.ndim, _hosts(over, parts)
-    part = jax.lax.psum_scatter(
-        wide, over, scatter_dimension=axis, tiled=True, axis_index_groups=hosts
-    )
-    if hosts is not None:  # those of all hosts that hold the same part
-        part = total(part, over, [list(same) for same in zip(*hosts, strict=True)])
+def _backward(axis: int, over: str, dtype: jnp.dtype, like: jax.Array, dy: jax.Array):
+    wide, axis = dy.astype(jnp.float32), axis + dy.ndim
+    if _sums_in_order():
+        size = jax.lax.axis_size(over)
+        parts = jnp.stack(jnp.split(wide, size, axis))
+        part = jax.lax.all_to_all(parts, over, split_axis=0, concat_axis=0).sum(0)
+    else:
+        part = jax.lax.psum_scatter(wide, over, scatter_dimension=axis, tiled=True)
     return (part.astype(like.dtype),)
 
 
@@ -98,16 +86,19 @@ def summed(tree: Any, over: str) -> Any:
     return structure.unflatten([x if is_split(x) else next(sums) for x in leaves])
 
 
-def total(tree: Any, over: str, groups: list[list[int]] | None = None) -> Any:
-    """A tree summed over the devices, or over those of each group.
+def _sums_in_order() -> bool:
+    """Whether sums are made in the order of the devices, and not by the devices' own collective.
 
-    Between hosts that compute on CPUs it is summed in the order of the devices: the sum that their
-    own collective makes depends on how many devices each host has.
+    Between hosts that compute on CPUs that one depends on how many devices each host has.
     """
-    if jax.process_count() == 1 or jax.default_backend() != "cpu":
-        return jax.lax.psum(tree, over, axis_index_groups=groups)
-    every = lambda x: jax.lax.all_gather(x, over, axis_index_groups=groups)  # noqa: E731
-    return jax.tree.map(lambda x: every(x).sum(0), tree)
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
+def total(tree: Any, over: str) -> Any:
+    """A tree summed over the devices."""
+    if not _sums_in_order():
+        return jax.lax.psum(tree, over)
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, over).sum(0), tree)
 
 
 def norm(tree: Any) -> jax.Array:
@@ -116,7 +107,5 @@ def norm(tree: Any) -> jax.Array:
     leaves = jax.tree.leaves(tree, is_leaf=is_split)
     of_all = sum((squares(x) for x in leaves if not is_split(x)), jnp.float32(0))
     if divided := [x for x in leaves if is_split(x)]:
-        of_parts, one = sum(squares(x.part) for x in divided), divided[0]
-        groups = _hosts(one.over, one.parts)
-        of_all += jax.lax.psum(of_parts, one.over, axis_index_groups=groups)
+        of_all += total(sum(squares(x.part) for x in divided), divided[0].over)
     return jnp.sqrt(of_all)
