@@ -268,7 +268,7 @@ def test_two_hosts_divide_their_parameters_over_all_devices(alone, data_dir, tmp
         assert status == 0, said
     assert_same_runs(one, two)
     assert (one / "before.parquet").read_bytes() == (two / "before.parquet").read_bytes()
-    after = [records.read(workdir / "after") for workdir in (one, two)]
+    after = [records.read(workdir / "after.parquet") for workdir in (one, two)]
     # A router runs on the first host alone, which has fewer devices there.
     np.testing.assert_allclose(*(table.pop("score_token_margin") for table in after), atol=1e-5)
     np.testing.assert_equal(*({key: list(x) for key, x in table.items()} for table in after))
