@@ -237,6 +237,8 @@ def test_divided_parameters_by_hand():
     assert plan.update["gradients"] == 8 * count / 2
     assert plan.update["parameters"] == (ends + block) * (4 * 4 + 4)
     assert plan.sampling["parameters"] == 4 * count
+    half = memory_plan.plan(*make({"train.sharded": True} | HALF), 2)
+    assert half.update["parameters"] == (ends + block) * (4 * 2 + 4) + 2 * count / 2
     alone = memory_plan.plan(cfg, config, 1)
     assert alone == memory_plan.plan(*make({"optim.average": 0.9}), 1)
 

@@ -237,11 +237,17 @@ def table(programs: Sequence[Compiled], plan: memory_plan.Plan) -> str:
     """Returns the programs as a Markdown table; memory is on a device, in GiB, or in MiB.
 
     Aliased are outputs in the place of arguments. The plan of the update is of what training holds
-    and what an update adds; that of the others, of the model and the most that sampling adds.
+    and what an update adds; that of the others, of the model and the most that sampling adds. Where
+    the model has been gathered, its parts are held too, which is not among what these two take.
     """
-    sampling = plan.held["parameters"] + sum(plan.sampling.values())
-    planned = {"update": sum(plan.held.values()) + sum(plan.update.values())}
-    sizes = [(*used_bytes(p.memory), planned.get(p.lowered.name, sampling)) for p in programs]
+    gathered = any(p.lowered.name == "gather" for p in programs)
+    model, sampling = plan.held["parameters"], sum(plan.sampling.values())
+    planned = {
+        "update": sum(plan.held.values()) + sum(plan.update.values()),
+        "gather": model + sampling,
+    }
+    others = sampling if gathered else model + sampling
+    sizes = [(*used_bytes(p.memory), planned.get(p.lowered.name, others)) for p in programs]
     unit, size = ("GiB", GIB) if max(map(max, sizes)) >= GIB else ("MiB", 2**20)
     head = ("program", "lower s", "compile s", "lines of StableHLO")
     rows = [

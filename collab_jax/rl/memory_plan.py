@@ -116,6 +116,8 @@ def _weights(
         # their sum in f32.
         at_once = trained + frozen - layers + layers / cfg.num_layers
         gathered = at_once * (2 * compute + (0 if frozen else 2 * compute + 4))
+        # And the parts of all in the computation's type, made once before they are gathered.
+        gathered += cast / shards
         whole, cast, again = compute * (trained + frozen), 0, 0
     return Weights(adapter, trained, param, held, cast, again, shards, gathered, whole)
 
