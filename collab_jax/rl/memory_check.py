@@ -101,6 +101,7 @@ def smaller_settings(config: ConfigDict, devices: int, work: Work) -> Iterator[C
         "train.remat": [True],
         "train.logprob_chunk": [16],
         "decode.cache_dtype": ["bfloat16"],
+        "decode.slot_counts": [1] if config.decode.slot_counts > 1 else [],
         "model.param_dtype": ["bfloat16"],
         "lora.rank": [] if config.lora.rank else [16],
         "devices": [n * devices for n in (2, 4, 8) if config.prompts_per_step % (n * devices) == 0],
