@@ -212,7 +212,7 @@ def init_state(
         empty_updates=zero(),
         nonfinite_updates=zero(),
         nonfinite_streak=zero(),
-        average=jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params) if averaged else None,
+        average=jax.tree.map(lambda p: p.astype(jnp.float32), params) if averaged else None,
     )
 
 

@@ -120,3 +120,15 @@ def test_weight_decay_is_of_matrices():
     moved = jax.tree.map(lambda x: float(np.unique(x).item()), moved)
     assert moved["embed_tokens"]["embedding"] == moved["layers"]["proj"]["kernel"] < 0
     assert moved["layers"]["norm"]["scale"] == moved["norm"]["scale"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_begins_on_the_host_as_that_of_optax_does(dtype):
+    params = {"layers": {"w": np.ones((2, 3, 4), dtype), "b": np.ones((2, 3), dtype)}}
+    optimizer = optim.make_optimizer(lambda _: 1e-3, 0.1, optim.unit_norm(), dtype)
+    adamw = optax.adamw(lambda _: 1e-3, weight_decay=0.1, mask=optim._matrices, mu_dtype=dtype)
+    chain = optax.chain(optim.unit_norm(), adamw)
+    want = chain if dtype == "float32" else optim.compensated(chain)
+    got = optimizer.init(params)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(got))
+    jax.tree.map(np.testing.assert_array_equal, got, want.init(jax.tree.map(jnp.asarray, params)))

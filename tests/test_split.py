@@ -32,8 +32,10 @@ def test_what_is_divided_by_hand():
     np.testing.assert_array_equal(embedding.part, np.arange(12.0).reshape(2, 3, 2))
     want = np.arange(24.0).reshape(2, 3, 2, 2).transpose(2, 0, 1, 3)  # [D, layers, 3, 2]
     np.testing.assert_array_equal(kernel.part, want)
-    for name in ("odd", "count"):  # no side that two divides; no matrix
-        assert cut[name] is tree[name]
+    odd = cut["odd"]  # no side that two divides: the longer one is filled up
+    assert (odd.axis, odd.size, odd.part.shape) == (-1, 5, (2, 3, 3))
+    assert odd.part[:, 0].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert cut["count"] is tree["count"]  # no matrix
     assert cut["layers"]["scale"] is tree["layers"]["scale"]  # a vector for each layer
     assert blocks.divided(tree, 1, "d") == tree
     shapes = jax.eval_shape(lambda tree: blocks.divided(tree, D, "d"), tree)
@@ -41,7 +43,7 @@ def test_what_is_divided_by_hand():
 
 
 def test_to_the_devices_and_back():
-    tree = {"a": np.arange(24.0).reshape(4, 6), "b": np.ones(3)}
+    tree = {"a": np.arange(24.0).reshape(4, 6), "b": np.ones(3), "c": np.arange(15.0).reshape(5, 3)}
     there = parallel.replicate(blocks.divided(tree, D, parallel.AXIS))
     assert there["a"].part.shape == (D, 4, 3)
     jax.tree.map(np.testing.assert_array_equal, parallel.unreplicate(there), tree)
@@ -56,9 +58,12 @@ def test_parts_that_hosts_have_come_together_piece_by_piece(monkeypatch):
     parallel._gathered_rows.cache_clear()
 
 
-def test_a_gradient_through_whole_is_this_devices_part_of_the_sum():
-    """Each device weighs the array by its own numbers."""
-    x, w = np.arange(8.0).reshape(2, 4), np.random.default_rng(0).normal(size=(D, 2, 4))
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5)])
+def test_a_gradient_through_whole_is_this_devices_part_of_the_sum(shape):
+    """Each device weighs the array by its own numbers; what fills up the last part has none."""
+    n = shape[1]
+    x = np.arange(3.0 * n)[: shape[0] * n].reshape(shape)
+    w = np.random.default_rng(0).normal(size=(D, *shape))
     parts = blocks.divided({"x": x}, D, "d")["x"]
 
     def of_device(part, w):
@@ -66,13 +71,15 @@ def test_a_gradient_through_whole_is_this_devices_part_of_the_sum():
 
     got = jax.pmap(of_device, axis_name="d", devices=jax.devices()[:D])(parts, w)
     want = np.cos(x) * w.sum(0)
-    np.testing.assert_allclose(np.concatenate(list(got.part), axis=parts.axis), want, rtol=1e-5)
+    got = np.concatenate(list(got.part), axis=parts.axis)
+    np.testing.assert_allclose(got[:, :n], want, rtol=1e-5)
+    assert not got[:, n:].any()
 
 
 def test_norms_and_sums_are_of_whole_arrays():
     tree = {"x": np.arange(8.0, dtype=np.float32).reshape(2, 4), "y": np.ones(3, np.float32)}
     cut = blocks.divided(tree, D, "d")
-    axes = {"x": Split(0, -1, "d"), "y": None}  # of an argument that has an axis D, or has not
+    axes = {"x": Split(0, -1, 4, "d"), "y": None}  # of an argument that has an axis D, or has not
 
     def of_device(tree):
         scaled, _ = optim.unit_norm().update(tree, optax.EmptyState())

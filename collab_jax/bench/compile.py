@@ -101,7 +101,7 @@ def on_each(devices: int, tree: Any) -> Any:
 
 
 def gathered(cfg: DecoderConfig, model: Any, cut: Any) -> Any:
-    """Returns the shapes of a model when the sampler has gathered `cut`, what is divided of it."""
+    """Returns the shapes of a model that is gathered from `cut`, what devices have of it."""
 
     def one(x: Any, part: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, cfg.dtype if is_split(part) else x.dtype)

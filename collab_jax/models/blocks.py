@@ -129,19 +129,21 @@ def divided(tree: Any, devices: int, over: str) -> Any:
     """Parameters, or what has their shapes, with every matrix as a `Split` over so many devices.
 
     Its part has an axis D in front, as on all devices. It is cut along its longer side, or along
-    the other one where the number of devices does not divide that; where it divides neither, and
-    with one device, the matrix stays whole.
+    the other one where the number of devices divides that alone; where it divides neither, zeros
+    fill up the last parts. With one device the matrix stays whole.
     """
 
     def one(path: tuple[Any, ...], x: Any) -> Any:
         sides = range(-1, -1 - axes(path, x), -1)
-        cut = [axis for axis in sides if x.shape[axis] % devices == 0]
-        if devices == 1 or len(sides) < 2 or not cut:
+        if devices == 1 or len(sides) < 2:
             return x
-        axis = max(cut, key=lambda axis: x.shape[axis])
-        at = len(x.shape) + axis  # of D, when it is an axis of its own
+        axis = max(sides, key=lambda axis: (x.shape[axis] % devices == 0, x.shape[axis]))
+        size, at = x.shape[axis], len(x.shape) + axis  # `at`: of D, when it is an axis of its own
+        if missing := -size % devices:
+            pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
+            x = pad(x, [(0, missing if i == at else 0) for i in range(len(x.shape))])
         apart = x.reshape(*x.shape[:at], devices, -1, *x.shape[at + 1 :])
         front = at, *range(at), *range(at + 1, apart.ndim)
-        return Split(apart.transpose(front), axis, over)
+        return Split(apart.transpose(front), axis, size, over)
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -164,7 +164,7 @@ def plan(cfg: DecoderConfig, config: ConfigDict, devices: int, cpu: bool = False
     programs = _sampling_programs(config) + evaluating
     compiled = _compiled(cfg, programs + 1, programs + updating, cpu)
     # Whole ones, while they are loaded or saved.
-    copies = 0 if cpu else weights.shards * sum(weights.held.values())
+    copies = 0 if cpu and weights.shards == 1 else weights.shards * sum(weights.held.values())
     host = {"process": PROCESS, "programs": compiled, "copies": copies}
     return Plan(weights.held, update, sampling, host)
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from collab_jax.models import blocks
@@ -70,13 +71,20 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """`bound` (`unit_norm` or `clipped`), then AdamW, for parameters of `param_dtype`.
 
-    momentum: Adam's beta 1. Vectors (norms and biases) have no weight decay.
+    momentum: Adam's beta 1. Vectors (norms and biases) have no weight decay. `init` gives arrays of
+    the host: whole moments need not fit the device that jax would make them on.
     """
     adamw = optax.adamw(
         schedule, b1=momentum, weight_decay=weight_decay, mask=_matrices, mu_dtype=param_dtype
     )
     chain = optax.chain(bound, adamw)
-    return chain if param_dtype == "float32" else compensated(chain)
+    made = chain if param_dtype == "float32" else compensated(chain)
+
+    def init(params: optax.Params) -> optax.OptState:
+        zeros = lambda x: np.zeros(x.shape, x.dtype)  # noqa: E731
+        return jax.tree.map(zeros, jax.eval_shape(made.init, params))  # all of it begins at 0
+
+    return optax.GradientTransformation(init, made.update)
 
 
 def _matrices(params: optax.Params) -> optax.Params:

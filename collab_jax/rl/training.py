@@ -233,7 +233,10 @@ def save_state(run: Run, step: int, state: TrainState) -> None:
     the first saves; where parameters are divided, all call this.
     """
     trained = state.replace(frozen=None)
-    if hosts.is_first() or split.over(trained) is not None:
+    divided = split.over(trained) is not None
+    if divided:  # in the collective a host would wait for another one without hearing why it fails
+        hosts.gathered(f"that it saves step {step}", None)
+    if divided or hosts.is_first():
         whole = parallel.unreplicate(trained)
         if hosts.is_first() and not run.checkpoints.has(step):
             run.checkpoints.save(step, whole)
@@ -362,7 +365,8 @@ def train(run: Run, stop: GracefulStop | None = None) -> TrainState | None:
     """Trains to `config.train.steps`; returns the final state with axis D, or None if stopped.
 
     stop: may ask the run to stop after a step, with the state saved. Where an error ends a rollout,
-    the state before that step is saved and the error is raised; interrupts save nothing.
+    the state before that step is saved, if this host has all of it, and the error is raised;
+    interrupts save nothing.
     """
     last_step = run.config.train.steps
     state = experiment.state_on_devices(run)

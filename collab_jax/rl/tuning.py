@@ -113,11 +113,12 @@ def _start(
 
 def _save(checkpoints: Checkpoints, state: TuningState) -> None:
     """Saves a state that has the axis D; all hosts call this, and the first saves."""
-    if not hosts.is_first() and split.over(state) is None:
-        return  # all have the same
-    params, opt_state = parallel.unreplicate((state.params, state.opt_state))
-    if hosts.is_first():
-        checkpoints.save(int(state.step), TuningState(state.step, params, opt_state))
+    if hosts.is_first() or split.over(state) is not None:
+        params, opt_state = parallel.unreplicate((state.params, state.opt_state))
+        if hosts.is_first():
+            checkpoints.save(int(state.step), TuningState(state.step, params, opt_state))
+    # The next gradient may gather parameters: in there a host would not hear that this one failed.
+    hosts.gathered(f"that step {state.step} is saved", None)
 
 
 class Tuner:

@@ -35,7 +35,7 @@ from collab_jax.rl import (
 )
 from collab_jax.rl.demonstrations import Demonstration, Given
 from collab_jax.rl.tuning import Source, Tuner
-from collab_jax.runtime import files, hosts, parallel
+from collab_jax.runtime import files, hosts, parallel, split
 from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.process import GracefulStop
 from collab_jax.tasks import Example, Task, base
@@ -139,8 +139,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path, task: Task) -> WarmStart:
     claims.check_reward(config, folder)
     if not nothing:  # the settings, which are compared, say all of a model from nothing
         claims.check_base(folder, base.folder)
-    for split, loaded in splits.items():
-        claims.check_unchanged(folder, split, loaded.contents)
+    for name, loaded in splits.items():
+        claims.check_unchanged(folder, name, loaded.contents)
     if given and given.fingerprint:
         claims.check_unchanged(folder, "demonstrations", given.fingerprint)
     return WarmStart(
@@ -197,11 +197,17 @@ def write(start: WarmStart, params: Params) -> None:
 
     All hosts call this, and the first writes.
     """
+    divided = split.over(start.frozen) is not None
+    base = parallel.unreplicate(start.frozen) if divided or hosts.is_first() else None
+    with hosts.first_alone("that the tuned model is written", hosts.FOREVER):
+        if hosts.is_first():
+            _write(start, params, base)
+
+
+def _write(start: WarmStart, params: Params, base: Params | None) -> None:
     config = start.config
-    base = parallel.unreplicate(start.frozen)
-    if not hosts.is_first():
-        return
     if config.lora.rank:
+        assert base is not None
         name, _ = hf.split_revision(config.model.path)
         revision = hf.commit(start.base_folder)
         lora.save(start.workdir, params, start.cfg, base, config.lora, name=name, revision=revision)

@@ -17,7 +17,7 @@ class Device(NamedTuple):
     """A trained model, and the examples that its records are about."""
 
     run: Run
-    params: Params  # with axis D
+    params: Params  # of the whole model, with axis D
     examples: dict[str, Example]  # by id
 
     def examples_of(self, records: Records) -> list[Example]:

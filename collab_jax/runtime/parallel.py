@@ -26,7 +26,8 @@ from collab_jax.runtime.errors import UserError
 from collab_jax.runtime.split import is_split, total
 
 AXIS = "devices"
-PIECE = 2**26  # bytes that are gathered at once of an array that several hosts have parts of
+# Bytes, or one row if that is more, that are gathered at once of what several hosts have parts of.
+PIECE = 2**26
 
 
 def replicate(tree: Any) -> Any:
@@ -168,9 +169,11 @@ def unreplicate(tree: Any) -> Any:
         if not is_split(x):
             return _first_copy(x)
         if jax.process_count() > 1:
-            return np.concatenate(list(_parts_of_all_hosts(x.part)), axis=x.axis)
-        parts = [np.asarray(shard.data)[0] for shard in x.part.addressable_shards]
-        return np.concatenate(parts, axis=x.axis)
+            parts = list(_parts_of_all_hosts(x.part))
+        else:
+            parts = [np.asarray(shard.data)[0] for shard in x.part.addressable_shards]
+        whole = np.concatenate(parts, axis=x.axis)
+        return whole[(..., slice(x.size), *[slice(None)] * (-1 - x.axis))]
 
     return jax.tree.map(one, tree, is_leaf=is_split)
 

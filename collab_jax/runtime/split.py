@@ -17,10 +17,14 @@ import jax.numpy as jnp
 
 
 class Split(flax.struct.PyTreeNode):
-    """This device's part of an array that is cut into equal parts along one of its axes."""
+    """This device's part of an array that is cut into equal parts along one of its axes.
+
+    Where they hold more than the array, the last ones end with zeros, which stay zeros.
+    """
 
     part: Any
     axis: int = flax.struct.field(pytree_node=False)  # counted from the end, so below 0
+    size: int = flax.struct.field(pytree_node=False)  # of the array along it
     over: str = flax.struct.field(pytree_node=False)  # the name of the devices' axis
 
 
@@ -41,27 +45,30 @@ def whole(tree: Any, dtype: str | jnp.dtype) -> Any:
     """
 
     def one(x: Any) -> Any:
-        return _gathered(x.part, x.axis, x.over, jnp.dtype(dtype)) if is_split(x) else x
+        return _gathered(x.part, x.axis, x.size, x.over, jnp.dtype(dtype)) if is_split(x) else x
 
     return jax.tree.map(one, tree, is_leaf=is_split)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(part: jax.Array, axis: int, over: str, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(part: jax.Array, axis: int, size: int, over: str, dtype: jnp.dtype) -> jax.Array:
     """The array of which this device holds `part`."""
-    return jax.lax.all_gather(part.astype(dtype), over, axis=axis + part.ndim, tiled=True)
+    axis += part.ndim
+    filled = jax.lax.all_gather(part.astype(dtype), over, axis=axis, tiled=True)
+    return jax.lax.slice_in_dim(filled, 0, size, axis=axis)
 
 
-def _forward(part: jax.Array, axis: int, over: str, dtype: jnp.dtype):
+def _forward(part: jax.Array, axis: int, size: int, over: str, dtype: jnp.dtype):
     # A residual that says what type the part's gradient has to have.
-    return _gathered(part, axis, over, dtype), jnp.zeros(0, part.dtype)
+    return _gathered(part, axis, size, over, dtype), jnp.zeros(0, part.dtype)
 
 
-def _backward(axis: int, over: str, dtype: jnp.dtype, like: jax.Array, dy: jax.Array):
-    wide, axis = dy.astype(jnp.float32), axis + dy.ndim
+def _backward(axis: int, size: int, over: str, dtype: jnp.dtype, like: jax.Array, dy: jax.Array):
+    wide, axis, devices = dy.astype(jnp.float32), axis + dy.ndim, jax.lax.axis_size(over)
+    missing = -size % devices
+    wide = jnp.pad(wide, [(0, missing if i == axis else 0) for i in range(dy.ndim)])
     if _sums_in_order():
-        size = jax.lax.axis_size(over)
-        parts = jnp.stack(jnp.split(wide, size, axis))
+        parts = jnp.stack(jnp.split(wide, devices, axis))
         part = jax.lax.all_to_all(parts, over, split_axis=0, concat_axis=0).sum(0)
     else:
         part = jax.lax.psum_scatter(wide, over, scatter_dimension=axis, tiled=True)
