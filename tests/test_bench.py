@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from collab_jax.bench import measure, rehearse, timed, work
+from collab_jax.bench import measure, rehearse, runs, timed, work
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.models.decoder import DecoderConfig
+from collab_jax.rl import experiment
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
 
@@ -95,10 +96,10 @@ def test_the_fixed_mix_runs_every_row_to_the_limit_and_the_update_learns_from_al
 
 def test_interleaved_runs_take_turns_and_ratios_are_of_one_round():
     order = []
-    runs = {name: lambda name=name: order.append(name) or 2.0 for name in "ab"}
+    timers = {name: lambda name=name: order.append(name) or 2.0 for name in "ab"}
     measure.PAUSE, before = 0.0, measure.PAUSE
     try:
-        timings = measure.interleaved(runs, repeats=3, say=lambda _: None)
+        timings = measure.interleaved(timers, repeats=3, say=lambda _: None)
     finally:
         measure.PAUSE = before
     assert "".join(order) == "aabb" + "ab" * 3
@@ -241,8 +242,18 @@ def test_half_of_each_group_counts_as_right_after_it_was_judged():
     batch = work.update_batch(LOAD).replace(
         correct=np.zeros((8, 4), bool), called=np.ones((8, 4), bool)
     )
-    right = rehearse.half_right(batch)
+    right = runs.half_right(batch)
     assert right.correct.tolist() == [[True, False, True, False]] * 8 and not right.called.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filter", ["none", "d1d2"])
+def test_a_full_step_without_a_filter_learns_from_every_prompt(small, tmp_path, filter):
+    run = experiment.prepare(small(algorithm__filter=filter), tmp_path)
+    step = runs.FullStep(run)
+    assert step() > 0
+    learnt = step._row["kept"] - step._row["no_signal"]
+    assert (learnt == run.config.prompts_per_step) == (filter == "none")
 
 
 def test_settings_of_a_rehearsal_are_read_as_everywhere(bare, small, tmp_path):

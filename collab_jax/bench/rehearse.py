@@ -21,8 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from collab_jax import gapg
-from collab_jax.bench import measure, work
+from collab_jax.bench import measure, runs, work
 from collab_jax.models import hf
 from collab_jax.models.special_tokens import is_auto
 from collab_jax.rl import algorithms, experiment, memory_check, shares, training
@@ -136,15 +135,6 @@ def make_folder(
     return f"{cfg.num_layers} blocks, random weights, {tokenizer} tokenizer"
 
 
-def half_right(batch: gapg.Rollout) -> gapg.Rollout:
-    """Returns the rollout, with axis D, as if every other response of each group were right."""
-    right = np.broadcast_to(np.arange(batch.correct.shape[-1]) % 2 == 0, batch.correct.shape)
-    known = np.ones(batch.cloud_known.shape, bool)
-    return batch.replace(
-        correct=right, called=np.zeros_like(right), cloud_correct=known, cloud_known=known
-    )
-
-
 HEADER = (
     "step",
     "rollout s",
@@ -229,7 +219,7 @@ def run_steps(run: experiment.Run, count: int, ceiling: float) -> list[tuple[str
         collected = steps.collect(state.sampling_model, i)
         collected, _ = shares.agreed(i, collected, stop=False)
         sampled = time.perf_counter()
-        state, metrics = steps.update(state, half_right(collected.rollout))
+        state, metrics = steps.update(state, runs.half_right(collected.rollout))
         row = steps.row(i, metrics, collected)  # waits for the update
         ended = time.perf_counter()
         rollout_s, update_s = sampled - started, ended - sampled

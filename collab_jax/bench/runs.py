@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from collab_jax import gapg
 from collab_jax.bench import measure
 from collab_jax.bench.work import Case
 from collab_jax.models import hf
@@ -44,10 +45,24 @@ class Training(NamedTuple):
     folder: tempfile.TemporaryDirectory  # is removed when nothing refers to it any more
 
 
+def half_right(batch: gapg.Rollout) -> gapg.Rollout:
+    """Returns the rollout, with axis D, as if every other response of each group were right."""
+    right = np.broadcast_to(np.arange(batch.correct.shape[-1]) % 2 == 0, batch.correct.shape)
+    known = np.ones(batch.cloud_known.shape, bool)
+    return batch.replace(
+        correct=right, called=np.zeros_like(right), cloud_correct=known, cloud_known=known
+    )
+
+
 class FullStep:
-    """Full steps of a run, one at each call: sampling, verdicts, cloud answers and the update."""
+    """Full steps of a run, one at each call: sampling, verdicts, cloud answers and the update.
+
+    Without a filter every prompt is learnt from, as by a peer that computes those without a signal
+    too: the verdicts are made, and then replaced by those of `half_right`.
+    """
 
     def __init__(self, run: experiment.Run):
+        self._of_all = run.config.algorithm.filter == "none"
         self._steps = training.TrainingSteps(run)
         self._state = experiment.state_on_devices(run)
         self._cfg, self._step = run.cfg, 0
@@ -56,8 +71,9 @@ class FullStep:
     def __call__(self) -> float:
         """Takes one step; returns the tokens that it sampled."""
         collected = self._steps.collect(self._state.sampling_model, self._step)
-        self._rollout = jax.tree.map(np.asarray, collected.rollout)
-        self._state, metrics = self._steps.update(self._state, collected.rollout)
+        rollout = half_right(collected.rollout) if self._of_all else collected.rollout
+        self._rollout = jax.tree.map(np.asarray, rollout)
+        self._state, metrics = self._steps.update(self._state, rollout)
         self._row = self._steps.row(self._step, metrics, collected)
         self._step += 1
         return float(self._row["tokens"])
