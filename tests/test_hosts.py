@@ -252,32 +252,42 @@ def test_two_hosts_run_a_sweep(data_dir, tmp_path):
     assert len(metrics.read(second)) == SMALL["train.steps"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_two_hosts_divide_their_parameters_over_all_devices(alone, data_dir, tmp_path, rank):
-    """As one process does, to the bit; and each goes on from a checkpoint of the other."""
-    settings = EVALUATED | {
-        "train.sharded": True,
-        "lora.rank": rank,
-        "routers.record": "('token_margin',)",
-    }
-    one, two = tmp_path / "one", tmp_path / "two"
-    for workdir, number, devices in ((one, 1, 4), (two, 2, 2)):
-        arguments = command(workdir, data_dir, **settings)
+def both(data_dir, tmp_path, settings):
+    """The workdirs of a run of one process with four devices, and of two hosts with two each."""
+    workdirs = []
+    for name, number, devices in (("one", 1, 4), ("two", 2, 2)):
+        workdirs.append(tmp_path / name)
+        arguments = command(workdirs[-1], data_dir, **settings)
         status, said = ended(job(number, devices, arguments))
         assert status == 0, said
-    assert_same_runs(one, two)
+    assert_same_runs(*workdirs)
+    return workdirs
+
+
+@pytest.mark.slow
+def test_two_hosts_divide_their_parameters_over_all_devices(alone, data_dir, tmp_path):
+    """As one process does, to the bit."""
+    _, two = both(data_dir, tmp_path, {"train.sharded": True})
+    # Sums are taken in another order than by whole parameters, so samples may differ in time.
+    rows = [metrics.read(workdir / "metrics.jsonl")[:2] for workdir in (two, alone)]
+    for got, want in zip(*rows, strict=True):
+        assert (got["kept"], got["tokens"]) == (want["kept"], want["tokens"])
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 2])
+def test_hosts_that_have_parts_evaluate_and_go_on_as_one_that_has_all(data_dir, tmp_path, rank):
+    """From a checkpoint of the other."""
+    settings = EVALUATED | {"train.sharded": True, "lora.rank": rank}
+    settings["routers.record"] = "('token_margin',)"
+    one, two = both(data_dir, tmp_path, settings)
     assert (one / "before.parquet").read_bytes() == (two / "before.parquet").read_bytes()
     after = [records.read(workdir / "after.parquet") for workdir in (one, two)]
     # A router runs on the first host alone, which has fewer devices there.
     np.testing.assert_allclose(*(table.pop("score_token_margin") for table in after), atol=1e-5)
     np.testing.assert_equal(*({key: list(x) for key, x in table.items()} for table in after))
-    if not rank:
-        # Sums are taken in another order than by whole parameters, so samples may differ in time.
-        rows = [metrics.read(workdir / "metrics.jsonl")[:2] for workdir in (two, alone)]
-        for got, want in zip(*rows, strict=True):
-            assert (got["kept"], got["tokens"]) == (want["kept"], want["tokens"])
-            assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-3)
     shutil.rmtree(one / "checkpoints" / str(STEPS))
     (one / "after.parquet").unlink()
     status, said = ended(job(2, 2, command(one, data_dir, **settings)))
