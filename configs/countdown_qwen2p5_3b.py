@@ -23,9 +23,9 @@ shows the model its own right answers to 1,024 training prompts, and calls where
 sampling finds the token and the format; its sft.json says whether it does.
 
 Memory, as `python -m collab_jax.memory --config configs/countdown_qwen2p5_3b.py --devices N --gib
-SIZE` plans it: 67.3 GiB, on one GPU of 80 or 140 GB. It does not fit on a v5e-8 (66.6 GiB on each
+SIZE` plans it: 67.4 GiB, on one GPU of 80 or 140 GB. It does not fit on a v5e-8 (66.6 GiB on each
 device, as each holds everything but the other devices' share of the batch); with
---config.lora.rank=16 it does.
+--config.lora.rank=16 it does, and with all parameters divided: docs/scale.md.
 """
 
 import pathlib

@@ -25,8 +25,8 @@ HF_TOKEN), or give `--config.model.path=FOLDER` to the first command. Not run ye
 
 Memory, as `python -m collab_jax.memory --config configs/math_llama3p2_3b.py --devices N --gib SIZE`
 plans it: 90.5 GiB, on one GPU of 140 GB. It fits on one of 80 GB with
---config.model.param_dtype=bfloat16, and on a v5e-8 (68.9 GiB on each device without) with
---config.lora.rank=16.
+--config.model.param_dtype=bfloat16, and on a v5e-8 (69.5 GiB on each device without) with
+--config.lora.rank=16, or with all parameters divided: docs/scale.md.
 """
 
 import pathlib
