@@ -29,7 +29,15 @@ from collab_jax.models.sampler import Sampler
 from collab_jax.records import Records
 from collab_jax.reports import run as run_report
 from collab_jax.reports import summary
-from collab_jax.rl import cloud_columns, evaluation, experiment, memory_check, rollout, training
+from collab_jax.rl import (
+    cloud_columns,
+    evaluation,
+    experiment,
+    memory_check,
+    prompt_order,
+    rollout,
+    training,
+)
 from collab_jax.rl.experiment import Run
 from collab_jax.routing import recorded
 from collab_jax.runtime import cli, hosts, metrics, parallel
@@ -49,7 +57,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> int:
         print(_where_it_stands(run))
         recorded.check(run)
         held_out = evaluation.held_out(run, config.eval.split)
-        fit_examples = training.fit_examples(run)
+        fit_examples = prompt_order.fit_examples(run)
     with experiment.held(workdir):
         completed = train(run, stop, held_out, fit_examples)
     hosts.gathered("that it is done", None, hosts.FOREVER)

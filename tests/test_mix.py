@@ -11,7 +11,7 @@ from conftest import ROOT
 from fakes import answered, svamp_row, task_config, write_rows
 
 from collab_jax.cloud import CachedCloud, Failure, Reply, SimulatedCloud, Store, make_cloud
-from collab_jax.rl import training
+from collab_jax.rl import prompt_order
 from collab_jax.rl.rollout import ask_cloud
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import Example, Verdict, judge, make_task, mix, with_task
@@ -59,7 +59,7 @@ def test_a_pattern_meets_the_weights_and_spreads_them_evenly():
 def test_training_prompts_follow_the_weights_and_go_through_each_task_in_its_own_epochs():
     pools = [np.arange(12), np.arange(12, 16)]
     steps = [
-        mix.indices(3, np.arange(8 * i, 8 * i + 8), pools, [3, 1], training.shuffled_epochs)
+        mix.indices(3, np.arange(8 * i, 8 * i + 8), pools, [3, 1], prompt_order.shuffled_epochs)
         for i in range(300)
     ]
     assert all((step < 12).sum() == 6 for step in steps)
@@ -71,11 +71,11 @@ def test_training_prompts_follow_the_weights_and_go_through_each_task_in_its_own
             all(sorted(epoch) == pool.tolist() for epoch in epochs)
             and len(set(map(tuple, epochs))) > 3
         )
-    whole = mix.indices(3, np.arange(2400), pools, [3, 1], training.shuffled_epochs)
+    whole = mix.indices(3, np.arange(2400), pools, [3, 1], prompt_order.shuffled_epochs)
     assert np.array_equal(whole, flat)  # a function of seed and place alone, hence of (seed, step)
-    one = mix.indices(3, np.arange(50), pools[:1], [1], training.shuffled_epochs)
+    one = mix.indices(3, np.arange(50), pools[:1], [1], prompt_order.shuffled_epochs)
     assert np.array_equal(
-        one, training.prompt_indices(3, 0, 50, 12)
+        one, prompt_order.prompt_indices(3, 0, 50, 12)
     )  # a mix of one task is that task
 
 

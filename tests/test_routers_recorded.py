@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from collab_jax.models import attention, decoder
 from collab_jax.reports import comparison
-from collab_jax.rl import evaluation, experiment, training
+from collab_jax.rl import evaluation, experiment, prompt_order
 from collab_jax.routing import (
     agreement,
     classifier,
@@ -38,7 +38,7 @@ def scene(small, tmp_path_factory):
     )
     run = experiment.prepare(config, tmp_path_factory.mktemp("routers"))
     state, sample = parallel.replicate(experiment.load_state(run)), evaluation.greedy_sampler(run)
-    fit, held = training.fit_examples(run), evaluation.held_out(run, "validation")
+    fit, held = prompt_order.fit_examples(run), evaluation.held_out(run, "validation")
     device = Device(run, state.params, {e.id: e for e in fit + held})
     tables = [
         evaluation.evaluate(run, sample, state.params, examples, "x", natural=False)

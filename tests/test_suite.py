@@ -19,7 +19,7 @@ from collab_jax import evaluate, records, train
 from collab_jax.models import decoder, hf
 from collab_jax.models import text as text_lib
 from collab_jax.reports import suite
-from collab_jax.rl import evaluation, experiment, rollout, training
+from collab_jax.rl import evaluation, experiment, prompt_order, rollout, training
 from collab_jax.routing import curves
 from collab_jax.runtime import parallel
 from collab_jax.runtime.errors import UserError
@@ -118,12 +118,12 @@ def test_a_mix_is_sampled_by_its_weights_and_its_records_tell_the_tasks_apart(ma
     run = experiment.prepare(made[0], tmp_path)
     examples = experiment.examples(run, "train")
     assert len(examples) == 14  # one too long in each task
-    choose = training.chooser(run, examples)
+    choose = prompt_order.chooser(run, examples)
     for step in range(3):  # 8 prompts a step: 6 and 2
         assert sorted(examples[i].task for i in choose(step, 8)) == ["gsm8k"] * 2 + ["math"] * 6
     config = made[0].copy_and_resolve_references()
     config.eval.fit_prompts, config.train.steps = 2, 1
-    left = training.fit_examples(run._replace(config=config))
+    left = prompt_order.fit_examples(run._replace(config=config))
     used = {examples[i].id for i in choose(0, 8)}
     assert len(left) == 2 and not used & {e.id for e in left}
 

@@ -18,7 +18,7 @@ from collab_jax import records, sft, train
 from collab_jax.cloud import CachedCloud, Failure, make_cloud
 from collab_jax.models import hf
 from collab_jax.reports import summary
-from collab_jax.rl import experiment, rollout, training
+from collab_jax.rl import experiment, prompt_order, rollout, training
 from collab_jax.routing import classifier, routers
 from collab_jax.runtime import markdown, metrics, parallel
 from collab_jax.runtime.errors import UserError
@@ -237,10 +237,10 @@ def test_every_config_key_is_read_and_the_warm_start_repeats(finished, small, tm
 
 
 def test_prompts_depend_on_seed_and_step_alone_and_cover_an_epoch():
-    steps = [training.prompt_indices(3, i, 4, 10) for i in range(5)]
+    steps = [prompt_order.prompt_indices(3, i, 4, 10) for i in range(5)]
     assert sorted(np.concatenate(steps)) == sorted(list(range(10)) * 2)
-    assert training.prompt_indices(3, 2, 4, 10).tolist() == steps[2].tolist()
-    assert training.prompt_indices(4, 2, 4, 10).tolist() != steps[2].tolist()
+    assert prompt_order.prompt_indices(3, 2, 4, 10).tolist() == steps[2].tolist()
+    assert prompt_order.prompt_indices(4, 2, 4, 10).tolist() != steps[2].tolist()
 
 
 @pytest.mark.slow
@@ -323,11 +323,16 @@ def test_bad_settings_are_one_clear_line(small, tmp_path, overrides, says):
 
 def test_prompts_to_fit_routers_on_are_never_trained_on_or_there_are_too_few(small, tmp_path):
     run = experiment.prepare(small(eval__fit_prompts=30), tmp_path)  # 4 steps of 8 of 64 prompts
-    fit = {example.id for example in training.fit_examples(run)}
-    examples, chosen = run.task.load("train"), training.prompt_indices(run.config.seed, 0, 32, 64)
+    fit = {example.id for example in prompt_order.fit_examples(run)}
+    examples, chosen = (
+        run.task.load("train"),
+        prompt_order.prompt_indices(run.config.seed, 0, 32, 64),
+    )
     assert len(fit) == 30 and not fit & {examples[i].id for i in chosen}
     with pytest.raises(UserError, match="leaves 32 of 64 training prompts unused"):
-        training.fit_examples(experiment.prepare(small(eval__fit_prompts=33), tmp_path / "other"))
+        prompt_order.fit_examples(
+            experiment.prepare(small(eval__fit_prompts=33), tmp_path / "other")
+        )
 
 
 def test_prompts_longer_than_the_limit_are_told_and_left_out(small, tmp_path, capsys):

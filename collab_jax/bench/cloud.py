@@ -35,7 +35,7 @@ from collab_jax.bench.faults import FaultServer
 from collab_jax.cloud import CachedCloud, Policy, Reply, Store, ledger
 from collab_jax.cloud.openai import OpenAICloud
 from collab_jax.models.text import Messages
-from collab_jax.rl import experiment, rollout, training
+from collab_jax.rl import experiment, prompt_order, rollout, training
 from collab_jax.runtime import metrics, process
 from collab_jax.runtime.errors import UserError
 from collab_jax.tasks import countdown
@@ -231,7 +231,7 @@ def training_behind_faults(folder: pathlib.Path, args: argparse.Namespace) -> No
     with FaultServer(solve, share=0.3) as server:
         run = prepare_run(server, folder / "prefetched", steps)
         examples = experiment.examples(run, "train")
-        used = training.chooser(run, examples)(0, PROMPTS_PER_STEP * steps)
+        used = prompt_order.chooser(run, examples)(0, PROMPTS_PER_STEP * steps)
         prompts, ids = rollout.cloud_prompts(run.task, [examples[i] for i in used])
         hold(None not in run.cloud.answer(prompts, ids).replies, "prefetch completes")
         training.train(run)
